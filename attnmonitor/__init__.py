@@ -1,0 +1,1 @@
+"""attnmonitor: know what every attention head of a transformer is doing while it trains."""

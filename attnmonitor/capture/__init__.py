@@ -1,0 +1,1 @@
+"""Queries and keys of every attention layer during one forward."""

@@ -1,0 +1,107 @@
+"""What one measurement says: plain records that travel from the monitor to the record, the loggers and the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["AlertEvent", "LayerCoverage", "Sample"]
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """How one attention layer was captured and how well that was verified, or why it was not measured.
+
+    Attributes:
+        layer: Name of the module; a module called again in one forward is ``name#2``, ``name#3``.
+        how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"explicit"``; ``""`` when not captured.
+        kind: ``"self"`` or ``"cross"``; ``""`` when not captured.
+        num_query_heads: Query heads of the layer.
+        num_kv_heads: Key/value heads of the layer.
+        head_dim: Size d of one head.
+        scale: The softmax scale the layer really uses; NaN when not captured.
+        error: Largest deviation between the attention rebuilt from q, k, scale and mask and what the layer produced,
+            relative to the size of that output. None where nothing to compare with was visible.
+        outside: What acts on the logits outside the energy field: ``"softcap"``, ``"sinks"``, ``"bias"``, ``"window"``.
+        reason: Why the layer has no numbers; ``""`` when it has.
+    """
+
+    layer: str
+    how: str = ""
+    kind: str = ""
+    num_query_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    scale: float = float("nan")
+    error: float | None = None
+    outside: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether the layer's numbers may be trusted and are logged."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class AlertEvent:
+    """One head, layer or run that began or ceased to look sick.
+
+    Attributes:
+        rule: Name of the rule, for example ``"energy_hot"``.
+        kind: The kind of fault it points to, for example ``"logit_blowup"``.
+        scope: ``"query_head"``, ``"kv_head"``, ``"layer"`` or ``"run"``: what ``head`` counts.
+        layer: Name of the layer, or None for a run-level event.
+        head: Index in that scope, or None for a layer or the run.
+        value: The metric's value now.
+        baseline: What the value used to be (the metric's own past), NaN where the rule has none.
+        global_step: Optimizer steps done.
+        state: ``"firing"`` or ``"cleared"``.
+        severity: ``"warning"``; ``"critical"`` once an alarm has held.
+        since_step: Step at which the alarm began.
+        message: One line for a person.
+    """
+
+    rule: str
+    kind: str
+    scope: Literal["query_head", "kv_head", "layer", "run"]
+    layer: str | None
+    head: int | None
+    value: float
+    baseline: float
+    global_step: int
+    state: Literal["firing", "cleared"]
+    severity: Literal["warning", "critical"] = "warning"
+    since_step: int | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything one probe forward said.
+
+    Attributes:
+        global_step: Optimizer steps done when it was taken.
+        values: ``values[metric][layer]``: CPU float32 tensor ``(num_heads,)``, the mean over the probe's sequences; NaN
+            where a head could not be measured.
+        spread: The same shape: standard deviation over the probe's sequences (population; 0 for one sequence).
+        coverage: How each layer was captured, or why it was not.
+        events: Alerts that began or cleared with this sample.
+        diagnostics: The monitor's own figures: ``certified_fraction``, ``invariant_residual``, ``overhead``.
+        seconds: What the sample cost, in seconds.
+        failures: Samples of this run that failed so far, this one included.
+        failure: Why this sample has no values; None when it has.
+    """
+
+    global_step: int
+    values: Mapping[str, Mapping[str, Tensor]]
+    spread: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    coverage: Mapping[str, LayerCoverage] = field(default_factory=dict)
+    events: list[AlertEvent] = field(default_factory=list)
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = float("nan")
+    failures: int = 0
+    failure: str | None = None

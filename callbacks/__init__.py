@@ -1,0 +1,1 @@
+"""Adapters to training frameworks, one module each; import the one you use."""
