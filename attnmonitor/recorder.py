@@ -1,0 +1,307 @@
+"""The writing side of a run record: what the file looks like, and how samples get into it without troubling training.
+
+* **One transaction per sample.** The journal is a write-ahead log, so a process killed at any moment loses at most the
+  sample it was writing, and readers never wait for the writer. No connection to the data outlives an `append`: nothing
+  leaks into forked data-loader workers, and after each sample the one file is complete and can be copied.
+* **Compact.** A metric's values of one sample are one float32 blob over all heads; which layer owns which stretch of
+  it is stored once (a *layout*), not per sample. Spreads are read to two digits, so they are kept as bfloat16.
+* **Nothing is deleted.** A run resumed from an older checkpoint takes some samples a second time. The first ones are
+  marked as superseded: the reader sees one trajectory with increasing steps, the file still has both.
+* **Segments.** Numbers from another probe or another model do not continue the same curve. Where the ``model``,
+  ``model_signature`` or ``probe_fingerprint`` of the run configuration changes, a new segment begins.
+* **Training comes first.** A full or read-only disk costs one warning, never an exception: samples wait in memory and
+  are written with the next one that succeeds. A file that cannot be continued (another process writes it, it is
+  damaged, not a record, or of another schema) is left as it is, and the run is recorded in a file beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sqlite3
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnmonitor.sample import AlertEvent, Sample
+
+__all__ = ["EVENT_COLUMNS", "RecordError", "RecordWriter", "check_is_record", "damaged_record"]
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x61746D6E  # "atmn": tells a record from any other SQLite file
+IDENTITY_KEYS = ("model", "model_signature", "probe_fingerprint")
+EVENT_COLUMNS = tuple(column.name for column in fields(AlertEvent))
+BUSY_TIMEOUT_SECONDS = 5.0
+
+# Rows of a 1,024-head model are about 6 KB. On SQLite's default pages of 4 KB each would own two, a third of it air.
+_PAGE_SIZE_BYTES = 32768
+
+_SCHEMA = f"""
+CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
+CREATE TABLE layout (id INTEGER PRIMARY KEY, layers TEXT NOT NULL UNIQUE);
+CREATE TABLE sample (
+    id INTEGER PRIMARY KEY, segment_id INTEGER NOT NULL REFERENCES segment, global_step INTEGER NOT NULL,
+    recorded_at TEXT NOT NULL, seconds REAL, failures INTEGER NOT NULL, failure TEXT, diagnostics TEXT NOT NULL,
+    superseded_by INTEGER REFERENCES sample);
+CREATE INDEX sample_by_step ON sample (global_step) WHERE superseded_by IS NULL;
+CREATE TABLE value (
+    sample_id INTEGER NOT NULL REFERENCES sample, metric TEXT NOT NULL, layout_id INTEGER NOT NULL REFERENCES layout,
+    mean_float32 BLOB NOT NULL, spread_bfloat16 BLOB);
+CREATE INDEX value_by_metric ON value (metric, sample_id);
+CREATE TABLE event (sample_id INTEGER NOT NULL REFERENCES sample, {", ".join(EVENT_COLUMNS)});
+CREATE INDEX event_by_sample ON event (sample_id);
+"""
+
+
+class RecordError(ValueError):
+    """A file that cannot be used as a run record, with the reason and the way out."""
+
+
+class RecordWriter:
+    """Appends samples to one file, and never stands in the way of training.
+
+    Args:
+        path: The file; missing parent folders are made, a record that is there is continued.
+        run: Configuration of the run, anything JSON can hold (other values by their ``str``).
+
+    Attributes:
+        path: Where the samples go: another name than asked for where that file cannot be continued.
+        unwritten: Samples that wait in memory because the disk did not take them.
+        failed_writes: Attempts to write that failed so far.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.unwritten: list[_Encoded] = []
+        self.failed_writes = 0
+        self._run = json.loads(json.dumps(dict(run), default=str))
+        self._segment_id: int | None = None
+        self._unlock: weakref.finalize[Any, Any] | None = None
+        self._write_or_move()
+
+    def append(self, sample: Sample) -> None:
+        """Keep a sample. What the disk does not take waits in memory, with one warning for the whole run.
+
+        Samples recorded before at this step or a later one (a resume from an older checkpoint) are superseded.
+        """
+        self.unwritten.append(_encode(sample))
+        self._write_or_move()
+
+    def close(self) -> None:
+        """Try once more to write what waits in memory, and let another run continue the file."""
+        if self.unwritten:
+            self._write_or_move()
+        self._release()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _write_or_move(self) -> None:
+        """Write all that waits; where the file cannot be continued, to the first one beside it that can."""
+        wanted, obstacle = self.path, None
+        for number in itertools.count(2):
+            try:
+                self._write()
+                break
+            except RecordError as refused:
+                obstacle = obstacle or refused
+                self._release()
+                self.path = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        if obstacle is not None:
+            warnings.warn(f"{obstacle}. This run is recorded in {self.path} instead.", stacklevel=3)
+
+    def _write(self) -> None:
+        """Write all that waits. What a retry may cure is counted; what it cannot is a `RecordError`."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._unlock = self._unlock or _become_the_writer(self, self.path)
+            with contextlib.closing(_connect(self.path)) as db:
+                if _lay_out(db, self.path) or self._segment_id is None:
+                    with _transaction(db):
+                        self._segment_id = _segment_for(db, self._run, self.path)
+                while self.unwritten:
+                    with _transaction(db):
+                        _insert(db, self._segment_id, self.unwritten[0])
+                    del self.unwritten[0]
+        except (sqlite3.OperationalError, OSError) as failure:
+            self._note(failure)
+        except sqlite3.DatabaseError as damaged:
+            raise damaged_record(self.path, damaged) from damaged
+
+    def _note(self, failure: Exception) -> None:
+        self.failed_writes += 1
+        if self.failed_writes == 1:
+            warnings.warn(
+                f"{self.path}: the run record cannot be written ({failure}). Training goes on; samples wait in memory "
+                "for the disk to take them again. What is unwritten when the run ends is lost.",
+                stacklevel=5,
+            )
+
+    def _release(self) -> None:
+        self._segment_id = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+
+def check_is_record(db: sqlite3.Connection, path: Path) -> None:
+    """Raise `RecordError` unless ``db``, opened from ``path``, is a record of this schema version."""
+    (application_id,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if application_id != APPLICATION_ID:
+        raise RecordError(f"{path}: an SQLite file, but not a run record of attnmonitor")
+    if version != SCHEMA_VERSION:
+        age = "a newer" if version > SCHEMA_VERSION else "an older"
+        raise RecordError(
+            f"{path}: written by {age} attnmonitor (schema {version}; this one has schema {SCHEMA_VERSION});"
+            " use it with the version that wrote it"
+        )
+
+
+def damaged_record(path: Path, complaint: sqlite3.DatabaseError) -> RecordError:
+    """SQLite's complaint about a file, in words a user can act on."""
+    return RecordError(
+        f"{path}: damaged, truncated or not a run record ({complaint});"
+        " copy it again, or try what `sqlite3 FILE .recover` can save"
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _become_the_writer(writer: RecordWriter, path: Path) -> weakref.finalize[Any, Any]:
+    """Lock ``path`` against other writers until the result is called, ``writer`` is gone or the process ends.
+
+    The lock is an open transaction on an empty SQLite file: the system releases it however the process ends, and
+    SQLite knows how to lock on every platform.
+    """
+    lock_path = path.with_name(f"{path.name}-lock")
+    lock = sqlite3.connect(lock_path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as busy:
+        lock.close()
+        if "locked" in str(busy):
+            raise RecordError(f"{path}: another run is writing this record") from busy
+        raise
+    return weakref.finalize(writer, _unlock, lock, lock_path, os.getpid())
+
+
+def _unlock(lock: sqlite3.Connection, lock_path: Path, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:  # a forked child that exits owns no lock and must not remove its parent's
+        return
+    lock.close()
+    with contextlib.suppress(OSError):
+        lock_path.unlink()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)
+    # NORMAL cannot corrupt a write-ahead log; a power cut (not a kill) may cost the last samples.
+    db.execute("PRAGMA synchronous = NORMAL")
+    return db
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def _lay_out(db: sqlite3.Connection, path: Path) -> bool:
+    """Make the tables of an empty file and say so; check that a file with content can be continued."""
+    if path.stat().st_size:
+        check_is_record(db, path)
+        return False
+    db.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript(
+        f"BEGIN;{_SCHEMA}PRAGMA application_id = {APPLICATION_ID};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
+    )
+    return True
+
+
+def _segment_for(db: sqlite3.Connection, run: Mapping[str, Any], path: Path) -> int:
+    """The segment that a run with this configuration continues, or a new one."""
+    last = db.execute("SELECT id, run FROM segment ORDER BY id DESC LIMIT 1").fetchone()
+    if last is not None:
+        segment_id, before = int(last[0]), json.loads(last[1])
+        changed = [key for key in IDENTITY_KEYS if before.get(key) != run.get(key)]
+        if not changed:
+            db.execute("UPDATE segment SET run = ? WHERE id = ?", (json.dumps(run), segment_id))
+            return segment_id
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {run.get(key)!r}" for key in changed)
+        warnings.warn(
+            f"{path}: {changes}. A new segment begins; its numbers do not continue the curves before it.", stacklevel=5
+        )
+    new = db.execute("INSERT INTO segment VALUES (NULL, ?, ?, '[]')", (_now(), json.dumps(run)))
+    return int(new.lastrowid or 0)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A sample as the tables take it: encoded once, so that a write which fails can be repeated as it is."""
+
+    global_step: int
+    row: tuple[Any, ...]
+    values: list[tuple[str, str, bytes, bytes | None]]  # metric, layout, means, spreads
+    events: list[tuple[Any, ...]]
+    coverage: str
+
+
+def _encode(sample: Sample) -> _Encoded:
+    diagnostics = json.dumps({name: float(value) for name, value in sample.diagnostics.items()})
+    values = []
+    for metric, means in sample.values.items():
+        layout = json.dumps([[layer, mean.numel()] for layer, mean in means.items()])
+        spread, spread_blob = sample.spread.get(metric), None
+        if spread is not None:
+            aligned = [spread.get(layer, torch.full_like(mean, math.nan)) for layer, mean in means.items()]
+            spread_blob = _blob(aligned, torch.bfloat16)
+        values.append((metric, layout, _blob(means.values(), torch.float32), spread_blob))
+    return _Encoded(
+        global_step=int(sample.global_step),
+        row=(_now(), float(sample.seconds), int(sample.failures), sample.failure, diagnostics),
+        values=values,
+        events=[astuple(event) for event in sample.events],
+        coverage=json.dumps([asdict(entry) for entry in sample.coverage.values()]),
+    )
+
+
+def _insert(db: sqlite3.Connection, segment_id: int, sample: _Encoded) -> None:
+    sample_id = db.execute(
+        "INSERT INTO sample VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, NULL)", (segment_id, sample.global_step, *sample.row)
+    ).lastrowid
+    db.execute(
+        "UPDATE sample SET superseded_by = ?1 WHERE superseded_by IS NULL AND global_step >= ?2 AND id <> ?1",
+        (sample_id, sample.global_step),
+    )
+    for metric, layout, means, spreads in sample.values:
+        db.execute("INSERT OR IGNORE INTO layout VALUES (NULL, ?)", (layout,))
+        (layout_id,) = db.execute("SELECT id FROM layout WHERE layers = ?", (layout,)).fetchone()
+        db.execute("INSERT INTO value VALUES (?, ?, ?, ?, ?)", (sample_id, metric, layout_id, means, spreads))
+    slots = ", ".join("?" * (1 + len(EVENT_COLUMNS)))
+    db.executemany(f"INSERT INTO event VALUES ({slots})", [(sample_id, *event) for event in sample.events])
+    if sample.coverage != "[]":
+        db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
+
+
+def _blob(tensors: Iterable[Tensor], dtype: torch.dtype) -> bytes:
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    return torch.cat(flat).to("cpu", dtype).view(torch.uint8).numpy().tobytes() if flat else b""

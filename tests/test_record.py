@@ -1,0 +1,417 @@
+"""The run record keeps every sample, survives what happens to files, and never disturbs training."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_runs import SyntheticRun
+
+from attnmonitor.record import RecordError, RunRecord
+from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+
+RUN = {"model": "GPT2LMHeadModel", "model_signature": "2x4", "probe_fingerprint": "ab12"}
+
+
+def one_value(step: int, value: float | None = None, **more: object) -> Sample:
+    return Sample(step, {"energy_rms": {"attn": torch.tensor([float(step if value is None else value)])}}, **more)
+
+
+def write(path: Path, steps: range, run: dict[str, object] = RUN) -> None:
+    with RunRecord.create(path, run=run) as record:
+        for step in steps:
+            record.append(one_value(step))
+
+
+def test_a_run_reads_back_as_it_was_sampled(tmp_path: Path) -> None:
+    run = SyntheticRun(num_layers=3, num_heads=[4, 8, 6], num_samples=20, sick=(1, 5), group=2)
+    samples = list(run.samples())
+    with RunRecord.create(tmp_path / "deep" / "er" / "run.sqlite", run=run.config) as record:
+        for sample in samples:
+            record.append(sample)
+    read = RunRecord.open(tmp_path / "deep" / "er" / "run.sqlite")
+    assert read.steps.tolist() == [sample.global_step for sample in samples]
+    assert read.metrics == tuple(run.metrics)
+    assert read.config == run.config
+    assert dict(read.coverage) == dict(samples[0].coverage)
+    assert read.events == [event for sample in samples for event in sample.events]
+    assert len(read.events) == 3
+    assert set(read.diagnostics) == {"certified_fraction", "invariant_residual", "overhead"}
+    for metric in run.metrics:
+        trajectories, spreads = read.trajectories(metric), read.spreads(metric)
+        assert list(trajectories) == run.layers
+        for layer in run.layers:
+            expected = torch.stack([sample.values[metric][layer] for sample in samples]).numpy()
+            assert trajectories[layer].dtype == np.float32
+            np.testing.assert_array_equal(trajectories[layer], expected)
+            np.testing.assert_allclose(spreads[layer], 0.1 * expected, rtol=2**-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_every_float32_survives_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]) -> None:
+    path = tmp_path_factory.mktemp("floats") / "run.sqlite"
+    with RunRecord.create(path, run=RUN) as record:
+        for step, row in enumerate(rows):
+            record.append(Sample(step, {"key_rms": {"attn": torch.tensor(row)}}))
+    np.testing.assert_array_equal(RunRecord.open(path).trajectories("key_rms")["attn"], np.array(rows, np.float32))
+
+
+def test_what_was_not_measured_reads_as_nan_and_every_sample_has_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    with RunRecord.create(path, run=RUN) as record:
+        record.append(
+            Sample(0, {"key_rms": {"a": torch.ones(2), "b": torch.ones(3)}, "spectral_gap": {"a": torch.ones(2)}})
+        )
+        record.append(Sample(10, {}, failures=1, failure="OutOfMemoryError: …"))
+        record.append(Sample(20, {"key_rms": {"b": torch.full((3,), 2.0)}}, failures=1))
+    read = RunRecord.open(path)
+    assert read.samples[1].failure == "OutOfMemoryError: …"
+    assert math.isnan(read.samples[1].seconds)
+    np.testing.assert_array_equal(read.trajectories("key_rms")["a"], [[1, 1], [np.nan] * 2, [np.nan] * 2])
+    np.testing.assert_array_equal(read.trajectories("key_rms")["b"], [[1] * 3, [np.nan] * 3, [2] * 3])
+    np.testing.assert_array_equal(read.trajectories("spectral_gap")["a"], [[1, 1], [np.nan] * 2, [np.nan] * 2])
+    assert np.isnan(read.spreads("key_rms")["b"]).all()
+    with pytest.raises(ValueError, match=r"no metric 'key_rmss'.*recorded: key_rms, spectral_gap"):
+        read.trajectories("key_rmss")
+
+
+def test_events_and_coverage_keep_nan_none_and_tuples(tmp_path: Path) -> None:
+    event = AlertEvent(
+        "non_finite", "nan", "run", None, None, math.nan, math.nan, 5, "firing", "critical", None, "it's ü"
+    )
+    coverage = {
+        "seen": LayerCoverage("seen", "traced", "cross", 4, 2, 64, 0.125, 1e-6, ("softcap", "bias")),
+        "unseen": LayerCoverage("unseen", reason="flash kernel <hidden>"),
+    }
+    with RunRecord.create(tmp_path / "run.sqlite", run=RUN) as record:
+        record.append(one_value(5, events=[event], coverage=coverage))
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    np.testing.assert_equal(asdict(read.events[0]), asdict(event))
+    np.testing.assert_equal(
+        {k: asdict(v) for k, v in read.coverage.items()}, {k: asdict(v) for k, v in coverage.items()}
+    )
+
+
+def test_a_resumed_run_appends_and_replaces_what_it_repeats_without_deleting(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    write(path, range(0, 50, 10))
+    event = AlertEvent("hot", "logit_blowup", "query_head", "attn", 0, 1.0, 1.0, 30, "firing")
+    with RunRecord.create(path, run=RUN) as record:  # resumed from the checkpoint of step 20
+        for step in (20, 30):
+            record.append(one_value(step, -step, events=[event]))
+    read = RunRecord.open(path)
+    assert read.steps.tolist() == [0, 10, 20, 30]
+    assert read.trajectories("energy_rms")["attn"].ravel().tolist() == [0, 10, -20, -30]
+    assert len(read.segments) == 1
+    assert len(read.events) == 2
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM sample").fetchone() == (7,)
+    db.close()
+
+
+def test_another_probe_or_model_starts_a_segment_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    write(path, range(0, 30, 10))
+    with pytest.warns(UserWarning, match="probe_fingerprint was 'ab12' and is 'cd34'. A new segment begins"):
+        record = RunRecord.create(path, run={**RUN, "probe_fingerprint": "cd34"})
+    record.append(Sample(30, {"energy_rms": {"attn": torch.ones(3)}}))
+    record.close()
+    read = RunRecord.open(path)
+    assert [segment.config["probe_fingerprint"] for segment in read.segments] == ["ab12", "cd34"]
+    assert [sample.segment for sample in read.samples] == [0, 0, 0, 1]
+    values = read.trajectories("energy_rms")["attn"]
+    np.testing.assert_array_equal(values, [[0, np.nan, np.nan], [10, np.nan, np.nan], [20, np.nan, np.nan], [1, 1, 1]])
+
+
+def test_other_settings_continue_the_segment_and_are_kept(tmp_path: Path) -> None:
+    write(tmp_path / "run.sqlite", range(1))
+    write(tmp_path / "run.sqlite", range(1, 2), {**RUN, "schedule": 7, "device": torch.device("cpu")})
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    assert len(read.segments) == 1
+    assert read.config["schedule"] == 7
+    assert read.config["device"] == "cpu"
+
+
+WRITER = """
+    import sys, torch
+    from attnmonitor.record import RunRecord
+    from attnmonitor.sample import Sample
+    record = RunRecord.create(sys.argv[1], run={"model": "M"})
+    for step in range(int(sys.argv[2]), 10**9):
+        layers = {f"layer.{i}": torch.full((64,), float(step)) for i in range(8)}
+        record.append(Sample(step, {"key_rms": layers, "query_rms": layers}))
+        print(step, flush=True)
+"""
+
+
+def start_writer(path: Path, first_step: int = 0) -> subprocess.Popen[str]:
+    code = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(first_step)]
+    return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_while_growing(path: Path, writer: subprocess.Popen[str], num_reads: int) -> list[int]:
+    lengths = []
+    for _ in range(num_reads):
+        writer.stdout.readline()
+        read = RunRecord.open(path)
+        for metric in ("key_rms", "query_rms"):
+            for values in read.trajectories(metric).values():
+                np.testing.assert_array_equal(values, np.repeat(read.steps[:, None], 64, axis=1))
+        lengths.append(len(read.steps))
+    return lengths
+
+
+def test_a_kill_at_any_moment_loses_at_most_the_sample_being_written(tmp_path: Path) -> None:
+    path, first_step = tmp_path / "run.sqlite", 0
+    for kill in range(3):
+        writer = start_writer(path, first_step)
+        lengths = read_while_growing(path, writer, 8)
+        assert lengths == sorted(lengths), "reading while training writes sees whole samples, ever more of them"
+        time.sleep(0.003 * kill)
+        writer.send_signal(signal.SIGKILL)
+        printed = writer.stdout.read().split()
+        writer.wait()
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+        writer.stderr.close()
+        read = RunRecord.open(path)
+        confirmed = int(printed[-1]) if printed else first_step
+        assert read.steps.tolist() == list(range(len(read.steps)))
+        assert read.steps[-1] in (max(confirmed, read.steps[-1]), confirmed + 1)
+        assert np.isfinite(read.trajectories("query_rms")["layer.7"]).all()
+        first_step = int(read.steps[-1]) + 1
+
+
+def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    writer = start_writer(path)
+    writer.stdout.readline()
+    with pytest.warns(
+        UserWarning, match=r"another run is writing this record. This run is recorded in .*run-2\.sqlite"
+    ):
+        record = RunRecord.create(path, run=RUN)
+    for step in range(5):
+        record.append(one_value(step))
+    record.close()
+    writer.kill()
+    last = int((writer.stdout.read().split() or ["0"])[-1])
+    writer.wait()
+    writer.stdout.close()
+    writer.stderr.close()
+    assert RunRecord.open(tmp_path / "run-2.sqlite").steps.tolist() == list(range(5))
+    assert RunRecord.open(path).steps.tolist()[: last + 1] == list(range(last + 1))
+    with RunRecord.create(path, run={"model": "M"}) as record:  # the writer is dead: its lock is gone with it
+        record.append(one_value(10**6))
+    assert 10**6 in RunRecord.open(path).steps
+
+
+def test_closing_or_losing_the_writer_frees_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "run.sqlite", range(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
+    record = RunRecord.create(tmp_path / "run.sqlite", run=RUN)
+    record.append(one_value(2))
+    del record  # a user who never closes
+    assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
+    write(tmp_path / "run.sqlite", range(3, 4))
+    assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0, 1, 2, 3]
+
+
+def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> None:
+    record = RunRecord.create(tmp_path / "run.sqlite", run=RUN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
+        child = os.fork()
+    if child == 0:
+        record._release()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.warns(UserWarning, match="another run is writing"):
+        RunRecord.create(tmp_path / "run.sqlite", run=RUN).close()
+    record.append(one_value(0))
+    record.close()
+    assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0]
+
+
+FULL_DISK = """
+    import resource, sys, torch, warnings
+    from attnmonitor.record import RunRecord
+    from attnmonitor.sample import Sample
+    sample = lambda step: Sample(step, {"key_rms": {"layer": torch.full((2000,), float(step))}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        record = RunRecord.create(sys.argv[1], run={"model": "M"})
+        for step in range(20):
+            record.append(sample(step))
+        assert not caught
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))  # the disk is full
+        for step in range(20, 120):
+            record.append(sample(step))
+        assert record.unwritten and record.failed_writes == len(record.unwritten), record.failed_writes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        record.append(sample(120))
+        assert not record.unwritten
+        assert len(caught) == 1, [str(w.message) for w in caught]
+        print(caught[0].message)
+    record.close()
+"""
+
+
+def test_a_full_disk_costs_one_warning_and_no_sample(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path / "run.sqlite")]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "run.sqlite: the run record cannot be written" in done.stdout
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    assert read.steps.tolist() == list(range(121))
+    np.testing.assert_array_equal(read.trajectories("key_rms")["layer"][:, 7], np.arange(121))
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning_and_is_retried(tmp_path: Path) -> None:
+    blocker = tmp_path / "runs"
+    blocker.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        record = RunRecord.create(blocker / "run.sqlite", run=RUN)
+    for step in range(3):
+        record.append(one_value(step))  # a second warning would be an error
+    assert record.failed_writes == 4
+    blocker.unlink()
+    record.close()
+    assert RunRecord.open(blocker / "run.sqlite").steps.tolist() == [0, 1, 2]
+
+
+def test_a_read_only_file_system_is_not_an_error() -> None:
+    with pytest.warns(UserWarning, match="cannot be written"):
+        record = RunRecord.create("/proc/attnmonitor/run.sqlite", run=RUN)
+    record.append(one_value(0))
+    record.close()
+    assert len(record.unwritten) == 1
+
+
+def test_a_file_deleted_under_the_writer_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    record = RunRecord.create(path, run=RUN)
+    record.append(one_value(0))
+    path.unlink()
+    record.append(one_value(1))
+    record.close()
+    assert RunRecord.open(path).steps.tolist() == [1]
+
+
+def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    whole = folder / "whole.sqlite"
+    write(whole, range(0, 3000, 100))
+    for name, statement in {
+        "newer": "PRAGMA user_version = 99",
+        "older": "PRAGMA user_version = 0",
+        "foreign": "PRAGMA application_id = 7",
+    }.items():
+        shutil.copy(whole, folder / f"{name}.sqlite")
+        with sqlite3.connect(folder / f"{name}.sqlite") as db:
+            db.execute(statement)
+        db.close()
+    (folder / "cut.sqlite").write_bytes(whole.read_bytes()[:-40000])
+    (folder / "stub.sqlite").write_bytes(whole.read_bytes()[:50])
+    (folder / "text.sqlite").write_text("step,loss\n" * 500)
+    overwritten = bytearray(whole.read_bytes())
+    overwritten[200:] = bytes(len(overwritten) - 200)
+    (folder / "zeros.sqlite").write_bytes(overwritten)
+    reasons = {
+        "newer": "written by a newer attnmonitor .schema 99; this one has schema 1",
+        "older": "written by an older attnmonitor .schema 0",
+        "foreign": "not a run record of attnmonitor",
+        "cut": "truncated.*malformed",
+        "stub": "not a run record",
+        "text": "not a database",
+        "zeros": "not a run record",
+    }
+    return {name: (folder / f"{name}.sqlite", reason) for name, reason in reasons.items()}
+
+
+@pytest.mark.parametrize("name", ["newer", "older", "foreign", "cut", "stub", "text", "zeros"])
+def test_a_file_that_is_no_good_is_named_kept_and_recorded_beside(tmp_path: Path, name: str) -> None:
+    path, reason = damaged_files(tmp_path)[name]
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match=reason) as raised:
+        RunRecord.open(path)
+    assert str(path) in str(raised.value)
+    with pytest.warns(UserWarning, match=f"This run is recorded in .*{name}-2.sqlite instead"):
+        record = RunRecord.create(path, run=RUN)
+    record.append(one_value(3))
+    record.close()
+    assert path.read_bytes() == before
+    assert RunRecord.open(record.path).steps.tolist() == [3]
+
+
+def test_no_file_and_an_empty_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such run record"):
+        RunRecord.open(tmp_path / "none.sqlite")
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(RecordError, match="an empty file"):
+        RunRecord.open(tmp_path / "empty.sqlite")
+    write(tmp_path / "empty.sqlite", range(1))
+    assert len(RunRecord.open(tmp_path / "empty.sqlite").steps) == 1
+
+
+def test_a_record_without_samples_reads_as_empty(tmp_path: Path) -> None:
+    write(tmp_path / "run.sqlite", range(0))
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    assert len(read.steps) == len(read.events) == len(read.metrics) == len(read.coverage) == 0
+    assert read.to_dataframe().empty
+
+
+def test_reading_leaves_the_file_alone(tmp_path: Path) -> None:
+    write(tmp_path / "run.sqlite", range(3))
+    before = (tmp_path / "run.sqlite").read_bytes()
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    read.trajectories("energy_rms")
+    assert (tmp_path / "run.sqlite").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
+
+
+def test_a_dataframe_has_one_row_per_head_and_sample(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    run = SyntheticRun(num_layers=2, num_heads=3, num_samples=4, metrics=("energy_rms", "key_rms"))
+    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+        for sample in run.samples():
+            record.append(sample)
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    frame = read.to_dataframe()
+    assert len(frame) == 2 * 3 * 4 * 2
+    chosen = frame[(frame.metric == "key_rms") & (frame.layer == run.layers[1]) & (frame["head"] == 2)]
+    np.testing.assert_array_equal(chosen.value, read.trajectories("key_rms")[run.layers[1]][:, 2])
+    np.testing.assert_array_equal(chosen.global_step, read.steps)
+
+
+def test_a_7b_class_run_stays_small_and_opens_fast(tmp_path: Path) -> None:
+    path, layers, metrics = tmp_path / "run.sqlite", [f"model.layers.{i}.self_attn" for i in range(32)], 10
+    run = SyntheticRun(num_layers=32, num_heads=32, num_samples=1)
+    sample = next(run.samples())
+    sample = replace(sample, values=dict(list(sample.values.items())[:metrics]))
+    with RunRecord.create(path, run=run.config) as record:
+        for step in range(2000):
+            record.append(replace(sample, global_step=step))
+    size_bytes = path.stat().st_size
+    assert size_bytes < 150e6
+    assert size_bytes > 2000 * metrics * 1024 * 4, "all values are there"
+    began = time.perf_counter()
+    read = RunRecord.open(path)
+    opened_seconds = time.perf_counter() - began
+    assert opened_seconds < 1.0
+    assert len(read.steps) == 2000
+    assert read.trajectories("key_incoherence")[layers[31]].shape == (2000, 32)
