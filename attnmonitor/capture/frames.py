@@ -1,0 +1,116 @@
+"""Which module is running: a stack of module calls, so that each attention gets the name of the layer that did it.
+
+The stack is kept by hooks that live as long as the context. A softmax often sits in a small parameterless child
+(``attn.softmax``, ``attend``); the layer is the nearest enclosing module that owns parameters. Each call also keeps
+the tensors it was handed: they tell self from cross attention, and how many sequences a flattened ``(B·H, L, d)`` holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Frame", "Frames"]
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+_QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin)$", re.IGNORECASE)
+_FUSED_NAME = re.compile(r"^(c_attn|in_proj|to_qkv|wqkv|qkv|qkv_proj|query_key_value)$", re.IGNORECASE)
+
+
+class Frame:
+    """One running call of one module: its name, the module, and the activations it was handed."""
+
+    def __init__(self, name: str, module: nn.Module, arguments: Iterable[Any]) -> None:
+        self.name = name
+        self.module = module
+        self.inputs = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+        self.projected: list[Tensor] = []
+
+    def note_projection(self, x: Tensor) -> None:
+        """Remember that a weight was applied to one of this call's own inputs: what queries and keys are made from."""
+        source = x if x._base is None else x._base
+        for tensor in self.inputs:
+            same = tensor is source or (tensor._base is source)
+            if same and not any(tensor is seen for seen in self.projected):
+                self.projected.append(tensor)
+
+
+class Frames:
+    """The stack of module calls of one model, while the context is open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stack: list[Frame] = []
+        self._handles: list[RemovableHandle] = []
+        self.called: set[str] = set()
+
+    def __enter__(self) -> Frames:
+        for path, module in self._model.named_modules():
+            name = _own_name(path) or type(self._model).__name__
+            enter = partial(self._enter_module, name)
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stack.clear()
+
+    def _enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.called.add(name)
+        self._stack.append(Frame(name, module, [*args, *kwargs.values()]))
+
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._stack and self._stack[-1].module is module:
+            self._stack.pop()
+
+    def note_projection(self, x: Tensor) -> None:
+        """Tell every running call that a weight was applied to ``x``."""
+        for frame in self._stack:
+            frame.note_projection(x)
+
+    def layer(self) -> tuple[str, Frame | None]:
+        """Name and call of the layer that is running: the innermost module with parameters of its own or below it."""
+        for frame in reversed(self._stack):
+            if next(frame.module.parameters(), None) is not None:
+                return frame.name, frame
+        return type(self._model).__name__, None
+
+    def looks_like_attention(self) -> Iterator[str]:
+        """Names of modules that one would take for attention by name or by their children, innermost ones only."""
+        names = {
+            _own_name(name)
+            for name, module in self._model.named_modules()
+            if name and _looks_like_attention(_own_name(name), module)
+        }
+        for name in sorted(names):
+            if not any(other.startswith(name + ".") for other in names):
+                yield name
+
+
+def _own_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _looks_like_attention(name: str, module: nn.Module) -> bool:
+    if not any(parameter.dim() >= 2 for parameter in module.parameters()):
+        return False
+    if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList | nn.ModuleDict):
+        return False
+    children = [child for child, _ in module.named_children()]
+    return bool(
+        _ATTENTION_NAME.search(name.rpartition(".")[2])
+        or _ATTENTION_NAME.search(type(module).__name__)
+        or any(_QUERY_NAME.match(child) or _FUSED_NAME.match(child) for child in children)
+    )

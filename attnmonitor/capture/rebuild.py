@@ -1,0 +1,179 @@
+"""Rebuild attention from what was captured: one formula for the logits a softmax sees and for the check of them.
+
+What a layer does to its logits is a bilinear product followed by a few row-wise operations,
+
+    logits = bent( s · q kᵀ + bias ),
+
+`bias` being whatever is added before the first non-linear operation (masks, ALiBi, relative positions) and `bent`
+what follows it (a soft-cap, learned sinks). Both are kept as **steps**, functions of a block of rows, so that any
+few rows can be rebuilt from q, k, s without the L×L matrix. The same rows are then sent through softmax and the
+values and held against the layer's own output: a wrong scale, a wrong key head, a forgotten mask all show.
+
+Letters: B sequences, Hq query heads, Hkv key heads, Lq query and Lk key positions, d head size, R chosen rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["HIDDEN", "Attention", "Step", "checked_rows", "grouped_product", "visible_keys"]
+
+HIDDEN = -1e4
+"""A logit at or below this hides its key: exp of it is 0 in every floating type. Code masks with anything from -1e4 to
+-inf, while ALiBi slopes and learned biases stay above it for the nearest keys, and a key is padding only
+if no query sees it.
+"""
+
+NUM_CHECKED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on logits, as a function of some of their rows.
+
+    Attributes:
+        apply: ``apply(x, rows)``: what the code did, done to rows ``rows`` of its operand, in the code's own layout.
+        moves: Whether it only rearranges entries (a view, a transpose), so that it acts on product and bias alike.
+    """
+
+    apply: Callable[[Tensor, Tensor], Tensor]
+    moves: bool = False
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass
+class Attention:
+    """One attention as the code computed it: its operands, and the steps from their product to its output.
+
+    Attributes:
+        query: ``(B, Hq, Lq, d)``.
+        key: ``(B, Hkv, Lk, d)``.
+        scale: Factor on ``q kᵀ``.
+        arrange: ``(B, Hq, R, Lk)`` into the layout in which the code keeps its logits.
+        restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
+        affine: Steps that add to the product or scale it.
+        bent: Steps from the first non-linear one up to the softmax.
+        after: The softmax, the product with the values, and what lies between.
+        key_axis: Axis of the softmax in the code's layout.
+        outside: What acts on the logits outside the energy field, as far as the operations alone tell.
+        visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    arrange: Callable[[Tensor], Tensor] = _as_it_is
+    restore: Callable[[Tensor], Tensor] = _as_it_is
+    affine: list[Step] = field(default_factory=list)
+    bent: list[Step] = field(default_factory=list)
+    after: list[Step] = field(default_factory=list)
+    key_axis: int = -1
+    outside: set[str] = field(default_factory=set)
+    visible: list[Tensor] = field(default_factory=list)
+
+    def _product_and_bias(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        product = self.arrange(self.scale * grouped_product(self.query.index_select(-2, rows), self.key))
+        bias = torch.zeros_like(product)
+        for step in self.affine:
+            product = step.apply(product, rows) if step.moves else product
+            bias = step.apply(bias, rows)
+        return product, bias
+
+    def _softmax_argument(self, rows: Tensor) -> Tensor:
+        product, bias = self._product_and_bias(rows)
+        logits = product + bias
+        for step in self.bent:
+            logits = step.apply(logits, rows)
+        return logits
+
+    def logit_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where a key is hidden."""
+        with _full_precision(self.query):
+            logits = self.restore(self._softmax_argument(rows)).float()
+            return logits.masked_fill(logits <= HIDDEN, -torch.inf)
+
+    def deviation(self, output: Tensor, row_axis: int = -2) -> Tensor:
+        """Worst deviation of the rebuilt rows from ``output``, relative to its largest entry: a 0-dim tensor.
+
+        Rows that may see no key are left out: there is no right answer (eager code gives uniform attention, fused
+        kernels give zeros), and nothing of them is measured.
+
+        Args:
+            output: What the layer made of its values, in the code's layout.
+            row_axis: The axis of ``output`` that counts query positions.
+        """
+        rows = checked_rows(self.query)
+        with _full_precision(self.query):
+            logits = self._softmax_argument(rows)
+            blind = logits.amax(self.key_axis, keepdim=True) <= HIDDEN
+            expected = logits.masked_fill(blind, torch.nan)
+            for step in self.after:
+                expected = step.apply(expected, rows)
+            actual = output.index_select(row_axis, rows).to(expected.dtype)
+            gap = (expected - actual).abs().masked_fill(expected.isnan(), 0.0)
+            size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
+            return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
+
+    def act_outside(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
+        """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: ask once per layer, not per sample.
+
+        Whether an additive mask carries a bias, and whether a mask hides part of the visible past (a sliding window,
+        chunks, packed documents), is read from the checked rows.
+        """
+        rows = checked_rows(self.query)
+        with _full_precision(self.query):
+            _, bias = self._product_and_bias(rows)
+            biased = ((bias > HIDDEN) & (bias != 0)).any()
+            logits = self.restore(self._softmax_argument(rows))
+        hidden = logits <= HIDDEN
+        past = torch.arange(self.key.shape[-2], device=rows.device) <= rows[:, None]  # (R, Lk)
+        hidden = hidden & past & ~hidden.all(-1, keepdim=True)
+        if key_mask is not None:
+            hidden = hidden & key_mask[:, None, None, :]
+        if query_mask is not None:
+            hidden = hidden & query_mask.index_select(-1, rows)[:, None, :, None]
+        found = torch.stack([biased, hidden.any()]).tolist()
+        names = set(self.outside)
+        if found[0]:
+            names.add("bias")
+        if found[1] and is_self:
+            names.add("window")
+        return tuple(sorted(names))
+
+
+def checked_rows(query: Tensor) -> Tensor:
+    """The rows every check looks at: at most 8, evenly spaced, the last one included; made on the device, no wait."""
+    length = query.shape[-2]
+    count = min(NUM_CHECKED_ROWS, length)
+    return length - 1 - torch.arange(count, device=query.device) * (length // count)
+
+
+def grouped_product(query: Tensor, key: Tensor) -> Tensor:
+    """``q kᵀ`` of query heads in groups that share a key head: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``."""
+    batch, num_query_heads, num_rows, head_dim = query.shape
+    grouped = query.to(_wide(query)).reshape(batch, key.shape[1], -1, num_rows, head_dim)
+    product = grouped @ key.to(_wide(query)).transpose(-1, -2).unsqueeze(2)
+    return product.reshape(batch, num_query_heads, num_rows, key.shape[-2])
+
+
+def visible_keys(mask: Tensor, query_axis: int = -2) -> Tensor:
+    """Which keys at least one query may see: the query axis of a bool (True = may) or additive mask reduced away."""
+    return mask.any(query_axis) if mask.dtype == torch.bool else mask.amax(query_axis) > HIDDEN
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """The probe may run under the user's autocast; what verifies it must not be rounded by it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
