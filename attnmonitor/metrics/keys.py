@@ -1,0 +1,101 @@
+"""Metrics of the keys, one value per key/value head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attnmonitor.functional.counting import check_fraction
+from attnmonitor.functional.incoherence import (
+    key_incoherence,
+    key_leverage_max,
+    key_norm_participation,
+    key_participation_ratio,
+    key_rank,
+    key_rms,
+)
+from attnmonitor.metrics.heads import HeadMetric
+
+__all__ = [
+    "KeyIncoherence",
+    "KeyLeverageMax",
+    "KeyNormParticipation",
+    "KeyParticipationRatio",
+    "KeyRMS",
+    "KeyRank",
+]
+
+
+class _KeyMetric(HeadMetric):
+    """A statistic of the centred keys."""
+
+    def update(self, key: Tensor, mask: Tensor | None = None) -> None:
+        """Add the key heads of one layer: key ``(B, Hkv, L, d)``, mask ``(B, L)`` True where valid."""
+        self.accumulate(self._statistic(key, mask))
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class _EnergyCutMetric(_KeyMetric):
+    """A statistic of the subspace that carries a fraction of the key energy."""
+
+    def __init__(self, num_heads: int, *, energy: float = 0.9, **kwargs: Any) -> None:
+        check_fraction("energy", energy)
+        super().__init__(num_heads, setting=f"_{energy:g}".replace(".", "_"), **kwargs)
+        self.energy = energy
+
+
+class KeyIncoherence(_EnergyCutMetric):
+    """Coherence μ of the energy-carrying key subspace."""
+
+    name = "key_incoherence"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_incoherence(key, mask=mask, energy=self.energy)
+
+
+class KeyRank(_EnergyCutMetric):
+    """Fewest key directions that hold ``energy`` of the variance of the centred keys."""
+
+    name = "key_rank"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_rank(key, mask=mask, energy=self.energy)
+
+
+class KeyLeverageMax(_KeyMetric):
+    """Largest leverage of one key position in the full key space."""
+
+    name = "key_leverage_max"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_leverage_max(key, mask=mask)
+
+
+class KeyParticipationRatio(_KeyMetric):
+    """Smooth effective rank of the centred keys, (Σs²)² / Σs⁴."""
+
+    name = "key_participation_ratio"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_participation_ratio(key, mask=mask)
+
+
+class KeyNormParticipation(_KeyMetric):
+    """Fraction of key positions that carry the key norm."""
+
+    name = "key_norm_participation"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_norm_participation(key, mask=mask)
+
+
+class KeyRMS(_KeyMetric):
+    """Root mean square entry of the centred keys."""
+
+    name = "key_rms"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_rms(key, mask=mask)
