@@ -25,7 +25,7 @@ import sqlite3
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -272,7 +272,7 @@ def _encode(sample: Sample) -> _Encoded:
         layout = json.dumps([[layer, mean.numel()] for layer, mean in means.items()])
         spread, spread_blob = sample.spread.get(metric), None
         if spread is not None:
-            aligned = [spread.get(layer, torch.full_like(mean, math.nan)) for layer, mean in means.items()]
+            aligned = [spread[at] if at in spread else torch.full_like(mean, math.nan) for at, mean in means.items()]
             spread_blob = _blob(aligned, torch.bfloat16)
         values.append((metric, layout, _blob(means.values(), torch.float32), spread_blob))
     return _Encoded(
@@ -280,7 +280,7 @@ def _encode(sample: Sample) -> _Encoded:
         row=(_now(), float(sample.seconds), int(sample.failures), sample.failure, diagnostics),
         values=values,
         events=[astuple(event) for event in sample.events],
-        coverage=json.dumps([asdict(entry) for entry in sample.coverage.values()]),
+        coverage=json.dumps([vars(entry) for entry in sample.coverage.values()]),
     )
 
 
@@ -303,5 +303,5 @@ def _insert(db: sqlite3.Connection, segment_id: int, sample: _Encoded) -> None:
 
 
 def _blob(tensors: Iterable[Tensor], dtype: torch.dtype) -> bytes:
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    return torch.cat(flat).to("cpu", dtype).view(torch.uint8).numpy().tobytes() if flat else b""
+    heads = list(tensors)  # (num_heads,) each
+    return torch.cat(heads).detach().to("cpu", dtype).view(torch.uint8).numpy().tobytes() if heads else b""
