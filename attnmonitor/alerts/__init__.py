@@ -1,0 +1,24 @@
+"""Alerts: which head broke, when, how; and silence otherwise.
+
+Rules are data (`rules`, `defaults`), the numbers they look at are made in `signals`, an alarm's life is a pure function
+(`states`), `watch` puts one rule to work and `run` a rule set, and `digest` turns events into what a person is sent.
+"""
+
+from attnmonitor.alerts.defaults import DEFAULT_RULES
+from attnmonitor.alerts.digest import Notification, digest
+from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
+from attnmonitor.alerts.run import Alerts
+
+__all__ = [
+    "DEFAULT_RULES",
+    "Alerts",
+    "AllOf",
+    "AnyOf",
+    "FiringShare",
+    "Notification",
+    "Rule",
+    "Threshold",
+    "digest",
+    "load_rules",
+    "save_rules",
+]

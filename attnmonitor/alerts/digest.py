@@ -1,0 +1,146 @@
+"""What a person is sent: one notification per sample and rule, however many heads it names.
+
+A title is the same for every notification of a rule, because services limit how often one title is sent; what differs
+from sample to sample is in the text: who, what value, since when, what that usually means and what to try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from attnmonitor.sample import AlertEvent
+
+__all__ = ["Notification", "digest"]
+
+Level = Literal["info", "warning", "error"]
+
+MAX_TITLE = 63
+MAX_LINES = 8
+
+
+@dataclass(frozen=True)
+class Notification:
+    """One message.
+
+    Attributes:
+        rule: Name of the rule.
+        title: Stable per rule, under 64 characters.
+        text: Several lines for a person.
+        level: ``"error"`` for something critical or a run at fault, ``"warning"`` for a new alarm, ``"info"`` when all
+            it tells is recovery.
+    """
+
+    rule: str
+    title: str
+    text: str
+    level: Level
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a kind of fault is called, what it usually means, and what to try."""
+
+    name: str
+    meaning: str
+    remedy: str
+
+
+ADVICE = {
+    "logit_blowup": Advice(
+        "attention logits blow up",
+        "The head's logits grow away from those of the other heads: softmax becomes one-hot and its gradient vanishes.",
+        "Lower the learning rate, add QK-norm or a logit soft-cap, or give W_Q and W_K weight decay.",
+    ),
+    "dead_head": Advice(
+        "attention head goes dead",
+        "Queries or keys shrink towards zero: the head attends uniformly, whatever it reads.",
+        "Look at weight decay and gradients of this head's W_Q and W_K, at a frozen or pruned slice, at a bad restore.",
+    ),
+    "key_sink": Advice(
+        "few keys dominate",
+        "A few key positions carry the key subspace, so every query must look at them.",
+        "Look at the norms of those positions' keys and at outlier channels of the residual stream; try QK-norm.",
+    ),
+    "rank_collapse": Advice(
+        "keys lose rank",
+        "The keys fall into few directions: the head can tell little apart.",
+        "Lower the learning rate, and look at weight decay and at the singular values of this head's W_K.",
+    ),
+    "non_finite": Advice(
+        "values are not finite",
+        "Queries or keys are NaN or infinite. Layers after the one named are infected by it.",
+        "Return to the last good checkpoint, skip steps whose loss or gradient is not finite, check float16 ranges.",
+    ),
+    "broken_start": Advice(
+        "training starts broken",
+        "Soon after the start most heads are far outside of what healthy runs show; the loss need not tell.",
+        "Add warm-up, lower the learning rate, check the initial scale of W_Q and W_K, add QK-norm.",
+    ),
+    "mass": Advice(
+        "many heads at once: the run is at fault",
+        "A large share of the heads in most layers changed at once: not a head is at fault, but something they share.",
+        "Look at the learning rate, the data and the optimizer at that step; return to an earlier checkpoint.",
+    ),
+}
+"""Wording per kind of fault; a rule of a kind of its own is told without advice."""
+
+
+def digest(events: Sequence[AlertEvent]) -> list[Notification]:
+    """Return one notification per rule that has events, the run at fault first.
+
+    Where the run is found at fault (kind ``"mass"``), the head alarms that begin with the same sample are its symptoms:
+    they are counted in its text and, unless critical, not sent on their own.
+
+    Args:
+        events: Events of one sample.
+    """
+    is_mass = any(event.kind == "mass" and event.scope == "run" and event.state == "firing" for event in events)
+    symptoms = [event for event in events if is_mass and _is_new_head_alarm(event)]
+    by_rule: dict[str, list[AlertEvent]] = {}
+    for event in sorted(events, key=lambda event: event.scope != "run"):
+        if event not in symptoms:
+            by_rule.setdefault(event.rule, []).append(event)
+    return [
+        _notify(rule, group, symptoms=len(symptoms) if group[0].kind == "mass" else 0)
+        for rule, group in by_rule.items()
+    ]
+
+
+def _is_new_head_alarm(event: AlertEvent) -> bool:
+    return event.scope != "run" and event.state == "firing" and event.severity == "warning"
+
+
+def _notify(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> Notification:
+    advice = ADVICE.get(events[0].kind)
+    began = [event for event in events if event.state == "firing"]
+    lines = [_line(event) for event in began[:MAX_LINES]]
+    if len(began) > MAX_LINES:
+        lines.append(f"... and {len(began) - MAX_LINES} more")
+    over = [event for event in events if event.state == "cleared"]
+    lines += [_line(event) for event in over[:MAX_LINES]]
+    if len(over) > MAX_LINES:
+        lines.append(f"... and {len(over) - MAX_LINES} more recovered")
+    if symptoms:
+        lines.append(f"Head alarms that began with it: {symptoms}.")
+    if began and advice is not None:
+        lines += [f"Usually: {advice.meaning}", f"Try: {advice.remedy}"]
+    is_error = any(event.severity == "critical" or event.scope == "run" for event in began)
+    title = f"{advice.name if advice is not None else events[0].kind} ({rule})"
+    return Notification(
+        rule=rule,
+        title=title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 3] + "...",
+        text="\n".join(lines),
+        level="error" if is_error else "warning" if began else "info",
+    )
+
+
+def _line(event: AlertEvent) -> str:
+    """Say who, what and since when."""
+    scope = {"query_head": "query head", "kv_head": "KV head"}.get(event.scope, event.scope)
+    where = (
+        "run" if event.layer is None else event.layer if event.head is None else f"{event.layer} {scope} {event.head}"
+    )
+    told = "recovered" if event.state == "cleared" else "still" if event.severity == "critical" else "alarm"
+    return f"step {event.global_step}, {where}: {told}: {event.message}, since step {event.since_step}"
