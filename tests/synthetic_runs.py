@@ -134,7 +134,7 @@ class SyntheticRun:
         layer, head = self.layers[self.sick[0]], self.sick[1]
         began = {"energy_hot": round(0.58 * self.num_samples), "key_sink": round(0.64 * self.num_samples)}
         ended = {"energy_hot": round(0.9 * self.num_samples)}
-        kinds = {"energy_hot": ("logit_blowup", "energy_rms"), "key_sink": ("key_collapse", "key_incoherence")}
+        kinds = {"energy_hot": ("logit_blowup", "energy_rms"), "key_sink": ("key_sink", "key_incoherence")}
         events = []
         for state, at in (("firing", began), ("cleared", ended)):
             for rule, when in at.items():
