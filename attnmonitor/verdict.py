@@ -237,7 +237,9 @@ def print_layer_table(
         print(layer_table(values, firing=firing, coverage=coverage, metrics=metrics))
         return
     header, rows = _table(values, firing, coverage or {}, metrics)
-    table = Table(*header)
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(name, no_wrap=column < len(header) - 1)
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
     Console().print(table)
@@ -270,7 +272,8 @@ def _range_text(heads: ArrayLike | None) -> str:
     known = known[~np.isnan(known)]
     if not known.size:
         return "–"
-    return f"{np.median(known):.3g} ({known.min():.3g} … {known.max():.3g})"
+    least, middle, most = (f"{x:.0f}" if abs(x) >= 10 else f"{x:.2g}" for x in np.quantile(known, [0, 0.5, 1]))
+    return f"{middle} ({least}–{most})"
 
 
 def _complaint(firing: Sequence[AlertEvent], short: Mapping[str, str]) -> str:
