@@ -30,7 +30,7 @@ __all__ = [
     "verdict_of_record",
 ]
 
-TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence", "key_rank")
+TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
 _MOST_NAMED = 3
 
 # Added to the spread of the heads when distances are taken. Where most heads agree (integer ranks do) the spread is 0,
@@ -230,6 +230,7 @@ def print_layer_table(
 ) -> None:
     """Print `layer_table`, with lines and colour where ``rich`` is installed."""
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -237,9 +238,10 @@ def print_layer_table(
         print(layer_table(values, firing=firing, coverage=coverage, metrics=metrics))
         return
     header, rows = _table(values, firing, coverage or {}, metrics)
-    table = Table()
-    for column, name in enumerate(header):
-        table.add_column(name, no_wrap=column < len(header) - 1)
+    table = Table(box=SIMPLE_HEAD)
+    for name in header:
+        is_words = name in (header[0], header[-1])
+        table.add_column(name, no_wrap=not is_words, min_width=16 if is_words else None, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
     Console().print(table)
