@@ -239,9 +239,10 @@ def print_layer_table(
         return
     header, rows = _table(values, firing, coverage or {}, metrics)
     table = Table(box=SIMPLE_HEAD)
-    for name in header:
-        is_words = name in (header[0], header[-1])
-        table.add_column(name, no_wrap=not is_words, min_width=16 if is_words else None, overflow="fold")
+    table.add_column(header[0], overflow="fold")
+    for name in header[1:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(header[-1], min_width=12, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
     Console().print(table)
