@@ -41,6 +41,11 @@ class Frame:
             if same and not any(tensor is seen for seen in self.projected):
                 self.projected.append(tensor)
 
+    def projects_two(self, num_keys: int) -> bool:
+        """Whether two different sequences were projected, one of them as long as the keys: cross attention."""
+        sequences = [x for x in self.projected if x.dim() >= 3]
+        return len(sequences) > 1 and any(num_keys in x.shape[:-1] for x in sequences[1:])
+
 
 class Frames:
     """The stack of module calls of one model, while the context is open."""

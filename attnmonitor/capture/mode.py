@@ -1,38 +1,38 @@
 """Watch a forward at the level of torch functions and recognise attention by what it computes.
 
 A `TorchFunctionMode` sees every torch function the model calls, whichever module, library or compiled wrapper it comes
-from. A call of `scaled_dot_product_attention` names its operands outright.
+from. It looks each function's name up once and hands the call, after it ran, to those who understand it: the fused calls, the tracer of
+hand-written attention, the notes on repeated keys. What they find is named, verified and emitted here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from torch.overrides import TorchFunctionMode
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.frames import Frame, Frames
-from attnmonitor.capture.notes import Notes
-from attnmonitor.capture.rebuild import Attention, Step, grouped_product, visible_keys
+from attnmonitor.capture.fused import read_flex, read_sdpa
+from attnmonitor.capture.rebuild import Attention
+from attnmonitor.capture.repeats import Repeats
+from attnmonitor.capture.traced import Tracer
 
 __all__ = ["AttentionMode"]
 
-Function = Callable[..., Any]
+Observer = Callable[..., None]
 
 
 class AttentionMode(TorchFunctionMode):
     """The function mode of one capture: follows a forward and emits every attention it recognises."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        emit: Callable[[AttentionCall], None],
-        layouts: dict[str, tuple[str, ...]],
+        self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: dict[str, tuple[str, ...]]
     ) -> None:
         super().__init__()
         self.frames = Frames(model)
@@ -41,102 +41,136 @@ class AttentionMode(TorchFunctionMode):
         self._layouts = layouts
         self._calls: Counter[str] = Counter()
         self._last_self_mask: Tensor | None = None
-        self._repeats = Notes[Tensor]()
-        self._visible = Notes[Tensor]()
-        self._handlers: dict[Any, Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]] = {
-            nn.functional.scaled_dot_product_attention: self._on_sdpa,
-            nn.functional.linear: self._on_projection,
-            torch.addmm: self._on_projection,
-            Tensor.addmm: self._on_projection,
-            Tensor.expand: self._on_expand,
-            Tensor.reshape: self._on_merge,
-            Tensor.flatten: self._on_merge,
-            torch.reshape: self._on_merge,
-            torch.flatten: self._on_merge,
-            Tensor.repeat_interleave: self._on_repeat_interleave,
-            torch.repeat_interleave: self._on_repeat_interleave,
+        self._inside_mha = False
+        self._repeats = Repeats()
+        self._tracer = Tracer(self.frames, self._repeats.before, self._found_traced, self._lost)
+        self._observers: dict[str, list[Observer]] = {}
+        own: dict[str, Observer] = {
+            "scaled_dot_product_attention": self._observe_sdpa,
+            "flex_attention": self._observe_flex,
+            "linear": self._observe_projection,
+            "addmm": self._observe_projection,
         }
+        for observers in (self._repeats.observers, self._tracer.observers, own):
+            for name, observer in observers.items():
+                self._observers.setdefault(name, []).append(observer)
+        self._known: dict[Any, tuple[str, list[Observer]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        handler = self._handlers.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
-        return handler(func, args, kwargs or {})
-
-    def _on_sdpa(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = kwargs or {}
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = self._look_up(func)
+        name, observers = known
+        if name == "multi_head_attention_forward":
+            return self._enter_mha(func, args, kwargs)
         output = func(*args, **kwargs)
-        self._record_sdpa(output, *args, **kwargs)
+        for observe in observers:
+            observe(name, func, args, kwargs, output)
         return output
 
-    def _record_sdpa(
+    def _look_up(self, func: Any) -> tuple[str, list[Observer]]:
+        """The plain name of a torch function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        if name.endswith("_") and not name.startswith("_") and name[:-1] in self._observers:
+            name = name[:-1]
+        return name, self._observers.get(name, [])
+
+    def _enter_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``multi_head_attention_forward`` with the mode on inside it.
+
+        Torch offers this function to a mode as one opaque call. A copy of it whose own test for overrides says no
+        computes the same with every inner call in sight; torch's own module stays as it is.
+        """
+        opened = FunctionType(
+            func.__code__,
+            {**func.__globals__, "has_torch_function": lambda _: False},
+            func.__name__,
+            func.__defaults__,
+            func.__closure__,
+        )
+        opened.__kwdefaults__ = func.__kwdefaults__
+        self._inside_mha = True
+        try:
+            with self:
+                return opened(*args, **kwargs)
+        finally:
+            self._inside_mha = False
+
+    def _observe_projection(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        position = 1 if name == "addmm" else 0
+        x = args[position] if len(args) > position else kwargs.get("input")
+        if isinstance(x, Tensor):
+            self.frames.note_projection(x)
+
+    def _observe_sdpa(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        query, key, *rest = args if len(args) > 1 else (*args, kwargs.pop("query", None), kwargs.pop("key"))
+        self._observe_fused(read_sdpa, "sdpa", query, key, rest, kwargs, output)
+
+    def _observe_flex(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        query, key, *rest = args
+        self._observe_fused(read_flex, "sdpa", query, key, rest, kwargs, output[0])
+
+    def _observe_fused(
         self,
-        output: Tensor,
+        read: Callable[..., Attention],
+        how: str,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        rest: Any,
+        kwargs: Any,
+        output: Tensor,
     ) -> None:
-        name, frame = self.frames.layer()
+        layer, frame = self.frames.layer()
         if query.dim() != 4:
-            self.report.missed[name] = f"scaled_dot_product_attention got a query of {query.dim()} dimensions, not 4"
+            self._lost(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
             return
-        attention = Attention(query, self.unrepeated(key), query.shape[-1] ** -0.5 if scale is None else scale)
-        if attn_mask is not None:
-            attention.affine.append(_mask_step(attn_mask, query.shape[-2]))
-            self._note_mask(attention, attn_mask, query.shape[0])
-        if is_causal:
-            attention.affine.append(Step(_hide_future))
-        attention.after.append(_attend(value, query.shape[1]))
-        self._finish(name, frame, attention, "sdpa", output if dropout_p == 0 else None, -2)
+        before = self._repeats.before(key)
+        attention = read(query, key if before is None else before, *rest, **kwargs)
+        self._found(layer, frame, attention, how, output, -2)
 
-    def _note_mask(self, attention: Attention, mask: Tensor, batch: int) -> None:
-        """Reduce a mask ``(B|1, H|1, Lq|1, Lk)`` to the keys it lets be seen; once per mask, for layers share it."""
-        if mask.shape[-1] != attention.key.shape[-2]:
-            return
-        seen = self._visible.get(mask)
-        if seen is None:
-            seen = visible_keys(mask if mask.dim() >= 2 else mask[None])  # (..., Lk)
-            while seen.dim() > 2:
-                seen = seen.any(1)
-            self._visible.put(mask, seen)
-        attention.visible.append(seen.expand(batch, -1))
+    def _found_traced(
+        self, layer: str, frame: Frame | None, attention: Attention, output: Tensor | None, row_axis: int
+    ) -> None:
+        self._found(layer, frame, attention, "traced", output, row_axis)
 
-    def _finish(
+    def _lost(self, layer: str, reason: str) -> None:
+        self.report.missed[layer] = reason
+
+    def _found(
         self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
     ) -> None:
-        """Verify, name and emit one attention."""
+        """Name, verify and emit one attention."""
         self._calls[name] += 1
         layer = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
-        same_length = attention.query.shape[-2] == attention.key.shape[-2]
-        is_self = same_length and (frame is None or len(frame.projected) < 2)
-        key_mask = None
-        for seen in attention.visible:
-            key_mask = seen if key_mask is None else key_mask & seen
+        query, key = attention.query, attention.key
+        is_self = query.shape[-2] == key.shape[-2] and (frame is None or not frame.projects_two(key.shape[-2]))
+        key_mask = attention.key_mask()
+        query_mask = key_mask if is_self else self._last_self_mask
+        if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[-2]):
+            query_mask = None
         if is_self:
-            query_mask = self._last_self_mask = key_mask
-        else:
-            query_mask = self._last_self_mask
-            if query_mask is not None and query_mask.shape != (attention.query.shape[0], attention.query.shape[-2]):
-                query_mask = None
+            self._last_self_mask = key_mask
         outside = self._layouts.get(layer)
         if outside is None:
             outside = self._layouts[layer] = attention.act_outside(query_mask, key_mask, is_self=is_self)
+        comparable = output is not None and attention.exact
         self._emit(
             AttentionCall(
                 layer=layer,
-                query=attention.query,
-                key=attention.key,
+                query=query,
+                key=key,
                 scale=attention.scale,
                 query_mask=query_mask,
                 key_mask=key_mask,
                 kind="self" if is_self else "cross",
-                how=how,
+                how="mha" if self._inside_mha else how,
                 outside=outside,
-                error=None if output is None else attention.deviation(output, row_axis),
+                error=attention.deviation(output, row_axis) if comparable and output is not None else None,
                 logit_rows=attention.logit_rows,
             )
         )
@@ -148,62 +182,3 @@ class AttentionMode(TorchFunctionMode):
                 called = name in self.frames.called
                 reason = "no softmax of a query-key product was seen in it" if called else "not called in this forward"
                 self.report.missed.setdefault(name, reason)
-
-    # Keys repeated per query head, and what they were before.
-
-    def unrepeated(self, key: Tensor) -> Tensor:
-        """The key with one head per key head, where code repeated it to one per query head on the way."""
-        source = self._repeats.get(key)
-        return key if source is None else source
-
-    def _on_expand(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output: Tensor = func(*args, **kwargs)
-        source: Tensor = args[0]
-        if output.dim() == 5 and source.dim() == 5 and source.shape[2] == 1 and output.shape[2] > 1:
-            self._repeats.put(output, source)
-        return output
-
-    def _on_merge(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output: Tensor = func(*args, **kwargs)
-        source = self._repeats.get(args[0])
-        if source is not None and output.dim() == 4 and output.shape == args[0].flatten(1, 2).shape:
-            self._repeats.put(output, source.squeeze(2))
-        return output
-
-    def _on_repeat_interleave(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output: Tensor = func(*args, **kwargs)
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-        if (
-            args[0].dim() == 4
-            and dim in (1, -3)
-            and isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), int)
-        ):
-            self._repeats.put(output, args[0])
-        return output
-
-    def _on_projection(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if func is nn.functional.linear else args[1] if len(args) > 1 else None
-        if isinstance(x, Tensor):
-            self.frames.note_projection(x)
-        return func(*args, **kwargs)
-
-
-def _mask_step(mask: Tensor, num_rows: int) -> Step:
-    def apply(x: Tensor, rows: Tensor) -> Tensor:
-        part = mask.index_select(-2, rows) if mask.dim() >= 2 and mask.shape[-2] == num_rows and num_rows > 1 else mask
-        return torch.where(part, x, -torch.inf) if mask.dtype == torch.bool else x + part
-
-    return Step(apply)
-
-
-def _hide_future(x: Tensor, rows: Tensor) -> Tensor:
-    future = torch.arange(x.shape[-1], device=x.device) > rows[:, None]
-    return x.masked_fill(future, -torch.inf)
-
-
-def _attend(value: Tensor, num_query_heads: int) -> Step:
-    def apply(logits: Tensor, rows: Tensor) -> Tensor:
-        weights = logits.softmax(-1)
-        return grouped_product(weights, value.transpose(-1, -2))
-
-    return Step(apply)

@@ -65,6 +65,7 @@ class Attention:
         key_axis: Axis of the softmax in the code's layout.
         outside: What acts on the logits outside the energy field, as far as the operations alone tell.
         visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see.
+        exact: Whether the layer's output can be rebuilt: False where dropout acted on the weights.
     """
 
     query: Tensor
@@ -78,6 +79,14 @@ class Attention:
     key_axis: int = -1
     outside: set[str] = field(default_factory=set)
     visible: list[Tensor] = field(default_factory=list)
+    exact: bool = True
+
+    def key_mask(self) -> Tensor | None:
+        """Keys that every mask lets be seen by some query, ``(B, Lk)``; None when no mask arrived."""
+        mask = None
+        for seen in self.visible:
+            mask = seen if mask is None else mask & seen
+        return mask
 
     def _product_and_bias(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         product = self.arrange(self.scale * grouped_product(self.query.index_select(-2, rows), self.key))

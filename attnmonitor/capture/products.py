@@ -1,0 +1,133 @@
+"""Products of two activations, read the same way however they are written.
+
+``a @ b``, ``torch.bmm`` and ``torch.einsum`` are all one thing: operands with labelled axes, some of which are summed
+over. With labels, a product of queries and keys is one that contracts a single axis (the head size) and keeps one position axis
+of each operand; the axes both share, or that one of them broadcasts, are sequences and heads.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Labelled", "PairwiseProduct", "is_weight", "labelled", "pairwise_product"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A product of two tensors and the label of every axis: ``einsum(f"{left_axes},{right_axes}->{out_axes}")``."""
+
+    left: Tensor
+    right: Tensor
+    left_axes: str
+    right_axes: str
+    out_axes: str
+
+    @property
+    def contracted(self) -> set[str]:
+        """Labels that are summed over."""
+        return (set(self.left_axes) & set(self.right_axes)) - set(self.out_axes)
+
+
+@dataclass(frozen=True, eq=False)
+class PairwiseProduct:
+    """Every row position of one operand times every row position of the other.
+
+    Attributes:
+        query: ``(*batch, Lq, d)``; an axis of ``batch`` has size 1 where this operand is broadcast.
+        key: ``(*batch, Lk, d)``, likewise.
+        batch: Sizes of the leading axes of the product: sequences, heads, or both in one.
+        query_axis: Axis of the query positions in the product.
+        key_axis: Axis of the key positions in the product.
+    """
+
+    query: Tensor
+    key: Tensor
+    batch: tuple[int, ...]
+    query_axis: int
+    key_axis: int
+
+
+def is_weight(x: Any) -> bool:
+    """Whether ``x`` is a parameter or a view of one: a product with it is a projection, not attention."""
+    return isinstance(x, nn.Parameter) or (isinstance(x, Tensor) and isinstance(x._base, nn.Parameter))
+
+
+def labelled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Labelled | None:
+    """Read a call of ``matmul``, ``bmm``, ``baddbmm`` or ``einsum``; None where it is not a product of two tensors."""
+    if name == "einsum":
+        operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+        return _read_equation(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
+    if name == "baddbmm":
+        args = args[1:]
+    left, right = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or min(left.dim(), right.dim()) < 2:
+        return None
+    num_batch = max(left.dim(), right.dim()) - 2
+    batch = string.ascii_uppercase[:num_batch]
+    return Labelled(
+        left,
+        right,
+        batch[num_batch - left.dim() + 2 :] + "ic",
+        batch[num_batch - right.dim() + 2 :] + "cj",
+        batch + "ij",
+    )
+
+
+def _read_equation(equation: str, operands: Sequence[Any]) -> Labelled | None:
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or not all(isinstance(x, Tensor) for x in operands):
+        return None
+    free = [letter for letter in string.ascii_uppercase if letter not in equation]
+    hidden = [
+        x.dim() - len(term.replace("...", "")) if "..." in term else 0 for x, term in zip(operands, terms, strict=True)
+    ]
+    ellipsis = "".join(free[: max(hidden)])
+    left, right = (
+        term.replace("...", ellipsis[len(ellipsis) - count :]) for term, count in zip(terms, hidden, strict=True)
+    )
+    out = out.replace("...", ellipsis)
+    if any(len(set(axes)) != len(axes) for axes in (left, right, out)):
+        return None
+    return Labelled(operands[0], operands[1], left, right, out)
+
+
+def pairwise_product(product: Labelled) -> PairwiseProduct | None:
+    """The product as queries times keys, None where it has another form or one operand is a weight.
+
+    Which operand holds the queries is decided by the order of the axes in the result, rows before columns; the
+    softmax, later, must run over the keys.
+    """
+    if is_weight(product.left) or is_weight(product.right) or not product.left.is_floating_point():
+        return None
+    out = product.out_axes
+    left_only = [axis for axis in out if axis in product.left_axes and axis not in product.right_axes]
+    right_only = [axis for axis in out if axis in product.right_axes and axis not in product.left_axes]
+    if len(product.contracted) != 1 or not left_only or not right_only or len(out) < 3:
+        return None
+    (summed,) = product.contracted
+    rows, columns = left_only[-1], right_only[-1]
+    operands = [(product.left, product.left_axes), (product.right, product.right_axes)]
+    if out.index(rows) > out.index(columns):
+        rows, columns = columns, rows
+        operands.reverse()
+    batch_axes = [axis for axis in out if axis not in (rows, columns)]
+    query = _ordered(*operands[0], [*batch_axes, rows, summed])
+    key = _ordered(*operands[1], [*batch_axes, columns, summed])
+    batch = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
+    return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns))
+
+
+def _ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:
+    """``x`` with its axes in the order ``wanted``, a missing one as an axis of size 1."""
+    present = [axes.index(axis) for axis in wanted if axis in axes]
+    x = x.permute(present)
+    for position, axis in enumerate(wanted):
+        if axis not in axes:
+            x = x.unsqueeze(position)
+    return x
