@@ -41,6 +41,11 @@ class LayerCoverage:
     reason: str = ""
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and head size; zeros when not captured."""
+        return (self.num_query_heads, self.num_kv_heads, self.head_dim)
+
+    @property
     def measured(self) -> bool:
         """Whether the layer's numbers may be trusted and are logged."""
         return not self.reason
@@ -90,10 +95,12 @@ class Sample:
         spread: The same shape: standard deviation over the probe's sequences (population; 0 for one sequence).
         coverage: How each layer was captured, or why it was not.
         events: Alerts that began or cleared with this sample.
+        firing: Alerts that are firing now, the new ones among them.
         diagnostics: The monitor's own figures: ``certified_fraction``, ``invariant_residual``, ``overhead``.
         seconds: What the sample cost, in seconds.
         failures: Samples of this run that failed so far, this one included.
         failure: Why this sample has no values; None when it has.
+        name: Name of the monitor that took it, the middle of its keys ``attention/<name>/…``; None without one.
     """
 
     global_step: int
@@ -101,7 +108,9 @@ class Sample:
     spread: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     coverage: Mapping[str, LayerCoverage] = field(default_factory=dict)
     events: list[AlertEvent] = field(default_factory=list)
+    firing: list[AlertEvent] = field(default_factory=list)
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = float("nan")
     failures: int = 0
     failure: str | None = None
+    name: str | None = None

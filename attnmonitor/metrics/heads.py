@@ -54,6 +54,8 @@ class HeadMetric(Metric):
         sums: Tensor = getattr(self, self._sums)
         wide = values.to(sums.dtype)
         setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
+        # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
+        self._update_count, self._computed = max(1, self._update_count), None
 
     def compute(self) -> Tensor:
         """Mean over sequences, ``(num_heads,)`` float32."""

@@ -1,0 +1,67 @@
+"""Where samples go while a run lives: experiment trackers, each through one small class with ``log_sample``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from attnmonitor.loggers.keys import ScalarKeys
+from attnmonitor.loggers.wandb import WandbLogger
+from attnmonitor.sample import Sample
+
+__all__ = ["MetricsLogger", "SampleLogger", "ScalarKeys", "WandbLogger", "as_logger"]
+
+
+@runtime_checkable
+class SampleLogger(Protocol):
+    """Anything that takes samples: the one method a logger of your own needs.
+
+    A logger may also have ``log_run(description)``, called once at attach with the run's settings, and ``close()``.
+    """
+
+    def log_sample(self, sample: Sample) -> None:
+        """Log one sample."""
+
+
+class MetricsLogger:
+    """Sends the scalars of each sample to any object with ``log_metrics(dict, step)``, such as a Lightning logger.
+
+    Args:
+        logger: The object.
+        max_keys: Most keys ever made.
+    """
+
+    def __init__(self, logger: Any, *, max_keys: int = 2000) -> None:
+        self._logger = logger
+        self._max_keys = max_keys
+        self._keys: ScalarKeys | None = None
+
+    def log_sample(self, sample: Sample) -> None:
+        """Log one sample's scalars at its global step."""
+        if self._keys is None:
+            self._keys = ScalarKeys(sample, max_keys=self._max_keys)
+        self._logger.log_metrics(
+            {**self._keys.summaries(sample), **self._keys.details(sample)}, step=sample.global_step
+        )
+
+
+def as_logger(logger: Any) -> SampleLogger:
+    """Return ``logger`` as something that takes samples.
+
+    An object with ``log_sample`` is taken as it is; a Weights & Biases run, or a Lightning logger that holds one, is
+    wrapped in `WandbLogger`; any other object with ``log_metrics(dict, step)`` gets the scalars.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(logger, SampleLogger):
+        return logger
+    if any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__):
+        return WandbLogger(logger.experiment)
+    if callable(getattr(logger, "define_metric", None)):
+        return WandbLogger(logger)
+    if callable(getattr(logger, "log_metrics", None)):
+        return MetricsLogger(logger)
+    raise ValueError(
+        f"loggers: {type(logger).__name__} has neither log_sample(sample) nor log_metrics(dict, step); "
+        "give a Lightning logger, a W&B run, attnmonitor.loggers.WandbLogger() or an object with one of these methods"
+    )

@@ -1,0 +1,288 @@
+"""One measurement: a quiet probe forward, reduced to numbers per head, brought to the host in one transfer.
+
+Each layer is reduced to its cores the moment its attention runs, so that no more than one layer's queries and keys
+are alive at a time. Everything stays on the device, without a wait, until all layers are through; then one vector
+carries all values, their verification errors and the self-checks to the host. Only there is it decided what may be
+shown: a layer whose capture does not rebuild what the layer really produced is NaN, with the reason in its coverage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attnmonitor.capture import AttentionCall, capture_attention
+from attnmonitor.catalog import METRICS, OPT_IN_METRICS
+from attnmonitor.functional import HeadCores, head_cores, head_statistics
+from attnmonitor.metrics import METRIC_CLASSES
+from attnmonitor.probe import Probe, quiet
+from attnmonitor.sample import LayerCoverage
+
+__all__ = ["Measured", "Measurement"]
+
+_Key = tuple[str, ...]
+LayerValues = Mapping[str, Mapping[str, Tensor]]
+
+# Rebuilding attention in float32 from tensors of these types and comparing with the layer's own output: what rounding
+# alone gives stays an order of magnitude below, a wrong scale or mask lies orders of magnitude above.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement found, on the host.
+
+    Attributes:
+        values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
+        spread: The same shape: standard deviation over the sequences.
+        coverage: Every layer, measured or not.
+        diagnostics: ``certified_fraction`` and ``invariant_residual``.
+    """
+
+    values: LayerValues
+    spread: LayerValues
+    coverage: Mapping[str, LayerCoverage]
+    diagnostics: Mapping[str, float]
+
+    def trusted_values(self) -> LayerValues:
+        """The values without the layers that may not be shown: a failed capture is not a head that broke."""
+        return {
+            metric: {name: heads for name, heads in layers.items() if self.coverage[name].measured}
+            for metric, layers in self.values.items()
+        }
+
+
+@dataclass(eq=False)
+class _Reduced:
+    """One layer's attention after its queries and keys are gone."""
+
+    coverage: LayerCoverage
+    dtype: torch.dtype
+    error: Tensor | None
+    cores: HeadCores
+    rows: dict[str, Tensor]
+
+
+class Measurement:
+    """Measures all heads of a model on a probe, as often as asked.
+
+    Args:
+        model: The unwrapped model.
+        probe: The batch and how to run it.
+        metrics: Names of the metrics, in table order.
+        strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
+
+    Attributes:
+        layers: Coverage at attach: the layers and head counts that every measurement answers for.
+        num_heads: Per layer that has heads: ``{"query_head": …, "kv_head": …}``.
+        signature: 12 hex digits over names and head counts of the layers: tells another model from this one.
+    """
+
+    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+        self._model = model
+        self._probe = probe
+        self._metrics = tuple(metrics)
+        self._strict = strict
+        self._layouts: dict[str, tuple[str, ...]] = {}
+        self.layers: Mapping[str, LayerCoverage] = {}
+
+    @property
+    def num_heads(self) -> dict[str, dict[str, int]]:
+        """Heads per scope of every layer that has heads."""
+        return {
+            layer: {"query_head": found.num_query_heads, "kv_head": found.num_kv_heads}
+            for layer, found in self.layers.items()
+            if found.num_query_heads
+        }
+
+    @property
+    def signature(self) -> str:
+        """A short name for this arrangement of layers and heads."""
+        heads = {name: layer.heads for name, layer in self.layers.items()}
+        return hashlib.sha256(json.dumps(heads).encode()).hexdigest()[:12]
+
+    def attach(self) -> Measured:
+        """Measure once, to learn which layers there are and to tell the user what does not work while it is cheap.
+
+        Raises:
+            ValueError: The model rejects the probe, no attention is seen, or the probe has fewer than two tokens.
+        """
+        model, described = type(self._model).__qualname__, self._probe.describe()
+        try:
+            reduced, troubles = self._forward()
+        except Exception as error:
+            raise ValueError(
+                f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}; give a batch its "
+                "forward takes, or say how to call it: forward=lambda model, batch: model(...)"
+            ) from error
+        if not reduced:
+            seen = "".join(f"; {layer}: {reason}" for layer, reason in troubles.items())
+            raise ValueError(
+                f"model={model}: no attention was seen in its forward{seen}; a layer that computes its attention in a "
+                "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
+            )
+        self.layers = {layer: found.coverage for layer, found in reduced.items()}
+        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in troubles.items()}
+        if all(bool((found.cores.num_keys < 2).any()) for found in reduced.values()):
+            raise ValueError(
+                f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
+                "to; give sequences of 2 or more, better of a few hundred"
+            )
+        measured = self._on_host(reduced, troubles)
+        self.layers = measured.coverage
+        return measured
+
+    def take(self) -> Measured:
+        """Measure once: one quiet forward, one transfer to the host."""
+        return self._on_host(*self._forward())
+
+    def nothing(self, reason: str) -> Measured:
+        """Return what a measurement that failed as a whole says: NaN for every head."""
+        return self._on_host({}, dict.fromkeys(self.layers, reason))
+
+    def _forward(self) -> tuple[dict[str, _Reduced], dict[str, str]]:
+        """Run the probe; return the layers reduced to cores, and a reason for each layer that has none."""
+        reduced: dict[str, _Reduced] = {}
+        troubles: dict[str, str] = {}
+
+        def emit(call: AttentionCall) -> None:
+            try:
+                reduced[call.layer] = self._reduce(call)
+            except Exception as error:
+                if self._strict:
+                    raise
+                troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
+
+        with quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
+            self._probe.run(self._model)
+        return reduced, {**report.missed, **troubles}
+
+    def _reduce(self, call: AttentionCall) -> _Reduced:
+        masks = {"query_mask": call.query_mask, "key_mask": call.key_mask}
+        by_rows = [name for name in self._metrics if name in OPT_IN_METRICS]
+        cores = head_cores(call.query, call.key, scale=call.scale, metrics=self._metrics, **masks)
+        rows: dict[str, Tensor] = {}
+        if by_rows:
+            num_rows = call.query.shape[2]
+            rows = attention_row_statistics(call.logit_rows, num_rows, query_mask=call.query_mask, metrics=by_rows)
+        coverage = LayerCoverage(
+            layer=call.layer,
+            how=call.how,
+            kind=call.kind,
+            num_query_heads=call.query.shape[1],
+            num_kv_heads=call.key.shape[1],
+            head_dim=call.query.shape[3],
+            scale=call.scale,
+            outside=call.outside,
+        )
+        return _Reduced(coverage, call.query.dtype, call.error, cores, rows)
+
+    def _on_host(self, reduced: Mapping[str, _Reduced], troubles: Mapping[str, str]) -> Measured:
+        """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
+        statistics = head_statistics([layer.cores for layer in reduced.values()])
+        waiting: dict[tuple[str, ...], Tensor] = {}
+        by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
+        for (name, layer), found in zip(reduced.items(), statistics, strict=True):
+            waiting["certified", name] = found.certified.float().mean()
+            waiting["residual", name] = found.invariant_residual
+            if layer.error is not None:
+                waiting["error", name] = layer.error
+            values = {**found.values, **layer.rows}
+            for metric in self._metrics:
+                by_head[metric][name] = values[metric]
+        for metric, per_sequence in by_head.items():
+            waiting |= _averaged(metric, per_sequence)
+        arrived = _to_host(waiting)
+
+        coverage = {
+            name: self._judged(name, reduced.get(name), troubles.get(name, ""), arrived)
+            for name in dict.fromkeys([*self.layers, *reduced])
+        }
+        shown = [name for name, layer in coverage.items() if layer.measured]
+        residuals = [float(arrived["residual", name]) for name in shown]
+        certified = [float(arrived["certified", name]) for name in shown]
+        return Measured(
+            values=self._table("mean", arrived, shown),
+            spread=self._table("spread", arrived, shown),
+            coverage=coverage,
+            diagnostics={
+                "certified_fraction": sum(certified) / len(certified) if shown else math.nan,
+                "invariant_residual": max(residuals, default=math.nan),
+            },
+        )
+
+    def _table(self, which: str, arrived: Mapping[_Key, Tensor], shown: Sequence[str]) -> LayerValues:
+        """Lay the numbers out by metric and layer; NaN for layers that may not be shown."""
+        return {
+            metric: {
+                name: arrived[which, metric, name]
+                if name in shown
+                else torch.full((heads[METRICS[metric].scope],), torch.nan)
+                for name, heads in self.num_heads.items()
+            }
+            for metric in self._metrics
+        }
+
+    def _judged(self, name: str, layer: _Reduced | None, trouble: str, arrived: Mapping[_Key, Tensor]) -> LayerCoverage:
+        """Say how a layer was measured, or why its numbers may not be shown."""
+        expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
+        if layer is None:
+            return replace(expected, reason=trouble or expected.reason or "its attention did not run this time")
+        found = layer.coverage
+        if expected.heads != found.heads:
+            was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
+            return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
+        if layer.error is None:
+            return found
+        error = float(arrived["error", name])
+        tolerance = _TOLERANCE.get(layer.dtype, 0.0)
+        reason = ""
+        if not error <= tolerance:
+            reason = (
+                f"attention rebuilt from what was captured differs from the layer's output by {error:.1e} "
+                f"(tolerance {tolerance:.0e})"
+            )
+        return replace(found, error=error, reason=reason)
+
+
+def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
+    """Mean and spread over sequences of every layer's ``(B, H)``, by way of the metric's class.
+
+    Layers that ran on equally many sequences share one metric object; only windowed vision models have several.
+    """
+    by_batch: dict[int, dict[str, Tensor]] = {}
+    for name, values in per_sequence.items():
+        by_batch.setdefault(values.shape[0], {})[name] = values
+    averaged: dict[_Key, Tensor] = {}
+    for layers in by_batch.values():
+        together = torch.cat([values.to(next(iter(layers.values())).device) for values in layers.values()], dim=1)
+        average = METRIC_CLASSES[metric](num_heads=together.shape[1], sync_on_compute=False).to(together.device)
+        average.accumulate(together)
+        widths = [values.shape[1] for values in layers.values()]
+        means, spreads = torch.split(average.compute(), widths), torch.split(average.spread(), widths)
+        for name, mean, spread in zip(layers, means, spreads, strict=True):
+            averaged["mean", metric, name] = mean
+            averaged["spread", metric, name] = spread
+    return averaged
+
+
+def _to_host(waiting: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Carry all tensors to the host as one float32 vector: the one place where a sample waits for the device."""
+    if not waiting:
+        return {}
+    device = next(iter(waiting.values())).device
+    vector = torch.cat([tensor.detach().reshape(-1).to(device, torch.float32) for tensor in waiting.values()])
+    if vector.is_cuda:
+        pinned = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        pinned.copy_(vector, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+        vector = pinned
+    parts = torch.split(vector, [tensor.numel() for tensor in waiting.values()])
+    # Cloned, or one kept value would keep the whole vector alive.
+    return {key: part.clone().reshape(tensor.shape) for (key, tensor), part in zip(waiting.items(), parts, strict=True)}

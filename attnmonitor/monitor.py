@@ -1,0 +1,335 @@
+"""The way of the data: schedule → quiet probe forward → numbers per head → sample → record, loggers, alerts.
+
+Two rules shape everything here. A step that is not sampled pays for one call of the schedule and nothing else. And
+after attach nothing the monitor does may hurt the run: whatever goes wrong while sampling becomes NaN, a counter and
+one warning, and goes no further.
+"""
+
+from __future__ import annotations
+
+import logging
+import string
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed, nn
+
+from attnmonitor._version import __version__
+from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
+from attnmonitor.history import History
+from attnmonitor.loggers import as_logger
+from attnmonitor.measurement import Measurement
+from attnmonitor.probe import ForwardFunction, Probe, unwrap
+from attnmonitor.record import RunRecord
+from attnmonitor.recorder import RecordWriter
+from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.schedules import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["AttentionMonitor"]
+
+_logger = logging.getLogger("attnmonitor")
+
+_STATE_FORMAT = 1
+_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
+
+
+class AttentionMonitor:
+    """Watches every attention head of a model on a fixed probe batch while the model trains.
+
+    Args:
+        model: The model; DDP and compile wrappers are looked through.
+        probe: The batch that is run each time: a tensor, mapping, tuple or list on the model's device, or a
+            ``DataLoader`` whose first batch is taken.
+        schedule: When to sample: every so many optimizer steps, a list of steps, or any function of the step
+            (`attnmonitor.schedules`). Asked at 0 and after every optimizer step.
+        metrics: Names out of `attnmonitor.catalog.METRICS`; by default those that need no L×L matrix.
+        alerts: True for the default rules, a list of rules, or False for none.
+        loggers: Objects with ``log_sample(sample)`` or ``log_metrics(dict, step)``, or W&B runs.
+        record: The run's local file: a path ending in ``.sqlite``; a folder, for a new file ``<run id>.sqlite`` in it
+            (or the one a loaded state names); True for the folder ``attnmonitor_runs``; None for no record.
+        name: Set it when several monitors watch side by side: keys become ``attention/<name>/…``.
+        strict: Raise what goes wrong while sampling instead of containing it; for tests.
+        forward: ``forward(model, batch)``, where the default call of the model does not fit.
+
+    Attributes:
+        model: The unwrapped model.
+        history: Trajectories per metric and layer; ``history.steps``.
+        coverage: How each attention layer is captured, verified to what error, or why it is not measured.
+        failures: Samples that failed so far.
+        global_step: The optimizer step last heard of; -1 before the first.
+
+    Raises:
+        ValueError: An argument is wrong, the model rejects the probe, or no attention was seen in its forward. The
+            message quotes the argument, what arrived and the way out.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
+        >>> with AttentionMonitor(layer, torch.randn(2, 12, 16), record=None) as monitor:
+        ...     sample = monitor.sample(global_step=0)
+        >>> sample.values["energy_effective_rank"]["self_attn"].shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Any,
+        schedule: int | Schedule | Iterable[int] = 100,
+        *,
+        metrics: Iterable[str] | None = None,
+        alerts: bool | Iterable[Rule] | None = True,
+        loggers: Any = (),
+        record: bool | str | Path | None = True,
+        name: str | None = None,
+        strict: bool = False,
+        forward: ForwardFunction | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model={type(model).__name__} is not a torch.nn.Module")
+        if name is not None and (not name or not set(name) <= _NAME_CHARACTERS):
+            raise ValueError(
+                f"name={name!r} becomes part of keys and file names: letters, digits, '-', '_' and '.' only"
+            )
+        self.model = unwrap(model)
+        self.name = name
+        self.strict = strict
+        self.failures = 0
+        self.global_step = -1
+        self._schedule = as_schedule(schedule)
+        self._schedule_text = repr(schedule)
+        self._metrics = check_metric_names(DEFAULT_METRICS if metrics is None else metrics)
+        if not self._metrics:
+            raise ValueError("metrics=[] names no metric; leave it out for the defaults")
+        self._alerts = _alerts(alerts, self._metrics)
+        self._probe = Probe(self.model, probe, forward=forward)
+        self._measurement = Measurement(self.model, self._probe, self._metrics, strict=strict)
+        # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
+        self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
+        if not self._is_main:
+            loggers, record = [], None
+        self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
+        self.coverage: Mapping[str, LayerCoverage] = self._measurement.attach().coverage if self._is_main else {}
+        self.history = History(self._measurement.num_heads, self._metrics)
+        self._record_path, self._record_in_folder = _record_path(record, name)
+        self._record: RecordWriter | None = None
+        self._last_sample_ended = time.perf_counter()
+        self._warned: set[str] = set()
+        self._on_close = ExitStack()
+        for layer in self.coverage.values():
+            if not layer.measured:
+                self._warn(f"{layer.layer} is not measured: {layer.reason}")
+        for logger in self._loggers:
+            if callable(log_run := getattr(logger, "log_run", None)):
+                log_run(self.describe())
+            if callable(close := getattr(logger, "close", None)):
+                self.on_close(close)
+
+    def on_step(self, global_step: int) -> Sample | None:
+        """Tell the monitor how many optimizer steps are done; sample if the schedule says so.
+
+        A step that was already answered, as after a resume, is not sampled again. Where the count moved by more than
+        one, the steps between are asked for as well.
+        """
+        if global_step <= self.global_step:
+            return None
+        first = self.global_step + 1 if self.global_step >= 0 else global_step
+        self.global_step = global_step
+        if not any(map(self._schedule, range(first, global_step + 1))):
+            return None
+        return self.sample(global_step)
+
+    def sample(self, global_step: int) -> Sample:
+        """Take a sample now, whatever the schedule says, and hand it to history, record, loggers and alerts.
+
+        On processes other than the first, the sample has no values: they need not wait, and have nothing to log.
+        """
+        if not self._is_main:
+            return Sample(global_step, values={}, name=self.name)
+        started = time.perf_counter()
+        failure = None
+        try:
+            measured = self._measurement.take()
+        except Exception as error:
+            if self.strict:
+                raise
+            self.failures += 1
+            failure = f"{type(error).__name__}: {error}"
+            measured = self._measurement.nothing(failure)
+            self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
+        self.coverage = measured.coverage
+        events: list[AlertEvent] = []
+        with self._contained("alerts"):
+            events = self._alerts.observe(measured.trusted_values(), global_step)
+        ended = time.perf_counter()
+        overhead = (ended - started) / (ended - self._last_sample_ended)
+        self._last_sample_ended = ended
+        sample = Sample(
+            global_step=global_step,
+            values=measured.values,
+            spread=measured.spread,
+            coverage=measured.coverage,
+            events=events,
+            firing=self._alerts.firing,
+            diagnostics={**measured.diagnostics, "overhead": overhead},
+            seconds=ended - started,
+            failures=self.failures,
+            failure=failure,
+            name=self.name,
+        )
+        self._hand_out(sample)
+        return sample
+
+    def describe(self) -> dict[str, Any]:
+        """Return the run's settings in plain words and numbers: what a tracker's configuration and the record hold."""
+        return {
+            "attnmonitor_version": __version__,
+            "model": type(self.model).__qualname__,
+            "model_signature": self._measurement.signature,
+            "name": self.name,
+            "probe": self._probe.describe(),
+            "probe_fingerprint": self._probe.fingerprint,
+            "schedule": self._schedule_text,
+            "metrics": list(self._metrics),
+            "alerts": [rule.name for rule in self._alerts.rules],
+            "layers": [asdict(layer) for layer in self.coverage.values()],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: plain containers and tensors, loadable with ``weights_only=True``."""
+        return {
+            "format": _STATE_FORMAT,
+            "global_step": self.global_step,
+            "failures": self.failures,
+            "probe_fingerprint": self._probe.fingerprint,
+            "model_signature": self._measurement.signature,
+            "record": None if self._record_path is None else str(self._record_path),
+            "history": self.history.state_dict(),
+            "alerts": self._alerts.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the saved monitor was: steps, history, alert baselines, and the same record file if it is there.
+
+        History and baselines of another probe or other layers say nothing about this one: they are left out, with a
+        warning that says what changed.
+
+        Raises:
+            ValueError: ``state`` was not made by `state_dict` of this version.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise ValueError(
+                f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
+            )
+        self.global_step = state["global_step"]
+        self.failures = state["failures"]
+        if self._record_in_folder and state["record"] is not None and Path(state["record"]).exists():
+            self._record_path = Path(state["record"])
+        changed = [
+            f"{what} was {state[key]}, is {now}"
+            for what, key, now in (
+                ("the probe", "probe_fingerprint", self._probe.fingerprint),
+                ("the model's attention", "model_signature", self._measurement.signature),
+            )
+            if state[key] != now
+        ]
+        if changed:
+            self._warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
+            return
+        self.history.load_state_dict(state["history"])
+        self._alerts.load_state_dict(state["alerts"])
+
+    def on_close(self, action: Callable[[], object]) -> None:
+        """Have ``action()`` called once when the monitor closes; what was added last is called first."""
+        self._on_close.callback(self._quietly, action)
+
+    def close(self) -> None:
+        """Finish the loggers and the record and take off what was attached. Closing twice is harmless."""
+        self._on_close.close()
+        self._record = None
+
+    @property
+    def record_path(self) -> Path | None:
+        """Where this run's samples are kept; None without a record."""
+        return self._record.path if self._record is not None else self._record_path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _hand_out(self, sample: Sample) -> None:
+        self.history.append(sample)
+        with self._contained("record"):
+            if self._record is None and self._record_path is not None:
+                self._record = RunRecord.create(self._record_path, run=self.describe())
+                self.on_close(self._record.close)
+            if self._record is not None:
+                self._record.append(sample)
+        for logger in self._loggers:
+            with self._contained(type(logger).__name__):
+                logger.log_sample(sample)
+
+    def _quietly(self, action: Callable[[], object]) -> None:
+        with self._contained(getattr(action, "__qualname__", "closing")):
+            action()
+
+    @contextmanager
+    def _contained(self, what: str) -> Iterator[None]:
+        """Keep what goes wrong in a consumer of samples from the training loop: counted by a warning, told once."""
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self._warn_once(what, f"{what} failed and is passed over: {type(error).__name__}: {error}")
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            self._warn(message)
+
+    def _warn(self, message: str) -> None:
+        text = f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}"
+        try:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # a run that turns warnings into errors must not stop for a monitor
+            _logger.warning(text)
+
+
+def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:
+    if alerts is True:
+        return Alerts(rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics))
+    if not alerts:
+        return Alerts(())
+    chosen = Alerts(alerts)
+    for rule in chosen.rules:
+        for metric in sorted(rule.metrics - set(metrics)):
+            raise ValueError(
+                f"alerts: rule {rule.name!r} watches {metric!r}, which is not measured; add it: "
+                f"metrics=[..., {metric!r}]"
+            )
+    return chosen
+
+
+def _record_path(record: bool | str | Path | None, name: str | None) -> tuple[Path | None, bool]:
+    """Return the path of the record, and whether it was made up here in a folder."""
+    if record is None or record is False:
+        return None, False
+    path = Path("attnmonitor_runs" if record is True else record)
+    if path.suffix:
+        return path, False
+    # Not from `random`: naming a file must not move the user's generators.
+    run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return path / f"{run_id}{f'-{name}' if name else ''}.sqlite", True

@@ -1,0 +1,109 @@
+"""When to sample: a schedule is a function from the number of optimizer steps done to yes or no.
+
+Schedules are asked at 0, before the first optimizer step, and after every optimizer step. They hold no state, so a
+resumed run samples at the same steps as one that was never interrupted. Any function of that shape serves as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import floor, log10
+
+__all__ = ["Schedule", "as_schedule", "at_steps", "every", "logarithmic", "one_schedule"]
+
+Schedule = Callable[[int], bool]
+"""``schedule(global_step)`` says whether to sample after that many optimizer steps."""
+
+
+def every(num_steps: int) -> Schedule:
+    """Sample at 0, ``num_steps``, ``2 · num_steps``, …
+
+    Args:
+        num_steps: Optimizer steps between two samples, at least 1.
+
+    Raises:
+        ValueError: ``num_steps`` is not a positive whole number.
+
+    Example:
+        >>> [step for step in range(8) if every(3)(step)]
+        [0, 3, 6]
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"schedule: every({num_steps!r}) needs a whole number of optimizer steps, 1 or more")
+    return lambda global_step: global_step % num_steps == 0
+
+
+def at_steps(steps: Iterable[int]) -> Schedule:
+    """Sample at exactly these steps.
+
+    Args:
+        steps: Optimizer steps, each 0 or more.
+
+    Raises:
+        ValueError: No step is given, or one is negative or not a whole number.
+
+    Example:
+        >>> [step for step in range(8) if at_steps([1, 5])(step)]
+        [1, 5]
+    """
+    chosen = list(steps)
+    wrong = [step for step in chosen if isinstance(step, bool) or not isinstance(step, int) or step < 0]
+    if wrong or not chosen:
+        arrived = f"{wrong[0]!r} among them" if wrong else "none"
+        raise ValueError(f"schedule: at_steps(...) got {arrived}; give one or more whole step numbers, 0 or more")
+    wanted = frozenset(chosen)
+    return lambda global_step: global_step in wanted
+
+
+def logarithmic(per_decade: int = 10) -> Schedule:
+    """Sample at 0 and then evenly in the logarithm of the step: often while a run is young, seldom when it is old.
+
+    Args:
+        per_decade: Samples between a step and ten times that step, at least 1.
+
+    Raises:
+        ValueError: ``per_decade`` is not a positive whole number.
+
+    Example:
+        >>> [step for step in range(1001) if logarithmic(3)(step)]
+        [0, 1, 3, 5, 10, 22, 47, 100, 216, 465, 1000]
+    """
+    if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
+        raise ValueError(f"schedule: logarithmic({per_decade!r}) needs a whole number of samples per decade, 1 or more")
+
+    def bucket(step: int) -> int:
+        # The small addend keeps exact powers of ten on their own mark: log10(1000) * 3 may round to just below 9.
+        return floor(log10(step) * per_decade + 1e-9)
+
+    return lambda global_step: global_step < 2 or bucket(global_step) > bucket(global_step - 1)
+
+
+def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:
+    """Return ``schedule`` as a function: a whole number n means ``every(n)``, a list of steps means ``at_steps``.
+
+    Raises:
+        ValueError: It is 0, negative, an empty list, or neither a number, a list of steps nor a function.
+    """
+    if callable(schedule):
+        return schedule
+    if isinstance(schedule, int):
+        return every(schedule)
+    if isinstance(schedule, Iterable) and not isinstance(schedule, (str, bytes)):
+        return at_steps(schedule)
+    raise ValueError(
+        f"schedule={schedule!r} is neither a number of steps, a list of steps nor a function of the step; "
+        "try schedule=100"
+    )
+
+
+def one_schedule(every_n_steps: int | None, schedule: int | Schedule | Iterable[int] | None) -> Schedule:
+    """Return the schedule that an adapter's two ways of saying it mean; every 100 steps when neither is given.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if every_n_steps is not None and schedule is not None:
+        raise ValueError(f"every_n_steps={every_n_steps!r} and schedule={schedule!r} are both given; give one")
+    if schedule is not None:
+        return as_schedule(schedule)
+    return every(100 if every_n_steps is None else every_n_steps)

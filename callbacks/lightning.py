@@ -1,0 +1,150 @@
+"""Lightning: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
+
+Translates Lightning's events: train start and every optimizer step become `AttentionMonitor.on_step`, the trainer's
+loggers become the monitor's, its checkpoints carry the monitor's state, and whole-model summaries go through
+``log_dict`` so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from attnmonitor.loggers import ScalarKeys
+from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.probe import ForwardFunction, default_forward
+from attnmonitor.sample import Sample
+from attnmonitor.schedules import Schedule, one_schedule
+
+__all__ = ["AttentionMonitorCallback"]
+
+
+class AttentionMonitorCallback(Callback):
+    """Watches every attention head of the module that is trained.
+
+    Args:
+        probe: The probe batch, as `AttentionMonitor` takes it, moved to the module's device; by default the first
+            batch of the validation (else training) loader.
+        every_n_steps: Optimizer steps between two samples, 100 by default. Accumulated gradients count as one step.
+        schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
+        loggers: As in `AttentionMonitor`; by default the trainer's.
+        record: As in `AttentionMonitor`; by default a folder under the trainer's root.
+        forward: ``forward(module, batch)``, where ``module(batch)`` does not fit.
+        name: Set it when several monitors watch side by side.
+        settings: Every other keyword of `AttentionMonitor`.
+
+    Attributes:
+        monitor: The `AttentionMonitor`, once training has begun.
+
+    Raises:
+        ValueError: Both ``every_n_steps`` and ``schedule`` are given; at train start, whatever `AttentionMonitor`
+            refuses.
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        *,
+        every_n_steps: int | None = None,
+        schedule: int | Schedule | Iterable[int] | None = None,
+        loggers: Any = None,
+        record: bool | str | Path | None = True,
+        forward: ForwardFunction | None = None,
+        name: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.monitor: AttentionMonitor | None = None
+        self._probe = probe
+        self._schedule = one_schedule(every_n_steps, schedule)
+        self._loggers = loggers
+        self._record = record
+        self._forward = forward
+        self._name = name
+        self._settings = settings
+        self._loaded: dict[str, Any] | None = None
+        self._keys: ScalarKeys | None = None
+        self._summaries: dict[str, float] = {}
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint: one per monitor name."""
+        return self._generate_state_key(name=self._name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the monitor's state."""
+        return self.monitor.state_dict() if self.monitor is not None else self._loaded or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training begins and there is a monitor to take it."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, go on from a loaded state, and take the baseline sample."""
+        probe = self._probe if self._probe is not None else _first_loader(trainer)
+        if not isinstance(probe, DataLoader):
+            probe = trainer.strategy.batch_to_device(probe, pl_module.device)
+        forward = self._forward or default_forward
+
+        def in_training_precision(model: nn.Module, batch: Any) -> Any:
+            with trainer.precision_plugin.forward_context():
+                return forward(model, trainer.precision_plugin.convert_input(batch))
+
+        self.monitor = AttentionMonitor(
+            pl_module,
+            probe,
+            self._schedule,
+            loggers=trainer.loggers if self._loggers is None else self._loggers,
+            record=Path(trainer.default_root_dir) / "attnmonitor_runs" if self._record is True else self._record,
+            forward=in_training_precision,
+            name=self._name,
+            **self._settings,
+        )
+        if self._loaded:
+            self.monitor.load_state_dict(self._loaded)
+            self._loaded = None
+        self._on_step(trainer, self.monitor)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Sample if an optimizer step was done and one is due; hand new summaries to Lightning."""
+        if self.monitor is None:
+            return
+        self._on_step(trainer, self.monitor)
+        if self._summaries:
+            # Loggers have them already, on the monitor's own x-axis; here they are for callbacks to watch.
+            pl_module.log_dict(self._summaries, on_step=True, on_epoch=False, logger=False, batch_size=1)
+            self._summaries = {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finish the record and the loggers, also after an exception or an interrupt."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
+        sample = monitor.on_step(trainer.global_step)
+        if sample is not None:
+            # Only the main process measures, but a callback that stops or saves has to see the same on every rank.
+            self._summaries = self._summarised(sample) if sample.values else {}
+            if trainer.world_size > 1:
+                self._summaries = trainer.strategy.broadcast(self._summaries)
+
+    def _summarised(self, sample: Sample) -> dict[str, float]:
+        if self._keys is None:
+            self._keys = ScalarKeys(sample)
+        return self._keys.summaries(sample)
+
+
+def _first_loader(trainer: Trainer) -> DataLoader[Any]:
+    for loaders in (trainer.val_dataloaders, trainer.train_dataloader):
+        for loader in tree_leaves(loaders):
+            if isinstance(loader, DataLoader):
+                return loader
+    raise ValueError(
+        "AttentionMonitorCallback(probe=None): the trainer has no torch DataLoader to draw a probe from; give one "
+        "batch: probe=next(iter(my_data))"
+    )

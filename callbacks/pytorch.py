@@ -1,0 +1,73 @@
+"""Raw PyTorch loops: one line after the optimizer is made, none in the loop.
+
+The monitor listens to the optimizer's own step (``register_step_post_hook``), so it counts optimizer steps whatever
+the loop does around them: accumulated gradients count once, a step that a gradient scaler skips does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.schedules import Schedule, one_schedule
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    probe: Any,
+    *,
+    every_n_steps: int | None = None,
+    schedule: int | Schedule | Iterable[int] | None = None,
+    **settings: Any,
+) -> AttentionMonitor:
+    """Watch a model from its optimizer's steps; the baseline is sampled right before the first one.
+
+    Args:
+        model: The model that is trained.
+        optimizer: The optimizer whose steps are counted.
+        probe: The probe batch, as `AttentionMonitor` takes it.
+        every_n_steps: Optimizer steps between two samples, 100 by default.
+        schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
+        settings: Every other keyword of `AttentionMonitor`.
+
+    Returns:
+        The monitor. After a resume, ``monitor.load_state_dict(...)`` goes on with the saved step count. ``close()``
+        takes the hook off.
+
+    Raises:
+        ValueError: Both ``every_n_steps`` and ``schedule`` are given, or `AttentionMonitor` refuses an argument.
+
+    Example:
+        >>> model = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> probe = torch.randn(2, 12, 16)
+        >>> monitor = attach(model, optimizer, probe, every_n_steps=1, record=None)
+        >>> model(probe).sum().backward()
+        >>> optimizer.step()
+        >>> monitor.history.steps
+        [0, 1]
+        >>> monitor.close()
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer; give the one whose steps count"
+        )
+    monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
+
+    # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
+    def before_step(*_: object) -> None:
+        monitor.on_step(max(0, monitor.global_step))
+
+    def after_step(*_: object) -> None:
+        monitor.on_step(monitor.global_step + 1)
+
+    monitor.on_close(optimizer.register_step_pre_hook(before_step).remove)
+    monitor.on_close(optimizer.register_step_post_hook(after_step).remove)
+    return monitor
