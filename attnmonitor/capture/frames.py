@@ -92,15 +92,15 @@ class Frames:
                 return frame.name, frame
         return type(self._model).__name__, None
 
-    def looks_like_attention(self) -> Iterator[str]:
-        """Names of modules that one would take for attention by name or by their children, innermost ones only."""
-        names = {
-            _own_name(name)
-            for name, module in self._model.named_modules()
-            if name and _looks_like_attention(_own_name(name), module)
-        }
+    def unseen(self, layers: Iterable[str]) -> Iterator[str]:
+        """Names of modules that one would take for attention, with nothing of ``layers`` in, at or around them."""
+        layers = set(layers)
+        names = {_own_name(path): module for path, module in self._model.named_modules() if path}
+        names = {name: module for name, module in names.items() if _looks_like_attention(name, module)}
         for name in sorted(names):
-            if not any(other.startswith(name + ".") for other in names):
+            inside = any(other.startswith(f"{name}.") for other in (*names, *layers))
+            around = any(name.startswith(f"{layer}.") for layer in layers & names.keys())
+            if not inside and not around and name not in layers:
                 yield name
 
 

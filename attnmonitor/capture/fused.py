@@ -46,44 +46,35 @@ def read_flex(
     score_mod_other_buffers: tuple[Any, ...] = (),
     mask_mod_other_buffers: tuple[Any, ...] = (),
 ) -> Attention:
-    """A call of FlexAttention's operator. Its score and mask functions are evaluated on the wanted rows only."""
+    """A call of FlexAttention's operator.
+
+    Its score and mask functions are written for one entry and built of elementwise operations and indexing, so they are
+    evaluated on the wanted rows by broadcasting the indices.
+    """
     mask_mod = block_mask[-1]
     attention = Attention(query, key, scale)
-
-    def grid(rows: Tensor) -> list[Tensor]:
-        sizes = (query.shape[0], query.shape[1])
-        batch, head, column = (torch.arange(size, device=query.device) for size in (*sizes, key.shape[-2]))
-        return list(torch.meshgrid(batch, head, rows, column, indexing="ij"))
+    batch = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
+    head = torch.arange(query.shape[1], device=query.device)[:, None, None]
+    column = torch.arange(key.shape[-2], device=query.device)
 
     def modify(x: Tensor, rows: Tensor) -> Tensor:
-        flat = torch.vmap(lambda *point: score_mod(*point, *score_mod_other_buffers))
-        return flat(x.flatten(), *(index.flatten() for index in grid(rows))).reshape(x.shape)
+        return score_mod(x, batch, head, rows[:, None], column, *score_mod_other_buffers)
 
     def hide(x: Tensor, rows: Tensor) -> Tensor:
-        flat = torch.vmap(lambda *point: mask_mod(*point, *mask_mod_other_buffers))
-        seen = flat(*(index.flatten() for index in grid(rows)))
-        return x.masked_fill(~seen.reshape(x.shape), -torch.inf)
+        seen = mask_mod(batch, head, rows[:, None], column, *mask_mod_other_buffers)
+        return torch.where(seen, x, -torch.inf)
+
+    def seen_by(row: Tensor) -> Tensor:
+        seen = mask_mod(batch[..., 0, 0], torch.zeros_like(column), row, column, *mask_mod_other_buffers)
+        return seen.expand(query.shape[0], key.shape[-2])
 
     attention.bent += [Step(modify), Step(hide)]
     attention.after.append(attend(value))
-    attention.visible.append(_flex_visibility(mask_mod, mask_mod_other_buffers, query, key))
+    # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key from everyone,
+    # its own position and the last query included, while causal, windowed and packed masks let one of those two see it.
+    last = torch.full_like(column, query.shape[-2] - 1)
+    attention.visible.append(seen_by(torch.minimum(column, last)) | seen_by(last))
     return attention
-
-
-def _flex_visibility(mask_mod: Callable[..., Tensor], buffers: tuple[Any, ...], query: Tensor, key: Tensor) -> Tensor:
-    """Keys ``(B, Lk)`` that their own position or the last query may see.
-
-    A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key from
-    everyone, itself and the last query included; causal, windowed and packed masks let a key be seen by its own position.
-    """
-    num_rows, num_keys = query.shape[-2], key.shape[-2]
-    column = torch.arange(num_keys, device=query.device).repeat(query.shape[0])
-    batch = torch.arange(query.shape[0], device=query.device).repeat_interleave(num_keys)
-    head = torch.zeros_like(batch)
-    see = torch.vmap(lambda *point: mask_mod(*point, *buffers))
-    own = see(batch, head, column.clamp_max(num_rows - 1), column)
-    last = see(batch, head, torch.full_like(column, num_rows - 1), column)
-    return (own | last).reshape(query.shape[0], num_keys)
 
 
 def mask_step(mask: Tensor, num_rows: int) -> Step:

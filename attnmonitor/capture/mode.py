@@ -177,8 +177,7 @@ class AttentionMode(TorchFunctionMode):
 
     def name_missed(self) -> None:
         """Add to the report every module that looks like attention and gave no record."""
-        for name in self.frames.looks_like_attention():
-            if not any(name == layer or layer.startswith(name + ".") for layer in self._calls):
-                called = name in self.frames.called
-                reason = "no softmax of a query-key product was seen in it" if called else "not called in this forward"
-                self.report.missed.setdefault(name, reason)
+        for name in self.frames.unseen(self._calls):
+            called = name in self.frames.called
+            reason = "no softmax of a query-key product was seen in it" if called else "not called in this forward"
+            self.report.missed.setdefault(name, reason)

@@ -62,11 +62,10 @@ def labelled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Label
     if name == "einsum":
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return _read_equation(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
-    if name == "baddbmm":
-        args = args[1:]
-    left, right = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
-    if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or min(left.dim(), right.dim()) < 2:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if len(tensors) < 2 or min(x.dim() for x in tensors[-2:]) < 2:
         return None
+    left, right = tensors[-2:]
     num_batch = max(left.dim(), right.dim()) - 2
     batch = string.ascii_uppercase[:num_batch]
     return Labelled(

@@ -96,12 +96,14 @@ class Attention:
             bias = step.apply(bias, rows)
         return product, bias
 
-    def _softmax_argument(self, rows: Tensor) -> Tensor:
-        product, bias = self._product_and_bias(rows)
-        logits = product + bias
+    def _bend(self, logits: Tensor, rows: Tensor) -> Tensor:
         for step in self.bent:
             logits = step.apply(logits, rows)
         return logits
+
+    def _softmax_argument(self, rows: Tensor) -> Tensor:
+        product, bias = self._product_and_bias(rows)
+        return self._bend(product + bias, rows)
 
     def logit_rows(self, rows: Tensor) -> Tensor:
         """Rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where a key is hidden."""
@@ -134,14 +136,18 @@ class Attention:
     def act_outside(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
         """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: ask once per layer, not per sample.
 
-        Whether an additive mask carries a bias, and whether a mask hides part of the visible past (a sliding window,
-        chunks, packed documents), is read from the checked rows.
+        Read from the checked rows: a bias is what differs between visible keys when the product is nought, a soft-cap what
+        keeps logits from growing with the product, a window what hides part of the past (also chunks and packed documents).
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
-            _, bias = self._product_and_bias(rows)
-            biased = ((bias > HIDDEN) & (bias != 0)).any()
-            logits = self.restore(self._softmax_argument(rows))
+            product, bias = self._product_and_bias(rows)
+            at_zero, logits, far = (self.restore(self._bend(t * product + bias, rows)) for t in (0.0, 1.0, 64.0))
+        seen = logits > HIDDEN
+        highest = at_zero.masked_fill(~seen, -torch.inf).amax(-1)
+        biased = (highest > at_zero.masked_fill(~seen, torch.inf).amin(-1)).any()
+        straight = at_zero + 64.0 * (logits - at_zero)
+        curved = seen & ((far - straight).abs() > 1e-3 * straight.where(seen, 0.0).abs().amax())
         hidden = logits <= HIDDEN
         past = torch.arange(self.key.shape[-2], device=rows.device) <= rows[:, None]  # (R, Lk)
         hidden = hidden & past & ~hidden.all(-1, keepdim=True)
@@ -149,13 +155,9 @@ class Attention:
             hidden = hidden & key_mask[:, None, None, :]
         if query_mask is not None:
             hidden = hidden & query_mask.index_select(-1, rows)[:, None, :, None]
-        found = torch.stack([biased, hidden.any()]).tolist()
-        names = set(self.outside)
-        if found[0]:
-            names.add("bias")
-        if found[1] and is_self:
-            names.add("window")
-        return tuple(sorted(names))
+        acts = torch.stack([biased, curved.any(), hidden.any() & is_self]).tolist()
+        names = {name for name, acting in zip(("bias", "softcap", "window"), acts, strict=True) if acting}
+        return tuple(sorted(names | self.outside))
 
 
 def checked_rows(query: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Trace:
         outside: What acts on the logits outside the product.
         visible: Per mask, the keys it lets be seen, ``(*batch, Lk)``.
         exact: Whether a replay gives what the model computed: no dropout in between.
+        capped: Whether the last step was a tanh.
         doubt: Why this cannot be measured, ``""`` if it can.
     """
 
@@ -83,11 +84,12 @@ class Trace:
     outside: frozenset[str] = frozenset()
     visible: tuple[Tensor, ...] = ()
     exact: bool = True
+    capped: bool = False
     doubt: str = ""
 
     def then(self, apply: Apply, *, moves: bool = False, **changes: Any) -> Trace:
         """The trace after one more step."""
-        trace = replace(self, **changes)
+        trace = replace(self, **{"capped": False, **changes})
         steps: tuple[Step, ...] = getattr(trace, trace.stage)
         return replace(trace, **{trace.stage: (*steps, Step(apply, moves))})
 
@@ -202,6 +204,8 @@ class Tracer:
         apply = call.replay(trace)
         other = call.operands[1 - call.slot]
         number = self._number(other)
+        if trace.stage == "bent" and trace.capped and number is not None:
+            return _lift_cap(trace, number).then(apply)
         if trace.stage != "affine":
             return trace.then(apply)
         if number is not None:
@@ -251,9 +255,9 @@ class Tracer:
             if any(x.shape[trace.query_axis] != call.output.shape[trace.query_axis] for x in call.operands):
                 return None
             changes["first_column"] = trace.first_column + sum(x.shape[trace.key_axis] for x in before)
-        if trace.stage != "after":
-            names = {"tanh": "softcap", "cat": "sinks"}
-            changes["outside"] = trace.outside | {names[call.name]} if call.name in names else trace.outside
+            if trace.stage != "after":
+                changes["outside"] = trace.outside | {"sinks"}
+        changes["capped"] = call.name == "tanh" and trace.stage == "affine"
         return trace.then(call.replay(trace), **changes)
 
     def _soften(self, trace: Trace, call: _Call) -> Trace | None:
@@ -401,6 +405,12 @@ class _Call:
             return result
 
         return apply
+
+
+def _lift_cap(trace: Trace, cap: float) -> Trace:
+    """``cap · tanh(x / cap)``: the logits are x, so the division belongs to the cap and not to their scale."""
+    affine = (*trace.affine, Step(lambda x, rows: x * cap))
+    return replace(trace, scale=trace.scale * cap, affine=affine, bent=(Step(lambda x, rows: x / cap), *trace.bent))
 
 
 def _size(x: Tensor, axis: int) -> int:

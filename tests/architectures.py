@@ -1,0 +1,159 @@
+"""Tiny, random models of every attention architecture the project claims to measure.
+
+Each entry builds a model from its own library's classes with small sizes and weights large enough that attention is
+far from uniform (at the usual 0.02 initialisation any wrong rebuild would pass). The tests and
+the page `docs/architectures.md` are made from this one list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, LENGTH, BATCH = 67, 12, 2
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture: how to build it, what to feed it, what capture must find.
+
+    Attributes:
+        name: What the tests and the page call it.
+        build: From the name of an attention implementation to the model.
+        implementations: The implementations it supports here; ``("own",)`` where it has just the one it was written with.
+        inputs: From ``padded`` to the keyword arguments of its forward.
+        num_layers: How many attention calls one forward makes.
+        library: The package it comes from.
+        outside: What acts on its logits outside the energy field.
+        num_cross: How many of its attention calls are cross attention.
+    """
+
+    name: str
+    build: Callable[[str], nn.Module]
+    implementations: Sequence[str]
+    inputs: Callable[[bool], dict[str, Any]]
+    num_layers: int
+    library: str
+    outside: frozenset[str] = frozenset()
+    num_cross: int = 0
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be built here, ``""`` if it can."""
+        return "" if importlib.util.find_spec(self.library) else f"{self.library} is not installed"
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Draw weights so that logits have a spread of order one, and put the model in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                fan_in = parameter.shape[-1] if parameter.dim() == 2 else parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / fan_in**0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            else:
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def token_ids(padded: bool) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][1, LENGTH - 4 :] = 0
+    return inputs
+
+
+def _without_cache(padded: bool) -> dict[str, Any]:
+    return {**token_ids(padded), "use_cache": False}
+
+
+def _encoder_decoder(padded: bool) -> dict[str, Any]:
+    return {**_without_cache(padded), "decoder_input_ids": token_ids(False)["input_ids"].flip(0)[:, : LENGTH - 2]}
+
+
+def _audio(padded: bool) -> dict[str, Any]:
+    features = torch.randn(BATCH, 8, 2 * LENGTH, generator=torch.Generator().manual_seed(1))
+    return {"input_features": features, "decoder_input_ids": token_ids(False)["input_ids"], "use_cache": False}
+
+
+def _pixels(padded: bool) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**ROPE, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+Row = tuple[str, str, dict[str, Any], dict[str, Any]]
+TRANSFORMERS: list[Row] = [
+    # name, model class, configuration, what differs from a decoder of two self-attention layers
+    ("gpt2", "GPT2LMHeadModel", GPT, {}),
+    ("gpt2 upcast", "GPT2LMHeadModel", {**GPT, "reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}, {}),
+    ("gpt_neox", "GPTNeoXForCausalLM", {**ROPE, "vocab_size": VOCABULARY}, {}),
+    ("opt", "OPTForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32}, {}),
+    ("llama", "LlamaForCausalLM", GROUPED, {}),
+    ("qwen2", "Qwen2ForCausalLM", GROUPED, {}),
+    ("qwen3", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, {}),
+    ("phi", "PhiForCausalLM", {**ROPE, "vocab_size": VOCABULARY, "qk_layernorm": True}, {}),
+    ("phi3", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}, {}),
+    ("mistral", "MistralForCausalLM", {**GROUPED, "sliding_window": 4}, {"outside": {"window"}}),
+    ("gemma2", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 4}, {"outside": {"window", "softcap"}}),
+    ("gemma3", "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 4}, {"outside": {"window"}}),
+    ("olmo2", "Olmo2ForCausalLM", GROUPED, {}),
+    ("mixtral", "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, {}),
+    ("qwen2_moe", "Qwen2MoeForCausalLM", {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 16}, {}),
+    ("qwen3_moe", "Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS, "head_dim": 8}, {}),
+    ("gpt_oss", "GptOssForCausalLM", {**GROUPED, "head_dim": 8, "num_local_experts": 4, "sliding_window": 4}, {"outside": {"window", "sinks"}}),
+    ("llama4", "Llama4ForCausalLM", {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 4}, {"outside": {"window"}}),
+    ("deepseek_v3", "DeepseekV3ForCausalLM", {**ROPE, "vocab_size": VOCABULARY, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}, {}),
+    ("falcon", "FalconForCausalLM", {**ROPE, "vocab_size": VOCABULARY, "multi_query": True}, {}),
+    ("falcon alibi", "FalconForCausalLM", {**ROPE, "vocab_size": VOCABULARY, "multi_query": False, "alibi": True}, {"outside": {"bias"}}),
+    ("bloom", "BloomForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, {"outside": {"bias"}}),
+    ("mpt", "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, {"outside": {"bias"}}),
+    ("gptj", "GPTJForCausalLM", {**GPT, "rotary_dim": 4}, {}),
+    ("gpt_neo", "GPTNeoForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 64}, {"outside": {"window"}}),
+    ("codegen", "CodeGenForCausalLM", {**GPT, "rotary_dim": 4}, {}),
+    ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, {"inputs": _encoder_decoder, "num_layers": 6, "num_cross": 2, "outside": {"bias"}}),
+    ("whisper", "WhisperForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": LENGTH, "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}, {"inputs": _audio, "num_layers": 6, "num_cross": 2}),
+    ("bert", "BertModel", {**ROPE, "vocab_size": VOCABULARY}, {"inputs": token_ids}),
+    ("roberta", "RobertaModel", {**ROPE, "vocab_size": VOCABULARY}, {"inputs": token_ids}),
+    ("deberta_v2", "DebertaV2Model", {**ROPE, "vocab_size": VOCABULARY, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}, {"inputs": token_ids, "outside": {"bias"}}),
+    ("mpnet", "MPNetModel", {**ROPE, "vocab_size": VOCABULARY}, {"inputs": token_ids, "outside": {"bias"}}),
+    ("clip_text", "CLIPTextModel", {**ROPE, "vocab_size": VOCABULARY, "max_position_embeddings": 64}, {"inputs": token_ids}),
+    ("vit", "ViTModel", {**ROPE, "image_size": 16, "patch_size": 4}, {"inputs": _pixels}),
+    ("albert", "AlbertModel", {**ROPE, "vocab_size": VOCABULARY, "embedding_size": 16, "num_hidden_layers": 3}, {"inputs": token_ids, "num_layers": 3}),
+]  # fmt: skip
+
+
+def _hugging_face(model_class: str, options: dict[str, Any]) -> Callable[[str], nn.Module]:
+    def build(implementation: str) -> nn.Module:
+        transformers = importlib.import_module("transformers")
+        cls = getattr(transformers, model_class)
+        config = cls.config_class(**options)
+        return sharpen(cls._from_config(config, attn_implementation=implementation))
+
+    return build
+
+
+def hugging_face_architectures() -> Iterator[Architecture]:
+    for name, model_class, options, differs in TRANSFORMERS:
+        settings = {"inputs": _without_cache, "num_layers": 2, **differs}
+        settings["outside"] = frozenset(settings.get("outside", ()))
+        build = _hugging_face(model_class, options)
+        yield Architecture(name, build, ("eager", "sdpa", "flex_attention"), library="transformers", **settings)
