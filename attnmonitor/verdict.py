@@ -21,6 +21,7 @@ from attnmonitor.sample import AlertEvent, LayerCoverage
 __all__ = [
     "OutstandingHead",
     "head_name",
+    "heads_concerned",
     "layer_table",
     "outstanding_heads",
     "print_layer_table",
@@ -109,6 +110,32 @@ def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
     if event.head is None:
         return layer
     return f"{layer} {'KV head' if event.scope == 'kv_head' else 'head'} {event.head}"
+
+
+def heads_concerned(
+    event: AlertEvent, metric: str | None, coverage: Mapping[str, LayerCoverage] | None = None
+) -> tuple[int, ...]:
+    """Indices of the heads an event is about, counted as ``metric`` counts them.
+
+    An alarm about a KV head concerns all its query heads, one about a query head the KV head it reads. Without the
+    ``coverage`` that says how many share one, only a metric that counts like the alarm has an answer.
+
+    Example:
+        >>> coverage = {"h.0": LayerCoverage("h.0", num_query_heads=8, num_kv_heads=2)}
+        >>> sink = AlertEvent("key_sink", "key_sink", "kv_head", "h.0", 1, 9.0, 2.0, 100, "firing")
+        >>> heads_concerned(sink, "key_incoherence", coverage), heads_concerned(sink, "energy_rms", coverage)
+        ((1,), (4, 5, 6, 7))
+    """
+    if event.head is None or event.layer is None:
+        return ()
+    scope = METRICS[metric].scope if metric in METRICS else event.scope
+    if scope == event.scope:
+        return (event.head,)
+    layer = (coverage or {}).get(event.layer)
+    if layer is None or not layer.num_kv_heads:
+        return ()
+    group = max(1, layer.num_query_heads // layer.num_kv_heads)
+    return (event.head // group,) if scope == "kv_head" else tuple(range(group * event.head, group * (event.head + 1)))
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:
@@ -303,7 +330,7 @@ def _kind_text(event: AlertEvent) -> str:
 
 def _since_text(event: AlertEvent) -> str:
     since = event.global_step if event.since_step is None else event.since_step
-    return f"{_kind_text(event)} since step {since}"
+    return f"{_kind_text(event)} since step {since:,}"
 
 
 def _count(number: int, noun: str) -> str:

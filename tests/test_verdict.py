@@ -138,7 +138,7 @@ def test_a_record_gets_the_line_of_its_run(tmp_path: Path) -> None:
         "48 heads in 6 layers watched over 40 samples: healthy"
     )
     assert verdict_of_record(RunRecord.open(tmp_path / "(3, 2).sqlite")) == (
-        "1 head needs a look: layers.3 KV head 2 (key sink since step 1300); 1 alarm came and went"
+        "1 head needs a look: layers.3 KV head 2 (key sink since step 1,300); 1 alarm came and went"
     )
 
 

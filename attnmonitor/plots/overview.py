@@ -1,0 +1,49 @@
+"""One picture of a run: the verdict, and for each metric the heads as they are and the way there."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from attnmonitor.plots.curves import bands, measured_samples
+from attnmonitor.plots.heatmap import heatmap
+from attnmonitor.plots.style import ALARM_COLOUR, INK
+from attnmonitor.record import RunRecord
+from attnmonitor.verdict import still_firing, verdict_of_record
+
+__all__ = ["overview"]
+
+OVERVIEW_METRICS = ("key_incoherence", "energy_rms", "energy_effective_rank", "key_norm_participation")
+
+
+def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) -> Figure:
+    """One picture of a run: the verdict, and for each metric the heads now and the way there.
+
+    Args:
+        record: The run.
+        metrics: Rows of the picture; those the record does not have are left out.
+
+    Returns:
+        The figure.
+    """
+    shown = [metric for metric in metrics if metric in record.metrics] or list(record.metrics[:4])
+    figure = Figure(figsize=(15, 1.3 + 3.6 * max(1, len(shown))), layout="constrained")
+    events, firing, coverage = record.events, still_firing(record.events), record.coverage
+    grid = figure.add_gridspec(max(1, len(shown)), 2, width_ratios=(1, 1.35), wspace=0.05, hspace=0.06)
+    for row, metric in enumerate(shown):
+        curves = record.trajectories(metric)
+        steps, measured = measured_samples(record.steps, curves)
+        last = {
+            layer: heads[-1] if len(steps) else np.full(heads.shape[1], np.nan) for layer, heads in measured.items()
+        }
+        left, right = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
+        step = int(steps[-1]) if len(steps) else None
+        heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
+        bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
+    line = verdict_of_record(record)
+    colour = ALARM_COLOUR if firing else INK
+    figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=colour)
+    return figure

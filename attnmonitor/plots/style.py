@@ -1,0 +1,101 @@
+"""How all charts look, so that one eye reads them all.
+
+Colour means one thing each: a perceptually uniform map (*viridis*) is a value, grey is the crowd, the colour-blind safe
+palette of Okabe and Ito names heads, and vermilion is an alarm and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from attnmonitor.catalog import METRICS
+
+ALARM_COLOUR = "#D55E00"
+HEAD_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CROWD_COLOUR = "#8a929c"
+BAND_COLOUR = "#35608d"
+INK, FAINT_INK, AXIS_INK, PAPER_GREY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+
+
+def new_axes() -> Axes:
+    """Axes on a figure that no global list knows."""
+    return Figure(figsize=(8, 4.2), layout="constrained").add_subplot()
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that ``ax`` is drawn on, also where it belongs to a sub-figure."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that were taken out of their figure cannot be drawn into"
+    return figure
+
+
+def metric_title(metric: str | None) -> str:
+    """Name of a metric in words."""
+    return "value per head" if metric is None else metric.replace("_", " ")
+
+
+def metric_unit(metric: str | None) -> str:
+    """Unit of a metric, empty where it has none."""
+    unit = METRICS[metric].unit if metric in METRICS else "1"
+    return "" if unit == "1" else unit
+
+
+def head_noun(metric: str | None) -> str:
+    """What a metric counts: heads, or the KV heads that several of them share."""
+    return "KV head" if metric in METRICS and METRICS[metric].scope == "kv_head" else "head"
+
+
+def is_log(metric: str | None) -> bool:
+    """Whether differences of a metric are read as ratios."""
+    return metric in METRICS and METRICS[metric].log_scale
+
+
+def title(ax: Axes, text: str, note: str = "") -> None:
+    """A heading over ``ax``, with a note in small print at its right."""
+    ax.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK)
+    if note:
+        ax.set_title(note, loc="right", fontsize=8, color=FAINT_INK)
+
+
+def strip(ax: Axes) -> None:
+    """Keep of the axes what is read: two thin lines, small labels, a faint grid."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(AXIS_INK)
+    ax.tick_params(labelsize=8, color=AXIS_INK)
+    ax.grid(True, axis="y", color="#eceef0", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set(fontsize=9, color=FAINT_INK)
+
+
+def settle_the_ordinate(ax: Axes) -> None:
+    """Fix the limits, and set plain numbers at few round values where matplotlib would write powers of ten."""
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log":
+        ticks = round_values(low, high, log=True)
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(low, high)
+
+
+def round_values(low: float, high: float, *, log: bool) -> list[float]:
+    """A few round values from ``low`` to ``high`` for ticks.
+
+    Example:
+        >>> round_values(0.8, 30, log=True)
+        [1.0, 3.0, 10.0, 30.0]
+    """
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+            ticks = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            if len(ticks) >= 3:
+                return ticks
+    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
