@@ -288,8 +288,8 @@ def test_non_finite_names_the_heads_of_the_earliest_layer_only():
     run = healthy_run(4)
     for layer, heads in (("layers.1", [2]), ("layers.2", range(4))):
         for head in heads:
-            run[2]["query_rms"][layer][head] = NAN
-            run[3]["query_rms"][layer][head] = NAN
+            run[2]["energy_rms"][layer][head] = NAN
+            run[3]["energy_rms"][layer][head] = NAN
     assert [(e.layer, e.head, e.global_step, e.severity) for e in events_of(FINITE_RULES, run)] == [
         ("layers.1", 2, 20, "critical")
     ]
@@ -297,9 +297,9 @@ def test_non_finite_names_the_heads_of_the_earliest_layer_only():
 
 def test_after_an_unguarded_step_nobody_new_is_named_and_all_at_once_is_the_run():
     run = healthy_run(6)
-    run[2]["query_rms"]["layers.1"][2] = math.inf
+    run[2]["energy_rms"]["layers.1"][2] = math.inf
     for sample in run[3:]:
-        for metric in ("query_rms", "key_rms"):
+        for metric in ("query_rms", "key_rms", "energy_rms"):
             sample[metric] = {layer: [NAN] * 4 for layer in sample[metric]}
     events = events_of(FINITE_RULES, run)
     assert [(e.scope, e.layer, e.head) for e in events] == [("query_head", "layers.1", 2), ("run", None, None)]

@@ -1,11 +1,13 @@
 """Alerts: which head broke, when, how; and silence otherwise.
 
 Rules are data (`rules`, `defaults`), the numbers they look at are made in `signals`, an alarm's life is a pure function
-(`states`), `watch` puts one rule to work and `run` a rule set, and `digest` turns events into what a person is sent.
+(`states`), `watch` puts one rule to work and `run` a rule set, `digest` turns events into what a person
+is sent, and `replay` runs rules over a recorded run.
 """
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
 from attnmonitor.alerts.digest import Notification, digest
+from attnmonitor.alerts.replay import replay, replay_text
 from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
 from attnmonitor.alerts.run import Alerts
 
@@ -20,5 +22,7 @@ __all__ = [
     "Threshold",
     "digest",
     "load_rules",
+    "replay",
+    "replay_text",
     "save_rules",
 ]

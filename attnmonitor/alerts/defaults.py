@@ -12,21 +12,12 @@ from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold
 __all__ = ["DEFAULT_RULES"]
 
 DEFAULT_RULES: tuple[Rule, ...] = (
+    # A head's energy is not finite when its queries or its keys are not; one rule, so that one source is named.
     Rule(
-        "non_finite_query",
+        "non_finite",
         "non_finite",
         "query_head",
-        Threshold("query_rms", "non_finite", fire_above=0.5, clear_below=0.5),
-        patience=1,
-        grace=0,
-        hold=0,
-        source_only=True,
-    ),
-    Rule(
-        "non_finite_key",
-        "non_finite",
-        "kv_head",
-        Threshold("key_rms", "non_finite", fire_above=0.5, clear_below=0.5),
+        Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5),
         patience=1,
         grace=0,
         hold=0,
@@ -37,7 +28,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "non_finite_run",
         "non_finite",
         "run",
-        Threshold("query_rms", "non_finite", fire_above=0.5, clear_below=0.5, quantile=0.0),
+        Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5, quantile=0.0),
         patience=1,
         grace=0,
         hold=0,

@@ -1,0 +1,125 @@
+"""Any rule set over a run that was recorded: what would have fired, and when.
+
+No model and no logger is needed, so thresholds can be tuned on runs of the past. A replay asks of a record only its steps
+and its trajectories, and feeds them to `Alerts` as the monitor did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnmonitor.alerts.defaults import DEFAULT_RULES
+from attnmonitor.alerts.rules import Rule
+from attnmonitor.alerts.run import Alerts
+from attnmonitor.catalog import METRICS
+from attnmonitor.sample import AlertEvent
+
+__all__ = ["Recorded", "replay", "replay_text"]
+
+
+class RecordedSample(Protocol):
+    """One sample of a record."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it has no values; None when it has."""
+
+
+class Recorded(Protocol):
+    """What a replay asks of a record; `attnmonitor.record.RunRecord` has it."""
+
+    @property
+    def samples(self) -> Sequence[RecordedSample]:
+        """In order of steps."""
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """``(num_samples,)``."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the recorded metrics."""
+
+    def trajectories(self, metric: str) -> Mapping[str, NDArray[np.float32]]:
+        """``(num_samples, num_heads)`` per layer."""
+
+
+def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: int = 1) -> list[AlertEvent]:
+    """Return the events that a rule set finds in a recorded run.
+
+    A record writes NaN both for what is not finite and for what was not measured. Here a layer counts as measured from
+    its first finite value on, and a metric that is NaN in all heads while another one is not counts as not measured.
+
+    Args:
+        record: The run.
+        rules: Rules to watch by.
+        stride: Take only every so many samples, to see what seldomer sampling would have found.
+
+    Raises:
+        ValueError: A rule that is not optional needs a metric that was not recorded.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from attnmonitor.alerts import Rule, Threshold, replay
+        >>> heads = {"layers.0": np.array([[1.0, 1.0], [1.0, 0.01], [1.0, 0.01]], dtype=np.float32)}
+        >>> sample = SimpleNamespace(failure=None)
+        >>> run = SimpleNamespace(
+        ...     samples=[sample] * 3, steps=[0, 10, 20], metrics=["key_rms"], trajectories=lambda metric: heads
+        ... )
+        >>> faint = Threshold("key_rms", "value", fire_below=-3.0, clear_above=-2.0)
+        >>> events = replay(run, [Rule("faint", "dead_head", "kv_head", faint, grace=0)])
+        >>> [(event.head, event.global_step) for event in events]
+        [(1, 20)]
+    """
+    watch = Alerts(rules)
+    if missing := watch.required_metrics - set(record.metrics):
+        needy = sorted(rule.name for rule in watch.rules if rule.metrics & missing and not rule.optional)
+        raise ValueError(f"rules {', '.join(needy)}: the run did not record {', '.join(sorted(missing))}")
+    read = {metric for rule in watch.rules for metric in rule.metrics} & set(record.metrics)
+    trajectories = {metric: record.trajectories(metric) for metric in METRICS if metric in read}
+    begins = {
+        (metric, layer): np.isfinite(rows).any(axis=1).argmax() if np.isfinite(rows).any() else len(rows)
+        for metric, layers in trajectories.items()
+        for layer, rows in layers.items()
+    }
+    events: list[AlertEvent] = []
+    for index in range(0, len(record.steps), stride):
+        if record.samples[index].failure is not None:
+            continue
+        sample = {
+            metric: {
+                layer: torch.from_numpy(rows[index]) for layer, rows in layers.items() if begins[metric, layer] <= index
+            }
+            for metric, layers in trajectories.items()
+        }
+        events += watch.observe(_measured(sample), int(record.steps[index]))
+    return events
+
+
+def _measured(sample: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
+    """Return the metrics that have a value, or all of them where none has."""
+    having = {
+        metric: layers
+        for metric, layers in sample.items()
+        if any(bool(row.isfinite().any()) for row in layers.values())
+    }
+    return having or sample
+
+
+def replay_text(events: Sequence[AlertEvent]) -> str:
+    """Return one line per event, or one that says that nothing fired."""
+    if not events:
+        return "nothing would have fired"
+    return "\n".join(
+        f"step {event.global_step:>8}  {event.state:<8} {event.severity:<8} {event.rule:<16} "
+        f"{event.layer or 'run'}{'' if event.head is None else f' {event.scope} {event.head}'}"
+        f"{'' if math.isnan(event.value) else f'  {event.message}'}"
+        for event in events
+    )
