@@ -77,7 +77,8 @@ def heatmap(
     low, high = _limits(table[present], metric) if limits is None else limits
     norm = LogNorm(low, high) if is_log(metric) else Normalize(low, high)
     shown = np.ma.masked_invalid(np.clip(table, low, high))
-    mesh = ax.pcolormesh(shown, cmap="viridis", norm=norm, edgecolors="white", linewidth=1.0 if numbered else 0.2)
+    grid = "white" if numbered else "none"
+    mesh = ax.pcolormesh(shown, cmap="viridis", norm=norm, edgecolors=grid, linewidth=1.0)
     for layer, head in np.argwhere(present & np.isnan(table)):
         ax.add_patch(Rectangle((head, layer), 1, 1, facecolor=PAPER_GREY, edgecolor="white", hatch="////"))
     if numbered:
@@ -134,7 +135,7 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
         if event.layer in layers:
             row = layers.index(event.layer)
             for head in heads_concerned(event, metric, coverage):
-                for colour, width in (("white", 4.0), (ALARM_COLOUR, 2.2)):
+                for colour, width in (("white", 3.6), (ALARM_COLOUR, 2.0)):
                     frame = Rectangle((head, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=4)
                     frame.set_clip_on(False)
                     ax.add_patch(frame)
