@@ -157,3 +157,235 @@ def hugging_face_architectures() -> Iterator[Architecture]:
         settings["outside"] = frozenset(settings.get("outside", ()))
         build = _hugging_face(model_class, options)
         yield Architecture(name, build, ("eager", "sdpa", "flex_attention"), library="transformers", **settings)
+
+
+# Attention outside of transformers: torch's own modules, hand-written layers, other libraries.
+
+
+def _hidden(padded: bool) -> dict[str, Any]:
+    return {"x": torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(1))}
+
+
+def _hidden_masked(padded: bool) -> dict[str, Any]:
+    inputs = _hidden(padded)
+    if padded:
+        inputs["padding"] = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        inputs["padding"][1, LENGTH - 4 :] = True
+    return inputs
+
+
+class TorchAttention(nn.Module):
+    """`nn.MultiheadAttention` as a layer of its own."""
+
+    def __init__(self, need_weights: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=True, **options)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.attn(x, x, x, key_padding_mask=padding, need_weights=self.need_weights)[0]
+
+
+class TorchEncoder(nn.Module):
+    """`nn.TransformerEncoder`, which takes a fused path of its own in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+class TorchSeq2Seq(nn.Module):
+    """`nn.Transformer`: sequences first, a causal decoder, cross attention between sequences of equal length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(32, 4, 2, 2, 48)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        source = x.transpose(0, 1)
+        causal = nn.Transformer.generate_square_subsequent_mask(len(source))
+        return self.transformer(
+            source,
+            source.flip(0).contiguous(),
+            tgt_mask=causal,
+            src_key_padding_mask=padding,
+            memory_key_padding_mask=padding,
+        )
+
+
+class HandWritten(nn.Module):
+    """Causal self-attention with the logits and their use written out by ``attend(q, k, v, blocked)``."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], layout: str = "bhtd") -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
+        self.attend, self.layout = attend, layout
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).unbind(2)
+        if self.layout == "bhtd":
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        blocked = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        y = self.attend(q, k, v, blocked)
+        return self.out((y.transpose(1, 2) if self.layout == "bhtd" else y).flatten(2))
+
+
+def _by_matmul(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return nn.functional.softmax(logits.masked_fill(blocked, float("-inf")), dim=-1) @ v
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = torch.matmul(q, k.mT)
+    logits /= 8**0.5
+    logits.masked_fill_(blocked[None, None], -1e9)
+    return torch.matmul(logits.softmax(-1), v)
+
+
+def _by_einsum(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = torch.einsum("bthd,bshd->bhts", q, k).div(8**0.5)
+    weights = torch.where(blocked, torch.finfo(logits.dtype).min, logits).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+def _sequence_first(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = torch.einsum("bind,bjnd->ijbn", q, k) * 8**-0.5
+    weights = torch.softmax(logits - 1e30 * blocked[:, :, None, None], dim=1)
+    return torch.einsum("ijbn,bjnd->bind", weights, v)
+
+
+def _flattened(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    q, k, v = (y.reshape(-1, LENGTH, 8) for y in (q, k, v))
+    bias = torch.zeros(LENGTH, LENGTH).masked_fill(blocked, float("-inf"))
+    logits = torch.baddbmm(bias.expand(len(q), -1, -1), q * 8**-0.5, k.transpose(1, 2))
+    return torch.bmm(torch.softmax(logits, -1), v).view(BATCH, 4, LENGTH, 8)
+
+
+def _learned_temperature(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+    temperature = torch.tensor([4.0, 6.0, 8.0, 10.0])[:, None, None]
+    return (q @ k.transpose(-2, -1) * temperature).masked_fill(blocked, float("-inf")).softmax(-1) @ v
+
+
+def _imported_by_name(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class _Placeholder(type):
+    def __getattr__(cls, name: str) -> str:
+        return name
+
+
+class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty modules in place of torchvision, whose wheel does not load beside a CPU-only torch of the same version."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        )
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def invent(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Placeholder(name, (), {})
+
+        module.__dict__["__getattr__"] = invent
+
+
+@contextmanager
+def _torchvision_optional() -> Iterator[None]:
+    """timm's models need torchvision only to import: its image transforms are never called here."""
+    if importlib.util.find_spec("torchvision"):
+        yield
+        return
+    finder = _Placeholders()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def _timm(name: str, *, fused: bool = True, **options: Any) -> Callable[[str], nn.Module]:
+    def build(_: str) -> nn.Module:
+        with _torchvision_optional():
+            timm = importlib.import_module("timm")
+        model = sharpen(timm.create_model(name, pretrained=False, **options))
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        return model
+
+    return build
+
+
+def _x_transformers(**options: Any) -> Callable[[str], nn.Module]:
+    def build(_: str) -> nn.Module:
+        library = importlib.import_module("x_transformers")
+        return sharpen(library.Decoder(dim=32, depth=2, heads=4, attn_dim_head=8, **options))
+
+    return build
+
+
+def _litgpt(_: str) -> nn.Module:
+    library = importlib.import_module("litgpt")
+    sizes = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 32, "vocab_size": VOCABULARY, "block_size": 64}
+    return sharpen(library.GPT(library.Config(intermediate_size=48, mlp_class_name="LLaMAMLP", **sizes)))
+
+
+def _image(name: str, size: int) -> Callable[[bool], dict[str, Any]]:
+    return lambda padded: {name: torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(1))}
+
+
+def other_architectures() -> Iterator[Architecture]:
+    def torch_row(name: str, build: Callable[[], nn.Module], num_layers: int = 1, num_cross: int = 0) -> Architecture:
+        return Architecture(
+            name, lambda _: sharpen(build()), ("own",), _hidden_masked, num_layers, "torch", num_cross=num_cross
+        )
+
+    yield torch_row("nn.MultiheadAttention", TorchAttention)
+    yield torch_row("nn.MultiheadAttention need_weights", lambda: TorchAttention(need_weights=True))
+    yield torch_row("nn.MultiheadAttention add_bias_kv", lambda: TorchAttention(add_bias_kv=True))
+    yield torch_row("nn.TransformerEncoder", TorchEncoder, 2)
+    yield torch_row("nn.Transformer", TorchSeq2Seq, 6, 2)
+    for name, attend, layout in (
+        ("sdpa imported by name", _imported_by_name, "bhtd"),
+        ("matmul", _by_matmul, "bhtd"),
+        ("matmul in place", _in_place, "bhtd"),
+        ("einsum bthd", _by_einsum, "bthd"),
+        ("einsum ijbn", _sequence_first, "bthd"),
+        ("baddbmm (B·H, L, d)", _flattened, "bhtd"),
+        ("cosine with temperature per head", _learned_temperature, "bhtd"),
+    ):
+        yield Architecture(
+            name,
+            lambda _, attend=attend, layout=layout: sharpen(HandWritten(attend, layout)),
+            ("own",),
+            _hidden,
+            1,
+            "torch",
+        )
+    vit = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    yield Architecture("timm ViT", _timm("vit_tiny_patch16_224", **vit), ("own",), _image("x", 16), 2, "timm")
+    yield Architecture("timm ViT unfused", _timm("vit_tiny_patch16_224", fused=False, **vit), ("own",), _image("x", 16), 2, "timm")  # fmt: skip
+    swin = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    outside = frozenset({"bias"})
+    yield Architecture("timm Swin", _timm("swin_tiny_patch4_window7_224", **swin), ("own",), _image("x", 32), 2, "timm", outside)  # fmt: skip
+    yield Architecture("timm Swin unfused", _timm("swin_tiny_patch4_window7_224", fused=False, **swin), ("own",), _image("x", 32), 2, "timm", outside)  # fmt: skip
+    yield Architecture("x-transformers", _x_transformers(attn_flash=False), ("own",), _hidden, 2, "x_transformers")
+    yield Architecture("x-transformers flash", _x_transformers(attn_flash=True), ("own",), _hidden, 2, "x_transformers")
+    yield Architecture("x-transformers qk_norm", _x_transformers(attn_qk_norm=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
+    yield Architecture("litgpt", _litgpt, ("own",), lambda padded: {"idx": token_ids(False)["input_ids"]}, 2, "litgpt")

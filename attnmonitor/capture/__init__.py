@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
+from attnmonitor.capture.explicit import capture, listening
+from attnmonitor.capture.interface import kernels_in_sight
 from attnmonitor.capture.mode import AttentionMode
 
-__all__ = ["AttentionCall", "CaptureReport", "capture_attention"]
+__all__ = ["AttentionCall", "CaptureReport", "capture", "capture_attention"]
 
 
 @contextmanager
@@ -41,6 +43,6 @@ def capture_attention(
         The report; its ``missed`` is complete once the context has been left.
     """
     mode = AttentionMode(model, emit, {} if layouts is None else layouts)
-    with mode.frames, mode:
+    with mode.frames, listening(mode), kernels_in_sight(mode.watch_kernel), mode:
         yield mode.report
     mode.name_missed()

@@ -32,19 +32,24 @@ class Frame:
         self.module = module
         self.inputs = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
         self.projected: list[Tensor] = []
+        self.recorded_by = ""
 
     def note_projection(self, x: Tensor) -> None:
-        """Remember that a weight was applied to one of this call's own inputs: what queries and keys are made from."""
+        """Remember that a weight was applied to one of this call's own inputs, or to a learned sequence."""
         source = x if x._base is None else x._base
-        for tensor in self.inputs:
-            same = tensor is source or (tensor._base is source)
-            if same and not any(tensor is seen for seen in self.projected):
+        origins = [tensor for tensor in self.inputs if tensor is source or tensor._base is source]
+        for tensor in origins[:1] or ([source] if isinstance(source, nn.Parameter) else []):
+            if tensor.dim() >= 3 and not any(tensor is seen for seen in self.projected):
                 self.projected.append(tensor)
 
-    def projects_two(self, num_keys: int) -> bool:
-        """Whether two different sequences were projected, one of them as long as the keys: cross attention."""
-        sequences = [x for x in self.projected if x.dim() >= 3]
-        return len(sequences) > 1 and any(num_keys in x.shape[:-1] for x in sequences[1:])
+    def is_self_attention(self, num_rows: int, num_keys: int) -> bool:
+        """Whether queries and keys were made from one sequence: the call projected no second one as long as the keys.
+
+        Lengths alone do not tell: biases appended to the keys make them longer, and two sequences may be equally long.
+        """
+        if any(num_keys in x.shape[:-1] for x in self.projected[1:]):
+            return False
+        return num_rows == num_keys or len(self.projected) == 1
 
 
 class Frames:
@@ -84,6 +89,14 @@ class Frames:
         """Tell every running call that a weight was applied to ``x``."""
         for frame in self._stack:
             frame.note_projection(x)
+
+    def running(self, module: nn.Module) -> Frame | None:
+        """The innermost running call of ``module``."""
+        return next((frame for frame in reversed(self._stack) if frame.module is module), None)
+
+    def explicit(self) -> bool:
+        """Whether a running call has said outright what its queries and keys are."""
+        return any(frame.recorded_by == "explicit" for frame in self._stack)
 
     def layer(self) -> tuple[str, Frame | None]:
         """Name and call of the layer that is running: the innermost module with parameters of its own or below it."""

@@ -65,7 +65,7 @@ def read_flex(
         return torch.where(seen, x, -torch.inf)
 
     def seen_by(row: Tensor) -> Tensor:
-        seen = mask_mod(batch[..., 0, 0], torch.zeros_like(column), row, column, *mask_mod_other_buffers)
+        seen: Tensor = mask_mod(batch[..., 0, 0], torch.zeros_like(column), row, column, *mask_mod_other_buffers)
         return seen.expand(query.shape[0], key.shape[-2])
 
     attention.bent += [Step(modify), Step(hide)]

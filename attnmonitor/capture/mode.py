@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.frames import Frame, Frames
 from attnmonitor.capture.fused import read_flex, read_sdpa
+from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.rebuild import Attention
 from attnmonitor.capture.repeats import Repeats
 from attnmonitor.capture.traced import Tracer
@@ -42,6 +43,7 @@ class AttentionMode(TorchFunctionMode):
         self._calls: Counter[str] = Counter()
         self._last_self_mask: Tensor | None = None
         self._inside_mha = False
+        self._busy = False
         self._repeats = Repeats()
         self._tracer = Tracer(self.frames, self._repeats.before, self._found_traced, self._lost)
         self._observers: dict[str, list[Observer]] = {}
@@ -58,6 +60,8 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._busy:
+            return func(*args, **kwargs)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._look_up(func)
@@ -108,35 +112,48 @@ class AttentionMode(TorchFunctionMode):
             self.frames.note_projection(x)
 
     def _observe_sdpa(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        query, key, *rest = args if len(args) > 1 else (*args, kwargs.pop("query", None), kwargs.pop("key"))
-        self._observe_fused(read_sdpa, "sdpa", query, key, rest, kwargs, output)
+        self._observe_fused(read_sdpa, args, kwargs, output)
 
     def _observe_flex(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        query, key, *rest = args
-        self._observe_fused(read_flex, "sdpa", query, key, rest, kwargs, output[0])
+        self._observe_fused(read_flex, args, kwargs, output[0])
 
     def _observe_fused(
-        self,
-        read: Callable[..., Attention],
-        how: str,
-        query: Tensor,
-        key: Tensor,
-        rest: Any,
-        kwargs: Any,
-        output: Tensor,
+        self, read: Callable[..., Attention], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
         layer, frame = self.frames.layer()
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, before = named["query"], self._repeats.before(named["key"])
         if query.dim() != 4:
             self._lost(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
             return
-        before = self._repeats.before(key)
-        attention = read(query, key if before is None else before, *rest, **kwargs)
-        self._found(layer, frame, attention, how, output, -2)
+        if before is not None:
+            named["key"] = before
+        operands = (named.pop("query"), named.pop("key"), named.pop("value"))
+        self._found(layer, frame, read(*operands, *args[3:], **named), "sdpa", output, -2)
 
     def _found_traced(
         self, layer: str, frame: Frame | None, attention: Attention, output: Tensor | None, row_axis: int
     ) -> None:
         self._found(layer, frame, attention, "traced", output, row_axis)
+
+    def take_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
+        """Record what a module said of itself, unless this call of it was seen already."""
+        frame = self.frames.running(module)
+        if frame is None:
+            layer, frame = self.frames.layer()
+        else:
+            layer = frame.name
+        if frame is None or not frame.recorded_by:
+            self._found(layer, frame, attention, "explicit", output, -2)
+
+    def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an attention function of transformers, and record its arguments if nothing inside it was seen."""
+        seen = self._calls.total()
+        result = kernel(*args, **kwargs)
+        if self._calls.total() == seen:
+            layer, frame = self.frames.layer()
+            self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", result[0], 1)
+        return result
 
     def _lost(self, layer: str, reason: str) -> None:
         self.report.missed[layer] = reason
@@ -144,11 +161,25 @@ class AttentionMode(TorchFunctionMode):
     def _found(
         self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
     ) -> None:
-        """Name, verify and emit one attention."""
+        """Emit one attention, unless its module speaks for itself. Nothing done here is taken for the model's doing."""
+        if how != "explicit" and self.frames.explicit():
+            return
+        if frame is not None:
+            frame.recorded_by = how
+        self._busy = True
+        try:
+            self._verify_and_emit(name, frame, attention, how, output if attention.exact else None, row_axis)
+        finally:
+            self._busy = False
+
+    def _verify_and_emit(
+        self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
+    ) -> None:
         self._calls[name] += 1
         layer = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
         query, key = attention.query, attention.key
-        is_self = query.shape[-2] == key.shape[-2] and (frame is None or not frame.projects_two(key.shape[-2]))
+        lengths = query.shape[-2], key.shape[-2]
+        is_self = frame.is_self_attention(*lengths) if frame is not None else lengths[0] == lengths[1]
         key_mask = attention.key_mask()
         query_mask = key_mask if is_self else self._last_self_mask
         if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[-2]):
@@ -157,8 +188,9 @@ class AttentionMode(TorchFunctionMode):
             self._last_self_mask = key_mask
         outside = self._layouts.get(layer)
         if outside is None:
-            outside = self._layouts[layer] = attention.act_outside(query_mask, key_mask, is_self=is_self)
-        comparable = output is not None and attention.exact
+            outside = self._layouts[layer] = attention.act_outside(
+                query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
+            )
         self._emit(
             AttentionCall(
                 layer=layer,
@@ -170,7 +202,7 @@ class AttentionMode(TorchFunctionMode):
                 kind="self" if is_self else "cross",
                 how="mha" if self._inside_mha else how,
                 outside=outside,
-                error=attention.deviation(output, row_axis) if comparable and output is not None else None,
+                error=None if output is None else attention.deviation(output, row_axis),
                 logit_rows=attention.logit_rows,
             )
         )

@@ -57,10 +57,8 @@ class Trace:
         key_axis: Axis of the key positions, counted from the right.
         scale: Product of the plain numbers that multiplied it.
         factors: Tensors that multiplied it and are constant along the keys, ``(*batch, Lq or 1, 1)``.
-        affine: Steps before the first non-linear one.
-        bent: Steps from there to the softmax.
-        after: The softmax and what follows.
-        stage: ``"affine"``, ``"bent"`` or ``"after"``.
+        stage: ``"affine"`` before the first non-linear step, ``"bent"`` from there to the softmax, ``"after"`` from it on.
+        steps: What was done, each step with its stage.
         first_column: Index of the first key among the columns.
         softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
         outside: What acts on the logits outside the product.
@@ -75,10 +73,8 @@ class Trace:
     key_axis: int
     scale: float = 1.0
     factors: tuple[Tensor, ...] = ()
-    affine: tuple[Step, ...] = ()
-    bent: tuple[Step, ...] = ()
-    after: tuple[Step, ...] = ()
     stage: str = "affine"
+    steps: tuple[tuple[str, Step], ...] = ()
     first_column: int = 0
     softmax_axes: tuple[int, int, int] = (-2, -1, 0)
     outside: frozenset[str] = frozenset()
@@ -90,8 +86,11 @@ class Trace:
     def then(self, apply: Apply, *, moves: bool = False, **changes: Any) -> Trace:
         """The trace after one more step."""
         trace = replace(self, **{"capped": False, **changes})
-        steps: tuple[Step, ...] = getattr(trace, trace.stage)
-        return replace(trace, **{trace.stage: (*steps, Step(apply, moves))})
+        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, moves))))
+
+    def staged(self, stage: str) -> list[Step]:
+        """The steps of one stage, in order."""
+        return [step for at, step in self.steps if at == stage]
 
 
 class Tracer:
@@ -117,12 +116,13 @@ class Tracer:
         self._lost = lost
         self._traces = Notes[Trace]()
         self._constants = Notes[float]()
-        follow = dict.fromkeys(SCALINGS, self._scale) | dict.fromkeys(ADDITIONS, self._add)
+        follow: dict[str, _Follow] = dict.fromkeys(SCALINGS, self._scale)
+        follow |= dict.fromkeys(ADDITIONS, self._add)
         follow |= dict.fromkeys(BENDINGS, self._bend) | dict.fromkeys(CASTS, self._keep)
         follow |= dict.fromkeys(MOVES, self._move) | dict.fromkeys(RESHAPES, self._reshape)
         follow |= dict.fromkeys(SOFTMAXES, self._soften)
         follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": self._slice, "dropout": self._drop}
-        self._follow: dict[str, Callable[[Trace, _Call], Trace | None]] = follow
+        self._follow = follow
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
@@ -158,7 +158,9 @@ class Tracer:
         ):
             trace = self._traces.get(operand)
             if trace is not None:
-                if trace.stage == "after" and product.contracted == {axes[trace.key_axis]}:
+                if trace.stage == "after" and trace.doubt:
+                    self._lost(trace.origin.layer, trace.doubt)
+                elif trace.stage == "after" and product.contracted == {axes[trace.key_axis]}:
                     row_axis = product.out_axes.index(axes[trace.query_axis])
                     self._reach_values(trace, _Call(name, func, args, kwargs, output), operand, row_axis)
                 return
@@ -215,7 +217,7 @@ class Tracer:
         factor = other if sign > 0 else other.reciprocal()
         return trace.then(apply, factors=(*trace.factors, _as_batch(factor, trace, call.output)))
 
-    def _add(self, trace: Trace, call: _Call) -> Trace:
+    def _add(self, trace: Trace, call: _Call) -> Trace | None:
         other = call.operands[1 - call.slot]
         if call.name == "add" and isinstance(other, Tensor) and other.is_floating_point():
             trace = self._note_mask(trace, other, call.output)
@@ -262,11 +264,12 @@ class Tracer:
 
     def _soften(self, trace: Trace, call: _Call) -> Trace | None:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
-        if (
-            trace.stage == "after"
-            or not isinstance(dim, int)
-            or dim % call.output.dim() - call.output.dim() != trace.key_axis
-        ):
+        if trace.stage == "after" or not isinstance(dim, int):
+            return None
+        over = dim % call.output.dim() - call.output.dim()
+        if over == trace.query_axis:
+            trace = replace(trace, doubt="its softmax runs over the first operand of the product, not over the second")
+        elif over != trace.key_axis:
             return None
         axes = (trace.query_axis, trace.key_axis, trace.first_column)
         axis = trace.key_axis
@@ -349,9 +352,6 @@ class Tracer:
 
     def _reach_values(self, trace: Trace, call: _Call, weights: Tensor, row_axis: int) -> None:
         origin = trace.origin
-        if trace.doubt:
-            self._lost(origin.layer, trace.doubt)
-            return
         trace = trace.then(call.replay(trace, weights))
         attention = _as_attention(trace)
         if attention is None:
@@ -407,10 +407,13 @@ class _Call:
         return apply
 
 
+_Follow = Callable[[Trace, _Call], "Trace | None"]
+
+
 def _lift_cap(trace: Trace, cap: float) -> Trace:
     """``cap · tanh(x / cap)``: the logits are x, so the division belongs to the cap and not to their scale."""
-    affine = (*trace.affine, Step(lambda x, rows: x * cap))
-    return replace(trace, scale=trace.scale * cap, affine=affine, bent=(Step(lambda x, rows: x / cap), *trace.bent))
+    lift = ("affine", Step(lambda x, rows: x * cap)), ("bent", Step(lambda x, rows: x / cap))
+    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *lift, trace.steps[-1]))
 
 
 def _size(x: Tensor, axis: int) -> int:
@@ -459,9 +462,9 @@ def _as_attention(trace: Trace) -> Attention | None:
         scale=trace.scale,
         arrange=arrange,
         restore=restore,
-        affine=list(trace.affine),
-        bent=list(trace.bent),
-        after=list(trace.after),
+        affine=trace.staged("affine"),
+        bent=trace.staged("bent"),
+        after=trace.staged("after"),
         key_axis=softmax_key_axis,
         outside=set(trace.outside),
         visible=visible,

@@ -1,0 +1,89 @@
+"""Say it outright: one call for attention that nothing can see, such as a kernel of one's own or a scripted function.
+
+    def forward(self, x):
+        ...
+        out = my_kernel(q, k, v)
+        capture(self, q, k, scale=self.scale, causal=True)
+
+Outside of a capture the call is one test of a module-level list, and a compiled region traces through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
+from attnmonitor.capture.rebuild import Attention, Step
+
+__all__ = ["capture", "listening"]
+
+
+class Listener(Protocol):
+    """What takes an explicit call while a capture is open."""
+
+    def take_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
+        """Record ``attention`` as that of ``module``."""
+
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send explicit calls to ``listener`` while the context is open."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    value: Tensor | None = None,
+    output: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> None:
+    """Hand queries and keys of ``module`` to the capture that is open, if one is.
+
+    The first record of a module's call stands: an explicit call before the attention is computed replaces whatever
+    would have been seen of it, one after it counts only where nothing was seen.
+
+    Args:
+        module: The layer they belong to; it names them.
+        query: ``(B, Hq, Lq, d)`` as softmax sees it, not scaled.
+        key: ``(B, Hkv, Lk, d)``, Hkv dividing Hq.
+        scale: Factor on ``q kᵀ``; ``d ** -0.5`` when None.
+        value: ``(B, Hv, Lk, dv)``; with ``output`` it lets the call be verified.
+        output: ``(B, Hq, Lq, dv)``, what the attention produced.
+        mask: Bool (True = may be seen) or additive, broadcast against ``(B, Hq, Lq, Lk)``.
+        causal: Whether query i sees keys 0 to i only.
+
+    Raises:
+        ValueError: query or key are not 4-dimensional, or their sizes do not fit.
+    """
+    if not _listeners:
+        return
+    if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"capture(query={tuple(query.shape)}, key={tuple(key.shape)}): expected (B, Hq, Lq, d) and (B, Hkv, Lk, d) "
+            "with Hq a multiple of Hkv; transpose or unflatten the heads first"
+        )
+    attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        attention.affine.append(mask_step(mask, query.shape[-2]))
+        attention.visible.extend(mask_visibility(mask, query, key))
+    if causal:
+        attention.affine.append(Step(hide_future))
+    if value is not None:
+        attention.after.append(attend(value))
+    _listeners[-1].take_explicit(module, attention, output if value is not None else None)
