@@ -1,20 +1,18 @@
 r"""One pass over the queries and keys of a layer, which leaves a d×d core per head.
 
-Row-centring the logits *is* centring the keys, so the energy field of a head is :math:`\tilde E = s\,q\,\tilde k^\top` and
-everything about its spectrum sits in two d×d matrices: :math:`A = s^2 q^\top q` and :math:`B = \tilde k^\top \tilde k`. With
-:math:`B = W \Lambda W^\top` and :math:`C = W \Lambda^{1/2}`, the field core :math:`M = C^\top A\, C` has the squared singular values of
-:math:`\tilde E` as its eigenvalues, and the columns of :math:`U = \tilde k\, W \Lambda^{-1/2}` are the left singular vectors of the keys.
-No L×L matrix is formed, and q and k may go as soon as `head_cores` returns.
+Row-centring the logits *is* centring the keys, so the energy field of a head is
+:math:`\tilde E = s\,q\,\tilde k^\top`, and everything about its spectrum sits in :math:`A = s^2 q^\top q` and
+:math:`\tilde k^\top \tilde k = W \Lambda W^\top`: with :math:`C = W \Lambda^{1/2}`, the field core
 
-Letters: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv query heads that share a key head, Lq and Lk positions,
-d head size.
+.. math:: M = C^\top A\, C
 
-Numerics. Products of float32 entries are exact in float64, so the cores carry only float64 summation error, and nothing
-that float16 or float32 can hold overflows or underflows in them. Squaring halves the digits, which is why they are not
-float32: a float32 Gram matrix loses singular values below :math:`3\cdot10^{-4}\,\sigma_1`, and full-rank leverage with them. A
-float64 one keeps them to :math:`10^{-8}\,\sigma_1`, past what float32 keys can mean. The keys are centred before the product: the
-shortcut :math:`k^\top k - n\,\bar k \bar k^\top` cancels when the mean dominates, as it does in trained models.
-Per-position numbers (leverage, shares) are float32 products of orthonormal coordinates, which are of order one.
+has the squared singular values of :math:`\tilde E` as its eigenvalues. It lives in the keys' sorted singular basis,
+where it is graded (large entries lead) and where a key position is a row u of U, with share
+:math:`u^\top M u / \operatorname{tr} M` of the field's energy. No L×L matrix is formed, and q and k may go as soon as
+`head_cores` returns.
+
+Letters: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv query heads that share a key head, Lq and Lk
+positions, d head size.
 """
 
 from __future__ import annotations
@@ -25,18 +23,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.incoherence import KeyBasis, incoherence, key_basis, spread_over_positions
-from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.incoherence import KeyBasis, key_basis, spread_over_positions
+from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.shapes import check_heads, check_query_and_key
 
-__all__ = ["HeadCores", "energy_shares", "field_cores", "head_cores"]
+__all__ = ["FieldCores", "HeadCores", "energy_shares", "field_cores", "head_cores"]
 
-POSITION_METRICS = ("energy_delocalization", "key_incoherence", "key_leverage_max", "key_norm_participation")
+_PER_POSITION = ("energy_delocalization", "key_incoherence", "key_leverage_max", "key_norm_participation")
 
 
-def field_cores(
-    query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""Field cores :math:`M = s^2\, \Lambda^{1/2} W^\top q^\top q\, W \Lambda^{1/2}` and query energies :math:`\|q\|_F^2`.
+@dataclass(frozen=True, eq=False)
+class FieldCores:
+    """The cores of the energy fields of one layer.
+
+    Attributes:
+        core: M, ``(B, Hq, d, d)`` float64; NaN for a head whose queries or keys are not finite.
+        error: ``(B, Hq)`` float64: bound on the sum of absolute eigenvalue errors of M that rounding can have caused.
+        query_energy: ‖q‖_F², ``(B, Hq)`` float64.
+        num_queries: Queries that are not padding, ``(B, 1)`` float64.
+        num_keys: Keys that are not padding, ``(B, 1)`` float64.
+    """
+
+    core: Tensor
+    error: Tensor
+    query_energy: Tensor
+    num_queries: Tensor
+    num_keys: Tensor
+
+    def stacked_per_key_head(self, num_kv_heads: int) -> FieldCores:
+        """The fields of the stacked queries of each group that shares a key head: stacking rows sums Gram matrices."""
+        shape = (self.core.shape[0], num_kv_heads, -1)
+        group = self.core.shape[1] // num_kv_heads
+        return FieldCores(
+            self.core.reshape(*shape, *self.core.shape[2:]).sum(2),
+            self.error.reshape(shape).sum(2),
+            self.query_energy.reshape(shape).sum(2),
+            self.num_queries * group,
+            self.num_keys,
+        )
+
+
+def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Tensor | None = None) -> FieldCores:
+    r"""Cores :math:`M = s^2\, \Lambda^{1/2} W^\top q^\top q\, W \Lambda^{1/2}` of a layer's energy fields.
+
+    Rounding. A float64 product of n terms errs by at most :math:`n u / (1 - n u)` of the product of absolute values,
+    :math:`u = 2^{-53}`. So :math:`\|\Delta A\|_2 \le 2 L u\,\|q\|_F^2` and
+    :math:`\|\Delta B\|_2 \le 2 L u\,\|\tilde k\|_F^2`; centring moves k̃ by at most :math:`2 L u\,\|k\|_F`; the
+    eigensolver is backward stable and the products with C add a modest multiple of :math:`d u`. Each perturbs the
+    eigenvalues of M by at most its trace norm in total (Lidskii), which is the bound
+
+    .. math:: 16\,u\,(L + d^2)\; s^2 \|q\|_F^2\, \|\tilde k\|_F \|k\|_F .
 
     Args:
         query: ``(B, Hq, Lq, d)``.
@@ -44,20 +80,35 @@ def field_cores(
         scale: The softmax scale s.
         query_mask: ``(B, Lq)`` bool, True where the position is not padding; None where all are.
 
-    Returns:
-        ``(B, Hq, d, d)`` and ``(B, Hq)``, float64; NaN for heads whose queries or keys are not finite.
+    Raises:
+        ValueError: The shapes do not fit.
     """
-    num_sequences, num_query_heads, _, head_dim = query.shape
-    num_kv_heads = basis.eigenvalues.shape[1]
-    if query_mask is not None:
-        query = torch.where(query_mask[:, None, :, None], query, 0)
-    wide = query.to(torch.float64, memory_format=torch.contiguous_format)
-    gram = wide.mT @ wide
-    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    check_heads("query", query, query_mask)
+    check_query_and_key(query, basis.key)
+    num_sequences, num_heads, length, head_dim = query.shape
+    num_kv_heads = basis.key.shape[1]
+    if query_mask is None:
+        num_queries = torch.full((num_sequences, 1), float(length), dtype=torch.float64, device=query.device)
+    else:
+        num_queries = query_mask.sum(-1, keepdim=True, dtype=torch.float64)
+    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=query.device)
+    for _, block in position_blocks(query, query_mask):
+        flat = block.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
+        gram.baddbmm_(flat.mT, flat)
+    query_energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(num_sequences, num_heads)
     root = (basis.eigenvectors * (scale * basis.eigenvalues.sqrt())[..., None, :])[:, :, None]
-    core = root.mT @ gram.unflatten(1, (num_kv_heads, -1)) @ root
-    core = torch.where(basis.finite[:, :, None, None, None], core, torch.nan)
-    return core.reshape(num_sequences, num_query_heads, head_dim, head_dim), energy
+    core = root.mT @ gram.view(num_sequences, num_kv_heads, -1, head_dim, head_dim) @ root
+    key_energy = basis.energy + basis.num_keys * basis.mean.square().sum((-2, -1))
+    size = (basis.energy * key_energy).sqrt().repeat_interleave(num_heads // num_kv_heads, 1)
+    unit_roundoff = torch.finfo(torch.float64).eps / 2
+    terms = max(length, basis.key.shape[2]) + head_dim**2
+    return FieldCores(
+        core.view(num_sequences, num_heads, head_dim, head_dim),
+        16 * unit_roundoff * terms * scale**2 * query_energy * size,
+        query_energy,
+        num_queries,
+        basis.num_keys,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,36 +116,31 @@ class HeadCores:
     """What is kept of one layer: everything its statistics need, nothing that grows with its length.
 
     Attributes:
-        field_core: M, ``(B, Hq, d, d)`` float64, in the keys' sorted eigenbasis; NaN for a head that is not finite.
-        key_eigenvalues: Λ, ``(B, Hkv, d)`` float64, descending; NaN for a head that is not finite.
-        query_energy: ``‖q‖_F²``, ``(B, Hq)`` float64.
-        num_queries: ``(B, 1)`` float64, positions that are not padding.
-        num_keys: ``(B, 1)`` float64.
+        fields: The cores of its energy fields.
+        key_variances: Squared singular values of k̃, ``(B, Hkv, d)`` float64, descending; NaN where not finite.
         per_position: The statistics that had to see positions, by name, ``(B, H)``.
-        share_excess: 0-dim: the most by which a position's share exceeds its leverage (it never may), else 0.
+        share_excess: 0-dim: the most by which a position's share of the energy exceeds its leverage. Rounding noise
+            unless something is wrong: the theorem of `incoherence` forbids it.
     """
 
-    field_core: Tensor
-    key_eigenvalues: Tensor
-    query_energy: Tensor
-    num_queries: Tensor
-    num_keys: Tensor
+    fields: FieldCores
+    key_variances: Tensor
     per_position: dict[str, Tensor]
     share_excess: Tensor
 
 
 def head_cores(
-    query: Tensor,  # (B, Hq, Lq, d)
-    key: Tensor,  # (B, Hkv, Lk, d)
+    query: Tensor,
+    key: Tensor,
     *,
     scale: float,
-    query_mask: Tensor | None = None,  # (B, Lq)
-    key_mask: Tensor | None = None,  # (B, Lk)
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     metrics: Sequence[str],
 ) -> HeadCores:
-    """Reduce one layer's queries and keys to the cores that ``metrics`` need.
+    """Reduce one layer's queries and keys to what ``metrics`` need of them.
 
-    Keeps no reference to q or k and never waits for the device.
+    Keeps no reference to q or k, and beside them needs memory for one block of positions.
 
     Args:
         query: ``(B, Hq, Lq, d)``, as softmax sees it.
@@ -102,66 +148,70 @@ def head_cores(
         scale: The softmax scale s.
         query_mask: ``(B, Lq)`` bool, True where valid.
         key_mask: ``(B, Lk)`` bool, True where valid.
-        metrics: Names from the catalog; per-position work is done only for those asked for.
+        metrics: Names from the catalog; work per position is done only for those asked for.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
     with full_precision(query.device):
         basis = key_basis(key, key_mask)
-        core, query_energy = field_cores(query, basis, scale=scale, query_mask=query_mask)
-        if query_mask is None:
-            num_queries = torch.full(
-                (query.shape[0], 1), float(query.shape[2]), dtype=torch.float64, device=query.device
-            )
-        else:
-            num_queries = query_mask.sum(-1, keepdim=True, dtype=torch.float64)
-        per_position, share_excess = _per_position(core, basis, metrics)
-        return HeadCores(
-            core,
-            torch.where(basis.finite[..., None], basis.eigenvalues, torch.nan),
-            query_energy,
-            num_queries,
-            basis.num_keys,
-            per_position,
-            share_excess,
-        )
+        fields = field_cores(query, basis, scale=scale, query_mask=query_mask)
+        wanted = [name for name in _PER_POSITION if name in metrics]
+        per_position, share_excess = _per_position(fields.core, basis, wanted)
+        return HeadCores(fields, basis.eigenvalues, per_position, share_excess)
 
 
-def _per_position(core: Tensor, basis: KeyBasis, metrics: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """The statistics of leverage and shares, and how far any share exceeds its leverage."""
-    values: dict[str, Tensor] = {}
+def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """The statistics that see positions, and how far any share exceeds its leverage."""
     excess = torch.zeros((), device=core.device)
-    if not any(name in metrics for name in POSITION_METRICS):
-        return values, excess
-    if "key_norm_participation" in metrics:
-        values["key_norm_participation"] = spread_over_positions(
-            torch.linalg.vecdot(basis.centered, basis.centered), basis.num_keys
-        )
-    left = basis.left_singular_vectors()
-    squared = left.square()
-    leverage = squared.sum(-1)
-    if "key_leverage_max" in metrics:
-        values["key_leverage_max"] = leverage.amax(-1)
-    if "key_incoherence" in metrics:
-        values["key_incoherence"] = incoherence(left, basis.energy_mask(0.9), basis.num_keys)
-    if "energy_delocalization" in metrics:
-        shares = energy_shares(core, left)
-        values["energy_delocalization"] = spread_over_positions(shares, basis.num_keys)
-        excess = (shares - leverage.repeat_interleave(shares.shape[1] // leverage.shape[1], 1)).nan_to_num(0).amax()
-    return values, excess.clamp_min(0)
+    if not wanted:
+        return {}, excess
+    rank = basis.energy_rank(0.9)
+    weights = torch.stack([basis.leading(basis.numerical_rank()), basis.leading(rank), basis.relative_variances()], -1)
+    relative = _relative_cores(core, basis.key.dtype)
+    weighted, shares = [], []
+    for left in basis.left_blocks():
+        weighted.append(left.square() @ weights.to(left.dtype))
+        if "energy_delocalization" in wanted:
+            shares.append(_shares(relative, left))
+    full, cut, norms = torch.cat(weighted, 2).unbind(-1)  # (B, Hkv, Lk) each
+    values = {
+        "key_incoherence": cut.amax(-1) * basis.num_keys / rank,
+        "key_leverage_max": full.amax(-1),
+        "key_norm_participation": spread_over_positions(norms, basis.num_keys),
+    }
+    if shares:
+        share = torch.cat(shares, -1)
+        values["energy_delocalization"] = spread_over_positions(share, basis.num_keys)
+        over = share.unflatten(1, (full.shape[1], -1)) - full[:, :, None]
+        excess = torch.where(over.isfinite(), over, 0).amax().clamp_min(0)
+    return {name: values[name] for name in wanted}, excess
 
 
-def energy_shares(core: Tensor, left: Tensor) -> Tensor:
-    r"""Share of the field's energy that falls on each key position, :math:`u_j^\top M u_j / \operatorname{tr} M`.
+def _relative_cores(core: Tensor, dtype: torch.dtype) -> Tensor:
+    """M / tr M in the type positions are read in; NaN where the field is zero."""
+    energy = core.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (core / energy[..., None, None]).to(torch.promote_types(dtype, torch.float32))
+
+
+def _shares(relative: Tensor, left: Tensor) -> Tensor:
+    """u_jᵀ (M / tr M) u_j, ``(B, Hq, d, d), (B, Hkv, block, d) -> (B, Hq, block)``."""
+    num_sequences, num_kv_heads, _, head_dim = left.shape
+    stacked = relative.view(num_sequences, num_kv_heads, -1, head_dim, head_dim).transpose(2, 3).flatten(3)
+    images = (left @ stacked).unflatten(-1, (-1, head_dim))  # (B, Hkv, block, G, d): one product per key head
+    shares: Tensor = torch.linalg.vecdot(images, left[..., None, :])
+    return shares.transpose(2, 3).flatten(1, 2)
+
+
+def energy_shares(core: Tensor, basis: KeyBasis) -> Tensor:
+    r"""Share of the field's energy that falls on each key position, :math:`\|\tilde E e_j\|^2 / \|\tilde E\|_F^2`.
 
     Args:
         core: M, ``(B, Hq, d, d)``.
-        left: U, ``(B, Hkv, Lk, d)``.
+        basis: The keys' basis.
 
     Returns:
-        ``(B, Hq, Lk)``; NaN where the field is zero.
+        ``(B, Hq, Lk)``, 0 at padding; NaN where the field is zero.
     """
-    num_kv_heads, head_dim = left.shape[1], left.shape[-1]
-    energy = core.diagonal(dim1=-2, dim2=-1).sum(-1)
-    relative = (core / energy[..., None, None]).to(left.dtype).unflatten(1, (num_kv_heads, -1))
-    stacked = relative.transpose(2, 3).flatten(3)  # (B, Hkv, d, G·d): one product for the heads that share a key head
-    images = (left @ stacked).unflatten(-1, (-1, head_dim))  # (B, Hkv, Lk, G, d)
-    return torch.linalg.vecdot(images, left[..., None, :]).transpose(2, 3).flatten(1, 2)
+    relative = _relative_cores(core, basis.key.dtype)
+    return torch.cat([_shares(relative, left) for left in basis.left_blocks()], -1)

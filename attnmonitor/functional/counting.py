@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-__all__ = ["TIE", "check_fraction", "count_to_fraction"]
+__all__ = ["TIE", "check_fraction", "count_to_fraction", "effective_rank"]
 
 TIE = 1e-12
-"""Prefix sums this close to the mark count as reaching it, so that an exact tie (ten equal components, 90 %) is 9."""
+"""Running sums this close to the mark count as reaching it, so that an exact tie (ten equal components, 90 %) is 9."""
 
 
-def check_fraction(name: str, fraction: float) -> None:
+def check_fraction(argument: str, fraction: float) -> None:
     """Raise unless ``0 < fraction <= 1``."""
     if not 0 < fraction <= 1:
-        raise ValueError(f"{name}={fraction!r}: must be in (0, 1], the share of the variance to hold, such as 0.9")
+        raise ValueError(f"{argument}={fraction!r}: must be in (0, 1], the share of the variance to hold, such as 0.9")
 
 
-def count_to_fraction(variances: Tensor, total: Tensor, fraction: float) -> Tensor:
-    r"""Fewest leading variances whose sum reaches a fraction of the total.
+def count_to_fraction(sums: Tensor, total: Tensor, fraction: float) -> Tensor:
+    r"""First count at which a running sum reaches a fraction of the total.
 
     .. math:: \min\{r : v_1 + \dots + v_r \ge f\,T\}
 
     Args:
-        variances: ``(..., n)``, descending.
-        total: T, ``(...)``. A zero total needs 0 components.
+        sums: Running sums of a descending spectrum, ``(..., n)``.
+        total: T, ``(...)``.
         fraction: f in (0, 1].
 
     Returns:
-        ``(...)`` int64; at most n.
+        ``(...)`` int64 in [1, n + 1], n + 1 where none reaches it; 1 where T is 0 or NaN.
+    """
+    short = sums < (fraction * (1 - TIE)) * total[..., None]
+    return short.cumprod(-1).sum(-1) + 1
 
-    >>> count_to_fraction(torch.tensor([5.0, 4.0, 1.0]), torch.tensor(10.0), 0.9)
+
+def effective_rank(variances: Tensor, fraction: float) -> Tensor:
+    """Fewest leading variances that hold a fraction of their own total, ``(..., n) -> (...)`` int64; 0 if all are zero.
+
+    Args:
+        variances: ``(..., n)``, descending.
+        fraction: In (0, 1].
+
+    >>> import torch
+    >>> effective_rank(torch.tensor([5.0, 4.0, 1.0]), 0.9)
     tensor(2)
     """
-    mark = (fraction * (1 - TIE)) * total[..., None]
-    short = (variances.cumsum(-1) < mark).sum(-1) + (total > 0)
-    return short.clamp_max(variances.shape[-1])
+    total = variances.sum(-1)
+    count = count_to_fraction(variances.cumsum(-1), total, fraction)
+    return count.clamp_max(variances.shape[-1]) * (total > 0)

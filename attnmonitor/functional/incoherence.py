@@ -1,26 +1,41 @@
 r"""Key incoherence: how evenly the directions of the keys are spread over positions.
 
-With the thin SVD of the centred keys, :math:`\tilde k = U S W^\top`, the leverage of position j is :math:`\ell_j = \|U_j\|^2`. It bounds
-the share of the energy field that can fall on j *for every query*, so incoherent keys cannot give a field that
-concentrates on few positions. The SVD comes from the d×d Gram matrix in float64 (`cores` argues why that suffices);
-everything in the L×d frame is one product with U.
+With the thin SVD of the centred keys, :math:`\tilde k = U S W^\top`, the leverage of position j is
+:math:`\ell_j = \|U_j\|^2`. It bounds the share of the energy field that can fall on j *for every query*,
 
-Letters: B sequences, Hkv key heads, L positions, n valid positions, d head size.
+.. math:: \|\tilde E e_j\|^2 / \|\tilde E\|_F^2 \le \ell_j,
+
+so incoherent keys cannot give a field that concentrates on few positions.
+
+No SVD of a long matrix is taken. The d×d Gram matrix :math:`\tilde k^\top \tilde k = W S^2 W^\top` gives W and S, and
+:math:`U = \tilde k W S^{-1}` is one product. Squaring the keys halves the digits, which is why the Gram matrix is
+float64: products of float32 entries are exact in it, it keeps singular values down to :math:`10^{-8} \sigma_1`, past
+what float32 keys can mean, and nothing that float16 or float32 can hold overflows in it. (In float32 it would lose
+everything below :math:`3 \cdot 10^{-4} \sigma_1`, and full-rank leverage with it.) The keys are centred before the
+product: the shortcut :math:`k^\top k - n \bar k \bar k^\top` cancels when the mean dominates, as it does in trained
+models. U itself is
+float32: its entries are of order one.
+
+Letters: B sequences, Hkv key heads, L positions, n valid ones, d head size.
+
+References:
+    E. Candès and B. Recht, *Exact matrix completion via convex optimization*, 2009, Definition 1.2 (coherence).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.counting import check_fraction, count_to_fraction
-from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.counting import check_fraction, effective_rank
+from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.shapes import check_heads
 
 __all__ = [
     "KeyBasis",
-    "incoherence",
     "key_basis",
     "key_incoherence",
     "key_leverage_max",
@@ -36,74 +51,244 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class KeyBasis:
-    r"""The centred keys of each head in their own singular basis, :math:`\tilde k = U \Lambda^{1/2} W^\top`.
+    r"""The singular basis of each head's centred keys, :math:`\tilde k = U \Lambda^{1/2} W^\top`.
 
     Attributes:
-        centered: k̃, ``(B, Hkv, Lk, d)``, zero at padding.
-        eigenvalues: Λ, ``(B, Hkv, d)``, descending, float64: the squared singular values.
-        eigenvectors: W, ``(B, Hkv, d, d)``, float64, one direction per column.
-        num_keys: ``(B, 1)``, float64: positions that are not padding.
-        finite: ``(B, Hkv)`` bool: heads without NaN or infinity. The others carry Λ = 0, W = I.
+        key: k, ``(B, Hkv, L, d)``, as it came.
+        key_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+        mean: Mean key over valid positions, ``(B, Hkv, 1, d)`` float64.
+        eigenvalues: Λ, ``(B, Hkv, d)`` float64, descending: the squared singular values. NaN for a head that is not
+            finite.
+        eigenvectors: W, ``(B, Hkv, d, d)`` float64, one direction per column.
+        num_keys: n, ``(B, 1)`` float64.
     """
 
-    centered: Tensor
+    key: Tensor
+    key_mask: Tensor | None
+    mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
     num_keys: Tensor
-    finite: Tensor
 
-    def numerical_rank_mask(self) -> Tensor:
-        """Directions above float32's noise, ``max(Lk, d) · eps · σ₁``, ``(B, Hkv, d)`` bool.
+    @property
+    def energy(self) -> Tensor:
+        """‖k̃‖_F², ``(B, Hkv)``."""
+        return self.eigenvalues.sum(-1)
+
+    def numerical_rank(self) -> Tensor:
+        """Directions above float32's noise, ``max(L, d) · eps · σ₁``, ``(B, Hkv)``.
 
         The same cut for every input type, so that a number does not depend on the type its keys arrived in.
         """
-        noise = max(self.centered.shape[-2:]) * torch.finfo(torch.float32).eps
-        return (self.eigenvalues > noise**2 * self.eigenvalues[..., :1]) & (self.eigenvalues > 0)
+        noise = max(self.key.shape[-2:]) * torch.finfo(torch.float32).eps
+        return (self.eigenvalues > noise**2 * self.eigenvalues[..., :1]).sum(-1)
 
-    def energy_mask(self, energy: float) -> Tensor:
-        """The fewest leading directions that hold ``energy`` of ‖k̃‖_F², ``(B, Hkv, d)`` bool."""
+    def energy_rank(self, energy: float) -> Tensor:
+        """Fewest directions that hold ``energy`` of ‖k̃‖_F², ``(B, Hkv)``; the numerical rank for 1."""
         if energy == 1:
-            return self.numerical_rank_mask()
-        count = count_to_fraction(self.eigenvalues, self.eigenvalues.sum(-1), energy)
-        return torch.arange(self.eigenvalues.shape[-1], device=count.device) < count[..., None]
+            return self.numerical_rank()
+        return effective_rank(self.eigenvalues, energy)
+
+    def leading(self, rank: Tensor) -> Tensor:
+        """Which directions are among the ``rank`` leading ones, ``(B, Hkv) -> (B, Hkv, d)`` bool."""
+        return torch.arange(self.eigenvalues.shape[-1], device=rank.device) < rank[..., None]
 
     def or_nan(self, values: Tensor) -> Tensor:
         """``values``, ``(B, Hkv)``, with NaN for the heads that are not finite."""
-        return torch.where(self.finite, values, torch.nan)
+        return torch.where(self.energy.isfinite(), values, torch.nan)
 
-    def left_singular_vectors(self) -> Tensor:
-        """U, ``(B, Hkv, Lk, d)``: zero columns for directions below the numerical rank."""
-        inverse_root = torch.where(self.numerical_rank_mask(), self.eigenvalues, torch.inf).rsqrt()
-        return self.centered @ (self.eigenvectors * inverse_root[..., None, :]).to(self.centered.dtype)
+    def relative_variances(self) -> Tensor:
+        """Λ / ‖k̃‖_F², ``(B, Hkv, d)``; NaN where the keys are all equal."""
+        return self.eigenvalues / self.energy[..., None]
+
+    def left_blocks(self) -> Iterator[Tensor]:
+        """Read U in blocks of positions, ``(B, Hkv, block, d)``: zero rows at padding, zero columns below the rank."""
+        work = torch.promote_types(self.key.dtype, torch.float32)
+        kept = self.leading(self.numerical_rank())
+        to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
+        to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan).to(work)
+        mean = self.mean.to(work)
+        for positions, block in position_blocks(self.key, self.key_mask):
+            centered = block.to(work) - mean
+            if self.key_mask is not None:
+                centered = torch.where(self.key_mask[:, None, positions, None], centered, 0)
+            yield centered @ to_left
+
+    def weighted_rows(self, weights: Tensor) -> Tensor:
+        r""":math:`\sum_i w_i U_{ji}^2` for every position j, ``(B, Hkv, d) -> (B, Hkv, L)``."""
+        columns = weights[..., None]
+        return torch.cat([left.square() @ columns.to(left.dtype) for left in self.left_blocks()], 2).squeeze(-1)
 
 
 def key_basis(key: Tensor, key_mask: Tensor | None = None) -> KeyBasis:
-    """Centre the keys over their valid positions and diagonalise their Gram matrix.
+    """Diagonalise the Gram matrix of the centred keys.
+
+    On CUDA `torch.linalg.eigh` waits for the device to check for failure: one short wait per layer, inside the forward.
 
     Args:
-        key: ``(B, Hkv, Lk, d)``.
-        key_mask: ``(B, Lk)`` bool, True where the position is not padding; None where all are.
+        key: ``(B, Hkv, L, d)``.
+        key_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
-    work = torch.promote_types(key.dtype, torch.float32)
+    check_heads("key", key, key_mask)
+    num_sequences, num_heads, length, head_dim = key.shape
     if key_mask is None:
-        num_keys = torch.full((key.shape[0], 1), float(key.shape[2]), dtype=torch.float64, device=key.device)
-        wide = key.to(torch.float64)
-        centered = wide - wide.mean(-2, keepdim=True)
+        num_keys = torch.full((num_sequences, 1), float(length), dtype=torch.float64, device=key.device)
     else:
-        valid = key_mask[:, None, :, None]
         num_keys = key_mask.sum(-1, keepdim=True, dtype=torch.float64)
-        wide = torch.where(valid, key, 0).to(torch.float64)
-        centered = torch.where(valid, wide - wide.sum(-2, keepdim=True) / num_keys[..., None, None], 0)
-    gram = centered.mT @ centered
-    finite = gram.isfinite().all(-1).all(-1)
-    eigenvalues, eigenvectors = torch.linalg.eigh(torch.where(finite[..., None, None], gram, 0))
-    return KeyBasis(centered.to(work), eigenvalues.flip(-1).clamp_min(0), eigenvectors.flip(-1), num_keys, finite)
+    total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
+    for _, block in position_blocks(key, key_mask):
+        total += block.to(torch.float64).sum(-2, keepdim=True)
+    mean = total / num_keys[..., None, None]
+    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=key.device)
+    for positions, block in position_blocks(key, key_mask):
+        centered = block - mean
+        if key_mask is not None:
+            centered = torch.where(key_mask[:, None, positions, None], centered, 0)
+        flat = centered.flatten(0, 1)
+        gram.baddbmm_(flat.mT, flat)
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Equal float64 keys differ from their mean by its rounding: centred keys that are no more than that are zero.
+    noise = (num_keys.pow(3) * mean.square().sum((-2, -1)) * torch.finfo(torch.float64).eps ** 2).flatten()
+    gram = torch.where((energy.isfinite() & (energy > noise))[:, None, None], gram, 0)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram.view(num_sequences, num_heads, head_dim, head_dim))
+    eigenvalues = eigenvalues.flip(-1).clamp_min(0)
+    finite = energy.isfinite().view(num_sequences, num_heads, 1)
+    return KeyBasis(key, key_mask, mean, torch.where(finite, eigenvalues, torch.nan), eigenvectors.flip(-1), num_keys)
 
 
-def incoherence(left: Tensor, directions: Tensor, num_keys: Tensor) -> Tensor:
-    """Coherence of the subspace that ``directions`` selects, ``(n / k) max_j ‖(U_k)_j‖²``; NaN where k = 0."""
-    leverage = (left.square() @ directions[..., None].to(left.dtype))[..., 0]
-    return num_keys * leverage.amax(-1) / directions.sum(-1)
+def leverage_scores(key: Tensor, *, mask: Tensor | None = None, energy: float = 1.0) -> Tensor:
+    r"""Leverage of every key position in the subspace that carries ``energy`` of the centred keys.
+
+    .. math:: \ell_j = \|(U_k)_j\|^2, \qquad \sum_j \ell_j = k
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+        energy: Fraction of :math:`\|\tilde k\|_F^2` that the subspace holds. 1 takes every direction above float32's
+            noise, ``max(L, d) · eps · σ₁``, whichever type the keys are in.
+
+    Returns:
+        ``(B, Hkv, L)`` in [0, 1], 0 at padding; NaN for a head that is not finite.
+
+    Raises:
+        ValueError: ``energy`` is not in (0, 1], or the shapes do not fit.
+
+    >>> key = torch.eye(4)[None, None]
+    >>> leverage_scores(key)
+    tensor([[[0.7500, 0.7500, 0.7500, 0.7500]]])
+    """
+    check_fraction("energy", energy)
+    with full_precision(key.device):
+        basis = key_basis(key, mask)
+        return basis.weighted_rows(basis.leading(basis.energy_rank(energy)))
+
+
+def key_incoherence(key: Tensor, *, mask: Tensor | None = None, energy: float = 0.9) -> Tensor:
+    r"""Coherence of the subspace that carries ``energy`` of the centred keys.
+
+    .. math:: \mu = \frac{n}{k} \max_j \|(U_k)_j\|^2 \in [1, n/k]
+
+    1 is perfectly incoherent, large means that few keys rule. Taken in the full column space (``energy=1``) it is
+    decided by the smallest directions, which are noise exactly where keys collapse, and it is 1 for any keys when
+    :math:`n - 1 \le d`; hence the cut.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+        energy: Fraction of the keys' variance that the subspace holds, in (0, 1].
+
+    Returns:
+        ``(B, Hkv)``; NaN for a head whose keys are all equal (undefined) or not finite.
+
+    Raises:
+        ValueError: ``energy`` is not in (0, 1], or the shapes do not fit.
+
+    References:
+        E. Candès and B. Recht, *Exact matrix completion via convex optimization*, 2009, Definition 1.2.
+    """
+    rank = key_rank(key, mask=mask, energy=energy)
+    largest = leverage_scores(key, mask=mask, energy=energy).amax(-1)
+    num_keys = key.shape[2] if mask is None else mask.sum(-1, keepdim=True)
+    return largest * num_keys / rank
+
+
+def key_rank(key: Tensor, *, mask: Tensor | None = None, energy: float = 0.9) -> Tensor:
+    r"""Fewest directions that hold ``energy`` of :math:`\|\tilde k\|_F^2`.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+        energy: Fraction to hold, in (0, 1]; 1 is the numerical rank of `leverage_scores`.
+
+    Returns:
+        ``(B, Hkv)`` float64; 0 for keys that are all equal, NaN for a head that is not finite.
+
+    Raises:
+        ValueError: ``energy`` is not in (0, 1], or the shapes do not fit.
+    """
+    check_fraction("energy", energy)
+    basis = key_basis(key, mask)
+    return basis.or_nan(basis.energy_rank(energy).to(torch.float64))
+
+
+def key_leverage_max(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Largest leverage of one key position in the full key space; informative where n ≥ 4 d.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hkv)`` in [0, 1]; NaN for a head that is not finite.
+    """
+    return leverage_scores(key, mask=mask).amax(-1)
+
+
+def key_participation_ratio(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Smooth rank of the centred keys, :math:`(\sum s^2)^2 / \sum s^4` over their singular values.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hkv)`` float64; 0 for keys that are all equal, NaN for a head that is not finite.
+    """
+    return participation_ratio(key_basis(key, mask).eigenvalues)
+
+
+def key_norm_participation(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Fraction of positions that carry the key norm.
+
+    .. math:: \frac{(\sum_j w_j)^2}{n \sum_j w_j^2}, \qquad w_j = \|\tilde k_j\|^2
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hkv)`` in [1/n, 1]; NaN for keys that are all equal or not finite.
+    """
+    with full_precision(key.device):
+        basis = key_basis(key, mask)
+        return spread_over_positions(basis.weighted_rows(basis.relative_variances()), basis.num_keys)
+
+
+def key_rms(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Root mean square entry of the centred keys, in the keys' own unit.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hkv)`` float64; NaN for a head that is not finite.
+    """
+    basis = key_basis(key, mask)
+    return (basis.energy / (basis.num_keys * key.shape[-1])).sqrt()
 
 
 def participation_ratio(variances: Tensor) -> Tensor:
@@ -116,50 +301,3 @@ def spread_over_positions(weight: Tensor, num_positions: Tensor) -> Tensor:
     r"""Fraction of positions that carry a weight, :math:`(\sum w)^2 / (n \sum w^2)`, ``(B, H, L) -> (B, H)``."""
     weight = weight / weight.sum(-1, keepdim=True)
     return 1 / (num_positions * weight.square().sum(-1))
-
-
-def leverage_scores(key: Tensor, *, mask: Tensor | None = None, energy: float = 1.0) -> Tensor:
-    """Leverage of every key position, ``(B, Hkv, L)``."""
-    check_fraction("energy", energy)
-    with full_precision(key.device):
-        basis = key_basis(key, mask)
-        left = basis.left_singular_vectors()
-        return (left.square() @ basis.energy_mask(energy)[..., None].to(left.dtype))[..., 0]
-
-
-def key_incoherence(key: Tensor, *, mask: Tensor | None = None, energy: float = 0.9) -> Tensor:
-    """Coherence of the subspace that carries ``energy`` of the keys, ``(B, Hkv)``."""
-    check_fraction("energy", energy)
-    with full_precision(key.device):
-        basis = key_basis(key, mask)
-        return incoherence(basis.left_singular_vectors(), basis.energy_mask(energy), basis.num_keys)
-
-
-def key_rank(key: Tensor, *, mask: Tensor | None = None, energy: float = 0.9) -> Tensor:
-    """Fewest directions that hold ``energy`` of ‖k̃‖_F², ``(B, Hkv)``; 0 for zero keys."""
-    check_fraction("energy", energy)
-    basis = key_basis(key, mask)
-    return basis.or_nan(basis.energy_mask(energy).sum(-1))
-
-
-def key_leverage_max(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Largest leverage of one key position in the full key space, ``(B, Hkv)``, in [0, 1]."""
-    return leverage_scores(key, mask=mask).amax(-1)
-
-
-def key_participation_ratio(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    r"""Smooth rank of the centred keys, :math:`(\sum s^2)^2 / \sum s^4`, ``(B, Hkv)``; 0 for zero keys."""
-    basis = key_basis(key, mask)
-    return basis.or_nan(participation_ratio(basis.eigenvalues))
-
-
-def key_norm_participation(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    r"""Fraction of positions that carry the key norm, ``(B, Hkv)``, in [1/n, 1]; NaN for zero keys."""
-    basis = key_basis(key, mask)
-    return spread_over_positions(torch.linalg.vecdot(basis.centered, basis.centered), basis.num_keys)
-
-
-def key_rms(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Root mean square entry of the centred keys, ``(B, Hkv)``."""
-    basis = key_basis(key, mask)
-    return basis.or_nan((basis.eigenvalues.sum(-1) / (basis.num_keys * key.shape[-1])).sqrt())

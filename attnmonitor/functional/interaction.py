@@ -1,7 +1,8 @@
 r"""What a head has learned to tell apart: the rank of :math:`W_Q^\top W_K`, through d×d cores.
 
-:math:`W_Q^\top W_K` is D×D, but its non-zero singular values are those of :math:`L_Q^\top L_K` with :math:`W_Q W_Q^\top = L_Q L_Q^\top`,
-so the same core that serves an energy field serves the weights: queries and keys are the columns of the projections.
+:math:`W_Q^\top W_K` is D×D, but its non-zero singular values are those of :math:`L_Q^\top L_K` with
+:math:`W_Q W_Q^\top = L_Q L_Q^\top`, so the same core that serves an energy field serves the weights: queries and keys
+are the columns of the projections.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.counting import check_fraction, count_to_fraction
+from attnmonitor.functional.counting import check_fraction, effective_rank
 from attnmonitor.functional.incoherence import participation_ratio
 
 __all__ = ["interaction_effective_rank", "interaction_participation_ratio", "spectral_gap"]
@@ -34,7 +35,7 @@ def interaction_effective_rank(w_q: Tensor, w_k: Tensor, *, fraction: float = 0.
     """Fewest singular components that hold ``fraction`` of the variance of ``W_Qᵀ W_K``, ``(H,)``."""
     check_fraction("fraction", fraction)
     variances, finite = _interaction_variances(w_q, w_k)
-    return torch.where(finite, count_to_fraction(variances, variances.sum(-1), fraction), torch.nan)
+    return torch.where(finite, effective_rank(variances, fraction), torch.nan)
 
 
 def interaction_participation_ratio(w_q: Tensor, w_k: Tensor) -> Tensor:

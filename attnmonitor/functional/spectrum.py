@@ -1,8 +1,15 @@
 r"""The spectrum of a head's energy field, from its d×d core.
 
-The eigenvalues of the core M are the squared singular values of the field Ẽ, its trace is the total energy
-:math:`T = \|\tilde E\|_F^2` and its squared Frobenius norm is :math:`\sum \sigma^4`: three routes to the same matrix, of which only the first
-needs an eigensolver.
+The eigenvalues of the core M are the squared singular values of the field :math:`\tilde E`, its trace is the total
+energy :math:`T = \|\tilde E\|_F^2`, and its squared Frobenius norm is :math:`\sum \sigma^4`: of the three, only the
+first needs an eigensolver. Two of those: all of M's eigenvalues, or the leading ones by a sketch with a certificate
+(`sketch`).
+
+The papers leave the variance, the centring and the share open; here it is σ², the row mean over all valid keys, and 90
+%.
+
+References:
+    W. Lee, *Compressible Softmax-Attended Language under Incompressible Attention*, arXiv 2604.04384.
 """
 
 from __future__ import annotations
@@ -13,12 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.cores import energy_shares, field_cores
-from attnmonitor.functional.counting import check_fraction, count_to_fraction
+from attnmonitor.functional.cores import FieldCores, energy_shares, field_cores
+from attnmonitor.functional.counting import TIE, check_fraction, count_to_fraction
 from attnmonitor.functional.incoherence import key_basis, spread_over_positions
 from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.shapes import check_heads, query_padding
+from attnmonitor.functional.sketch import sketched_spectrum
 
 __all__ = [
+    "DEFAULT_TARGET_RANK",
     "EnergySpectrum",
     "Method",
     "Per",
@@ -32,25 +42,30 @@ __all__ = [
 Method = Literal["auto", "randomized", "exact"]
 Per = Literal["query_head", "kv_head"]
 
+DEFAULT_TARGET_RANK = 32
+"""Columns of the sketch. On SmolLM2-135M (d = 64, ranks up to 24) 16, 24, 32 columns certify 77 %, 96 %, 99.7 %."""
+
 
 @dataclass(frozen=True, eq=False)
 class EnergySpectrum:
     r"""The leading spectrum of each head's energy field, with what is known about the rest.
 
     Attributes:
-        variances: Squared singular values, ``(..., r)``, descending; lower bounds of the true ones.
-        variance_bounds: Upper bounds of the true ones, ``(..., r)``.
-        energy: :math:`T = \|\tilde E\|_F^2`, ``(...)``, exact.
-        energy_squared: :math:`\sum \sigma^4`, ``(...)``, exact.
-        slack: Relative rounding error of a sum of variances against T.
-        num_entries: Valid entries of the field, Lq · Lk, ``(..., )`` or broadcastable to it.
+        variances: Squared singular values, ``(..., r)`` descending. Each running sum is at most the true one.
+        sum_bounds: Upper bounds on the true running sums :math:`\sigma_1^2 + \dots + \sigma_i^2`, ``(..., r)``.
+        energy: :math:`T = \|\tilde E\|_F^2`, ``(...)``. 0 is a dead head, NaN one that is not finite.
+        energy_squared: :math:`\sum \sigma^4`, ``(...)``.
+        error: Rounding error a running sum may carry, ``(...)``.
+        max_rank: d: the rank no field can exceed.
+        num_entries: Valid entries of the field, queries times keys, broadcastable to ``(...)``.
     """
 
     variances: Tensor
-    variance_bounds: Tensor
+    sum_bounds: Tensor
     energy: Tensor
     energy_squared: Tensor
-    slack: Tensor
+    error: Tensor
+    max_rank: int
     num_entries: Tensor
 
     @property
@@ -61,12 +76,12 @@ class EnergySpectrum:
     @property
     def participation_ratio(self) -> Tensor:
         r"""Smooth effective rank, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`, ``(...)``; 0 for a zero field."""
-        return self._or_zero(self.energy.square() / self.energy_squared)
+        return torch.where(self.energy == 0, 0, self.energy.square() / self.energy_squared)
 
     @property
     def stable_rank(self) -> Tensor:
         r"""Total over leading energy, :math:`T / \sigma_1^2`, ``(...)``; 0 for a zero field."""
-        return self._or_zero(self.energy / self.variances[..., 0])
+        return torch.where(self.energy == 0, 0, self.energy / self.variances[..., 0])
 
     @property
     def energy_rms(self) -> Tensor:
@@ -74,46 +89,100 @@ class EnergySpectrum:
         return (self.energy / self.num_entries).sqrt()
 
     def effective_rank(self, fraction: float = 0.9) -> Tensor:
-        """Fewest components that hold ``fraction`` of the variance, ``(...)``; NaN for a head that is not finite."""
-        return self._count(self.variances, fraction)
+        r"""Fewest components that hold a fraction of the variance.
+
+        .. math:: \min\{r : \sigma_1^2 + \dots + \sigma_r^2 \ge f\,T\}
+
+        Args:
+            fraction: f in (0, 1].
+
+        Returns:
+            ``(...)`` float64; NaN for a head that is not finite. A sketch can over-count where `certified` is False,
+            and where even all its columns hold less than the fraction this is the least count they leave possible.
+
+        Raises:
+            ValueError: ``fraction`` is not in (0, 1].
+        """
+        lower, upper = self._bounds(fraction, torch.zeros_like(self.error))
+        num_columns = self.variances.shape[-1]
+        reached = self.variances.sum(-1) >= fraction * (1 - TIE) * self.energy
+        return self._or_nan(torch.where(reached, upper, lower.clamp_min(min(num_columns + 1, self.max_rank))))
 
     def effective_rank_bounds(self, fraction: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Bounds ``(lower, upper)`` that the effective rank cannot leave, ``(...)`` each."""
-        slack = self.slack * self.energy
-        lower = self._count(self.variance_bounds, fraction, slack=slack)
-        upper = self._count(self.variances, fraction, slack=-slack)
-        return lower, upper
+        """Bounds ``(lower, upper)`` that the effective rank cannot leave, rounding included, ``(...)`` each.
+
+        Raises:
+            ValueError: ``fraction`` is not in (0, 1].
+        """
+        lower, upper = self._bounds(fraction, self.error + 2 * TIE * self.energy)
+        return self._or_nan(lower), self._or_nan(upper)
 
     def certified(self, fraction: float = 0.9) -> Tensor:
-        """Whether both bounds agree, so that the count is what the full SVD gives, ``(...)`` bool."""
+        """Whether both bounds agree, so that the count is what a full SVD in exact arithmetic gives, ``(...)`` bool.
+
+        False for a count that rounding could flip, by whichever method, and for a head that is not finite.
+
+        Raises:
+            ValueError: ``fraction`` is not in (0, 1].
+        """
         lower, upper = self.effective_rank_bounds(fraction)
         return lower == upper
 
-    def _count(self, variances: Tensor, fraction: float, slack: Tensor | None = None) -> Tensor:
+    def _bounds(self, fraction: float, slack: Tensor) -> tuple[Tensor, Tensor]:
         check_fraction("fraction", fraction)
-        if slack is not None:
-            variances = torch.cat([variances[..., :1] + slack[..., None], variances[..., 1:]], -1)
-        count = count_to_fraction(variances, self.energy, fraction).to(self.energy.dtype)
-        return torch.where(self.energy.isfinite(), count, torch.nan)
+        slack = slack[..., None]
+        lower = count_to_fraction(self.sum_bounds + slack, self.energy, fraction)
+        sums = self.variances.cumsum(-1) - slack
+        upper = count_to_fraction(sums, self.energy, fraction).clamp_max(self.max_rank)
+        unreached = upper > self.variances.shape[-1]
+        alive = (self.energy > 0).long()
+        return lower.clamp_max(self.max_rank) * alive, torch.where(unreached, self.max_rank, upper) * alive
 
-    def _or_zero(self, ratio: Tensor) -> Tensor:
-        return torch.where(self.energy == 0, 0, ratio)
+    def _or_nan(self, count: Tensor) -> Tensor:
+        known = self.energy.isfinite() & self.variances[..., 0].isfinite()
+        return torch.where(known, count.to(self.energy.dtype), torch.nan)
 
 
-def core_spectrum(core: Tensor, num_entries: Tensor, *, method: Method = "auto") -> EnergySpectrum:
-    """Spectrum of the fields whose cores are given.
+def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: int | None = None) -> EnergySpectrum:
+    """Spectra of energy fields whose cores are given; nothing waits for the device unless ``method`` is ``"exact"``.
+
+    ``"auto"`` takes every eigenvalue where that is the faster way. Measured on one core of a Xeon (36 heads, float64):
+    all eigenvalues 3.7 ms at d = 64 and 36 ms at d = 128, the sketch of 32 columns 4.3 ms and 9 ms. On CUDA LAPACK-like
+    routines read a status word back, the sketch never does.
 
     Args:
-        core: M, ``(..., d, d)`` float64, symmetric positive semidefinite; NaN for a head that is not finite.
-        num_entries: Valid entries of each field, broadcastable to ``(...)``.
-        method: ``"exact"``, ``"randomized"`` or ``"auto"``.
+        fields: From `field_cores`.
+        method: ``"exact"``: every eigenvalue. ``"randomized"``: the leading ``target_rank``, with bounds.
+        target_rank: Columns of the sketch; 32 (or d, if smaller) by default. With d columns nothing is left to bound.
+
+    Raises:
+        ValueError: ``target_rank`` is not in [1, d], or the method is unknown.
     """
-    energy = core.diagonal(dim1=-2, dim2=-1).sum(-1)
-    energy_squared = core.square().sum((-2, -1))
-    safe = torch.where(energy.isfinite()[..., None, None], core, 0)
-    variances = torch.linalg.eigvalsh(safe).flip(-1).clamp_min(0)
-    slack = torch.full_like(energy, 1e-12)
-    return EnergySpectrum(variances, variances, energy, energy_squared, slack, num_entries)
+    head_dim = fields.core.shape[-1]
+    if target_rank is not None and not 1 <= target_rank <= head_dim:
+        raise ValueError(f"target_rank={target_rank}: must be in [1, {head_dim}], the head size of these cores")
+    if method not in ("auto", "randomized", "exact"):
+        raise ValueError(f"method={method!r}: must be 'auto', 'randomized' or 'exact'")
+    columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
+    exact = method == "exact" or (method == "auto" and fields.core.device.type == "cpu" and head_dim <= 64)
+    energy = fields.core.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
+    finite = energy.isfinite()
+    relative = fields.core / torch.where(energy > 0, energy, 1)[..., None, None]
+    relative = torch.where(finite[..., None, None], relative, 0).flatten(0, -3)
+    if exact:
+        variances = torch.linalg.eigvalsh(relative).flip(-1).clamp_min(0)
+        sums, error = variances.cumsum(-1), torch.zeros(len(relative), dtype=energy.dtype, device=energy.device)
+    else:
+        variances, sums, error = sketched_spectrum(relative, columns)
+    return EnergySpectrum(
+        variances=variances.view(*energy.shape, -1) * energy[..., None],
+        sum_bounds=sums.view(*energy.shape, -1) * energy[..., None],
+        energy=energy,
+        energy_squared=fields.core.square().sum((-2, -1)),
+        error=error.view(energy.shape) * energy + fields.error,
+        max_rank=head_dim,
+        num_entries=fields.num_queries * fields.num_keys,
+    )
 
 
 def energy_spectrum(
@@ -125,29 +194,40 @@ def energy_spectrum(
     query_mask: Tensor | None = None,
     per: Per = "query_head",
     method: Method = "auto",
+    target_rank: int | None = None,
 ) -> EnergySpectrum:
     r"""Spectrum of the energy field :math:`\tilde E = s\,q\,\tilde k^\top` of every head, without forming it.
 
     Args:
-        query: ``(B, Hq, Lq, d)``.
+        query: ``(B, Hq, Lq, d)``, as softmax sees it (after RoPE, QK-norm, biases; before the mask).
         key: ``(B, Hkv, Lk, d)``; Hkv divides Hq.
         scale: Softmax scale s; ``d ** -0.5`` by default.
-        mask: ``(B, L)`` bool, True where the position is not padding.
-        query_mask: ``(B, Lq)`` bool, where the queries' padding is not the keys'.
+        mask: ``(B, Lk)`` bool, True where the position is not padding; for the queries too unless they have their own.
+        query_mask: ``(B, Lq)`` bool, where the queries' padding is not the keys' (cross attention).
         per: One spectrum per ``"query_head"``, or per ``"kv_head"``: the queries that share a key head stacked.
-        method: ``"exact"``, ``"randomized"`` or ``"auto"``.
+        method: See `core_spectrum`.
+        target_rank: See `core_spectrum`.
+
+    Returns:
+        Spectra of shape ``(B, H, ...)``, H being Hq or Hkv. NaN for a head that is not finite, the others untouched.
+
+    Raises:
+        ValueError: Shapes that do not fit, ``target_rank`` out of range, an unknown ``per`` or ``method``.
+
+    >>> query, key = torch.eye(4)[None, None], torch.eye(4)[None, None]
+    >>> energy_spectrum(query, key, scale=1.0).effective_rank()
+    tensor([[3.]], dtype=torch.float64)
     """
+    if per not in ("query_head", "kv_head"):
+        raise ValueError(f"per={per!r}: must be 'query_head' or 'kv_head'")
+    check_heads("query", query, None)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None and query_mask is None:
-        query_mask = mask
+    query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
-        basis = key_basis(key, mask)
-        core, _ = field_cores(query, basis, scale=scale, query_mask=query_mask)
-        num_queries = query.shape[2] if query_mask is None else query_mask.sum(-1, keepdim=True)
+        fields = field_cores(query, key_basis(key, mask), scale=scale, query_mask=query_mask)
         if per == "kv_head":
-            core = core.unflatten(1, (key.shape[1], -1)).sum(2)
-            num_queries = num_queries * (query.shape[1] // key.shape[1])
-        return core_spectrum(core, num_queries * basis.num_keys, method=method)
+            fields = fields.stacked_per_key_head(key.shape[1])
+        return core_spectrum(fields, method=method, target_rank=target_rank)
 
 
 def energy_effective_rank(
@@ -160,32 +240,75 @@ def energy_effective_rank(
     query_mask: Tensor | None = None,
     per: Per = "query_head",
     method: Method = "auto",
+    target_rank: int | None = None,
 ) -> Tensor:
-    """Fewest singular components that hold ``fraction`` of the variance of each head's energy field, ``(B, H)``."""
-    spectrum = energy_spectrum(query, key, scale=scale, mask=mask, query_mask=query_mask, per=per, method=method)
+    """Fewest singular components that hold ``fraction`` of the variance of each head's energy field.
+
+    Args:
+        query: ``(B, Hq, Lq, d)``.
+        key: ``(B, Hkv, Lk, d)``.
+        fraction: Share of the variance (σ²) to hold, in (0, 1].
+        scale: Softmax scale; scaling a field does not change its rank.
+        mask: ``(B, Lk)`` bool, True where the position is not padding.
+        query_mask: ``(B, Lq)`` bool, where the queries' padding is not the keys'.
+        per: ``"query_head"`` or ``"kv_head"``.
+        method: See `core_spectrum`.
+        target_rank: See `core_spectrum`.
+
+    Returns:
+        ``(B, H)`` float64, in [0, d]; see `EnergySpectrum.effective_rank`.
+
+    Raises:
+        ValueError: As `energy_spectrum`, or ``fraction`` is not in (0, 1].
+    """
+    check_fraction("fraction", fraction)
+    spectrum = energy_spectrum(
+        query, key, scale=scale, mask=mask, query_mask=query_mask, per=per, method=method, target_rank=target_rank
+    )
     return spectrum.effective_rank(fraction)
 
 
 def energy_delocalization(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, query_mask: Tensor | None = None
 ) -> Tensor:
-    r"""Fraction of key positions that carry the field's energy, ``(B, Hq)``, in [1/n, 1]; NaN for a zero field."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if mask is not None and query_mask is None:
-        query_mask = mask
+    r"""Fraction of key positions that carry the field's energy.
+
+    .. math:: \frac{1}{n \sum_j \mathrm{share}_j^2}, \qquad \mathrm{share}_j = \|\tilde E e_j\|^2 / \|\tilde E\|_F^2
+
+    Args:
+        query: ``(B, Hq, Lq, d)``.
+        key: ``(B, Hkv, Lk, d)``.
+        mask: ``(B, Lk)`` bool, True where the position is not padding.
+        query_mask: ``(B, Lq)`` bool, where the queries' padding is not the keys'.
+
+    Returns:
+        ``(B, Hq)`` in [1/n, 1]; NaN for a zero field or a head that is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    check_heads("query", query, None)
+    query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
         basis = key_basis(key, mask)
-        core, _ = field_cores(query, basis, scale=scale, query_mask=query_mask)
-        return spread_over_positions(energy_shares(core, basis.left_singular_vectors()), basis.num_keys)
+        fields = field_cores(query, basis, scale=1.0, query_mask=query_mask)
+        return spread_over_positions(energy_shares(fields.core, basis), basis.num_keys)
 
 
 def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Root mean square entry of the queries, ``(B, Hq)``."""
+    """Root mean square entry of the queries, in their own unit.
+
+    Args:
+        query: ``(B, Hq, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hq)`` float64; NaN for a head that is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    check_heads("query", query, mask)
     wide = query.to(torch.float64)
     if mask is None:
         return wide.square().mean((-2, -1)).sqrt()

@@ -1,7 +1,8 @@
 """The state behind every metric: sums over sequences of a per-head value.
 
-A head's value is its mean over the sequences of the probe. Mean and spread both follow from three sums, and sums are what
-ranks can add: ``dist_reduce_fx="sum"`` makes `compute` the same on one process and on eight, with shards of any size.
+A head's value is its mean over the sequences of the probe. Mean and spread both follow from three sums, and sums are
+what ranks can add: ``dist_reduce_fx="sum"`` makes `compute` the same on one process and on eight, with shards of any
+size.
 """
 
 from __future__ import annotations
@@ -51,20 +52,25 @@ class HeadMetric(Metric):
                 f"{type(self).__name__}(num_heads={self.num_heads}): got values of shape {tuple(values.shape)}, "
                 f"expected (sequences, {self.num_heads}); num_heads counts what the metric is measured per"
             )
-        sums: Tensor = getattr(self, self._sums)
+        sums = self._state()
         wide = values.to(sums.dtype)
         setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
         # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
         self._update_count, self._computed = max(1, self._update_count), None
 
+    def _state(self) -> Tensor:
+        """Sum, sum of squares and count per head, ``(3, num_heads)``."""
+        sums: Tensor = getattr(self, self._sums)
+        return sums
+
     def compute(self) -> Tensor:
         """Mean over sequences, ``(num_heads,)`` float32."""
-        total, _, count = getattr(self, self._sums)
+        total, _, count = self._state()
         return (total / count).to(torch.float32)
 
     def spread(self) -> Tensor:
         """Population standard deviation over sequences, ``(num_heads,)`` float32; 0 for one sequence."""
-        total, squares, count = getattr(self, self._sums)
+        total, squares, count = self._state()
         return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
