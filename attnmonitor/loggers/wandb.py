@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,30 +33,31 @@ class WandbLogger:
     Args:
         run: The run; by default the live one (``wandb.run``), looked up at attach.
         max_keys: Most keys ever made in the run. Above it, per-layer summaries and the heads that stand out.
-        images_every: A heatmap per metric is drawn with the first sample and then with every so many; drawing costs
-            far more than a sample does. 0 draws none.
+        image_share: Heatmaps, one per metric, are drawn with the first and the last sample, and in between as often as
+            drawing stays below this share of the run's wall time: a picture costs more than a sample does. 0: none.
 
     Raises:
         ValueError: ``run`` is None and no run is live, or an argument is out of range.
         ModuleNotFoundError: wandb is not installed.
     """
 
-    def __init__(self, run: Run | None = None, *, max_keys: int = 2000, images_every: int = 10) -> None:
+    def __init__(self, run: Run | None = None, *, max_keys: int = 2000, image_share: float = 0.002) -> None:
         import wandb
 
         if run is None:
             run = wandb.run
         if run is None:
             raise ValueError("WandbLogger(run=None): no W&B run is live; call wandb.init(...) first or pass the run")
-        if images_every < 0:
-            raise ValueError(f"images_every={images_every} must be 0 (no images) or the number of samples between them")
+        if not image_share >= 0:
+            raise ValueError(f"image_share={image_share} must be 0 (no images) or a share of the run's wall time")
         self._run = run
         self._max_keys = max_keys
-        self._images_every = images_every
+        self._image_share = image_share
         self._keys: ScalarKeys | None = None
         self._defined: set[str] = set()
-        self._num_samples = 0
-        self._last: Sample | None = None
+        self._started = time.perf_counter()
+        self._drawing_seconds = 0.0
+        self._not_drawn: Sample | None = None
         self._row_left_open: int | None = None
 
     def log_run(self, description: Mapping[str, Any]) -> None:
@@ -65,30 +67,26 @@ class WandbLogger:
         self._run.config.update({"attention": {**known, name: dict(description)}}, allow_val_change=True)
 
     def log_sample(self, sample: Sample) -> None:
-        """Log one sample: summaries, heads, and every so often the heatmaps."""
+        """Log one sample: summaries, heads, and from time to time the heatmaps."""
         first = self._keys is None
         keys = self._keys or self._plan(sample)
         summaries, details = keys.summaries(sample), keys.details(sample)
         row: dict[str, Any] = {**summaries, **details}
-        with_images = self._images_every and self._num_samples % self._images_every == 0
-        if with_images:
-            row.update(self._images(keys, sample))
+        self._not_drawn = sample if self._image_share else None
+        if self._drawing_seconds <= self._image_share * (time.perf_counter() - self._started):
+            row.update(self._images(keys))
         self._define(keys, row, hidden=details)
         self._send(row)
-        self._num_samples += 1
-        self._last = None if with_images else sample
         if first:
             self._announce(keys)
 
     def close(self) -> None:
         """Draw the last sample's heatmaps, where they are not drawn yet; the run stays open: it is the user's."""
-        if self._keys is not None and self._last is not None and self._images_every:
-            images = self._images(self._keys, self._last)
-            self._send({self._keys.step_key: self._last.global_step, **images})
-            self._last = None
+        if self._keys is not None and self._not_drawn is not None:
+            self._send({self._keys.step_key: self._not_drawn.global_step, **self._images(self._keys)})
 
     def _plan(self, sample: Sample) -> ScalarKeys:
-        num_images = len(sample.values) if self._images_every else 0
+        num_images = len(sample.values) if self._image_share else 0
         self._keys = ScalarKeys(sample, max_keys=self._max_keys, reserved=num_images)
         self._run.define_metric(self._keys.step_key, hidden=True)
         self._defined.add(self._keys.step_key)
@@ -109,20 +107,32 @@ class WandbLogger:
         self._run.log(dict(row), commit=False)
         self._row_left_open = self._run.step
 
-    def _images(self, keys: ScalarKeys, sample: Sample) -> dict[str, Any]:
+    def _images(self, keys: ScalarKeys) -> dict[str, Any]:
+        """Draw the heatmaps of the sample that waits for them, if one does."""
+        sample, self._not_drawn = self._not_drawn, None
+        if sample is None:
+            return {}
         try:
             from attnmonitor.plots import heatmap
         except ModuleNotFoundError:
             _logger.info("no heatmaps in W&B: they need matplotlib (pip install 'attnmonitor[plots]')")
-            self._images_every = 0
+            self._image_share = 0.0
             return {}
         import wandb
 
+        started = time.perf_counter()
         images = {}
         for metric, layers in sample.values.items():
-            figure = heatmap(layers, metric=metric, events=sample.firing, global_step=sample.global_step)
+            figure = heatmap(
+                layers,
+                metric=metric,
+                events=sample.firing,
+                coverage=sample.coverage,
+                global_step=sample.global_step,
+            )
             image = wandb.Image(_rendered(figure), caption=f"{METRICS[metric].meaning} Step {sample.global_step}.")
             images[f"{keys.prefix}/{metric}/heatmap"] = image
+        self._drawing_seconds += time.perf_counter() - started
         return images
 
     def _announce(self, keys: ScalarKeys) -> None:

@@ -1,0 +1,73 @@
+"""Reads back what the W&B client wrote to an offline run.
+
+The file is a log of protobuf records in blocks of 32 KiB. A record is cut into chunks where a block ends, each with a
+header of checksum, length and kind (whole, first, middle, last); room for less than a header stays empty.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_FILE_HEADER, _BLOCK = 7, 32 * 1024
+_CHUNK = struct.Struct("<IHB")
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def _records(content: bytes) -> Iterator[Record]:
+    at, pending = _FILE_HEADER, bytearray()
+    while at + _CHUNK.size <= len(content):
+        left_in_block = _BLOCK - at % _BLOCK
+        if left_in_block < _CHUNK.size:
+            at += left_in_block
+            continue
+        _, length, kind = _CHUNK.unpack_from(content, at)
+        if kind in (_WHOLE, _FIRST):
+            pending.clear()
+        pending += content[at + _CHUNK.size : at + _CHUNK.size + length]
+        at += _CHUNK.size + length
+        if kind in (_WHOLE, _LAST):
+            yield Record.FromString(bytes(pending))
+
+
+def _finished(path: Path) -> list[Record]:
+    """All records, once the client has written its last: `finish` returns a moment before the file is complete."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = list(_records(path.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.02)
+    raise TimeoutError(f"{path} has no exit record: was the run finished?")
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def offline_run(folder: Path) -> dict[str, Any]:
+    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration and alerts of the offline run."""
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    run: dict[str, Any] = {"history": [], "metrics": {}, "config": {}, "alerts": []}
+    for record in _finished(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            run["history"].append(_items(record.history.item))
+        elif kind == "metric":
+            run["metrics"][record.metric.name] = (record.metric.step_metric, record.metric.options.hidden)
+        elif kind in ("config", "run"):
+            run["config"] |= _items(record.config.update if kind == "config" else record.run.config.update)
+        elif kind == "alert":
+            run["alerts"].append((record.alert.title, record.alert.text, record.alert.level))
+    return run
+
+
+def curve(run: dict[str, Any], key: str, x: str = "attention/global_step") -> dict[int, float]:
+    """The values under a key by their x."""
+    return {row[x]: row[key] for row in run["history"] if key in row}
