@@ -1,0 +1,207 @@
+"""transformers: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
+
+Translates the Trainer's events: train begin and every optimizer step become `AttentionMonitor.on_step`, its checkpoints
+carry the monitor's state, and each sample's whole-model summaries go through ``Trainer.log``, so that
+``state.log_history`` and whatever ``report_to`` names have them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import WandbCallback
+
+from attnmonitor.loggers import SampleLogger, ScalarKeys, WandbLogger, as_logger
+from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.probe import ForwardFunction, default_forward
+from attnmonitor.sample import Sample
+from attnmonitor.schedules import Schedule, one_schedule
+
+__all__ = ["AttentionMonitorCallback"]
+
+_logger = logging.getLogger(__name__)
+
+
+class AttentionMonitorCallback(TrainerCallback):
+    """Watches every attention head of the model that is trained.
+
+    Args:
+        probe: The probe batch, as `AttentionMonitor` takes it, moved to the trainer's device; by default the first
+            rows of the evaluation (else training) dataset, put together by the trainer's collator.
+        every_n_steps: Optimizer steps between two samples, 100 by default. Accumulated gradients count as one step.
+        schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
+        loggers: As in `AttentionMonitor`, besides the trainer's own reporting; by default Weights & Biases in full
+            where a run is live.
+        record: As in `AttentionMonitor`; by default a folder under ``args.output_dir``.
+        forward: ``forward(model, batch)``, where ``model(**batch)`` does not fit.
+        name: Set it when several monitors watch side by side.
+        settings: Every other keyword of `AttentionMonitor`.
+
+    Attributes:
+        monitor: The `AttentionMonitor`, once training has begun.
+
+    Raises:
+        ValueError: Both ``every_n_steps`` and ``schedule`` are given; at train begin, whatever `AttentionMonitor`
+            refuses.
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        *,
+        every_n_steps: int | None = None,
+        schedule: int | Schedule | Iterable[int] | None = None,
+        loggers: Any = None,
+        record: bool | str | Path | None = True,
+        forward: ForwardFunction | None = None,
+        name: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.monitor: AttentionMonitor | None = None
+        self._probe = probe
+        self._schedule = one_schedule(every_n_steps, schedule)
+        self._loggers = loggers
+        self._record = record
+        self._forward = forward
+        self._name = name
+        self._settings = settings
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach, go on from the state in the checkpoint that is resumed, and take the baseline sample."""
+        if self.monitor is not None:  # trained before, or begun again with a smaller batch
+            self.monitor.close()
+        trainer, checkpoint = _train_call()
+        probe = _first_rows(trainer, kwargs["train_dataloader"]) if self._probe is None else self._probe
+        forward = self._forward or default_forward
+
+        def in_training_precision(model: nn.Module, batch: Any) -> Any:
+            with trainer.compute_loss_context_manager():
+                return forward(model, batch)
+
+        self.monitor = AttentionMonitor(
+            kwargs["model"],
+            probe if isinstance(probe, DataLoader) else send_to_device(probe, args.device),
+            self._schedule,
+            loggers=self._all_loggers(trainer),
+            record=Path(str(args.output_dir)) / "attnmonitor_runs" if self._record is True else self._record,
+            forward=in_training_precision,
+            name=self._name,
+            **self._settings,
+        )
+        if checkpoint is not None and state.is_world_process_zero:
+            self._go_on(self.monitor, checkpoint / self._state_file)
+        self.monitor.on_step(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Sample if one is due after this optimizer step."""
+        if self.monitor is not None:
+            self.monitor.on_step(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put the monitor's state into the checkpoint that was just written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.monitor is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        try:
+            torch.save(self.monitor.state_dict(), folder / self._state_file)
+        except (OSError, RuntimeError) as error:  # a full disk must not end the run for the sake of its monitor
+            _logger.warning("the monitor's state is not in %s: %s", folder, error)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Finish the record and the loggers."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    @property
+    def _state_file(self) -> str:
+        # A file of its own: in trainer_state.json trajectories would have to be text.
+        return f"attnmonitor-{self._name}.pt" if self._name else "attnmonitor.pt"
+
+    def _go_on(self, monitor: AttentionMonitor, saved: Path) -> None:
+        try:
+            monitor.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever is wrong with the file, a run that resumes unattended has to go on
+            _logger.warning("no monitor state from %s: %s; history and alert baselines begin anew", saved, error)
+
+    def _all_loggers(self, trainer: Trainer) -> list[SampleLogger]:
+        chosen = self._loggers
+        if chosen is None:
+            wandb = sys.modules.get("wandb")
+            chosen = [] if getattr(wandb, "run", None) is None else [WandbLogger()]
+        loggers = [as_logger(logger) for logger in (chosen if isinstance(chosen, (list, tuple)) else [chosen])]
+        return [_TrainerReporting(trainer, to_wandb=not any(isinstance(to, WandbLogger) for to in loggers)), *loggers]
+
+
+class _TrainerReporting:
+    """A logger that sends whole-model summaries the way the trainer's own figures go: ``Trainer.log``.
+
+    They stay off the console, where seventy figures would bury the loss, and off Weights & Biases where it has them
+    from its own logger already.
+    """
+
+    def __init__(self, trainer: Trainer, *, to_wandb: bool) -> None:
+        self._trainer = trainer
+        self._left_out = (ProgressCallback, PrinterCallback, *([] if to_wandb else [WandbCallback]))
+        self._keys: ScalarKeys | None = None
+
+    def log_sample(self, sample: Sample) -> None:
+        if self._keys is None:
+            self._keys = ScalarKeys(sample)
+        handler, control = self._trainer.callback_handler, self._trainer.control
+        callbacks, should_log = handler.callbacks, control.should_log
+        handler.callbacks = [callback for callback in callbacks if not isinstance(callback, self._left_out)]
+        try:
+            self._trainer.log(self._keys.summaries(sample))
+        finally:
+            handler.callbacks = callbacks
+            # `Trainer.log` takes this flag down: the loss that is due at this very step would not be logged.
+            control.should_log = should_log
+
+
+def _train_call() -> tuple[Trainer, Path | None]:
+    """Return the trainer whose event is being handled and the checkpoint folder it resumes from, if any.
+
+    A Trainer hands its callbacks neither itself nor the ``resume_from_checkpoint`` it was called with, so they are
+    read off the call that is under way. The alternative, a second line in which the user gives the trainer to the
+    callback, is one that gets forgotten.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return trainer, None if checkpoint is None else Path(checkpoint)
+        frame = frame.f_back
+    raise ValueError(
+        "AttentionMonitorCallback: on_train_begin was not called from transformers.Trainer.train(); in a loop of your "
+        "own use attnmonitor.callbacks.pytorch.attach(model, optimizer, probe)"
+    )
+
+
+def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader over the evaluation (else training) dataset in order, so that a resumed run draws the same."""
+    datasets = trainer.eval_dataset
+    loader = train_dataloader
+    if datasets is not None:
+        loader = trainer.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None)
+    return DataLoader(loader.dataset, batch_size=trainer.args.eval_batch_size, collate_fn=loader.collate_fn)
