@@ -15,6 +15,7 @@ from attnmonitor.functional.interaction import (
     interaction_participation_ratio,
     spectral_gap,
 )
+from attnmonitor.functional.rows import attention_row_statistics, row_logits
 from attnmonitor.functional.spectrum import (
     EnergySpectrum,
     energy_delocalization,
@@ -28,6 +29,7 @@ __all__ = [
     "EnergySpectrum",
     "HeadCores",
     "HeadStatistics",
+    "attention_row_statistics",
     "energy_delocalization",
     "energy_effective_rank",
     "energy_spectrum",
@@ -43,5 +45,6 @@ __all__ = [
     "key_rms",
     "leverage_scores",
     "query_rms",
+    "row_logits",
     "spectral_gap",
 ]

@@ -17,6 +17,7 @@ from attnmonitor.metrics.keys import (
     KeyRank,
     KeyRMS,
 )
+from attnmonitor.metrics.rows import AttentionEntropy, MaxLogit, SinkMass
 from attnmonitor.metrics.weights import InteractionEffectiveRank, InteractionParticipationRatio
 
 METRIC_CLASSES: dict[str, type[HeadMetric]] = {
@@ -34,6 +35,9 @@ METRIC_CLASSES: dict[str, type[HeadMetric]] = {
         KeyNormParticipation,
         QueryRMS,
         KeyRMS,
+        AttentionEntropy,
+        MaxLogit,
+        SinkMass,
         InteractionEffectiveRank,
         InteractionParticipationRatio,
     )

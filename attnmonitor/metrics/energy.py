@@ -37,10 +37,10 @@ class _SpectrumMetric(HeadMetric):
         scale: float | None = None,
         per: Per = "query_head",
         method: Method = "auto",
-        setting: str = "",
+        setting: tuple[object, ...] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_heads, setting=f"{setting}_{per}", **kwargs)
+        super().__init__(num_heads, setting=(*setting, scale, per, method), **kwargs)
         self.scale, self.per, self.method = scale, per, method
 
     def update(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> None:
@@ -59,7 +59,7 @@ class EnergyEffectiveRank(_SpectrumMetric):
 
     def __init__(self, num_heads: int, *, fraction: float = 0.9, **kwargs: Any) -> None:
         check_fraction("fraction", fraction)
-        super().__init__(num_heads, setting=f"_{fraction:g}".replace(".", "_"), **kwargs)
+        super().__init__(num_heads, setting=(fraction,), **kwargs)
         self.fraction = fraction
 
     def _statistic(self, spectrum: EnergySpectrum) -> Tensor:

@@ -7,6 +7,7 @@ size.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,11 @@ class HeadMetric(Metric):
 
     Args:
         num_heads: Heads of the layer that have a value: query heads or key/value heads, as the catalog's scope says.
+        setting: What a subclass was told beside the number of heads; two settings never share a state.
         kwargs: Passed on to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``num_heads`` is less than 1.
     """
 
     is_differentiable = False
@@ -31,14 +36,14 @@ class HeadMetric(Metric):
     full_state_update = False
     name: ClassVar[str]
 
-    def __init__(self, num_heads: int, *, setting: str = "", **kwargs: Any) -> None:
+    def __init__(self, num_heads: int, *, setting: tuple[object, ...] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_heads < 1:
             raise ValueError(f"{type(self).__name__}(num_heads={num_heads!r}): a layer has at least one head")
         self.num_heads = num_heads
-        # The state carries the metric's own name: MetricCollection merges metrics whose states have the same name and
+        # The state's name says what is summed: MetricCollection merges metrics whose states have the same name and
         # happen to hold the same numbers after the first update, and would report one for the other ever after.
-        self._sums = f"{self.name}{setting}_sums"
+        self._sums = re.sub(r"\W+", "_", "_".join(map(str, (self.name, *setting, "sums"))))
         self.add_state(self._sums, default=torch.zeros(3, num_heads, dtype=torch.float64), dist_reduce_fx="sum")
 
     def accumulate(self, values: Tensor) -> None:
@@ -52,12 +57,13 @@ class HeadMetric(Metric):
                 f"{type(self).__name__}(num_heads={self.num_heads}): got values of shape {tuple(values.shape)}, "
                 f"expected (sequences, {self.num_heads}); num_heads counts what the metric is measured per"
             )
-        sums = self._state()
+        sums = self._state
         wide = values.to(sums.dtype)
         setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
         # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
         self._update_count, self._computed = max(1, self._update_count), None
 
+    @property
     def _state(self) -> Tensor:
         """Sum, sum of squares and count per head, ``(3, num_heads)``."""
         sums: Tensor = getattr(self, self._sums)
@@ -65,12 +71,12 @@ class HeadMetric(Metric):
 
     def compute(self) -> Tensor:
         """Mean over sequences, ``(num_heads,)`` float32."""
-        total, _, count = self._state()
+        total, count = self._state[0], self._state[2]
         return (total / count).to(torch.float32)
 
     def spread(self) -> Tensor:
         """Population standard deviation over sequences, ``(num_heads,)`` float32; 0 for one sequence."""
-        total, squares, count = self._state()
+        total, squares, count = self._state.unbind()
         return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:

@@ -43,7 +43,7 @@ class _EnergyCutMetric(_KeyMetric):
 
     def __init__(self, num_heads: int, *, energy: float = 0.9, **kwargs: Any) -> None:
         check_fraction("energy", energy)
-        super().__init__(num_heads, setting=f"_{energy:g}".replace(".", "_"), **kwargs)
+        super().__init__(num_heads, setting=(energy,), **kwargs)
         self.energy = energy
 
 

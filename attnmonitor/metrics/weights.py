@@ -20,7 +20,7 @@ class InteractionEffectiveRank(HeadMetric):
 
     def __init__(self, num_heads: int, *, fraction: float = 0.9, **kwargs: Any) -> None:
         check_fraction("fraction", fraction)
-        super().__init__(num_heads, setting=f"_{fraction:g}".replace(".", "_"), **kwargs)
+        super().__init__(num_heads, setting=(fraction,), **kwargs)
         self.fraction = fraction
 
     def update(self, w_q: Tensor, w_k: Tensor) -> None:
