@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -389,3 +389,26 @@ def other_architectures() -> Iterator[Architecture]:
     yield Architecture("x-transformers flash", _x_transformers(attn_flash=True), ("own",), _hidden, 2, "x_transformers")
     yield Architecture("x-transformers qk_norm", _x_transformers(attn_qk_norm=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
     yield Architecture("litgpt", _litgpt, ("own",), lambda padded: {"idx": token_ids(False)["input_ids"]}, 2, "litgpt")
+
+
+@dataclass
+class Captured:
+    """Everything one capture of one forward gave."""
+
+    calls: list[Any]
+    missed: dict[str, str]
+    output: Any
+
+
+def captured(model: nn.Module, **inputs: Any) -> Captured:
+    """Run one quiet forward the way a probe does, and keep every attention call of it."""
+    from attnmonitor.capture import capture_attention
+
+    calls: list[Any] = []
+    torch.compiler.set_stance("force_eager")
+    try:
+        with torch.no_grad(), capture_attention(model, calls.append) as report:
+            output = model(**inputs)
+    finally:
+        torch.compiler.set_stance("default")
+    return Captured(calls, report.missed, output)

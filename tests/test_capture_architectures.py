@@ -1,0 +1,110 @@
+"""Every architecture, tiny and random: what is captured is what its own attention weights say, and none is missed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import Architecture, captured, hugging_face_architectures, other_architectures
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+]
+
+CASES = [
+    pytest.param(architecture, implementation, id=f"{architecture.name}-{implementation}")
+    for architecture in (*hugging_face_architectures(), *other_architectures())
+    for implementation in architecture.implementations
+]
+
+# One case in which the library itself computes something else than its eager code does.
+OWN_LOGITS = {("falcon alibi", "sdpa")}
+
+
+def built(architecture: Architecture, implementation: str) -> torch.nn.Module:
+    """The model, or a skip with the library's own reason why it does not exist."""
+    if architecture.missing:
+        pytest.skip(architecture.missing)
+    try:
+        model = architecture.build(implementation)
+        torch.compiler.set_stance("force_eager")
+        with torch.no_grad():
+            model(**architecture.inputs(True))
+    except (ValueError, IndexError) as refusal:
+        if "support" in str(refusal) or "sinks cannot be run on CPU" in str(refusal) or architecture.name == "t5":
+            pytest.skip(f"{architecture.library}: {str(refusal)[:80]}")
+        raise
+    finally:
+        torch.compiler.set_stance("default")
+    return model
+
+
+@pytest.mark.parametrize(("architecture", "implementation"), CASES)
+def test_every_layer_is_captured_named_and_rebuilt(architecture: Architecture, implementation: str) -> None:
+    model = built(architecture, implementation)
+    for padded in (False, True):
+        result = captured(model, **architecture.inputs(padded))
+        assert len(result.calls) == architecture.num_layers
+        assert result.missed == {}
+        assert len({call.layer for call in result.calls}) == architecture.num_layers
+        assert sum(call.kind == "cross" for call in result.calls) == architecture.num_cross
+        assert set().union(*(call.outside for call in result.calls)) == architecture.outside
+        names = {name for name, _ in model.named_modules()} | {type(model).__name__}
+        for call in result.calls:
+            assert call.layer.partition("#")[0] in names
+            assert call.error is not None
+            assert call.error < 2e-6, call.layer
+            assert call.query.shape[1] % call.key.shape[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "implementation"), [case for case in CASES if case.values[0].library == "transformers"]
+)
+def test_captured_logits_explain_the_eager_attention_weights(architecture: Architecture, implementation: str) -> None:
+    if (architecture.name, implementation) in OWN_LOGITS:
+        pytest.skip("the library's eager logits differ from this implementation's; its own output verifies it")
+    calls = captured(built(architecture, implementation), **architecture.inputs(True)).calls
+    for call, weights in zip(calls, eager_weights(architecture, calls), strict=True):
+        _compare_with_weights(call, weights)
+
+
+def _compare_with_weights(call, weights: Tensor) -> None:
+    """``weights`` (B, Hq, Lq, Lk) is what the layer's eager twin used; padded queries are nobody's business."""
+    num_rows, num_keys = weights.shape[-2:]
+    valid = torch.ones(weights.shape[0], num_rows, dtype=torch.bool) if call.query_mask is None else call.query_mask
+    rebuilt = call.logit_rows(torch.arange(num_rows)).double()
+    weights = weights.double()
+    compared = valid[:, None, :, None] & (weights > 1e-5)
+    assert compared.any(-1).sum() == valid.sum() * weights.shape[1]
+    expected = _centred(weights.log(), compared)
+    assert torch.allclose(_centred(rebuilt, compared), expected, atol=2e-4)
+    if not set(call.outside) & {"bias", "softcap"}:
+        group = call.query.shape[1] // call.key.shape[1]
+        key = call.key.double().repeat_interleave(group, dim=1)
+        product = call.scale * call.query.double() @ key.transpose(-1, -2)
+        assert product.shape[-1] == num_keys
+        assert torch.allclose(_centred(product, compared), expected, atol=2e-4)
+
+
+def _centred(x: Tensor, where: Tensor) -> Tensor:
+    x = x.masked_fill(~where, 0.0)
+    return (x - x.sum(-1, keepdim=True) / where.sum(-1, keepdim=True).clamp_min(1)).masked_fill(~where, 0.0)
+
+
+def eager_weights(architecture: Architecture, calls: list) -> list[Tensor]:
+    """The attention weights that the eager model of the same weights returns, in the order of ``calls``."""
+    with torch.no_grad():
+        output = architecture.build("eager")(**architecture.inputs(True), output_attentions=True)
+    if "cross_attentions" not in output or output.get("encoder_attentions") is None:
+        return list(output.attentions)
+    sources = {
+        "encoder": iter(output.encoder_attentions),
+        "decoder": iter(output.decoder_attentions),
+        "cross": iter(output.cross_attentions),
+    }
+    return [
+        next(sources["cross" if call.kind == "cross" else "decoder" if "decoder" in call.layer else "encoder"])
+        for call in calls
+    ]

@@ -1,0 +1,207 @@
+"""Hand-written attention is recognised by what it computes, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import HandWritten, captured, sharpen
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from attnmonitor.capture.fused import read_sdpa
+
+WIDTH, LENGTH = 32, 12
+
+
+def hidden() -> Tensor:
+    return torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Layer(nn.Module):
+    """A module with projections and a body that is given."""
+
+    def __init__(self, body: Callable[[Layer, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Linear(WIDTH, 4)
+        self.experts = nn.Parameter(torch.randn(4, WIDTH, WIDTH))
+        self.slots = nn.Parameter(torch.randn(2, 4, WIDTH))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def moe_gate(layer: Layer, x: Tensor) -> Tensor:
+    weights = layer.gate(x).softmax(-1)
+    return torch.einsum("ble,bled->bld", weights, torch.einsum("bld,edf->blef", x, layer.experts))
+
+
+def soft_moe(layer: Layer, x: Tensor) -> Tensor:
+    dispatch = torch.einsum("bld,bsd->bls", x, layer.slots).softmax(1)
+    return torch.einsum("bls,bld->bsd", dispatch, x)
+
+
+def bilinear_head(layer: Layer, x: Tensor) -> Tensor:
+    return layer.first(x) @ layer.second(x).transpose(1, 2)
+
+
+def contrastive_loss(layer: Layer, x: Tensor) -> Tensor:
+    a, b = nn.functional.normalize(layer.first(x), dim=-1), nn.functional.normalize(layer.second(x), dim=-1)
+    logits = a @ b.transpose(1, 2) / 0.07
+    return nn.functional.cross_entropy(logits, torch.arange(LENGTH).expand(2, -1))
+
+
+def pointer_distribution(layer: Layer, x: Tensor) -> Tensor:
+    return (layer.first(x) @ layer.second(x).transpose(1, 2)).softmax(-1)
+
+
+def linear_attention(layer: Layer, x: Tensor) -> Tensor:
+    q, k = layer.first(x).softmax(-1), layer.second(x).softmax(1)
+    return q @ (k.transpose(1, 2) @ x)
+
+
+def gram_matrix_of_softmax(layer: Layer, x: Tensor) -> Tensor:
+    p = layer.first(x).softmax(-1)
+    return (p @ p.transpose(1, 2)) @ x
+
+
+def sigmoid_attention(layer: Layer, x: Tensor) -> Tensor:
+    return torch.sigmoid(layer.first(x) @ layer.second(x).transpose(1, 2)) @ x
+
+
+def tied_language_model_head(layer: Layer, x: Tensor) -> Tensor:
+    return (x @ layer.first.weight.t()).softmax(-1) @ layer.first.weight
+
+
+def batch_similarity(layer: Layer, x: Tensor) -> Tensor:
+    pooled = x.mean(1)
+    return (layer.first(pooled) @ layer.second(pooled).t()).softmax(-1) @ pooled
+
+
+NOT_ATTENTION = [
+    moe_gate,
+    soft_moe,
+    bilinear_head,
+    contrastive_loss,
+    pointer_distribution,
+    linear_attention,
+    gram_matrix_of_softmax,
+    sigmoid_attention,
+    tied_language_model_head,
+    batch_similarity,
+]
+
+
+@pytest.mark.parametrize("body", NOT_ATTENTION, ids=lambda body: body.__name__)
+def test_products_that_are_no_attention_give_no_record(body: Callable[[Layer, Tensor], Tensor]) -> None:
+    assert captured(Layer(body), x=hidden()).calls == []
+
+
+class ScriptedAttention(nn.Module):
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        weights = torch.exp(q @ k.transpose(1, 2) * WIDTH**-0.5)
+        return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def slot_attention(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def two_products(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    return (q @ k.mT + (q + 1) @ (k - 1).mT).softmax(-1) @ v
+
+
+def test_attention_that_cannot_be_seen_is_missed_by_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = ScriptedAttention()
+            self.idle_attn = ScriptedAttention()
+            self.mlp = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.mixer(x))
+
+    result = captured(Model(), x=hidden())
+    assert result.calls == []
+    assert result.missed == {
+        "mixer": "no softmax of a query-key product was seen in it",
+        "idle_attn": "not called in this forward",
+    }
+
+
+@pytest.mark.parametrize("attend", [slot_attention, two_products], ids=lambda attend: attend.__name__)
+def test_what_is_ambiguous_is_missed_with_a_reason(attend: Callable[..., Tensor]) -> None:
+    result = captured(HandWritten(attend), x=hidden())
+    assert result.calls == []
+    assert list(result.missed) == ["HandWritten"]
+
+
+@given(
+    scale=st.floats(0.01, 2.0),
+    groups=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    fault=st.sampled_from(["scale", "query", "key heads", "mask", "value of the key"]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_reconstruction_fails_for_anything_that_is_wrong(
+    scale: float, groups: tuple[int, int], fault: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, LENGTH, 8, generator=generator).double() for heads in (groups[0], *groups[1:] * 2))
+    mask = torch.ones(LENGTH, LENGTH).tril().bool()
+    output = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    right = read_sdpa(q, k, v, mask, scale=scale)
+    assert right.deviation(output) < 1e-10
+    wrong = {
+        "scale": lambda: replace(right, scale=1.1 * scale),
+        "query": lambda: replace(right, query=q.roll(1, 1)),
+        "key heads": lambda: replace(right, key=k.flip(1) if groups[1] > 1 else k.roll(1, 0)),
+        "mask": lambda: replace(right, affine=[]),
+        "value of the key": lambda: replace(right, key=k + 0.1 * torch.randn(k.shape, generator=generator)),
+    }[fault]()
+    assert wrong.deviation(output) > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_captured_tensors_is_the_one_they_arrived_in(dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        weights = (q @ k.mT / 8**0.5).masked_fill(blocked, -torch.inf).float().softmax(-1).to(q.dtype)
+        return nn.functional.dropout(weights, 0.0, training=True) @ v
+
+    (call,) = captured(sharpen(HandWritten(attend)).to(dtype), x=hidden().to(dtype)).calls
+    assert call.query.dtype == call.key.dtype == dtype
+    assert call.scale == pytest.approx(8**-0.5)
+    assert call.error < (1e-6 if dtype is torch.float32 else 3e-2)
+
+
+def test_dropout_on_the_weights_leaves_nothing_to_compare_with() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        return nn.functional.dropout((q @ k.mT).softmax(-1), 0.5) @ v
+
+    (call,) = captured(HandWritten(attend), x=hidden()).calls
+    assert call.error is None
+
+
+def test_rows_of_logits_are_those_that_enter_the_softmax() -> None:
+    seen = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        logits = 30 * torch.tanh((q @ k.mT * 0.4 + torch.linspace(0, 1, LENGTH)) / 30)
+        seen["logits"] = logits.masked_fill(blocked, -torch.inf)
+        return seen["logits"].softmax(-1) @ v
+
+    (call,) = captured(sharpen(HandWritten(attend)), x=hidden()).calls
+    rows = torch.tensor([0, 5, 11])
+    assert torch.allclose(call.logit_rows(rows), seen["logits"][:, :, rows], atol=1e-5)
+    assert call.scale == pytest.approx(0.4)
+    assert call.outside == ("bias", "softcap")
