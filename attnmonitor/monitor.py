@@ -259,6 +259,11 @@ class AttentionMonitor:
         self._record = None
 
     @property
+    def firing(self) -> list[AlertEvent]:
+        """Alerts that are firing now."""
+        return self._alerts.firing
+
+    @property
     def record_path(self) -> Path | None:
         """Where this run's samples are kept; None without a record."""
         return self._record.path if self._record is not None else self._record_path

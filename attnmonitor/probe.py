@@ -68,7 +68,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     try:
@@ -127,9 +127,9 @@ class Probe:
 
     Args:
         model: The unwrapped model the batch is for.
-        batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch is drawn here without
-            moving its generators. A batch given directly must be on the model's device; one drawn from a loader is
-            moved.
+        batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch (in stored order, where it
+            shuffles) is drawn here without moving its generators. A batch given directly must be on the model's
+            device; one drawn from a loader is moved.
         forward: ``forward(model, batch)``, where the default call does not fit. By default a tensor is the first
             argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
             tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
@@ -230,8 +230,10 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
     }
     states = [(generator, generator.get_state()) for generator in generators.values()]
     # A second loader over the same dataset and sampler: iterating the user's own would reset its persistent workers.
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        order: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    # Of a shuffling loader the first examples in stored order: a run that is resumed must draw the same probe again.
+    is_shuffled = isinstance(loader.sampler, torch.utils.data.RandomSampler) and loader.batch_size is not None
+    if is_shuffled or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        order: dict[str, Any] = {"batch_size": loader.batch_size}
     elif loader.batch_sampler is not None:
         order = {"batch_sampler": loader.batch_sampler}
     else:

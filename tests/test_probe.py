@@ -154,6 +154,12 @@ def test_drawing_the_probe_from_a_loader_moves_no_generator(kind: str) -> None:
     assert own.get_state().tolist() == own_before
 
 
+def test_a_shuffling_loader_gives_the_same_probe_again_after_a_restart() -> None:
+    data = TensorDataset(token_batch(batch=8))
+    drawn = [Probe(TinyGPT(), DataLoader(data, batch_size=2, shuffle=True)).fingerprint for _ in range(3)]
+    assert set(drawn) == {Probe(TinyGPT(), DataLoader(data, batch_size=2)).fingerprint}
+
+
 def test_bad_probes_are_refused_with_what_arrived_and_the_way_out() -> None:
     model = TinyGPT()
     with pytest.raises(ValueError, match="probe=str holds no tensor"):

@@ -1,0 +1,1 @@
+"""Runs a user would copy, one file each; ``attnmonitor demo`` is `attnmonitor.examples.demo`."""

@@ -1,0 +1,117 @@
+"""The demo: a GPT learns English on your CPU while every one of its 64 attention heads is watched.
+
+Trains with Lightning for about a minute and a half, logs to Weights & Biases (offline unless WANDB_API_KEY is set),
+and ends with a verdict, the heads that stand out, and where everything lies. ``raw_pytorch.py`` is the same run
+without Lightning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from attnmonitor.callbacks.lightning import AttentionMonitorCallback
+from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.plots import overview
+from attnmonitor.record import RunRecord
+from attnmonitor.report import write_report
+from attnmonitor.verdict import print_layer_table, verdict_of_record
+
+WARM_UP_STEPS = 30
+
+
+class LanguageModel(lightning.LightningModule):
+    """A small GPT as a LightningModule: nothing in it knows that it is watched."""
+
+    def __init__(self, vocabulary: int, **size: int) -> None:
+        super().__init__()
+        self.gpt = SmallGPT(vocabulary, **size)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Logits of the next token."""
+        return self.gpt(token_ids)
+
+    def training_step(self, token_ids: Tensor, batch_index: int) -> Tensor:
+        """One step of language modelling."""
+        loss = next_token_loss(self, token_ids)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, token_ids: Tensor, batch_index: int) -> None:
+        """The same loss on text that is not trained on."""
+        self.log("val_loss", next_token_loss(self, token_ids), prog_bar=True)
+
+    def configure_optimizers(self) -> dict:
+        """AdamW with a short warm-up."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+
+
+def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size: int) -> AttentionMonitorCallback:
+    """Train, watched; return the callback that watched."""
+    lightning.seed_everything(0, verbose=False)
+    text, vocabulary = english()
+    examples = windows(text, length)
+    held_out, trained_on = examples[: 4 * batch], examples[4 * batch :]
+    watcher = AttentionMonitorCallback(every_n_steps=10)
+    trainer = lightning.Trainer(
+        max_steps=num_steps,
+        callbacks=[watcher],
+        logger=WandbLogger(project="attnmonitor-demo", save_dir=out, offline="WANDB_API_KEY" not in os.environ),
+        default_root_dir=out,
+        accelerator="cpu",
+        limit_val_batches=2,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        LanguageModel(vocabulary, max_length=length, **size),
+        DataLoader(trained_on, batch_size=batch, shuffle=True),
+        DataLoader(held_out, batch_size=batch),
+    )
+    return watcher
+
+
+def tell(watcher: AttentionMonitorCallback, out: Path) -> None:
+    """Print what was seen: one line, the table of layers, and where to look further."""
+    monitor = watcher.monitor
+    record = RunRecord.open(monitor.record_path)
+    picture, report = out / "heads.png", write_report(monitor.record_path, out / "report.html")
+    overview(record).savefig(picture, dpi=150)
+    last = record.samples[-1]
+    print(f"\n{verdict_of_record(record)}\n")
+    print_layer_table(last.values, firing=monitor.firing, coverage=monitor.coverage)
+    cost = sum(sample.seconds for sample in record.samples)
+    print(f"watching cost {cost:.1f} s for {len(record.samples)} samples of {len(monitor.coverage)} layers\n")
+    for what, where in {
+        "picture": picture,
+        "report": report,
+        "record": monitor.record_path,
+        "W&B run": max((out / "wandb").glob("*run-*"), key=os.path.getmtime, default="-"),
+    }.items():
+        print(f"{what:8s} {where}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, train, tell."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for everything that is written")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores are busy enough
+    tell(run(options.out, num_steps=options.steps), options.out)
+
+
+if __name__ == "__main__":
+    main()

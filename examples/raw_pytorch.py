@@ -1,0 +1,45 @@
+"""The demo's run as a plain PyTorch loop, with gradient accumulation, logged to Weights & Biases."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import wandb
+
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+
+
+def main(arguments: list[str] | None = None, **size: int) -> None:
+    """Train, watched."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    text, vocabulary = english()
+    examples = windows(text, 128)
+    probe, train = examples[:8], examples[8:]
+    model = SmallGPT(vocabulary, **size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+    with wandb.init(project="attnmonitor-demo", mode=None if "WANDB_API_KEY" in os.environ else "offline") as run:
+        with attach(model, optimizer, probe, every_n_steps=10, loggers=run) as monitor:
+            for step in range(options.steps):
+                optimizer.zero_grad()
+                for _ in range(2):  # two half batches make one optimizer step
+                    batch = train[torch.randint(len(train), (4,))]
+                    loss = next_token_loss(model, batch) / 2
+                    loss.backward()
+                optimizer.step()
+                run.log({"loss": 2 * loss.item()}, step=step)
+        logit_size = monitor.history["energy_rms"]["blocks.0.attention"]  # (num_samples, num_heads)
+        print(
+            f"{len(logit_size)} samples; logits of the first layer grew up to {(logit_size[-1] / logit_size[0]).max():.1f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()

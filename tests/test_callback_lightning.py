@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from models import TinyGPT, everything, language_loss, token_batch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from wandb_files import curve, offline_run
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.callbacks.lightning import AttentionMonitorCallback
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.record import RunRecord
+
+
+@pytest.fixture(autouse=True)
+def lightning_as_it_is() -> Iterator[None]:
+    """Lightning warns about itself and about tiny runs; ours stay errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|log_every_n_steps).*")
+        yield
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, **size: Any) -> None:
+        super().__init__()
+        self.gpt = TinyGPT(**size)
+        self.losses: list[float] = []
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.gpt(token_ids)
+
+    def training_step(self, token_ids: Tensor, index: int) -> Tensor:
+        loss = language_loss(self(token_ids), token_ids)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, token_ids: Tensor, index: int) -> None:
+        self.log("val_loss", language_loss(self(token_ids), token_ids))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+TRAIN, HELD_OUT = token_batch(batch=24), token_batch(seed=1, batch=6)
+
+
+def fit(
+    module: Module,
+    *callbacks: Callback,
+    train: Any = None,
+    val: Any = None,
+    ckpt_path: Any = None,
+    **settings: Any,
+) -> lightning.Trainer:
+    settings = {
+        "max_steps": 6,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        **settings,
+    }
+    trainer = lightning.Trainer(callbacks=list(callbacks), **settings)
+    train = DataLoader(TRAIN, batch_size=4, shuffle=True) if train is None else train
+    trainer.fit(module, train, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_lightning_raw_pytorch_and_a_direct_sample_give_identical_numbers() -> None:
+    torch.manual_seed(0)
+    module = Module()
+    start = {name: value.clone() for name, value in module.gpt.state_dict().items()}
+    watcher = AttentionMonitorCallback(HELD_OUT, every_n_steps=3, strict=True)
+    fit(module, watcher, train=DataLoader(TRAIN, batch_size=4))
+
+    model = TinyGPT()
+    model.load_state_dict(start)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    raw = attach(model, optimizer, HELD_OUT, every_n_steps=3, strict=True)
+    for batch in TRAIN.split(4):
+        optimizer.zero_grad()
+        language_loss(model(batch), batch).backward()
+        optimizer.step()
+    direct = AttentionMonitor(model, HELD_OUT, record=None).sample(6)
+
+    assert watcher.monitor.history.steps == raw.history.steps == [0, 3, 6]
+    for metric in raw.history:
+        for layer, trajectory in raw.history[metric].items():
+            assert torch.equal(watcher.monitor.history[metric][f"gpt.{layer}"], trajectory)
+            assert torch.equal(direct.values[metric][layer], trajectory[-1])
+    raw.close()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+def test_a_seeded_run_with_dropout_ends_bit_identical_with_and_without_the_callback(
+    every_n_steps: int, precision: Any
+) -> None:
+    ends = []
+    for callbacks in ([], [AttentionMonitorCallback(every_n_steps=every_n_steps, strict=True)]):
+        lightning.seed_everything(0, verbose=False)
+        module = Module(dropout=0.2, batch_norm=True)
+        trainer = fit(
+            module,
+            *callbacks,
+            val=DataLoader(HELD_OUT, batch_size=2),
+            precision=precision,
+            accumulate_grad_batches=2,
+            max_epochs=3,
+            max_steps=-1,
+        )
+        ends.append((module.losses, everything(module, trainer.optimizers[0])))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+    assert callbacks[0].monitor.history.steps == list(range(0, 10, every_n_steps))
+
+
+def test_accumulated_gradients_count_as_one_step() -> None:
+    watcher = AttentionMonitorCallback(every_n_steps=1)
+    fit(Module(), watcher, max_steps=3, accumulate_grad_batches=2)
+    assert watcher.monitor.history.steps == [0, 1, 2, 3]
+
+
+def test_the_probe_defaults_to_the_first_validation_batch_else_the_first_training_batch() -> None:
+    for val, expected in ((DataLoader(HELD_OUT, batch_size=2), HELD_OUT[:2]), (None, TRAIN[:4])):
+        watcher = AttentionMonitorCallback(every_n_steps=3)
+        fit(Module(), watcher, train=DataLoader(TRAIN, batch_size=4), val=val)
+        assert torch.equal(watcher.monitor._probe.batch, expected)
+    watcher = AttentionMonitorCallback()
+    with pytest.raises(ValueError, match=r"AttentionMonitorCallback\(probe=None\)"):
+        fit(Module(), watcher, train=list(TRAIN.split(4)))
+
+
+def test_early_stopping_and_checkpoints_can_watch_the_summaries(tmp_path: Path) -> None:
+    key = "attention/energy_rms/max"
+    stopping = EarlyStopping(key, mode="min", patience=0, check_on_train_epoch_end=True)
+    keeping = ModelCheckpoint(tmp_path, monitor=key, mode="max", save_on_train_epoch_end=True, filename="best")
+    watcher = AttentionMonitorCallback(every_n_steps=2)
+    trainer = fit(Module(), watcher, stopping, keeping, max_steps=-1, max_epochs=8)
+    logged = trainer.callback_metrics
+    assert logged[key].item() == pytest.approx(
+        max(values[-1].max().item() for values in watcher.monitor.history["energy_rms"].values())
+    )
+    assert trainer.current_epoch < 7  # logits grow while the model learns, so the least was seen at first
+    assert keeping.best_model_score is not None
+
+
+def test_a_run_resumed_from_lightnings_checkpoint_goes_on_without_duplicate_or_gap(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4, save_last=True)
+    first = AttentionMonitorCallback(every_n_steps=2)
+    fit(Module(), first, saving, max_steps=4, default_root_dir=tmp_path)
+    second = AttentionMonitorCallback(every_n_steps=2)
+    fit(Module(), second, max_steps=8, max_epochs=5, default_root_dir=tmp_path, ckpt_path=tmp_path / "ckpt/last.ckpt")
+    assert second.monitor.history.steps == [0, 2, 4, 6, 8]
+    assert second.monitor.record_path == first.monitor.record_path
+    assert list(RunRecord.open(second.monitor.record_path).steps) == [0, 2, 4, 6, 8]
+    state = torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)
+    assert first.state_key in state["callbacks"]
+
+
+def test_two_named_callbacks_keep_their_samples_and_their_state_apart(tmp_path: Path) -> None:
+    watchers = [
+        AttentionMonitorCallback(HELD_OUT[:, :length], every_n_steps=every, name=name)
+        for length, every, name in ((8, 2, "short"), (24, 3, "long"))
+    ]
+    assert len({watcher.state_key for watcher in watchers}) == 2
+    trainer = fit(Module(), *watchers)
+    assert [watcher.monitor.history.steps for watcher in watchers] == [[0, 2, 4, 6], [0, 3, 6]]
+    assert {"attention/short/energy_rms/max", "attention/long/energy_rms/max"} <= trainer.callback_metrics.keys()
+
+
+def test_every_lightning_logger_gets_the_samples(tmp_path: Path) -> None:
+    loggers = [
+        WandbLogger(save_dir=tmp_path, offline=True),
+        CSVLogger(tmp_path, name="csv"),
+        TensorBoardLogger(tmp_path, name="board"),
+    ]
+    watcher = AttentionMonitorCallback(every_n_steps=3)
+    fit(Module(), watcher, logger=loggers)
+    loggers[0].experiment.finish()
+    key, trajectory = "attention/key_incoherence/layer_01/head_02", watcher.monitor.history["key_incoherence"]
+    expected = dict(zip([0, 3, 6], trajectory["gpt.blocks.1.attn"][:, 2].tolist(), strict=True))
+    assert curve(offline_run(tmp_path), key) == pytest.approx(expected)
+    with open(tmp_path / "csv/version_0/metrics.csv") as file:
+        rows = {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row[key]}
+    assert rows == pytest.approx(expected, rel=1e-5)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "board/version_0"))
+    board.Reload()
+    assert {event.step: event.value for event in board.Scalars(key)} == pytest.approx(expected)
+
+
+def test_a_module_whose_forward_does_not_fit_says_how_to_call_it() -> None:
+    class NoForward(Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def training_step(self, token_ids: Tensor, index: int) -> Tensor:
+            return language_loss(self.gpt(token_ids), token_ids)
+
+    with pytest.raises(ValueError, match=r"rejects this batch.*forward=lambda model, batch"):
+        fit(NoForward(), AttentionMonitorCallback())
+    watcher = AttentionMonitorCallback(every_n_steps=3, forward=lambda module, batch: module.gpt(batch))
+    fit(NoForward(), watcher)
+    assert watcher.monitor.history.steps == [0, 3, 6]
+
+
+def test_an_exception_in_training_leaves_the_record_complete_and_closed() -> None:
+    class Failing(Module):
+        def training_step(self, token_ids: Tensor, index: int) -> Tensor:
+            if self.global_step == 4:
+                raise ArithmeticError("diverged")
+            return super().training_step(token_ids, index)
+
+    watcher = AttentionMonitorCallback(every_n_steps=2)
+    with pytest.raises(ArithmeticError):
+        fit(Failing(), watcher)
+    assert list(RunRecord.open(watcher.monitor.record_path).steps) == [0, 2, 4]
