@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import AttentionCall, capture, capture_attention
+from attnmonitor.capture.rebuild import Attention
 
 
 def hidden() -> Tensor:
@@ -62,6 +63,7 @@ def compiled_forward(model: nn.Sequential, backend: object) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize(
     "compile_it",
     [compiled_whole, compiled_in_place, compiled_submodule, compiled_regions, compiled_forward],
@@ -147,9 +149,9 @@ def test_the_first_record_of_a_call_stands() -> None:
 
 def test_an_explicit_call_of_the_wrong_shape_says_what_arrived() -> None:
     class Wrong(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            capture(self, x, x)
-            return super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:
+            capture(self, input, input)
+            return super().forward(input)
 
     with pytest.raises(ValueError, match=r"query=\(2, 12, 32\).*\(B, Hq, Lq, d\)"):
         captured(Wrong(32, 32), input=hidden())
@@ -164,26 +166,29 @@ def kernel_from_outside() -> str:
         pytest.skip("this transformers has no table of masks")
 
     @torch.library.custom_op("attnmonitor_tests::kernel", mutates_args=())
-    def kernel(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor, window: int, cap: float) -> Tensor:
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor, scale: float, window: int, cap: float
+    ) -> Tensor:
         k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
-        logits = cap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / cap)
+        logits = cap * torch.tanh(q @ k.mT * scale / cap)
         distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
         hidden = (distance < 0) | (distance >= window) | ~valid[:, None, None, :]
         sinks = sinks.reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         weights = torch.cat([logits.masked_fill(hidden, -torch.inf), sinks], -1).softmax(-1)[..., :-1]
         return (weights * valid[:, None, :, None] @ v).transpose(1, 2).contiguous()
 
-    def attend(module, query, key, value, attention_mask, sliding_window=None, s_aux=None, softcap=None, **_):
+    def attend(module, query, key, value, attention_mask, scaling, sliding_window=None, s_aux=None, softcap=None, **_):
         valid = torch.ones(query.shape[0], query.shape[2]) if attention_mask is None else attention_mask
         sinks = torch.full((query.shape[1],), -torch.inf) if s_aux is None else s_aux
-        return kernel(query, key, value, valid.bool(), sinks, sliding_window or 10**6, softcap or 1e6), None
+        output = kernel(query, key, value, valid.bool(), sinks, scaling, sliding_window or 10**6, softcap or 1e4)
+        return output, None
 
     transformers.AttentionInterface.register("from_outside", attend)
     transformers.AttentionMaskInterface.register("from_outside", lambda *args, attention_mask=None, **_: attention_mask)
     return "from_outside"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "gemma2", "gemma3"])
 def test_a_kernel_behind_the_transformers_interface_is_read_from_its_arguments(
     name: str, kernel_from_outside: str
 ) -> None:
@@ -217,7 +222,9 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gpt_oss", "gemma2", "t5", "bloom", "gptj", "deberta_v2"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_second_sample_never_waits_for_the_device(name: str, implementation: str) -> None:
+def test_a_second_sample_never_waits_for_the_device(
+    name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
     if implementation == "sdpa" and name not in ("gpt2", "llama", "mistral", "t5"):
         pytest.skip("no sdpa in the library")
@@ -235,7 +242,9 @@ def test_a_second_sample_never_waits_for_the_device(name: str, implementation: s
         return waiting.seen
 
     own = waits(None)
-    assert len(waits(calls.append)) > len(own), "the first pass learns, and learning is seen by this test"
+    waits(calls.append)
+    # Learning what a mask carries is the one place that reads a value; a second sample must not come there.
+    monkeypatch.delattr(Attention, "act_outside")
     assert waits(calls.append) == own
     first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
     assert [call.outside for call in first] == [call.outside for call in second]
@@ -250,7 +259,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=use_reentrant)
+                x = torch.utils.checkpoint.checkpoint(block, x.requires_grad_(), use_reentrant=use_reentrant)
             return x
 
     model = Checkpointed().train()
