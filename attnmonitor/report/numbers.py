@@ -1,0 +1,169 @@
+"""The numbers a report carries: small enough to open, and honest about what was left out.
+
+A run of 1,024 heads, 12 metrics and 2,000 samples is 25 million values. A browser is comfortable with one million, so
+the curves of a longer run are thinned to evenly spaced samples (the first, the last and those with alarms always among
+them), the same for all heads; bands are quantiles over all heads at up to 1,000 samples. Values travel as float32.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnmonitor.catalog import METRICS
+from attnmonitor.record import RunRecord
+from attnmonitor.sample import AlertEvent
+from attnmonitor.verdict import heads_concerned, short_layer_names
+
+__all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
+
+MOST_VALUES = 1_000_000
+MOST_BAND_SAMPLES = 1000
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+# One metric of each scope: what an alarm's heads are counted by.
+_COUNTED_BY = {"query_head": "query_rms", "kv_head": "key_rms"}
+
+
+@dataclass(frozen=True)
+class AlarmSpan:
+    """An alarm from its first step to its last: ``ended`` is None while it fires."""
+
+    event: AlertEvent
+    began: int
+    ended: int | None
+
+
+def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
+    """Join the events of each alarm, in the order in which alarms began."""
+    spans: list[AlarmSpan] = []
+    running: dict[tuple[str, str | None, str, int | None], int] = {}
+    for event in events:
+        key = (event.rule, event.layer, event.scope, event.head)
+        began = event.global_step if event.since_step is None else event.since_step
+        if key in running:
+            at = running[key]
+            ended = event.global_step if event.state == "cleared" else None
+            spans[at] = AlarmSpan(spans[at].event if ended is not None else event, spans[at].began, ended)
+            if ended is not None:
+                del running[key]
+        else:
+            if event.state == "firing":
+                running[key] = len(spans)
+            spans.append(AlarmSpan(event, began, None if event.state == "firing" else event.global_step))
+    return spans
+
+
+def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """Everything the page draws of one run, ready for JSON.
+
+    Args:
+        record: The run.
+        most_values: Values of single heads in the whole report of this run.
+
+    Returns:
+        ``steps``, ``short`` names and head ``groups`` of the layers, ``metrics`` (per metric ``frames``, indices into
+        ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``), ``alarms``, ``seconds``,
+        ``segments``.
+    """
+    spans, steps = alarm_spans(record.events), record.steps
+    trajectories = {name: record.trajectories(name) for name in record.metrics}
+    layers = list(dict.fromkeys([*record.coverage, *(layer for shown in trajectories.values() for layer in shown)]))
+    short = short_layer_names(layers)
+    keep = np.flatnonzero(
+        np.isin(steps, [step for span in spans for step in (span.began, span.ended) if step is not None])
+    )
+    share = most_values // max(1, len(trajectories))
+    return {
+        "steps": steps.tolist(),
+        "short": [short[layer] for layer in layers],
+        "groups": [_group(record, layer) for layer in layers],
+        "metrics": {name: _metric_numbers(name, shown, layers, keep, share) for name, shown in trajectories.items()},
+        "alarms": [_alarm(span, record, layers) for span in spans],
+        "seconds": packed(record.seconds),
+        "segments": segment_starts(record),
+    }
+
+
+def segment_starts(record: RunRecord) -> list[int]:
+    """First step of every segment but the first."""
+    pairs = zip(record.samples, record.samples[1:], strict=False)
+    return [after.global_step for before, after in pairs if after.segment != before.segment]
+
+
+def packed(values: NDArray[Any]) -> str:
+    """Values as base64 of little-endian float32."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii")
+
+
+def _metric_numbers(
+    name: str,
+    trajectories: Mapping[str, NDArray[np.float32]],
+    layers: Sequence[str],
+    keep: NDArray[np.intp],
+    most_values: int,
+) -> dict[str, Any]:
+    shown = [layer for layer in layers if layer in trajectories]
+    heads = np.concatenate([trajectories[layer] for layer in shown], axis=1)  # (num_samples, num_heads of all layers)
+    measured = np.flatnonzero(np.isfinite(heads).any(axis=1))
+    frames = _thinned(measured, keep, most_values // max(1, heads.shape[1]))
+    band_samples = _thinned(measured, keep, MOST_BAND_SAMPLES)
+    bands = np.nanquantile(heads[band_samples], QUANTILES, axis=1) if len(band_samples) else np.empty((5, 0))
+    info = METRICS.get(name)
+    log_scale = info is not None and info.log_scale
+    return {
+        "title": name.replace("_", " "),
+        "unit": "" if info is None or info.unit == "1" else info.unit,
+        "meaning": "" if info is None else info.meaning,
+        "scope": "query_head" if info is None else info.scope,
+        "log": log_scale,
+        "rows": [[layers.index(layer), trajectories[layer].shape[1]] for layer in shown],
+        "frames": frames.tolist(),
+        "thinned": len(frames) < len(measured),
+        "values": packed(heads[frames]),
+        "band_samples": band_samples.tolist(),
+        "bands": packed(bands),
+        "limits": _limits(heads[frames], log_scale),
+    }
+
+
+def _thinned(candidates: NDArray[np.intp], keep: NDArray[np.intp], most: int) -> NDArray[np.intp]:
+    """At most about ``most`` of ``candidates``, evenly spaced, the first and the last and ``keep`` among them."""
+    if len(candidates) <= most:
+        return candidates
+    spaced = candidates[np.linspace(0, len(candidates) - 1, max(2, most)).round().astype(int)]
+    kept = np.intersect1d(keep, candidates)
+    return np.union1d(spaced, kept if len(kept) <= most else kept[:: -(-len(kept) // most)])
+
+
+def _limits(values: NDArray[np.float32], log_scale: bool) -> list[float] | None:
+    """Ends of the colour scale over the whole run, not owned by one outlier."""
+    known = values[np.isfinite(values) & ((values > 0) | (not log_scale))]
+    return [float(end) for end in np.quantile(known, [0.01, 0.99])] if known.size else None
+
+
+def _group(record: RunRecord, layer: str) -> int:
+    """Query heads that share one KV head."""
+    entry = record.coverage.get(layer)
+    return max(1, entry.num_query_heads // entry.num_kv_heads) if entry is not None and entry.num_kv_heads else 1
+
+
+def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str]) -> dict[str, Any]:
+    event = span.event
+    return {
+        "layer": layers.index(event.layer) if event.layer in layers else None,
+        "heads": {scope: heads_concerned(event, name, record.coverage) for scope, name in _COUNTED_BY.items()},
+        "scope": event.scope,
+        "head": event.head,
+        "rule": event.rule,
+        "kind": event.kind,
+        "severity": event.severity,
+        "message": event.message,
+        "began": span.began,
+        "ended": span.ended,
+    }

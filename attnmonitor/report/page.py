@@ -1,0 +1,203 @@
+"""The page around the charts: what is said in words, escaped, and everything it needs packed into one file."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from attnmonitor.alerts.digest import ADVICE
+from attnmonitor.record import RunRecord
+from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
+from attnmonitor.verdict import head_name, short_layer_names, still_firing, verdict_of_record
+
+__all__ = ["write_report"]
+
+MOST_ALARM_ROWS = 200
+
+
+def write_report(record_path: str | Path, out: str | Path | None = None, compare: str | Path | None = None) -> Path:
+    """Write one self-contained HTML file about a run, or about two side by side.
+
+    Args:
+        record_path: The run record.
+        out: The file to write; by default beside the record, with the suffix ``.html``.
+        compare: A second run record, shown to the right of the first on the same scales.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FileNotFoundError: There is no such record.
+        RecordError: A file is not a record that this version reads.
+        ModuleNotFoundError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            "write_report needs plotly: pip install 'attnmonitor[report]'", name="plotly"
+        ) from missing
+    paths = [Path(record_path)] if compare is None else [Path(record_path), Path(compare)]
+    records = [RunRecord.open(path) for path in paths]
+    numbers = [run_numbers(record) for record in records]
+    page = Template(_source("page.html")).substitute(
+        title=escape(" and ".join(path.stem for path in paths)),
+        runs="".join(
+            _run_section(record, at, run) for at, (record, run) in enumerate(zip(records, numbers, strict=True))
+        ),
+        layout="two" if compare is not None else "one",
+        style=_source("page.css"),
+        numbers=_json_in_html({"runs": numbers}),
+        plotly=get_plotlyjs(),
+        script=_source("page.js"),
+    )
+    target = paths[0].with_suffix(".html") if out is None else Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _source(name: str) -> str:
+    return files("attnmonitor.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json_in_html(numbers: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever a layer is called."""
+    return json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
+    spans = alarm_spans(record.events)
+    state = "alarm" if still_firing(record.events) else "calm"
+    configuration = escape(json.dumps(dict(record.config), indent=2))
+    return f"""
+<section class="run" id="run-{index}">
+  <div>
+    <p class="name">{escape(record.path.name)} · {escape(str(record.config.get("model", "")))}</p>
+    <h1 class="{state}">{escape(verdict_of_record(record))}</h1>
+    {_segment_note(record)}{_thinned_note(record, numbers)}
+  </div>
+  <div>
+    <h2>Alarms</h2>
+    <div class="chart" id="timeline-{index}"></div>
+    {_alarm_table(spans, record)}
+  </div>
+  <div>
+    <h2>Heads <small class="metric-name"></small></h2>
+    <p class="note metric-meaning"></p>
+    <div class="pair"><div class="chart" id="heatmap-{index}"></div><div class="chart" id="curves-{index}"></div></div>
+  </div>
+  <div>
+    <h2>Every metric <small class="head-name"></small></h2>
+    <p class="note">Band: range and quartiles of all heads; dark line: median.</p>
+    <div class="chart" id="metrics-{index}"></div>
+  </div>
+  <div>
+    <h2>Coverage</h2>
+    {_coverage_table(record)}
+  </div>
+  <div>
+    <h2>Cost</h2>
+    {_cost(record)}
+    <div class="chart" id="cost-{index}"></div>
+    <details><summary>Configuration of the run</summary><pre>{configuration}</pre></details>
+  </div>
+</section>"""
+
+
+def _segment_note(record: RunRecord) -> str:
+    if len(record.segments) < 2:
+        return ""
+    at = ", ".join(f"{step:,}" for step in segment_starts(record))
+    said = f"The probe or the model changed at step {at}: numbers do not continue across the dotted line."
+    return f"<p class='note'>{said}</p>"
+
+
+def _thinned_note(record: RunRecord, numbers: dict[str, Any]) -> str:
+    fewest = min((len(metric["frames"]) for metric in numbers["metrics"].values() if metric["thinned"]), default=None)
+    if fewest is None:
+        return ""
+    said = f"To keep this page light, heatmaps and curves show {fewest} of {len(record.steps):,} samples."
+    return f"<p class='note'>{said} The record has them all.</p>"
+
+
+def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
+    if not spans:
+        return "<p class='note'>No alarm has begun in this run.</p>"
+    short = short_layer_names(record.coverage)
+    rows = []
+    for span in spans[-MOST_ALARM_ROWS:]:
+        event, advice = span.event, ADVICE.get(span.event.kind)
+        rows.append(
+            (
+                head_name(event, short),
+                event.kind.replace("_", " ") + (" (critical)" if event.severity == "critical" else ""),
+                f"{span.began:,}",
+                "still firing" if span.ended is None else f"{span.ended:,}",
+                _number(event.value),
+                event.message,
+                "" if advice is None else f"{advice.meaning} {advice.remedy}",
+            )
+        )
+    header = ("where", "what", "since step", "until step", "value", "message", "what it usually means, what to try")
+    left_out = len(spans) - len(rows)
+    note = f"<p class='note'>{left_out} earlier alarms are not listed.</p>" if left_out else ""
+    opened = " open" if len(rows) <= 12 else ""
+    return f"{note}<details{opened}><summary>{len(rows)} alarms</summary>{_table(header, rows)}</details>"
+
+
+def _coverage_table(record: RunRecord) -> str:
+    if not record.coverage:
+        return "<p class='note'>The record says nothing about coverage.</p>"
+    rows = [
+        (
+            entry.layer,
+            f"{entry.num_query_heads}"
+            + (f" / {entry.num_kv_heads}" if entry.num_kv_heads != entry.num_query_heads else ""),
+            _number(entry.head_dim),
+            f"{entry.kind}, {entry.how}" if entry.measured else "",
+            "" if math.isnan(entry.scale) else f"{entry.scale:.4g}",
+            "not compared" if entry.error is None else f"{entry.error:.1e}",
+            ", ".join(entry.outside) if entry.measured else f"not measured: {entry.reason}",
+        )
+        for entry in record.coverage.values()
+    ]
+    measured = sum(entry.measured for entry in record.coverage.values())
+    header = ("layer", "heads / KV heads", "head size", "captured as", "scale", "reconstruction error", "remarks")
+    opened = " open" if measured < len(rows) else ""
+    summary = f"{measured} of {len(rows)} attention layers measured"
+    return f"<details{opened}><summary>{summary}</summary>{_table(header, rows)}</details>"
+
+
+def _cost(record: RunRecord) -> str:
+    seconds = [sample.seconds for sample in record.samples if math.isfinite(sample.seconds)]
+    failed = [sample for sample in record.samples if sample.failure is not None]
+    said = []
+    if seconds:
+        said.append(
+            f"{statistics.median(seconds):.3g} s per sample (median), {sum(seconds):.3g} s in {len(seconds):,} samples"
+        )
+    for name, values in record.diagnostics.items():
+        known = [value for value in values.tolist() if math.isfinite(value)]
+        if known:
+            said.append(f"{escape(name.replace('_', ' '))} {known[-1]:.3g}")
+    if failed:
+        said.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
+    return f"<p>{'; '.join(said) or 'No sample yet.'}</p>"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"

@@ -1,0 +1,319 @@
+"""The report opens in a real browser without network or errors; its slider, clicks and names do what they should."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_runs import SyntheticRun
+
+from attnmonitor.record import RecordError, RunRecord
+from attnmonitor.report import write_report
+from attnmonitor.report.numbers import alarm_spans, run_numbers
+from attnmonitor.sample import AlertEvent, LayerCoverage
+
+pytest.importorskip("plotly")
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&amp;{}"
+
+
+def written(path: Path, run: SyntheticRun, config: dict[str, Any] | None = None) -> Path:
+    with RunRecord.create(path, run=config or run.config) as record:
+        for sample in run.samples():
+            record.append(sample)
+    return path
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def event(step: int, state: str, **changes: Any) -> AlertEvent:
+    return replace(AlertEvent("hot", "logit_blowup", "query_head", "a", 0, 9.0, 1.0, step, state), **changes)
+
+
+def test_an_alarm_lasts_from_its_first_event_until_it_clears() -> None:
+    events = [
+        event(10, "firing", since_step=8),
+        event(30, "firing", severity="critical", since_step=8),
+        event(20, "firing", head=1),
+        event(40, "cleared", since_step=8),
+        event(60, "firing"),
+    ]
+    spans = [(span.event.head, span.event.severity, span.began, span.ended) for span in alarm_spans(events)]
+    assert spans == [(0, "critical", 8, 40), (1, "warning", 20, None), (0, "warning", 60, None)]
+
+
+def test_the_numbers_are_those_of_the_record(tmp_path: Path) -> None:
+    run = SyntheticRun(3, [4, 8, 6], 20, group=2, sick=(1, 5))
+    record = RunRecord.open(written(tmp_path / "run.sqlite", run))
+    numbers = run_numbers(record)
+    assert numbers["steps"] == record.steps.tolist()
+    for name, metric in numbers["metrics"].items():
+        curves = np.concatenate(list(record.trajectories(name).values()), axis=1)
+        assert metric["frames"] == list(range(20))
+        np.testing.assert_array_equal(unpacked(metric["values"]).reshape(20, -1), curves)
+        bands = np.quantile(curves, [0, 0.25, 0.5, 0.75, 1], axis=1)
+        np.testing.assert_allclose(unpacked(metric["bands"]).reshape(5, 20), bands, rtol=1e-6)
+    assert [(alarm["began"], alarm["ended"]) for alarm in numbers["alarms"]] == [(600, 900), (650, None)]
+    assert numbers["alarms"][1]["heads"] == {"query_head": (4, 5), "kv_head": (2,)}
+
+
+def test_a_long_run_is_thinned_evenly_keeps_its_ends_and_alarms_and_says_so(tmp_path: Path) -> None:
+    run = SyntheticRun(2, 4, 150, sick=(1, 3), metrics=("energy_rms", "key_incoherence"))
+    path = written(tmp_path / "run.sqlite", run)
+    record = RunRecord.open(path)
+    numbers = run_numbers(record, most_values=2 * 8 * 30)
+    for metric in numbers["metrics"].values():
+        frames = metric["frames"]
+        assert 30 <= len(frames) <= 30 + 3
+        assert {0, 149} <= set(frames)
+        assert {event.global_step // run.every for event in record.events} <= set(frames)
+        assert np.diff(frames).max() <= 6
+        assert len(unpacked(metric["values"])) == 8 * len(frames)
+        assert metric["thinned"]
+        assert len(metric["band_samples"]) == 150
+    assert "To keep this page light" not in write_report(path).read_text()
+
+
+def test_thinning_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnmonitor.report.page.run_numbers", lambda record: run_numbers(record, most_values=2000))
+    page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(2, 4, 60))).read_text()
+    assert re.search(r"heatmaps and curves show \d+ of 60 samples. The record has them all", page.replace(",", ""))
+
+
+def test_a_144_head_500_sample_run_stays_under_15_megabytes(tmp_path: Path) -> None:
+    run = SyntheticRun(12, 12, 1)
+    sample = next(run.samples())
+    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+        for step in range(500):
+            record.append(replace(sample, global_step=step))
+    page = write_report(tmp_path / "run.sqlite")
+    assert page == tmp_path / "run.html"
+    assert page.stat().st_size < 15e6
+    numbers = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text()).group(1))
+    assert len(numbers["runs"][0]["metrics"]["key_rms"]["frames"]) == 500, "all of it is there"
+
+
+def test_everything_said_about_a_run_is_on_the_page(tmp_path: Path) -> None:
+    run = SyntheticRun(2, 4, 30, sick=(1, 2))
+    path = tmp_path / "run.sqlite"
+    with RunRecord.create(path, run=run.config) as record:
+        for sample in run.samples():
+            missed = {"pooler": LayerCoverage("pooler", reason="a kernel nobody can see into")}
+            record.append(replace(sample, coverage={**sample.coverage, **missed}))
+    page = write_report(path, tmp_path / "out" / "page.html").read_text()
+    assert "1 head needs a look: model.layers.1.self_attn KV head 2 (key sink since step 950)" in page
+    assert "not measured: a kernel nobody can see into" in page
+    assert "2 of 3 attention layers measured" in page
+    assert "0.21 s per sample (median), 6.3 s in 30 samples" in page
+    assert "certified fraction 0.97" in page
+    assert "5e1f0c" in page
+    assert "still firing" in page
+    assert "A few key positions carry the key subspace" in page
+
+
+def test_an_empty_record_and_one_of_failures_make_a_page(tmp_path: Path) -> None:
+    RunRecord.create(tmp_path / "empty.sqlite", run={}).close()
+    assert "no sample taken yet" in write_report(tmp_path / "empty.sqlite").read_text()
+    sample = next(SyntheticRun(1, 1, 1).samples())
+    with RunRecord.create(tmp_path / "failed.sqlite", run={}) as record:
+        record.append(replace(sample, values={}, spread={}, failure="RuntimeError: <boom>", failures=1))
+    page = write_report(tmp_path / "failed.sqlite").read_text()
+    assert "nothing measured: 1 sample failed (RuntimeError: &lt;boom&gt;)" in page
+
+
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "notes.sqlite").write_text("not a database, " * 100)
+    with pytest.raises(RecordError, match=r"notes\.sqlite"):
+        write_report(tmp_path / "notes.sqlite")
+    with pytest.raises(FileNotFoundError, match=r"none\.sqlite"):
+        write_report(tmp_path / "none.sqlite")
+
+
+def test_nothing_on_the_page_comes_from_elsewhere(tmp_path: Path) -> None:
+    page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(1, 2, 3))).read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)\s*=", page.split("<script>")[0])
+
+
+# ---- in a real browser ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no Chromium with chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1800"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    running.set_script_timeout(60)
+    yield running
+    running.quit()
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Callable[[Path], Any]]:
+    def open_page(page: Path) -> Any:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        browser.get(page.as_uri())
+        WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.body.dataset.ready === 'yes'"))
+        return browser
+
+    yield open_page
+    complaints = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert complaints == [], "the console stays silent"
+
+
+CELL_CENTRE = """
+    const div = document.getElementById(arguments[0]), axes = div._fullLayout;
+    const plot = div.querySelector('.nsewdrag').getBoundingClientRect();
+    return [plot.left + axes.xaxis.d2p(arguments[1]), plot.top + axes.yaxis.d2p(arguments[2])];
+"""
+
+
+def click_cell(browser: Any, chart: str, head: int, row: int) -> None:
+    from selenium.webdriver import ActionChains
+
+    browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", chart)
+    x, y = browser.execute_script(CELL_CENTRE, chart, head, row)
+    pointer = ActionChains(browser, duration=50)
+    pointer.w3c_actions.pointer_action.move_to_location(int(x), int(y))
+    pointer.pause(0.2).click().pause(0.5).perform()
+
+
+def curve(browser: Any, chart: str, colour: str) -> list[list[float]]:
+    """y of the traces in a colour, as the browser has them."""
+    script = """
+        const traces = document.getElementById(arguments[0]).data;
+        return traces.filter(trace => trace.line?.color === arguments[1]).map(trace => Array.from(trace.y));
+    """
+    return browser.execute_script(script, chart, colour)
+
+
+def heatmap_values(browser: Any, chart: str) -> np.ndarray:
+    return np.array(
+        browser.execute_script("return document.getElementById(arguments[0]).data[0].customdata", chart), float
+    )
+
+
+def set_slider(browser: Any, position: int) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = browser.find_element("id", "step")
+    slider.send_keys(Keys.HOME)
+    for _ in range(position):
+        slider.send_keys(Keys.ARROW_RIGHT)
+
+
+CHOSEN, ALARM = "#0072B2", "#D55E00"
+
+
+@pytest.fixture(scope="module", params=["12 heads", "1024 heads"])
+def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layers, heads, group = {"12 heads": (2, 6, 1), "1024 heads": (32, 32, 4)}[request.param]
+    path = tmp_path_factory.mktemp("report") / "run.sqlite"
+    return written(path, SyntheticRun(layers, heads, 25, group=group, sick=(1, 5)))
+
+
+@pytest.fixture(scope="module")
+def run144(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("report") / "run.sqlite", SyntheticRun(12, 12, 25, sick=(1, 5)))
+
+
+def test_a_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Path], Any]) -> None:
+    record, browser = RunRecord.open(sized), show(write_report(sized))
+    layers = list(record.coverage)
+    click_cell(browser, "heatmap-0", head=1, row=0)
+    assert browser.find_element("id", "chosen").text == "layers.0 KV head 1"
+    expected = record.trajectories("key_incoherence")[layers[0]][:, 1]
+    (shown,) = curve(browser, "curves-0", CHOSEN)
+    np.testing.assert_allclose(shown, expected, rtol=1e-6)
+    group = record.coverage[layers[0]].num_query_heads // record.coverage[layers[0]].num_kv_heads
+    in_every_metric = curve(browser, "metrics-0", CHOSEN)
+    num_key_metrics = 6
+    assert len(in_every_metric) == num_key_metrics + (len(record.metrics) - num_key_metrics) * group
+    np.testing.assert_allclose(
+        in_every_metric[0], record.trajectories(record.metrics[0])[layers[0]][:, group], rtol=1e-6
+    )
+    assert curve(browser, "curves-0", ALARM), "the head with an alarm is still in sight"
+
+
+def test_the_slider_moves_the_heatmap_through_the_run(run144: Path, show: Callable[[Path], Any]) -> None:
+    record, browser = RunRecord.open(run144), show(write_report(run144))
+    expected = np.stack(list(record.trajectories("key_incoherence").values()), axis=1)  # (samples, layers, heads)
+    np.testing.assert_allclose(heatmap_values(browser, "heatmap-0"), expected[-1], rtol=1e-6)
+    for position in (0, 7):
+        set_slider(browser, position)
+        assert browser.find_element("id", "step-shown").text == f"{record.steps[position]:,}"
+        np.testing.assert_allclose(heatmap_values(browser, "heatmap-0"), expected[position], rtol=1e-6)
+    frames = (
+        "return document.getElementById('heatmap-0').layout.shapes.filter(s => s.line.color === arguments[0]).length"
+    )
+    assert browser.execute_script(frames, ALARM) == 0, "no alarm had begun by then"
+    set_slider(browser, 24)
+    assert browser.execute_script(frames, ALARM) == 1
+
+
+def test_another_metric_can_be_chosen(run144: Path, show: Callable[[Path], Any]) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    record, browser = RunRecord.open(run144), show(write_report(run144))
+    Select(browser.find_element("id", "metric")).select_by_value("energy_rms")
+    expected = np.stack(list(record.trajectories("energy_rms").values()), axis=1)[-1]
+    np.testing.assert_allclose(heatmap_values(browser, "heatmap-0"), expected, rtol=1e-6)
+    assert "how sharply softmax can discriminate" in browser.find_element("css selector", ".metric-meaning").text
+
+
+def test_names_from_the_model_are_shown_and_never_run(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+    run = SyntheticRun(2, 3, 12, sick=(1, 2), layer_name=HOSTILE)
+    hostile = {**run.config, "model": HOSTILE, "alerts": [HOSTILE]}
+    path = written(tmp_path / "run.sqlite", run, hostile)
+    browser = show(write_report(path))
+    click_cell(browser, "heatmap-0", head=0, row=0)
+    assert HOSTILE.format(0) in browser.find_element("id", "chosen").text
+    assert browser.find_elements("css selector", "main img, #chosen img, .js-plotly-plot img") == []
+    labels = "return [...document.querySelectorAll('#heatmap-0 .ytick text')].map(t => t.textContent)"
+    assert browser.execute_script(labels) == [HOSTILE.format(0), HOSTILE.format(1)]
+
+
+def test_two_runs_stand_side_by_side_on_one_scale(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+    first = written(tmp_path / "healthy.sqlite", SyntheticRun(3, 4, 20, seed=1))
+    second = written(tmp_path / "sick.sqlite", SyntheticRun(3, 4, 30, seed=2, sick=(2, 1)))
+    browser = show(write_report(first, tmp_path / "both.html", compare=second))
+    headings = [heading.text for heading in browser.find_elements("tag name", "h1")]
+    assert headings == [
+        "12 heads in 3 layers watched over 20 samples: healthy",
+        "1 head needs a look: layers.2 KV head 1 (key sink since step 950); 1 alarm came and went",
+    ]
+    left, right = (browser.find_element("id", f"heatmap-{run}").rect for run in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    scale = "const h = document.getElementById(arguments[0]).data[0]; return [h.zmin, h.zmax]"
+    assert browser.execute_script(scale, "heatmap-0") == browser.execute_script(scale, "heatmap-1")
+    click_cell(browser, "heatmap-1", head=3, row=0)
+    for run, path in enumerate((first, second)):
+        expected = next(iter(RunRecord.open(path).trajectories("key_incoherence").values()))[:, 3]
+        np.testing.assert_allclose(curve(browser, f"curves-{run}", CHOSEN)[0], expected, rtol=1e-6)
+
+
+def test_pages_of_runs_without_numbers_open_too(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+    RunRecord.create(tmp_path / "empty.sqlite", run={}).close()
+    show(write_report(tmp_path / "empty.sqlite"))
+    written(tmp_path / "single.sqlite", SyntheticRun(1, 1, 1))
+    show(write_report(tmp_path / "single.sqlite"))
