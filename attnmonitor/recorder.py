@@ -1,8 +1,8 @@
 """The writing side of a run record: what the file looks like, and how samples get into it without troubling training.
 
 * **One transaction per sample.** The journal is a write-ahead log, so a process killed at any moment loses at most the
-  sample it was writing, and readers never wait for the writer. No connection to the data outlives an `append`: nothing
-  leaks into forked data-loader workers, and after each sample the one file is complete and can be copied.
+  sample it was writing, readers never wait for the writer, and a training step does not wait for the disk: the log is
+  synced and merged into the file once in a few dozen samples and when the record is closed or next opened.
 * **Compact.** A metric's values of one sample are one float32 blob over all heads; which layer owns which stretch of
   it is stored once (a *layout*), not per sample. Spreads are read to two digits, so they are kept as bfloat16.
 * **Nothing is deleted.** A run resumed from an older checkpoint takes some samples a second time. The first ones are
@@ -46,6 +46,7 @@ BUSY_TIMEOUT_SECONDS = 5.0
 
 # Rows of a 1,024-head model are about 6 KB. On SQLite's default pages of 4 KB each would own two, a third of it air.
 _PAGE_SIZE_BYTES = 32768
+_PAGES_BETWEEN_MERGES = 64
 
 _SCHEMA = f"""
 CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
@@ -86,8 +87,9 @@ class RecordWriter:
         self.unwritten: list[_Encoded] = []
         self.failed_writes = 0
         self._run = json.loads(json.dumps(dict(run), default=str))
-        self._segment_id: int | None = None
-        self._unlock: weakref.finalize[Any, Any] | None = None
+        self._db: sqlite3.Connection | None = None
+        self._segment_id = 0
+        self._let_go: weakref.finalize[Any, Any] | None = None
         self._write_or_move()
 
     def append(self, sample: Sample) -> None:
@@ -127,20 +129,31 @@ class RecordWriter:
     def _write(self) -> None:
         """Write all that waits. What a retry may cure is counted; what it cannot is a `RecordError`."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._unlock = self._unlock or _become_the_writer(self, self.path)
-            with contextlib.closing(_connect(self.path)) as db:
-                if _lay_out(db, self.path) or self._segment_id is None:
-                    with _transaction(db):
-                        self._segment_id = _segment_for(db, self._run, self.path)
-                while self.unwritten:
-                    with _transaction(db):
-                        _insert(db, self._segment_id, self.unwritten[0])
-                    del self.unwritten[0]
+            if self._db is None or not self.path.exists():
+                self._release()
+                self._db = self._seize()
+            while self.unwritten:
+                with _transaction(self._db):
+                    _insert(self._db, self._segment_id, self.unwritten[0])
+                del self.unwritten[0]
         except (sqlite3.OperationalError, OSError) as failure:
+            self._release()
             self._note(failure)
         except sqlite3.DatabaseError as damaged:
             raise damaged_record(self.path, damaged) from damaged
+
+    def _seize(self) -> sqlite3.Connection:
+        """Become the one writer of the file, and find or begin the segment to write to."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            _lock(self.path, held)
+            db = held.enter_context(contextlib.closing(_connect(self.path)))
+            _lay_out(db, self.path)
+            with _transaction(db):
+                self._segment_id = _segment_for(db, self._run, self.path)
+            # However the writer ends (closed, forgotten, at exit), the file is merged and the lock is gone.
+            self._let_go = weakref.finalize(self, _close_in_owner, held.pop_all(), os.getpid())
+        return db
 
     def _note(self, failure: Exception) -> None:
         self.failed_writes += 1
@@ -152,10 +165,9 @@ class RecordWriter:
             )
 
     def _release(self) -> None:
-        self._segment_id = None
-        if self._unlock is not None:
-            self._unlock()
-            self._unlock = None
+        self._db = None
+        if self._let_go is not None:
+            self._let_go()
 
 
 def check_is_record(db: sqlite3.Connection, path: Path) -> None:
@@ -184,8 +196,8 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def _become_the_writer(writer: RecordWriter, path: Path) -> weakref.finalize[Any, Any]:
-    """Lock ``path`` against other writers until the result is called, ``writer`` is gone or the process ends.
+def _lock(path: Path, held: contextlib.ExitStack) -> None:
+    """Keep other writers from ``path`` until ``held`` is closed or the process ends.
 
     The lock is an open transaction on an empty SQLite file: the system releases it however the process ends, and
     SQLite knows how to lock on every platform.
@@ -199,21 +211,20 @@ def _become_the_writer(writer: RecordWriter, path: Path) -> weakref.finalize[Any
         if "locked" in str(busy):
             raise RecordError(f"{path}: another run is writing this record") from busy
         raise
-    return weakref.finalize(writer, _unlock, lock, lock_path, os.getpid())
+    held.callback(lock_path.unlink, missing_ok=True)
+    held.callback(lock.close)
 
 
-def _unlock(lock: sqlite3.Connection, lock_path: Path, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:  # a forked child that exits owns no lock and must not remove its parent's
-        return
-    lock.close()
-    with contextlib.suppress(OSError):
-        lock_path.unlink()
+def _close_in_owner(held: contextlib.ExitStack, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:  # a forked child that exits must not close what its parent writes to
+        held.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     # NORMAL cannot corrupt a write-ahead log; a power cut (not a kill) may cost the last samples.
     db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_BETWEEN_MERGES}")
     return db
 
 
@@ -224,17 +235,16 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         yield
 
 
-def _lay_out(db: sqlite3.Connection, path: Path) -> bool:
-    """Make the tables of an empty file and say so; check that a file with content can be continued."""
+def _lay_out(db: sqlite3.Connection, path: Path) -> None:
+    """Make the tables of an empty file; check that a file with content can be continued."""
     if path.stat().st_size:
         check_is_record(db, path)
-        return False
+        return
     db.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
     db.execute("PRAGMA journal_mode = WAL")
     db.executescript(
         f"BEGIN;{_SCHEMA}PRAGMA application_id = {APPLICATION_ID};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
     )
-    return True
 
 
 def _segment_for(db: sqlite3.Connection, run: Mapping[str, Any], path: Path) -> int:
