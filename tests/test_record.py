@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import multiprocessing
 import os
+import resource
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -148,75 +150,75 @@ def test_other_settings_continue_the_segment_and_are_kept(tmp_path: Path) -> Non
     assert read.config["device"] == "cpu"
 
 
-WRITER = """
-    import sys, torch
-    from attnmonitor.record import RunRecord
-    from attnmonitor.sample import Sample
-    record = RunRecord.create(sys.argv[1], run={"model": "M"})
-    for step in range(int(sys.argv[2]), 10**9):
+def start(target: Callable[..., None], *arguments: object) -> tuple[multiprocessing.Process, Connection]:
+    """Run ``target(*arguments, send)`` in a process of its own; a fork, because importing torch again takes seconds."""
+    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=target, args=(*arguments, send))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
+        process.start()
+    send.close()
+    return process, receive
+
+
+def write_for_ever(path: Path, first_step: int, send: Connection) -> None:
+    record = RunRecord.create(path, run=RUN)
+    for step in itertools.count(first_step):
         layers = {f"layer.{i}": torch.full((64,), float(step)) for i in range(8)}
         record.append(Sample(step, {"key_rms": layers, "query_rms": layers}))
-        print(step, flush=True)
-"""
+        send.send(step)
 
 
-def start_writer(path: Path, first_step: int = 0) -> subprocess.Popen[str]:
-    code = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(first_step)]
-    return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def read_while_growing(path: Path, writer: subprocess.Popen[str], num_reads: int) -> list[int]:
-    lengths = []
-    for _ in range(num_reads):
-        writer.stdout.readline()
-        read = RunRecord.open(path)
-        for metric in ("key_rms", "query_rms"):
-            for values in read.trajectories(metric).values():
-                np.testing.assert_array_equal(values, np.repeat(read.steps[:, None], 64, axis=1))
-        lengths.append(len(read.steps))
-    return lengths
+def received(pipe: Connection) -> list[int]:
+    """Everything that was sent until the sender died."""
+    sent = []
+    with contextlib.suppress(EOFError):
+        while True:
+            sent.append(pipe.recv())
+    pipe.close()
+    return sent
 
 
 def test_a_kill_at_any_moment_loses_at_most_the_sample_being_written(tmp_path: Path) -> None:
     path, first_step = tmp_path / "run.sqlite", 0
-    for kill in range(3):
-        writer = start_writer(path, first_step)
-        lengths = read_while_growing(path, writer, 8)
-        assert lengths == sorted(lengths), "reading while training writes sees whole samples, ever more of them"
-        time.sleep(0.003 * kill)
-        writer.send_signal(signal.SIGKILL)
-        printed = writer.stdout.read().split()
-        writer.wait()
-        writer.stdout.close()
-        assert writer.stderr.read() == ""
-        writer.stderr.close()
+    for kill in range(6):
+        writer, pipe = start(write_for_ever, path, first_step)
+        lengths = []
+        for _ in range(8):  # reading while training writes sees whole samples, ever more of them
+            confirmed = pipe.recv()
+            read = RunRecord.open(path)
+            for metric in ("key_rms", "query_rms"):
+                for values in read.trajectories(metric).values():
+                    np.testing.assert_array_equal(values, np.repeat(read.steps[:, None], 64, axis=1))
+            lengths.append(len(read.steps))
+        assert lengths == sorted(lengths)
+        time.sleep(0.002 * kill)
+        writer.kill()
+        writer.join()
+        confirmed = [confirmed, *received(pipe)][-1]
         read = RunRecord.open(path)
-        confirmed = int(printed[-1]) if printed else first_step
         assert read.steps.tolist() == list(range(len(read.steps)))
-        assert read.steps[-1] in (max(confirmed, read.steps[-1]), confirmed + 1)
+        assert read.steps[-1] - confirmed in (0, 1), "the last append may be done and not yet told"
         assert np.isfinite(read.trajectories("query_rms")["layer.7"]).all()
         first_step = int(read.steps[-1]) + 1
 
 
 def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
-    writer = start_writer(path)
-    writer.stdout.readline()
-    with pytest.warns(
-        UserWarning, match=r"another run is writing this record. This run is recorded in .*run-2\.sqlite"
-    ):
+    writer, pipe = start(write_for_ever, path, 0)
+    pipe.recv()
+    beside = r"another run is writing this record. This run is recorded in .*run-2\.sqlite"
+    with pytest.warns(UserWarning, match=beside):
         record = RunRecord.create(path, run=RUN)
     for step in range(5):
         record.append(one_value(step))
     record.close()
     writer.kill()
-    last = int((writer.stdout.read().split() or ["0"])[-1])
-    writer.wait()
-    writer.stdout.close()
-    writer.stderr.close()
+    writer.join()
+    last = received(pipe)[-1]
     assert RunRecord.open(tmp_path / "run-2.sqlite").steps.tolist() == list(range(5))
     assert RunRecord.open(path).steps.tolist()[: last + 1] == list(range(last + 1))
-    with RunRecord.create(path, run={"model": "M"}) as record:  # the writer is dead: its lock is gone with it
+    with RunRecord.create(path, run=RUN) as record:  # the writer is dead: its lock is gone with it
         record.append(one_value(10**6))
     assert 10**6 in RunRecord.open(path).steps
 
@@ -248,35 +250,30 @@ def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> N
     assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0]
 
 
-FULL_DISK = """
-    import resource, sys, torch, warnings
-    from attnmonitor.record import RunRecord
-    from attnmonitor.sample import Sample
-    sample = lambda step: Sample(step, {"key_rms": {"layer": torch.full((2000,), float(step))}})
+def fill_the_disk(path: Path, send: Connection) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        record = RunRecord.create(sys.argv[1], run={"model": "M"})
-        for step in range(20):
-            record.append(sample(step))
-        assert not caught
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))  # the disk is full
-        for step in range(20, 120):
-            record.append(sample(step))
-        assert record.unwritten and record.failed_writes == len(record.unwritten), record.failed_writes
+        record = RunRecord.create(path, run=RUN)
+        for step in range(120):
+            if step == 20:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+            record.append(Sample(step, {"key_rms": {"layer": torch.full((2000,), float(step))}}))
+        waiting, failed = len(record.unwritten), record.failed_writes
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        record.append(sample(120))
-        assert not record.unwritten
-        assert len(caught) == 1, [str(w.message) for w in caught]
-        print(caught[0].message)
-    record.close()
-"""
+        record.append(Sample(120, {"key_rms": {"layer": torch.full((2000,), 120.0)}}))
+        send.send((waiting, failed, len(record.unwritten), [str(warning.message) for warning in caught]))
+        record.close()
 
 
 def test_a_full_disk_costs_one_warning_and_no_sample(tmp_path: Path) -> None:
-    code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path / "run.sqlite")]
-    done = subprocess.run(code, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "run.sqlite: the run record cannot be written" in done.stdout
+    child, pipe = start(fill_the_disk, tmp_path / "run.sqlite")
+    waiting, failed, waiting_after, messages = pipe.recv()
+    child.join()
+    pipe.close()
+    assert waiting == failed > 50
+    assert waiting_after == 0
+    (message,) = messages
+    assert "run.sqlite: the run record cannot be written" in message
     read = RunRecord.open(tmp_path / "run.sqlite")
     assert read.steps.tolist() == list(range(121))
     np.testing.assert_array_equal(read.trajectories("key_rms")["layer"][:, 7], np.arange(121))
