@@ -96,6 +96,7 @@ def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Ten
         flat = block.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
         gram.baddbmm_(flat.mT, flat)
     query_energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(num_sequences, num_heads)
+    query_energy = torch.where(query_energy.isfinite(), query_energy, torch.nan)
     root = (basis.eigenvectors * (scale * basis.eigenvalues.sqrt())[..., None, :])[:, :, None]
     core = root.mT @ gram.view(num_sequences, num_kv_heads, -1, head_dim, head_dim) @ root
     key_energy = basis.energy + basis.num_keys * basis.mean.square().sum((-2, -1))

@@ -119,7 +119,7 @@ def row_logits(
             grouped = query[:, :, indices].float().unflatten(1, (num_kv_heads, -1))
             logits: Tensor = scale * (grouped @ key.float().mT[:, :, None]).flatten(1, 2)
         if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+            logits = torch.where(mask[:, None, None], logits, -torch.inf)
         if causal:
             later = torch.arange(num_keys, device=query.device) > indices[:, None] + past
             logits = logits.masked_fill(later, -torch.inf)

@@ -3,9 +3,8 @@ r"""The leading spectrum of many cores by a range finder, with a certificate.
 A batch of d×d eigenproblems is slow where matrix products are fast. So each core M is compressed to its action on
 ``target_rank`` columns, found by subspace iteration (Halko, Martinsson & Tropp 2011, Algorithm 4.4 on a d×d operator),
 and only the compressed eigenproblem is solved. No random start is needed: M is given in the keys' sorted singular
-basis, where it is graded, and its own columns with the largest diagonal entries are a better start than random ones.
-(SmolLM2-135M, 1,080 heads, d = 64, 32 columns: 0.7 % wrong counts before the first iteration, 0 after two, against 1 %
-from a random start.)
+basis, where it is graded, and its own leading columns are a better start than random ones. The others are folded onto
+them at half weight, so that no direction is left out. Deterministic, and no random state is touched.
 
 **The certificate.** Let V, d×r, have orthonormal columns, :math:`H = V^\top M V` with eigenvalues
 :math:`\theta_1 \ge \dots \ge \theta_r`, :math:`R = M V - V H`, and :math:`K = (I - VV^\top)\,M\,(I - VV^\top)` with
@@ -27,16 +26,15 @@ right side (Weyl). Take :math:`t = \theta_i - \gamma`: all eigenvalues of :math:
 :math:`\theta_i \le \lambda_i(H + S^\top S/t)`, so the i largest of the right side are those of its first block, and
 their sum is at most :math:`\theta_1 + \dots + \theta_i + \operatorname{tr}(S^\top S)/t` (Ky Fan). ∎
 
-γ is the Schatten norm :math:`\|K^4\|_F^{1/4} \ge \lambda_{\max}(K)`: two more d×d products. (With :math:`\|K\|_F`
-alone, 3 to 5 % fewer heads are certified, because a flat tail of n equal values is overestimated by √n; now by the
-eighth root of n.)
+γ is the Schatten norm :math:`\|K^2\|_F^{1/2} \ge \lambda_{\max}(K)`: one more d×d product. (With :math:`\|K\|_F` alone,
+3 to 5 % fewer heads are certified: a flat tail of n equal values is overestimated by √n, now by its square root.)
 
 **Rounding.** All sums are relative to tr M = 1, in float64. Computed products of d-term sums move H, R and K by at
 most a small multiple of :math:`d u`; columns that are orthonormal to :math:`\epsilon = \|V^\top V - I\|_F`,
 *measured*, scale each θ by at most :math:`1 \pm \epsilon` (Ostrowski) and move R and K by at most ε; whatever the
 eigensolver leaves off the diagonal is measured too. The sum of these is the ``error`` returned; the bound is evaluated
 with R and γ enlarged by it, and counts compare against the mark with it to spare. A head where any step failed (a
-Cholesky factor that broke down, NaN) has a NaN bound, which certifies nothing.
+Cholesky factor that broke down) has only the trace as its bound, which certifies nothing.
 
 References:
     N. Halko, P.-G. Martinsson, J. Tropp, *Finding structure with randomness*, SIAM Review 53, 2011, Algorithm 4.4.
@@ -53,7 +51,8 @@ from attnmonitor.functional.eigenvalues import symmetric_eigenvalues
 __all__ = ["sketched_spectrum"]
 
 NUM_POWER_ITERATIONS = 2
-"""Certified after 0, 1, 2 iterations on the heads named above, 32 columns: 94 %, 98 %, 99.7 %."""
+"""After 0, 1, 2 iterations of 32 columns, 88 %, 98 % and 99.4 % of SmolLM2-135M's 1,080 fields (L = 512, d = 64) are
+certified, and 2 %, 0.3 % and none are counted wrong."""
 
 SHIFT = 1e-6
 """Iterating with M + SHIFT · tr(M) · I keeps its eigenvectors and its iterates well conditioned (at most 10⁶), which
@@ -69,35 +68,36 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, T
         target_rank: r, columns of the sketch, at most d.
 
     Returns:
-        θ ``(N, r)`` descending; upper bounds on λ₁ + … + λ_i for i = 1 … r, ``(N, r)``, infinite where the sketch
-        cannot tell; and the rounding error both may carry, ``(N,)``.
+        θ ``(N, r)`` descending; upper bounds on λ₁ + … + λ_i for i = 1 … r, ``(N, r)``, at most the trace 1; and the
+        rounding error both may carry, ``(N,)``. NaN, 1 and NaN where a step failed.
     """
     head_dim = core.shape[-1]
-    identity = torch.eye(head_dim, dtype=core.dtype, device=core.device)
-    leading = core.diagonal(dim1=-2, dim2=-1).topk(target_rank).indices  # (N, r)
-    shifted = core + SHIFT * identity
-    columns = leading[:, None, :].expand(-1, head_dim, -1)
-    basis = _orthonormal(shifted.gather(-1, columns))
+    coordinate, column = torch.meshgrid(
+        torch.arange(head_dim, device=core.device), torch.arange(target_rank, device=core.device), indexing="ij"
+    )
+    weight = torch.where(coordinate < target_rank, 1.0, 0.5)
+    start = torch.where(coordinate % target_rank == column, weight, 0).to(core.dtype)
+    basis = _orthonormal(core @ start + SHIFT * start)
     for _ in range(NUM_POWER_ITERATIONS):
-        basis = _orthonormal(shifted @ basis)
+        basis = _orthonormal(core @ basis + SHIFT * basis)
     image = core @ basis
     compressed = basis.mT @ image
     compressed = (compressed + compressed.mT) / 2
     ritz, left_over = symmetric_eigenvalues(compressed)
     inside = basis @ compressed
     residual = image - inside
-    half = basis @ (image - inside / 2).mT
-    outside = core - half - half.mT
-    tail = outside @ outside
-    tail = tail @ tail
-    defect = torch.linalg.matrix_norm(basis.mT @ basis - identity[:target_rank, :target_rank])
+    half = image - inside / 2
+    outside = torch.baddbmm(core, basis, half.mT, alpha=-1).baddbmm_(half, basis.mT, alpha=-1)
+    identity = torch.eye(target_rank, dtype=core.dtype, device=core.device)
+    defect = torch.linalg.matrix_norm(basis.mT @ basis - identity)
     unit_roundoff = torch.finfo(core.dtype).eps / 2
     error = 8 * head_dim**1.5 * unit_roundoff + 4 * defect + left_over
-    largest_outside = torch.linalg.matrix_norm(tail).sqrt().sqrt() + error
+    largest_outside = torch.linalg.matrix_norm(outside @ outside).sqrt() + error
     coupling = (torch.linalg.matrix_norm(residual) + error).square()
     gap = ritz - largest_outside[:, None]
-    raised = torch.where(gap > 0, coupling[:, None] / gap, torch.inf)
-    return ritz.clamp_min(0), ritz.cumsum(-1) + torch.where(error.isfinite()[:, None], raised, torch.inf), error
+    bounds = ritz.cumsum(-1) + coupling[:, None] / gap
+    bounds = torch.where((gap > 0) & error.isfinite()[:, None], bounds, 1).clamp_max(1)
+    return ritz.clamp_min(0), bounds, error
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
