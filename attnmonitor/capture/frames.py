@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frame", "Frames"]
+__all__ = ["Frame", "Frames", "own_name"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -63,7 +63,7 @@ class Frames:
 
     def __enter__(self) -> Frames:
         for path, module in self._model.named_modules():
-            name = _own_name(path) or type(self._model).__name__
+            name = own_name(path) or type(self._model).__name__
             enter = partial(self._enter_module, name)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
@@ -108,7 +108,7 @@ class Frames:
     def unseen(self, layers: Iterable[str]) -> Iterator[str]:
         """Names of modules that one would take for attention, with nothing of ``layers`` in, at or around them."""
         layers = set(layers)
-        names = {_own_name(path): module for path, module in self._model.named_modules() if path}
+        names = {own_name(path): module for path, module in self._model.named_modules() if path}
         names = {name: module for name, module in names.items() if _looks_like_attention(name, module)}
         for name in sorted(names):
             inside = any(other.startswith(f"{name}.") for other in (*names, *layers))
@@ -117,7 +117,8 @@ class Frames:
                 yield name
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
+    """A module's name without the parts that compile, FSDP and checkpoint wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
