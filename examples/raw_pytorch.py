@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None, **size: int) -> None:
                 optimizer.step()
                 run.log({"loss": 2 * loss.item()}, step=step)
         logit_size = monitor.history["energy_rms"]["blocks.0.attention"]  # (num_samples, num_heads)
-        print(
-            f"{len(logit_size)} samples; logits of the first layer grew up to {(logit_size[-1] / logit_size[0]).max():.1f}x"
-        )
+        print(f"{len(logit_size)} samples; first-layer logits grew up to {(logit_size[-1] / logit_size[0]).max():.1f}x")
 
 
 if __name__ == "__main__":

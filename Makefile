@@ -1,0 +1,35 @@
+# Everything sets itself up: a machine with Python and make is enough.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench soak fuzz docs clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## train a small GPT while every head is watched; under 4 minutes on 2 cores
+	$(RUN) -m attnmonitor.examples.demo
+
+test: $(READY)  ## the whole suite
+	$(RUN) -m pytest
+
+check: $(READY)  ## format, lint, types, import contracts
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(READY)  ## what the measurement costs, as ratios within one run
+	$(RUN) -m benchmarks.spectra
+	$(RUN) -m benchmarks.overhead
+
+soak: $(READY)  ## proofs that take longer than a test may
+	$(RUN) -m pytest -m soak
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output
