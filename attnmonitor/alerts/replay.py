@@ -1,7 +1,7 @@
 """Any rule set over a run that was recorded: what would have fired, and when.
 
-No model and no logger is needed, so thresholds can be tuned on runs of the past. A replay asks of a record only its steps
-and its trajectories, and feeds them to `Alerts` as the monitor did.
+No model and no logger is needed, so thresholds can be tuned on runs of the past. A replay asks of a record only its
+steps and its trajectories, and feeds them to `Alerts` as the monitor did.
 """
 
 from __future__ import annotations

@@ -54,21 +54,15 @@ class Heads:
                     "a changed model needs new Alerts"
                 )
 
-    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return (N,) float32: NaN for layers that were not measured, inf for values that are not finite."""
-        parts = []
-        for layer, count in self.layers.items():
-            value = values.get(layer)
-            if value is None:
-                parts.append(torch.full((count,), torch.nan))
-            else:
-                value = value.detach().to("cpu", torch.float32)
-                parts.append(torch.where(value.isfinite(), value, torch.inf))
-        return torch.cat(parts) if parts else torch.empty(0)
+    def flatten(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (N,) float32, NaN where there is no finite value, and (N,) bool: whether it was measured at all."""
+        parts = [values.get(layer, torch.full((count,), torch.nan)) for layer, count in self.layers.items()]
+        row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
+        is_measured = torch.tensor([layer in values for layer in self.layers])
+        return torch.where(row.isfinite(), row, torch.nan), self.scatter(is_measured)
 
     def gather(self, row: Tensor, quantile: float, *, per_layer: bool) -> Tensor:
         """Return the quantile of an (N,) row over the heads of each layer, (layers,), or over all heads, (1,)."""
-        row = torch.where(row.isfinite(), row, torch.nan)
         groups = torch.split(row, list(self.layers.values())) if per_layer else (row,)
         return torch.stack([group.nanquantile(quantile) for group in groups])
 
@@ -83,17 +77,40 @@ class Past:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self.rows = torch.empty(0, 0)  # (T, N), oldest first, the present sample included
+        self.rows = torch.empty(0, 0)  # (T, N), oldest first, the present sample included; NaN where there is no value
         self.seen = torch.zeros(0, dtype=torch.int64)  # (N,) samples with a finite value
+        self.is_measured = torch.zeros(0, dtype=torch.bool)  # (N,) in the present sample, finite or not
+        self._baselines: dict[tuple[str, int, int, int], Reference] = {}
 
-    def append(self, row: Tensor) -> None:
-        """Add the present sample, (N,) as `Heads.flatten` returns it; N may have grown."""
+    def append(self, row: Tensor, is_measured: Tensor) -> None:
+        """Add the present sample, (N,) each as `Heads.flatten` returns it; N may have grown."""
         new = len(row) - len(self.seen)
         if new:
             self.rows = torch.cat([self.rows, torch.full((len(self.rows), new), torch.nan)], dim=1)
             self.seen = torch.cat([self.seen, torch.zeros(new, dtype=torch.int64)])
         self.rows = torch.cat([self.rows, row[None]])[-self.depth :]
         self.seen = self.seen + row.isfinite()
+        self.is_measured = is_measured
+        self._baselines.clear()
+
+    def reference(self, threshold: Threshold, least_heads: int) -> Reference:
+        """Return what the present sample is compared with; thresholds that look at the same past share it."""
+        key = (threshold.reading, threshold.window, threshold.gap, least_heads)
+        if key not in self._baselines:
+            self._baselines[key] = self._compute_reference(threshold, least_heads)
+        return self._baselines[key]
+
+    def _compute_reference(self, threshold: Threshold, least_heads: int) -> Reference:
+        x = read(threshold, self.rows[-1])
+        rows = read(threshold, self.rows[-(threshold.window + threshold.gap) : -threshold.gap])
+        # Half a window is the least that a median may speak for.
+        is_enough = rows.isfinite().sum(dim=0) * 2 >= threshold.window
+        base = torch.where(is_enough, rows.nanmedian(dim=0).values, torch.nan) if len(rows) else x * torch.nan
+        change = x - base
+        # The crowd is written as a level, not as a change, so that it can be kept: now minus level stays its shift.
+        can_compare = int(change.isfinite().sum()) >= least_heads
+        crowd = x.nanmedian() - change.nanmedian() if can_compare else torch.tensor(torch.nan)
+        return Reference(base, crowd.expand(len(x)))
 
 
 class Recent:
@@ -113,7 +130,7 @@ class Recent:
         for metric in present:
             self.heads_of(metric).admit(values[metric])
         for metric in present:
-            self.pasts[metric].append(self.heads_of(metric).flatten(values[metric]))
+            self.pasts[metric].append(*self.heads_of(metric).flatten(values[metric]))
 
     def heads_of(self, metric: str) -> Heads:
         """Return the heads that the metric has values for."""
@@ -174,8 +191,7 @@ class Reference:
 
 
 def read(threshold: Threshold, metric: Tensor) -> Tensor:
-    """Return x, the metric as the threshold reads it; NaN where the metric is not finite."""
-    metric = torch.where(metric.isfinite(), metric, torch.nan)
+    """Return x, the metric as the threshold reads it."""
     if threshold.reading == "log":
         return metric.clamp(min=SMALLEST).log()
     if threshold.reading == "log_slack":
@@ -218,11 +234,11 @@ def evaluate(
     """
     now = past.rows[-1]
     if threshold.signal == "non_finite":
-        return torch.where(now.isnan(), torch.nan, now.isinf().float()), kept
+        return torch.where(past.is_measured, now.isnan().float(), torch.nan), kept
     x = read(threshold, now)
     if threshold.signal == "value":
         return x, kept
-    fresh = _reference_now(threshold, past, x, least_heads)
+    fresh = past.reference(threshold, least_heads)
     reference = Reference(torch.where(is_kept, kept.base, fresh.base), torch.where(is_kept, kept.crowd, fresh.crowd))
     change = x - reference.base
     if threshold.signal == "change":
@@ -230,20 +246,6 @@ def evaluate(
     contrast = change - (x.nanmedian() - reference.crowd).nan_to_num(nan=0.0)
     if threshold.signal == "contrast":
         return contrast, reference
-    spread = 1.4826 * (contrast - contrast.nanmedian()).abs().nanmedian() + SPREAD_FLOOR
-    return torch.where(reference.crowd.isnan(), torch.nan, contrast / spread), reference
-
-
-def _reference_now(threshold: Threshold, past: Past, x: Tensor, least_heads: int) -> Reference:
-    rows = read(threshold, past.rows[-(threshold.window + threshold.gap) : -threshold.gap])
-    # Half a window is the least that a median may speak for.
-    is_enough = rows.isfinite().sum(dim=0) * 2 >= threshold.window
-    base = (
-        torch.where(is_enough, rows.nanmedian(dim=0).values, torch.nan) if len(rows) else torch.full_like(x, torch.nan)
-    )
-    change = x - base
-    # The crowd is written as a level, not as a change, so that it can be kept: now minus level stays the crowd's shift.
-    crowd = (
-        x.nanmedian() - change.nanmedian() if int(change.isfinite().sum()) >= least_heads else torch.tensor(torch.nan)
-    )
-    return Reference(base, crowd.expand(len(x)))
+    # Where there are too few heads to compare with, their spread is not known either, and the floor stands for it.
+    spread = 1.4826 * (contrast - contrast.nanmedian()).abs().nanmedian()
+    return contrast / (torch.where(reference.crowd.isnan(), 0.0, spread) + SPREAD_FLOOR), reference

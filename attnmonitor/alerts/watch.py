@@ -176,8 +176,10 @@ class RuleWatch:
                 heads.gather(row, leaf.quantile, per_layer=is_layer) for row in (signal, value, baseline)
             )
         sign, fire, clear = leaf.levels
+        # A missing value may hide an alarm that lasts; a value that has no baseline yet is no reason for one.
+        is_missing, is_new = signal.isnan() & value.isnan(), signal.isnan() & ~value.isnan()
         holds, is_over = sign * signal > sign * fire, sign * signal < sign * clear
-        answer = Answer(holds, holds | signal.isnan(), ~is_over, torch.full(holds.shape, number))
+        answer = Answer(holds, holds | is_missing, ~(is_over | is_new), torch.full(holds.shape, number))
         return Seen(answer, value, baseline, signal)
 
     def _may_begin(self, holds: Tensor, recent: Recent) -> Tensor:
