@@ -20,6 +20,7 @@ from attnmonitor.sample import AlertEvent, LayerCoverage
 
 __all__ = [
     "OutstandingHead",
+    "by_concern",
     "head_name",
     "heads_concerned",
     "layer_table",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
-_MOST_NAMED = 3
+_MOST_NAMED = 3  # of heads in a line
 
 # Added to the spread of the heads when distances are taken. Where most heads agree (integer ranks do) the spread is 0,
 # and a head that differs by a trifle would be infinitely far: below 10 % nobody needs to look.
@@ -100,6 +101,22 @@ def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
         else:
             firing.pop(key, None)
     return list(firing.values())
+
+
+def by_concern(firing: Iterable[AlertEvent]) -> list[list[AlertEvent]]:
+    """Alarms that fire, put together by head, layer or run, in the order in which to look at them.
+
+    The run comes first, then what has a critical alarm, what several rules agree on, and what began earlier.
+    """
+    by_place: dict[tuple[str | None, str, int | None], list[AlertEvent]] = {}
+    for event in firing:
+        by_place.setdefault((event.layer, event.scope, event.head), []).append(event)
+
+    def concern(events: list[AlertEvent]) -> tuple[bool, bool, int, int]:
+        calm = all(event.severity != "critical" for event in events)
+        return events[0].layer is not None, calm, -len(events), min(map(_since, events))
+
+    return sorted(by_place.values(), key=concern)
 
 
 def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
@@ -288,11 +305,13 @@ def _table(
     for layer in layers:
         cells = [_range_text(values[name].get(layer)) for name in shown]
         alarms = [
-            f"{head_name(event, {layer: ''}).strip()}: {_kind_text(event)}" for event in firing if event.layer == layer
+            f"{head_name(events[0], {layer: ''})}: {_kinds_text(events)}".removeprefix(": ").strip()
+            for events in by_concern(event for event in firing if event.layer == layer)
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
-        rows.append([short[layer], *cells, "; ".join(alarms)])
+        more = [f"and {len(alarms) - _MOST_NAMED} more"] if len(alarms) > _MOST_NAMED else []
+        rows.append([short[layer], *cells, "; ".join(alarms[:_MOST_NAMED] + more)])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows
 
@@ -307,30 +326,30 @@ def _range_text(heads: ArrayLike | None) -> str:
 
 
 def _complaint(firing: Sequence[AlertEvent], short: Mapping[str, str]) -> str:
-    """Name what fires: the run first, then critical alarms, then by age; heads with several alarms once."""
-    by_place: dict[str, list[AlertEvent]] = {}
-    for event in sorted(firing, key=lambda event: (event.layer is not None, event.severity != "critical")):
-        by_place.setdefault(head_name(event, short), []).append(event)
-    named = [f"{place} ({', '.join(map(_since_text, events))})" for place, events in by_place.items()]
-    more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-    listed = ", ".join(named[:_MOST_NAMED]) + more
-    num_run, num_heads = (
-        sum(e[0].layer is None for e in by_place.values()),
-        sum(e[0].head is not None for e in by_place.values()),
-    )
-    if num_run:
-        return f"the run needs a look: {listed}"
-    what = "head" if num_heads == len(by_place) else "place"
-    return f"{_count(len(by_place), what)} {'needs' if len(by_place) == 1 else 'need'} a look: {listed}"
+    groups = by_concern(firing)
+    of_run = [events for events in groups if events[0].layer is None]
+    others = [events for events in groups if events[0].layer is not None]
+    nouns = {"layer" if events[0].head is None else "head" for events in others}
+    number = _count(len(others), nouns.pop() if len(nouns) == 1 else "place")
+    named = ", ".join(f"{head_name(events[0], short)} ({_kinds_text(events)})" for events in others[:_MOST_NAMED])
+    named += f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+    if of_run:
+        line = f"the run needs a look ({_kinds_text(of_run[0])})"
+        return f"{line}, and so {'does' if len(others) == 1 else 'do'} {number}: {named}" if others else line
+    return f"{number} {'needs' if len(others) == 1 else 'need'} a look: {named}"
 
 
-def _kind_text(event: AlertEvent) -> str:
-    return event.kind.replace("_", " ")
+def _kinds_text(events: Iterable[AlertEvent]) -> str:
+    """Each kind of fault once, since its first alarm: several rules may see the same fault."""
+    since: dict[str, int] = {}
+    for event in events:
+        step = _since(event)
+        since[event.kind] = min(step, since.get(event.kind, step))
+    return ", ".join(f"{kind.replace('_', ' ')} since step {step:,}" for kind, step in since.items())
 
 
-def _since_text(event: AlertEvent) -> str:
-    since = event.global_step if event.since_step is None else event.since_step
-    return f"{_kind_text(event)} since step {since:,}"
+def _since(event: AlertEvent) -> int:
+    return event.global_step if event.since_step is None else event.since_step
 
 
 def _count(number: int, noun: str) -> str:

@@ -112,11 +112,24 @@ def test_the_line_stays_a_line_when_everything_fires_and_names_the_worst() -> No
     firing = [event(head=head, layer=layer) for layer in range(2) for head in range(4)]
     firing[6] = replace(firing[6], severity="critical")
     line = verdict(coverage(), num_samples=9, firing=firing)
-    assert line.startswith("8 heads need a look: layers.1 head 2")
+    assert line.startswith("8 heads need a look: layers.1 head 2 (key sink since step 400), layers.0 head 0")
     assert line.endswith("and 5 more")
     run = verdict(coverage(), num_samples=9, firing=[*firing, event(None, None, kind="mass", scope="run")])
-    assert run.startswith("the run needs a look: the whole run (mass since step 400), layers.1 head 2")
+    assert run.startswith("the run needs a look (mass since step 400), and so do 8 heads: layers.1 head 2 (key sink")
     assert "\n" not in run
+    alone = [event(None, None, kind="mass", scope="run"), event(None, 1, scope="layer", rule="mass")]
+    assert verdict(coverage(), num_samples=9, firing=alone[:1]) == "the run needs a look (mass since step 400)"
+    assert (
+        verdict(coverage(), num_samples=9, firing=alone[1:])
+        == "1 layer needs a look: layers.1 (key sink since step 400)"
+    )
+
+
+def test_what_several_rules_agree_on_comes_first_and_each_fault_is_named_once() -> None:
+    firing = [event(head=0), event(head=3), event(head=3, rule="key_rank", since_step=350)]
+    assert verdict(coverage(), num_samples=9, firing=firing).startswith(
+        "2 heads need a look: layers.0 head 3 (key sink since step 350), layers.0 head 0"
+    )
 
 
 def test_the_line_does_not_call_a_run_healthy_that_was_not_measured() -> None:
@@ -182,9 +195,9 @@ def test_the_table_has_a_row_per_layer_and_says_what_to_look_at(capsys: pytest.C
     assert len(lines) == 3 + 4
     assert lines[0].split() == ["energy", "energy", "key"]
     assert lines[1].split()[:3] == ["layer", "effective", "rank"]
-    assert lines[4].endswith("head 2: key sink")
+    assert lines[4].endswith("head 2: key sink since step 400")
     assert lines[6].endswith("not measured: no softmax [seen]")
-    assert max(map(len, lines)) < 110
+    assert max(map(len, lines)) < 120
     print_layer_table(sample.values, firing=sick, coverage=known)
     printed = capsys.readouterr().out
     assert "[seen]" in printed, "a reason is shown as it is, not read as rich markup"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from attnmonitor.catalog import METRICS
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.verdict import heads_concerned, short_layer_names
+from attnmonitor.verdict import by_concern, heads_concerned, short_layer_names, still_firing
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 
@@ -69,7 +69,7 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
     Returns:
         ``steps``, ``short`` names and head ``groups`` of the layers, ``metrics`` (per metric ``frames``, indices into
         ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``), ``alarms``, ``seconds``,
-        ``segments``.
+        ``segments``, and ``first_look``: the layer, head and scope to open the page with.
     """
     spans, steps = alarm_spans(record.events), record.steps
     trajectories = {name: record.trajectories(name) for name in record.metrics}
@@ -85,6 +85,7 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
         "groups": [_group(record, layer) for layer in layers],
         "metrics": {name: _metric_numbers(name, shown, layers, keep, share) for name, shown in trajectories.items()},
         "alarms": [_alarm(span, record, layers) for span in spans],
+        "first_look": _first_look(record, layers),
         "seconds": packed(record.seconds),
         "segments": segment_starts(record),
     }
@@ -151,6 +152,13 @@ def _group(record: RunRecord, layer: str) -> int:
     """Query heads that share one KV head."""
     entry = record.coverage.get(layer)
     return max(1, entry.num_query_heads // entry.num_kv_heads) if entry is not None and entry.num_kv_heads else 1
+
+
+def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
+    for event, *_ in by_concern(still_firing(record.events)):
+        if event.layer in layers and event.head is not None:
+            return {"layer": layers.index(event.layer), "head": event.head, "scope": event.scope}
+    return None
 
 
 def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str]) -> dict[str, Any]:

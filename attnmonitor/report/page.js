@@ -272,8 +272,7 @@ picker.addEventListener("change", () => setMetric(picker.value));
 document.getElementById("step").addEventListener("input", event => setStep(event.target.value));
 draw([drawTimeline, drawCost]);
 if (names.length) {
-  const worst = runs.flatMap(run => run.alarms).find(alarm => alarm.ended === null && alarm.layer !== null && alarm.head !== null);
-  if (worst) Object.assign(state, { layer: worst.layer, head: worst.head, scope: worst.scope });
+  const worst = runs.map(run => run.first_look).find(found => found);
   state.step = Math.max(...runs.map(run => run.steps.at(-1) ?? 0));
   picker.value = names.includes("key_incoherence") ? "key_incoherence" : names[0];
   setMetric(picker.value);

@@ -134,7 +134,7 @@ def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
     short = short_layer_names(record.coverage)
     rows = []
     for span in spans[-MOST_ALARM_ROWS:]:
-        event, advice = span.event, ADVICE.get(span.event.kind)
+        event = span.event
         rows.append(
             (
                 head_name(event, short),
@@ -143,14 +143,24 @@ def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
                 "still firing" if span.ended is None else f"{span.ended:,}",
                 _number(event.value),
                 event.message,
-                "" if advice is None else f"{advice.meaning} {advice.remedy}",
             )
         )
-    header = ("where", "what", "since step", "until step", "value", "message", "what it usually means, what to try")
+    header = ("where", "what", "since step", "until step", "value", "message")
     left_out = len(spans) - len(rows)
     note = f"<p class='note'>{left_out} earlier alarms are not listed.</p>" if left_out else ""
     opened = " open" if len(rows) <= 12 else ""
-    return f"{note}<details{opened}><summary>{len(rows)} alarms</summary>{_table(header, rows)}</details>"
+    table = f"<details{opened}><summary>{_count(len(rows), 'alarm')}</summary>{_table(header, rows)}</details>"
+    return f"{note}{table}{_advice(span.event.kind for span in spans)}"
+
+
+def _advice(kinds: Iterable[str]) -> str:
+    """What each kind of fault usually means and what to try, once per kind."""
+    known = [(kind, ADVICE[kind]) for kind in dict.fromkeys(kinds) if kind in ADVICE]
+    said = "".join(
+        f"<dt>{escape(kind.replace('_', ' '))}</dt><dd>{escape(advice.meaning)} {escape(advice.remedy)}</dd>"
+        for kind, advice in known
+    )
+    return f"<dl>{said}</dl>" if said else ""
 
 
 def _coverage_table(record: RunRecord) -> str:
@@ -197,6 +207,10 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:
