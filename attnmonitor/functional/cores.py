@@ -2,14 +2,14 @@ r"""One pass over the queries and keys of a layer, which leaves a d×d core per 
 
 Row-centring the logits *is* centring the keys, so the energy field of a head is
 :math:`\tilde E = s\,q\,\tilde k^\top`, and everything about its spectrum sits in :math:`A = s^2 q^\top q` and
-:math:`\tilde k^\top \tilde k = W \Lambda W^\top`: with :math:`C = W \Lambda^{1/2}`, the field core
+:math:`B = \tilde k^\top \tilde k`: for any C with :math:`C C^\top = B`, the field core
 
 .. math:: M = C^\top A\, C
 
-has the squared singular values of :math:`\tilde E` as its eigenvalues. It lives in the keys' sorted singular basis,
-where it is graded (large entries lead) and where a key position is a row u of U, with share
-:math:`u^\top M u / \operatorname{tr} M` of the field's energy. No L×L matrix is formed, and q and k may go as soon as
-`head_cores` returns.
+has the squared singular values of :math:`\tilde E` as its eigenvalues. With :math:`B = W \Lambda W^\top` and
+:math:`C = W \Lambda^{1/2}` it lives in the keys' sorted singular basis, where it is graded (large entries lead) and where a
+key position is a row u of U, with share :math:`u^\top M u / \operatorname{tr} M` of the field's energy. No L×L matrix is
+formed, and q and k may go as soon as `head_cores` returns.
 
 Letters: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv query heads that share a key head, Lq and Lk
 positions, d head size.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.incoherence import KeyBasis, key_basis, spread_over_positions
+from attnmonitor.functional.incoherence import KeyBasis, KeyGram, key_basis, spread_over_positions
 from attnmonitor.functional.precision import full_precision, position_blocks
 from attnmonitor.functional.shapes import check_heads, check_query_and_key
 
@@ -63,8 +63,10 @@ class FieldCores:
         )
 
 
-def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Tensor | None = None) -> FieldCores:
-    r"""Cores :math:`M = s^2\, \Lambda^{1/2} W^\top q^\top q\, W \Lambda^{1/2}` of a layer's energy fields.
+def field_cores(
+    query: Tensor, keys: KeyGram, root: Tensor, *, scale: float, query_mask: Tensor | None = None
+) -> FieldCores:
+    r"""Cores :math:`M = s^2\, C^\top q^\top q\, C` of a layer's energy fields.
 
     Rounding. A float64 product of n terms errs by at most :math:`n u / (1 - n u)` of the product of absolute values,
     :math:`u = 2^{-53}`. So :math:`\|\Delta A\|_2 \le 2 L u\,\|q\|_F^2` and
@@ -76,7 +78,8 @@ def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Ten
 
     Args:
         query: ``(B, Hq, Lq, d)``.
-        basis: The keys' basis; query head h shares key head ``h // G``.
+        keys: The keys; query head h shares key head ``h // G``.
+        root: C with :math:`C C^\top = \tilde k^\top \tilde k`, ``(B, Hkv, d, d)``: of `KeyBasis` or `KeyGram`.
         scale: The softmax scale s.
         query_mask: ``(B, Lq)`` bool, True where the position is not padding; None where all are.
 
@@ -84,9 +87,9 @@ def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Ten
         ValueError: The shapes do not fit.
     """
     check_heads("query", query, query_mask)
-    check_query_and_key(query, basis.key)
+    check_query_and_key(query, keys.key)
     num_sequences, num_heads, length, head_dim = query.shape
-    num_kv_heads = basis.key.shape[1]
+    num_kv_heads = keys.key.shape[1]
     if query_mask is None:
         num_queries = torch.full((num_sequences, 1), float(length), dtype=torch.float64, device=query.device)
     else:
@@ -97,18 +100,18 @@ def field_cores(query: Tensor, basis: KeyBasis, *, scale: float, query_mask: Ten
         gram.baddbmm_(flat.mT, flat)
     query_energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(num_sequences, num_heads)
     query_energy = torch.where(query_energy.isfinite(), query_energy, torch.nan)
-    root = (basis.eigenvectors * (scale * basis.eigenvalues.sqrt())[..., None, :])[:, :, None]
+    root = (scale * root)[:, :, None]
     core = root.mT @ gram.view(num_sequences, num_kv_heads, -1, head_dim, head_dim) @ root
-    key_energy = basis.energy + basis.num_keys * basis.mean.square().sum((-2, -1))
-    size = (basis.energy * key_energy).sqrt().repeat_interleave(num_heads // num_kv_heads, 1)
+    key_energy = keys.energy + keys.num_keys * keys.mean.square().sum((-2, -1))
+    size = (keys.energy * key_energy).sqrt().repeat_interleave(num_heads // num_kv_heads, 1)
     unit_roundoff = torch.finfo(torch.float64).eps / 2
-    terms = max(length, basis.key.shape[2]) + head_dim**2
+    terms = max(length, keys.key.shape[2]) + head_dim**2
     return FieldCores(
         core.view(num_sequences, num_heads, head_dim, head_dim),
         16 * unit_roundoff * terms * scale**2 * query_energy * size,
         query_energy,
         num_queries,
-        basis.num_keys,
+        keys.num_keys,
     )
 
 
@@ -156,7 +159,7 @@ def head_cores(
     """
     with full_precision(query.device):
         basis = key_basis(key, key_mask)
-        fields = field_cores(query, basis, scale=scale, query_mask=query_mask)
+        fields = field_cores(query, basis.keys, basis.root(), scale=scale, query_mask=query_mask)
         wanted = [name for name in _PER_POSITION if name in metrics]
         per_position, share_excess = _per_position(fields.core, basis, wanted)
         return HeadCores(fields, basis.eigenvalues, per_position, share_excess)
@@ -169,7 +172,7 @@ def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple
         return {}, excess
     rank = basis.energy_rank(0.9)
     weights = torch.stack([basis.leading(basis.numerical_rank()), basis.leading(rank), basis.relative_variances()], -1)
-    relative = _relative_cores(core, basis.key.dtype)
+    relative = _relative_cores(core, basis.keys.key.dtype)
     weighted, shares = [], []
     for left in basis.left_blocks():
         weighted.append(left.square() @ weights.to(left.dtype))
@@ -177,13 +180,13 @@ def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple
             shares.append(_shares(relative, left))
     full, cut, norms = torch.cat(weighted, 2).unbind(-1)  # (B, Hkv, Lk) each
     values = {
-        "key_incoherence": cut.amax(-1) * basis.num_keys / rank,
+        "key_incoherence": cut.amax(-1) * basis.keys.num_keys / rank,
         "key_leverage_max": full.amax(-1),
-        "key_norm_participation": spread_over_positions(norms, basis.num_keys),
+        "key_norm_participation": spread_over_positions(norms, basis.keys.num_keys),
     }
     if shares:
         share = torch.cat(shares, -1)
-        values["energy_delocalization"] = spread_over_positions(share, basis.num_keys)
+        values["energy_delocalization"] = spread_over_positions(share, basis.keys.num_keys)
         over = share.unflatten(1, (full.shape[1], -1)) - full[:, :, None]
         excess = torch.where(over.isfinite(), over, 0).amax().clamp_min(0)
     return {name: values[name] for name in wanted}, excess
@@ -214,5 +217,5 @@ def energy_shares(core: Tensor, basis: KeyBasis) -> Tensor:
     Returns:
         ``(B, Hq, Lk)``, 0 at padding; NaN where the field is zero.
     """
-    relative = _relative_cores(core, basis.key.dtype)
+    relative = _relative_cores(core, basis.keys.key.dtype)
     return torch.cat([_shares(relative, left) for left in basis.left_blocks()], -1)

@@ -36,7 +36,9 @@ from attnmonitor.functional.shapes import check_heads
 
 __all__ = [
     "KeyBasis",
+    "KeyGram",
     "key_basis",
+    "key_gram",
     "key_incoherence",
     "key_leverage_max",
     "key_norm_participation",
@@ -50,37 +52,71 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class KeyBasis:
-    r"""The singular basis of each head's centred keys, :math:`\tilde k = U \Lambda^{1/2} W^\top`.
+class KeyGram:
+    r"""The Gram matrix of each head's centred keys.
 
     Attributes:
         key: k, ``(B, Hkv, L, d)``, as it came.
         key_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
         mean: Mean key over valid positions, ``(B, Hkv, 1, d)`` float64.
-        eigenvalues: Λ, ``(B, Hkv, d)`` float64, descending: the squared singular values. NaN for a head that is not
-            finite.
-        eigenvectors: W, ``(B, Hkv, d, d)`` float64, one direction per column.
+        gram: :math:`\tilde k^\top \tilde k`, ``(B, Hkv, d, d)`` float64; zero for a head that is not finite.
+        energy: :math:`\|\tilde k\|_F^2`, ``(B, Hkv)`` float64; NaN for a head that is not finite.
         num_keys: n, ``(B, 1)`` float64.
     """
 
     key: Tensor
     key_mask: Tensor | None
     mean: Tensor
+    gram: Tensor
+    energy: Tensor
+    num_keys: Tensor
+
+    def cholesky_root(self) -> Tensor:
+        r"""C with :math:`C C^\top = \tilde k^\top \tilde k`, ``(B, Hkv, d, d)``, by a triangular factor.
+
+        Nothing waits for the device. The matrix is shifted by 2 d² u of its trace, u the unit roundoff: enough for the
+        factorisation to succeed whatever the rank (Higham, *Accuracy and Stability of Numerical Algorithms*, Theorem
+        10.7), and within `field_cores`' error.
+        """
+        head_dim = self.gram.shape[-1]
+        shift = head_dim**2 * torch.finfo(torch.float64).eps * self.energy
+        shift = torch.where(shift > 0, shift, 1)[..., None, None]
+        identity = torch.eye(head_dim, dtype=torch.float64, device=self.gram.device)
+        factor = torch.linalg.cholesky_ex(self.gram + shift * identity).L
+        # Zero keys factor the identity: times their energy, 0; heads that are not finite become NaN the same way.
+        return torch.where(self.energy[..., None, None] > 0, factor, self.energy[..., None, None])
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBasis:
+    r"""The singular basis of each head's centred keys, :math:`\tilde k = U \Lambda^{1/2} W^\top`.
+
+    Attributes:
+        keys: The Gram matrix it diagonalises.
+        eigenvalues: Λ, ``(B, Hkv, d)`` float64, descending: the squared singular values. NaN for a head that is not
+            finite.
+        eigenvectors: W, ``(B, Hkv, d, d)`` float64, one direction per column.
+    """
+
+    keys: KeyGram
     eigenvalues: Tensor
     eigenvectors: Tensor
-    num_keys: Tensor
 
     @property
     def energy(self) -> Tensor:
         """‖k̃‖_F², ``(B, Hkv)``."""
         return self.eigenvalues.sum(-1)
 
+    def root(self) -> Tensor:
+        """C = W Λ^{1/2}, ``(B, Hkv, d, d)``, in which a field core is graded; NaN for a head that is not finite."""
+        return self.eigenvectors * self.eigenvalues.sqrt()[..., None, :]
+
     def numerical_rank(self) -> Tensor:
         """Directions above float32's noise, ``max(L, d) · eps · σ₁``, ``(B, Hkv)``.
 
         The same cut for every input type, so that a number does not depend on the type its keys arrived in.
         """
-        noise = max(self.key.shape[-2:]) * torch.finfo(torch.float32).eps
+        noise = max(self.keys.key.shape[-2:]) * torch.finfo(torch.float32).eps
         return (self.eigenvalues > noise**2 * self.eigenvalues[..., :1]).sum(-1)
 
     def energy_rank(self, energy: float) -> Tensor:
@@ -103,15 +139,15 @@ class KeyBasis:
 
     def left_blocks(self) -> Iterator[Tensor]:
         """Read U in blocks of positions, ``(B, Hkv, block, d)``: zero rows at padding, zero columns below the rank."""
-        work = torch.promote_types(self.key.dtype, torch.float32)
+        work = torch.promote_types(self.keys.key.dtype, torch.float32)
         kept = self.leading(self.numerical_rank())
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
         to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan).to(work)
-        mean = self.mean.to(work)
-        for positions, block in position_blocks(self.key, self.key_mask):
+        mean = self.keys.mean.to(work)
+        for positions, block in position_blocks(self.keys.key, self.keys.key_mask):
             centered = block.to(work) - mean
-            if self.key_mask is not None:
-                centered = torch.where(self.key_mask[:, None, positions, None], centered, 0)
+            if self.keys.key_mask is not None:
+                centered = torch.where(self.keys.key_mask[:, None, positions, None], centered, 0)
             yield centered @ to_left
 
     def weighted_rows(self, weights: Tensor) -> Tensor:
@@ -120,10 +156,8 @@ class KeyBasis:
         return torch.cat([left.square() @ columns.to(left.dtype) for left in self.left_blocks()], 2).squeeze(-1)
 
 
-def key_basis(key: Tensor, key_mask: Tensor | None = None) -> KeyBasis:
-    """Diagonalise the Gram matrix of the centred keys.
-
-    On CUDA `torch.linalg.eigh` waits for the device to check for failure: one short wait per layer, inside the forward.
+def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
+    """Centre the keys over their valid positions and form their Gram matrix.
 
     Args:
         key: ``(B, Hkv, L, d)``.
@@ -149,14 +183,34 @@ def key_basis(key: Tensor, key_mask: Tensor | None = None) -> KeyBasis:
             centered = torch.where(key_mask[:, None, positions, None], centered, 0)
         flat = centered.flatten(0, 1)
         gram.baddbmm_(flat.mT, flat)
+    gram = gram.view(num_sequences, num_heads, head_dim, head_dim)
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    finite = energy.isfinite()
     # Equal float64 keys differ from their mean by its rounding: centred keys that are no more than that are zero.
-    noise = (num_keys.pow(3) * mean.square().sum((-2, -1)) * torch.finfo(torch.float64).eps ** 2).flatten()
-    gram = torch.where((energy.isfinite() & (energy > noise))[:, None, None], gram, 0)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram.view(num_sequences, num_heads, head_dim, head_dim))
+    noise = num_keys.pow(3) * mean.square().sum((-2, -1)) * torch.finfo(torch.float64).eps ** 2
+    alive = finite & (energy > noise)
+    gram = torch.where(alive[..., None, None], gram, 0)
+    energy = torch.where(alive, energy, torch.where(finite, 0, torch.nan))
+    return KeyGram(key, key_mask, mean, gram, energy, num_keys)
+
+
+def key_basis(key: Tensor, key_mask: Tensor | None = None) -> KeyBasis:
+    """Diagonalise the Gram matrix of the centred keys.
+
+    On CUDA `torch.linalg.eigh` waits for the device to check for failure: one short wait per layer, inside the forward.
+
+    Args:
+        key: ``(B, Hkv, L, d)``.
+        key_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    keys = key_gram(key, key_mask)
+    eigenvalues, eigenvectors = torch.linalg.eigh(keys.gram)
     eigenvalues = eigenvalues.flip(-1).clamp_min(0)
-    finite = energy.isfinite().view(num_sequences, num_heads, 1)
-    return KeyBasis(key, key_mask, mean, torch.where(finite, eigenvalues, torch.nan), eigenvectors.flip(-1), num_keys)
+    known = keys.energy.isfinite()[..., None]
+    return KeyBasis(keys, torch.where(known, eigenvalues, torch.nan), eigenvectors.flip(-1))
 
 
 def leverage_scores(key: Tensor, *, mask: Tensor | None = None, energy: float = 1.0) -> Tensor:
@@ -274,7 +328,7 @@ def key_norm_participation(key: Tensor, *, mask: Tensor | None = None) -> Tensor
     """
     with full_precision(key.device):
         basis = key_basis(key, mask)
-        return spread_over_positions(basis.weighted_rows(basis.relative_variances()), basis.num_keys)
+        return spread_over_positions(basis.weighted_rows(basis.relative_variances()), basis.keys.num_keys)
 
 
 def key_rms(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -287,8 +341,8 @@ def key_rms(key: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Returns:
         ``(B, Hkv)`` float64; NaN for a head that is not finite.
     """
-    basis = key_basis(key, mask)
-    return (basis.energy / (basis.num_keys * key.shape[-1])).sqrt()
+    keys = key_gram(key, mask)
+    return (keys.energy / (keys.num_keys * key.shape[-1])).sqrt()
 
 
 def participation_ratio(variances: Tensor) -> Tensor:

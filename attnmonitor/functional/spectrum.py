@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnmonitor.functional.cores import FieldCores, energy_shares, field_cores
 from attnmonitor.functional.counting import TIE, check_fraction, count_to_fraction
-from attnmonitor.functional.incoherence import key_basis, spread_over_positions
+from attnmonitor.functional.incoherence import key_basis, key_gram, spread_over_positions
 from attnmonitor.functional.precision import full_precision, position_blocks
 from attnmonitor.functional.shapes import check_heads, query_padding
 from attnmonitor.functional.sketch import sketched_spectrum
@@ -162,14 +162,11 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
     head_dim = fields.core.shape[-1]
     if target_rank is not None and not 1 <= target_rank <= head_dim:
         raise ValueError(f"target_rank={target_rank}: must be in [1, {head_dim}], the head size of these cores")
-    if method not in ("auto", "randomized", "exact"):
-        raise ValueError(f"method={method!r}: must be 'auto', 'randomized' or 'exact'")
     columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
-    exact = method == "exact" or (method == "auto" and fields.core.device.type == "cpu" and head_dim < 128)
     energy = fields.core.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
     relative = torch.where(energy.isfinite()[..., None, None], fields.core, 0)
     relative = relative.div_(torch.where(energy > 0, energy, 1)[..., None, None]).flatten(0, -3)
-    if exact:
+    if _takes_every_eigenvalue(method, fields.core):
         variances = torch.linalg.eigvalsh(relative).flip(-1).clamp_min(0)
         sums, error = variances.cumsum(-1), torch.zeros(len(relative), dtype=energy.dtype, device=energy.device)
     else:
@@ -183,6 +180,13 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
         max_rank=head_dim,
         num_entries=fields.num_queries * fields.num_keys,
     )
+
+
+def _takes_every_eigenvalue(method: Method, heads: Tensor) -> bool:
+    """Whether ``method`` means the exact route for ``heads``, ``(..., d)``."""
+    if method not in ("auto", "randomized", "exact"):
+        raise ValueError(f"method={method!r}: must be 'auto', 'randomized' or 'exact'")
+    return method == "exact" or (method == "auto" and heads.device.type == "cpu" and heads.shape[-1] < 128)
 
 
 def energy_spectrum(
@@ -224,7 +228,13 @@ def energy_spectrum(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
-        fields = field_cores(query, key_basis(key, mask), scale=scale, query_mask=query_mask)
+        if _takes_every_eigenvalue(method, key):
+            basis = key_basis(key, mask)
+            keys, root = basis.keys, basis.root()
+        else:  # a triangular root costs a twentieth of an eigenbasis, which would take longer than the sketch it starts
+            keys = key_gram(key, mask)
+            root = keys.cholesky_root()
+        fields = field_cores(query, keys, root, scale=scale, query_mask=query_mask)
         if per == "kv_head":
             fields = fields.stacked_per_key_head(key.shape[1])
         return core_spectrum(fields, method=method, target_rank=target_rank)
@@ -291,8 +301,8 @@ def energy_delocalization(
     query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
         basis = key_basis(key, mask)
-        fields = field_cores(query, basis, scale=1.0, query_mask=query_mask)
-        return spread_over_positions(energy_shares(fields.core, basis), basis.num_keys)
+        fields = field_cores(query, basis.keys, basis.root(), scale=1.0, query_mask=query_mask)
+        return spread_over_positions(energy_shares(fields.core, basis), basis.keys.num_keys)
 
 
 def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
