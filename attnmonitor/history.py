@@ -22,6 +22,8 @@ __all__ = ["History"]
 class History:
     """``history["key_incoherence"]["layer name"]`` is a float32 tensor ``(num_samples, num_heads)``.
 
+    NaN where a head could not be measured, and for weight metrics in the samples that did not measure them.
+
     Args:
         num_heads: For each layer name, its number of heads per scope: ``{"query_head": 12, "kv_head": 4}``.
         metrics: Names of the metrics that are kept.
@@ -59,7 +61,9 @@ class History:
         self._cut(sample.global_step)
         self._steps.append(sample.global_step)
         for metric, rows in self._rows.items():
-            rows.append(torch.cat([sample.values[metric][layer] for layer in self.num_heads]))
+            layers = sample.values.get(metric)
+            unknown = torch.full((sum(self._widths(metric)),), torch.nan)
+            rows.append(unknown if layers is None else torch.cat([layers[name] for name in self.num_heads]))
         if len(self._steps) > self._max_samples:
             del self._steps[0]
             for rows in self._rows.values():

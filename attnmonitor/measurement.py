@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import AttentionCall, capture_attention
-from attnmonitor.catalog import METRICS, OPT_IN_METRICS
-from attnmonitor.functional import HeadCores, head_cores, head_statistics
+from attnmonitor.catalog import METRICS, OPT_IN_METRICS, WEIGHT_METRICS
+from attnmonitor.functional import HeadCores, attention_row_statistics, head_cores, head_statistics
+from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
+from attnmonitor.learned import LearnedSide
 from attnmonitor.metrics import METRIC_CLASSES
 from attnmonitor.probe import Probe, quiet
 from attnmonitor.sample import LayerCoverage
@@ -88,9 +90,12 @@ class Measurement:
     def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
         self._model = model
         self._probe = probe
-        self._metrics = tuple(metrics)
+        self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
+        self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
+        self._learned: LearnedSide | None = None
         self._strict = strict
         self._layouts: dict[str, tuple[str, ...]] = {}
+        self._target_ranks: dict[str, int] = {}
         self.layers: Mapping[str, LayerCoverage] = {}
 
     @property
@@ -137,11 +142,25 @@ class Measurement:
             )
         measured = self._on_host(reduced, troubles)
         self.layers = measured.coverage
-        return measured
+        if self._weight_metrics:
+            self._learned = LearnedSide(self._model, self._probe, self.layers, self._weight_metrics)
+            reasons = self._learned.reasons
+            self.layers = {
+                name: replace(layer, weights_reason=reasons.get(name, "")) for name, layer in self.layers.items()
+            }
+        return replace(measured, coverage=self.layers)
 
-    def take(self) -> Measured:
-        """Measure once: one quiet forward, one transfer to the host."""
-        return self._on_host(*self._forward())
+    def take(self, *, with_weights: bool = False) -> Measured:
+        """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked."""
+        measured = self._on_host(*self._forward())
+        if self._learned is None or not with_weights:
+            return measured
+        learned = self._learned.take(measured.values.get("energy_effective_rank"))
+        unvarying = {
+            metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
+            for metric, layers in learned.items()
+        }
+        return replace(measured, values={**measured.values, **learned}, spread={**measured.spread, **unvarying})
 
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""
@@ -170,8 +189,13 @@ class Measurement:
         cores = head_cores(call.query, call.key, scale=call.scale, metrics=self._metrics, **masks)
         rows: dict[str, Tensor] = {}
         if by_rows:
-            num_rows = call.query.shape[2]
-            rows = attention_row_statistics(call.logit_rows, num_rows, query_mask=call.query_mask, metrics=by_rows)
+            rows = attention_row_statistics(
+                call.logit_rows,
+                call.query.shape[2],
+                query_mask=call.query_mask,
+                metrics=by_rows,
+                device=call.query.device,
+            )
         coverage = LayerCoverage(
             layer=call.layer,
             how=call.how,
@@ -187,7 +211,8 @@ class Measurement:
 
     def _on_host(self, reduced: Mapping[str, _Reduced], troubles: Mapping[str, str]) -> Measured:
         """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
-        statistics = head_statistics([layer.cores for layer in reduced.values()])
+        target_ranks = [self._target_ranks.get(name) for name in reduced]
+        statistics = head_statistics([layer.cores for layer in reduced.values()], target_rank=target_ranks)
         waiting: dict[tuple[str, ...], Tensor] = {}
         by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
         for (name, layer), found in zip(reduced.items(), statistics, strict=True):
@@ -207,6 +232,12 @@ class Measurement:
             for name in dict.fromkeys([*self.layers, *reduced])
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
+        for name in shown:
+            # Where a sketch was too small to certify every head, the next sample takes a larger one: decided here, on
+            # numbers that have arrived anyway, so that no sample waits for the device to be tried again.
+            if float(arrived["certified", name]) < 1:
+                wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
+                self._target_ranks[name] = min(wider, coverage[name].head_dim)
         residuals = [float(arrived["residual", name]) for name in shown]
         certified = [float(arrived["certified", name]) for name in shown]
         return Measured(
@@ -236,7 +267,7 @@ class Measurement:
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
         if layer is None:
             return replace(expected, reason=trouble or expected.reason or "its attention did not run this time")
-        found = layer.coverage
+        found = replace(layer.coverage, weights_reason=expected.weights_reason)
         if expected.heads != found.heads:
             was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
             return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")

@@ -12,7 +12,7 @@ import string
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed, nn
 
 from attnmonitor._version import __version__
+from attnmonitor.actions import Action, calls_of, check_actions, requests_of
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
 from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.history import History
@@ -61,12 +62,18 @@ class AttentionMonitor:
         name: Set it when several monitors watch side by side: keys become ``attention/<name>/…``.
         strict: Raise what goes wrong while sampling instead of containing it; for tests.
         forward: ``forward(model, batch)``, where the default call of the model does not fit.
+        weights_every: The metrics of the weights, where ``metrics`` names some, are measured with every so many-th
+            sample.
+        actions: What to do when an alert begins or grows critical: from a rule's name, a fault kind or
+            ``"critical"`` to ``"stop"``, ``"checkpoint"`` or a function ``action(event, sample)``, or several of
+            them. The training loop is told through ``sample.requests``, which the adapters carry out.
 
     Attributes:
         model: The unwrapped model.
         history: Trajectories per metric and layer; ``history.steps``.
         coverage: How each attention layer is captured, verified to what error, or why it is not measured.
         failures: Samples that failed so far.
+        should_stop: Whether an alert has asked to stop; a loop of your own looks at it.
         global_step: The optimizer step last heard of; -1 before the first.
 
     Raises:
@@ -94,6 +101,8 @@ class AttentionMonitor:
         name: str | None = None,
         strict: bool = False,
         forward: ForwardFunction | None = None,
+        weights_every: int = 10,
+        actions: Mapping[str, Action | Sequence[Action]] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} is not a torch.nn.Module")
@@ -105,13 +114,19 @@ class AttentionMonitor:
         self.name = name
         self.strict = strict
         self.failures = 0
+        self.should_stop = False
         self.global_step = -1
         self._schedule = as_schedule(schedule)
         self._schedule_text = repr(schedule)
         self._metrics = check_metric_names(DEFAULT_METRICS if metrics is None else metrics)
         if not self._metrics:
             raise ValueError("metrics=[] names no metric; leave it out for the defaults")
+        if weights_every < 1:
+            raise ValueError(f"weights_every={weights_every} must be 1 or more samples")
+        self._weights_every = weights_every
+        self._num_samples = 0
         self._alerts = _alerts(alerts, self._metrics)
+        self._actions = check_actions(actions or {}, self._alerts.rules)
         self._probe = Probe(self.model, probe, forward=forward)
         self._measurement = Measurement(self.model, self._probe, self._metrics, strict=strict)
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
@@ -158,8 +173,10 @@ class AttentionMonitor:
             return Sample(global_step, values={}, name=self.name)
         started = time.perf_counter()
         failure = None
+        with_weights = self._num_samples % self._weights_every == 0
+        self._num_samples += 1
         try:
-            measured = self._measurement.take()
+            measured = self._measurement.take(with_weights=with_weights)
         except Exception as error:
             if self.strict:
                 raise
@@ -185,9 +202,14 @@ class AttentionMonitor:
             seconds=ended - started,
             failures=self.failures,
             failure=failure,
+            requests=requests_of(events, self._actions),
             name=self.name,
         )
         self._hand_out(sample)
+        self.should_stop |= "stop" in sample.requests
+        for event, action in calls_of(events, self._actions):
+            with self._contained(f"action {getattr(action, '__qualname__', action)}"):
+                action(event, sample)
         return sample
 
     def describe(self) -> dict[str, Any]:
@@ -211,6 +233,7 @@ class AttentionMonitor:
             "format": _STATE_FORMAT,
             "global_step": self.global_step,
             "failures": self.failures,
+            "num_samples": self._num_samples,
             "probe_fingerprint": self._probe.fingerprint,
             "model_signature": self._measurement.signature,
             "record": None if self._record_path is None else str(self._record_path),
@@ -233,6 +256,7 @@ class AttentionMonitor:
             )
         self.global_step = state["global_step"]
         self.failures = state["failures"]
+        self._num_samples = state["num_samples"]
         if self._record_in_folder and state["record"] is not None and Path(state["record"]).exists():
             self._record_path = Path(state["record"])
         changed = [

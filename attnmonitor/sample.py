@@ -27,6 +27,8 @@ class LayerCoverage:
             relative to the size of that output. None where nothing to compare with was visible.
         outside: What acts on the logits outside the energy field: ``"softcap"``, ``"sinks"``, ``"bias"``, ``"window"``.
         reason: Why the layer has no numbers; ``""`` when it has.
+        weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were, or
+            were not looked for.
     """
 
     layer: str
@@ -39,6 +41,7 @@ class LayerCoverage:
     error: float | None = None
     outside: tuple[str, ...] = ()
     reason: str = ""
+    weights_reason: str = ""
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -91,7 +94,7 @@ class Sample:
     Attributes:
         global_step: Optimizer steps done when it was taken.
         values: ``values[metric][layer]``: CPU float32 tensor ``(num_heads,)``, the mean over the probe's sequences; NaN
-            where a head could not be measured.
+            where a head could not be measured. Weight metrics are there only in the samples that measured them.
         spread: The same shape: standard deviation over the probe's sequences (population; 0 for one sequence).
         coverage: How each layer was captured, or why it was not.
         events: Alerts that began or cleared with this sample.
@@ -100,6 +103,7 @@ class Sample:
         seconds: What the sample cost, in seconds.
         failures: Samples of this run that failed so far, this one included.
         failure: Why this sample has no values; None when it has.
+        requests: What alerts ask of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
         name: Name of the monitor that took it, the middle of its keys ``attention/<name>/…``; None without one.
     """
 
@@ -113,4 +117,5 @@ class Sample:
     seconds: float = float("nan")
     failures: int = 0
     failure: str | None = None
+    requests: tuple[str, ...] = ()
     name: str | None = None

@@ -16,10 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from attnmonitor.loggers import ScalarKeys
+from attnmonitor.loggers import summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
-from attnmonitor.sample import Sample
 from attnmonitor.schedules import Schedule, one_schedule
 
 __all__ = ["AttentionMonitorCallback"]
@@ -68,7 +67,6 @@ class AttentionMonitorCallback(Callback):
         self._name = name
         self._settings = settings
         self._loaded: dict[str, Any] | None = None
-        self._keys: ScalarKeys | None = None
         self._summaries: dict[str, float] = {}
 
     @property
@@ -129,14 +127,14 @@ class AttentionMonitorCallback(Callback):
         sample = monitor.on_step(trainer.global_step)
         if sample is not None:
             # Only the main process measures, but a callback that stops or saves has to see the same on every rank.
-            self._summaries = self._summarised(sample) if sample.values else {}
-            if trainer.world_size > 1:
-                self._summaries = trainer.strategy.broadcast(self._summaries)
-
-    def _summarised(self, sample: Sample) -> dict[str, float]:
-        if self._keys is None:
-            self._keys = ScalarKeys(sample)
-        return self._keys.summaries(sample)
+            told = (summary_scalars(sample) if sample.values else {}, sample.requests)
+            self._summaries, requests = trainer.strategy.broadcast(told) if trainer.world_size > 1 else told
+            if "stop" in requests:
+                trainer.should_stop = True
+            if "checkpoint" in requests:
+                trainer.save_checkpoint(
+                    Path(trainer.default_root_dir) / f"attention-alert-step-{sample.global_step}.ckpt"
+                )
 
 
 def _first_loader(trainer: Trainer) -> DataLoader[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list, send_to_device  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import WandbCallback
 
-from attnmonitor.loggers import SampleLogger, ScalarKeys, WandbLogger, as_logger
+from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
 from attnmonitor.sample import Sample
@@ -113,9 +113,13 @@ class AttentionMonitorCallback(TrainerCallback):
         self.monitor.on_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Sample if one is due after this optimizer step."""
-        if self.monitor is not None:
-            self.monitor.on_step(state.global_step)
+        """Sample if one is due after this optimizer step, and pass on what its alerts ask for."""
+        sample = None if self.monitor is None else self.monitor.on_step(state.global_step)
+        if sample is not None:
+            # Only the main process measures, but all have to stop or save together.
+            [requests] = broadcast_object_list([sample.requests])
+            control.should_training_stop |= "stop" in requests
+            control.should_save |= "checkpoint" in requests
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the monitor's state into the checkpoint that was just written."""
@@ -162,16 +166,13 @@ class _TrainerReporting:
     def __init__(self, trainer: Trainer, *, to_wandb: bool) -> None:
         self._trainer = trainer
         self._left_out = (ProgressCallback, PrinterCallback, *([] if to_wandb else [WandbCallback]))
-        self._keys: ScalarKeys | None = None
 
     def log_sample(self, sample: Sample) -> None:
-        if self._keys is None:
-            self._keys = ScalarKeys(sample)
         handler, control = self._trainer.callback_handler, self._trainer.control
         callbacks, should_log = handler.callbacks, control.should_log
         handler.callbacks = [callback for callback in callbacks if not isinstance(callback, self._left_out)]
         try:
-            self._trainer.log(self._keys.summaries(sample))
+            self._trainer.log(summary_scalars(sample))
         finally:
             handler.callbacks = callbacks
             # `Trainer.log` takes this flag down: the loss that is due at this very step would not be logged.

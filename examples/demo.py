@@ -89,9 +89,11 @@ def tell(watcher: AttentionMonitorCallback, out: Path) -> None:
     record = RunRecord.open(monitor.record_path)
     picture, report = out / "heads.png", write_report(monitor.record_path, out / "report.html")
     overview(record).savefig(picture, dpi=150)
-    last = record.samples[-1]
+    latest = {
+        metric: {layer: heads[-1] for layer, heads in monitor.history[metric].items()} for metric in monitor.history
+    }
     print(f"\n{verdict_of_record(record)}\n")
-    print_layer_table(last.values, firing=monitor.firing, coverage=monitor.coverage)
+    print_layer_table(latest, firing=monitor.firing, coverage=monitor.coverage)
     cost = sum(sample.seconds for sample in record.samples)
     print(f"watching cost {cost:.1f} s for {len(record.samples)} samples of {len(monitor.coverage)} layers\n")
     for what, where in {
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, tell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for everything that is written")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores are busy enough
     tell(run(options.out, num_steps=options.steps), options.out)

@@ -15,7 +15,7 @@ from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, w
 def main(arguments: list[str] | None = None, **size: int) -> None:
     """Train, watched."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)

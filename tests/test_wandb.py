@@ -12,7 +12,8 @@ from wandb_files import curve, offline_run
 
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.loggers import ScalarKeys, WandbLogger
+from attnmonitor.loggers import WandbLogger, summary_scalars
+from attnmonitor.loggers.keys import HeadScalars
 
 
 @pytest.fixture
@@ -175,31 +176,30 @@ def test_the_number_of_keys_never_exceeds_the_cap_whatever_the_heads_do(
     num_layers: int, num_heads: int, max_keys: int
 ) -> None:
     seen: set[str] = set()
-    keys = ScalarKeys(wide_sample(num_layers, num_heads), max_keys=max_keys)
+    head_scalars = HeadScalars(max_keys)
     for seed in range(4):
         sample = wide_sample(num_layers, num_heads, seed)
-        summaries, details = keys.summaries(sample), keys.details(sample)
+        summaries, details = summary_scalars(sample), head_scalars(sample)
         assert not summaries.keys() & details.keys()
         seen |= summaries.keys() | details.keys()
-    assert len(seen) <= keys.num_keys <= max_keys
-    assert keys.every_head == (len(seen) == len(summaries) + 12 * num_layers * num_heads)
+    assert len(seen) <= head_scalars.num_keys <= max_keys
+    assert head_scalars.every_head == (len(seen) == len(summaries) + 12 * num_layers * num_heads)
 
 
 def test_above_the_cap_the_heads_furthest_from_the_rest_keep_their_curves() -> None:
     sample = wide_sample(32, 32)
     sample.values["energy_rms"]["h.7"][5] = 1000.0
-    keys = ScalarKeys(sample, max_keys=2000)
-    details = keys.details(sample)
-    assert details["attention/energy_rms/layer_07/head_05"] == 1000.0
-    assert "attention/energy_rms/layer_31/median" in details
+    head_scalars = HeadScalars(2000)
+    assert head_scalars(sample)["attention/energy_rms/layer_07/head_05"] == 1000.0
+    assert "attention/energy_rms/layer_31/median" in head_scalars(sample)
     sample.values["energy_rms"]["h.7"][5] = 0.5
-    assert keys.details(sample)["attention/energy_rms/layer_07/head_05"] == 0.5
+    assert head_scalars(sample)["attention/energy_rms/layer_07/head_05"] == 0.5
 
 
 def test_bad_arguments_are_refused(in_own_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no W&B run is live; call wandb\.init"):
         WandbLogger()
-    with pytest.raises(ValueError, match="max_keys=20 is less than the"):
-        ScalarKeys(wide_sample(2, 2), max_keys=20)
+    with pytest.raises(ValueError, match="max_keys=20 is less than the 128 that summaries may need"):
+        HeadScalars(20)
     with wandb.init(project="test", dir=in_own_folder), pytest.raises(ValueError, match="image_share=-1"):
         WandbLogger(image_share=-1)

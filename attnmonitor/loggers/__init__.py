@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from attnmonitor.loggers.keys import ScalarKeys
+from attnmonitor.loggers.keys import HeadScalars, summary_scalars
 from attnmonitor.loggers.wandb import WandbLogger
 from attnmonitor.sample import Sample
 
-__all__ = ["MetricsLogger", "SampleLogger", "ScalarKeys", "WandbLogger", "as_logger"]
+__all__ = ["MetricsLogger", "SampleLogger", "WandbLogger", "as_logger", "summary_scalars"]
 
 
 @runtime_checkable
@@ -32,16 +32,11 @@ class MetricsLogger:
 
     def __init__(self, logger: Any, *, max_keys: int = 2000) -> None:
         self._logger = logger
-        self._max_keys = max_keys
-        self._keys: ScalarKeys | None = None
+        self._head_scalars = HeadScalars(max_keys)
 
     def log_sample(self, sample: Sample) -> None:
         """Log one sample's scalars at its global step."""
-        if self._keys is None:
-            self._keys = ScalarKeys(sample, max_keys=self._max_keys)
-        self._logger.log_metrics(
-            {**self._keys.summaries(sample), **self._keys.details(sample)}, step=sample.global_step
-        )
+        self._logger.log_metrics({**summary_scalars(sample), **self._head_scalars(sample)}, step=sample.global_step)
 
 
 def as_logger(logger: Any) -> SampleLogger:

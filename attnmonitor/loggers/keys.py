@@ -1,8 +1,8 @@
 """Which keys a run may have in an experiment tracker, and what a sample puts under them.
 
-A model of 80 layers × 64 heads × 12 metrics has 61,440 curves, and trackers stop working long before that. So the
-keys of a run are planned once, under a hard cap: whole-model summaries always, then every head if all fit, else
-per-layer summaries and, from what is left, the heads that stand out.
+A model of 80 layers × 64 heads × 12 metrics has 61,440 curves, and trackers stop working long before that. So the keys
+of a run are planned once, under a hard cap: whole-model summaries always, then every head if all fit, else per-layer
+summaries and, from what is left, the heads that stand out.
 """
 
 from __future__ import annotations
@@ -12,89 +12,116 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from attnmonitor.catalog import METRICS
 from attnmonitor.sample import Sample
 from attnmonitor.verdict import outstanding_heads
 
-__all__ = ["ScalarKeys"]
+__all__ = ["HeadScalars", "key_prefix", "step_key", "summary_scalars"]
 
 _SUMMARIES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _LAYER_SUMMARIES = {"min": 0.0, "median": 0.5, "max": 1.0}
+_NUM_OTHER_KEYS = 20  # step, alert counts, the monitor's own figures: fewer than this
+_LEAST_KEYS = (len(_SUMMARIES) + 1) * len(METRICS) + _NUM_OTHER_KEYS
 
 
-class ScalarKeys:
-    """The scalars of a run's samples as ``{key: float}``, never more keys than the cap.
+def key_prefix(sample: Sample) -> str:
+    """``attention``, or ``attention/<name>`` where the monitor has a name."""
+    return f"attention/{sample.name}" if sample.name else "attention"
 
-    Keys are ``attention/global_step`` (the x-axis of all others), ``attention/<metric>/{min,q25,median,q75,max}``,
-    ``attention/<metric>/layer_03/head_07``, ``attention/alerts/{firing,new}`` and ``attention/monitor/<figure>``,
-    with the monitor's name after ``attention/`` where it has one. Layers are numbered in the order of
-    `Sample.coverage`.
+
+def step_key(sample: Sample) -> str:
+    """The x-axis of every other key: optimizer steps, whatever the tracker's own step counts."""
+    return f"{key_prefix(sample)}/global_step"
+
+
+def summary_scalars(sample: Sample) -> dict[str, float]:
+    """Whole-model figures of a sample.
+
+    ``attention/<metric>/{min,q25,median,q75,max}`` over all heads, ``attention/alerts/{firing,new}``,
+    ``attention/monitor/<figure>`` with the monitor's own cost and checks, and the step they belong to.
+    """
+    prefix = key_prefix(sample)
+    scalars: dict[str, float] = {step_key(sample): sample.global_step}
+    for metric, layers in sample.values.items():
+        quantiles = _quantiles(torch.cat(list(layers.values())), _SUMMARIES)
+        scalars.update({f"{prefix}/{metric}/{name}": value for name, value in quantiles.items()})
+    scalars[f"{prefix}/alerts/firing"] = len(sample.firing)
+    scalars[f"{prefix}/alerts/new"] = sum(event.state == "firing" for event in sample.events)
+    scalars[f"{prefix}/monitor/seconds"] = sample.seconds
+    scalars[f"{prefix}/monitor/failures"] = sample.failures
+    scalars.update({f"{prefix}/monitor/{name}": value for name, value in sample.diagnostics.items()})
+    return scalars
+
+
+class HeadScalars:
+    """The figures per head of a run's samples, ``attention/<metric>/layer_03/head_07``, under a cap.
+
+    Layers are numbered in the order of `Sample.coverage`. Where not every head fits under the cap there are
+    ``attention/<metric>/layer_03/{min,median,max}``, and heads that stood out keep their curves from then on.
 
     Args:
-        first: A sample of the run: its metrics, layers and heads are those of all others.
-        max_keys: Most keys ever made, at least as many as the summaries need.
-        reserved: Keys the logger makes besides (images, charts), counted under the cap.
+        max_keys: Most keys that a logger ever makes, summaries and one picture per metric included.
+
+    Attributes:
+        every_head: Whether every head has a curve; known after the first sample.
+        num_keys: Keys there will be at most; known after the first sample.
 
     Raises:
-        ValueError: The summaries alone exceed ``max_keys``.
+        ValueError: ``max_keys`` is less than the summaries alone may need.
     """
 
-    def __init__(self, first: Sample, *, max_keys: int = 2000, reserved: int = 0) -> None:
-        self.prefix = f"attention/{first.name}" if first.name else "attention"
-        self.step_key = f"{self.prefix}/global_step"
-        layers = list(first.coverage)
-        digits = max(2, len(str(len(layers) - 1)))
-        self.layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(layers)}
+    def __init__(self, max_keys: int = 2000) -> None:
+        if max_keys < _LEAST_KEYS:
+            raise ValueError(f"max_keys={max_keys} is less than the {_LEAST_KEYS} that summaries may need; raise it")
+        self.every_head = True
+        self.num_keys = max_keys
+        self._max_keys = max_keys
+        self._layer_keys: dict[str, str] = {}
         self._with_layers = False
-        self._chosen: dict[str, set[tuple[str, int]]] = {metric: set() for metric in first.values}
+        self._allowed_heads = 0
+        self._chosen: dict[str, set[tuple[str, int]]] = {}
 
-        num_fixed = len(self.summaries(first)) + reserved
-        if num_fixed > max_keys:
-            raise ValueError(f"max_keys={max_keys} is less than the {num_fixed} keys of the summaries; raise it")
-        num_heads = sum(values.numel() for layers in first.values.values() for values in layers.values())
-        num_layer_keys = len(_LAYER_SUMMARIES) * sum(map(len, first.values.values()))
-        self.every_head = num_fixed + num_heads <= max_keys
-        self._with_layers = not self.every_head and num_fixed + num_layer_keys <= max_keys
-        self._budget = max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
-        self.num_keys = num_fixed + num_heads if self.every_head else max_keys
-
-    def summaries(self, sample: Sample) -> dict[str, float]:
-        """Return whole-model figures: quantiles over all heads, alert counts, the monitor's own cost and checks."""
-        scalars: dict[str, float] = {self.step_key: sample.global_step}
-        for metric, layers in sample.values.items():
-            quantiles = _quantiles(torch.cat(list(layers.values())), _SUMMARIES)
-            scalars.update({f"{self.prefix}/{metric}/{name}": value for name, value in quantiles.items()})
-        scalars[f"{self.prefix}/alerts/firing"] = len(sample.firing)
-        scalars[f"{self.prefix}/alerts/new"] = sum(event.state == "firing" for event in sample.events)
-        scalars[f"{self.prefix}/monitor/seconds"] = sample.seconds
-        scalars[f"{self.prefix}/monitor/failures"] = sample.failures
-        scalars.update({f"{self.prefix}/monitor/{name}": value for name, value in sample.diagnostics.items()})
-        return scalars
-
-    def details(self, sample: Sample) -> dict[str, float]:
-        """Return figures per head, and per layer where not every head fits."""
+    def __call__(self, sample: Sample) -> dict[str, float]:
+        """Return the figures of one sample."""
+        if not self._layer_keys:
+            self._plan(sample)
         scalars: dict[str, float] = {}
         for metric, layers in sample.values.items():
-            if not self.every_head:
-                self._choose(metric, layers)
+            chosen = self._choose(metric, layers)
             for layer, values in layers.items():
-                stem = f"{self.prefix}/{metric}/{self.layer_keys[layer]}"
+                stem = f"{key_prefix(sample)}/{metric}/{self._layer_keys[layer]}"
                 if self._with_layers:
                     quantiles = _quantiles(values, _LAYER_SUMMARIES)
                     scalars.update({f"{stem}/{name}": value for name, value in quantiles.items()})
                 for head, value in enumerate(values.tolist()):
-                    if self.every_head or (layer, head) in self._chosen[metric]:
+                    if self.every_head or (layer, head) in chosen:
                         scalars[f"{stem}/head_{head:02d}"] = value
         return scalars
 
-    def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> None:
-        # A head once chosen stays, so that its curve has no holes; the budget is shared evenly between metrics.
-        chosen, allowed = self._chosen[metric], self._budget // len(self._chosen)
-        for outstanding in outstanding_heads(layers, metric, allowed):
-            if len(chosen) < allowed:
-                chosen.add((outstanding.layer, outstanding.head))
+    def _plan(self, first: Sample) -> None:
+        digits = max(2, len(str(len(first.coverage) - 1)))
+        self._layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
+        num_metrics = len(first.values)
+        num_fixed = (len(_SUMMARIES) + 1) * num_metrics + _NUM_OTHER_KEYS
+        num_heads = sum(values.numel() for layers in first.values.values() for values in layers.values())
+        num_layer_keys = len(_LAYER_SUMMARIES) * sum(map(len, first.values.values()))
+        self.every_head = num_fixed + num_heads <= self._max_keys
+        self._with_layers = not self.every_head and num_fixed + num_layer_keys <= self._max_keys
+        left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
+        self._allowed_heads = left // num_metrics
+        self.num_keys = num_fixed + num_heads if self.every_head else self._max_keys
+
+    def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
+        """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""
+        chosen = self._chosen.setdefault(metric, set())
+        if not self.every_head and len(chosen) < self._allowed_heads:
+            for outstanding in outstanding_heads(layers, metric, self._allowed_heads):
+                if len(chosen) < self._allowed_heads:
+                    chosen.add((outstanding.layer, outstanding.head))
+        return chosen
 
 
 def _quantiles(values: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
     """Quantiles over the heads that have a number; NaN where none has."""
-    quantiles = torch.nanquantile(values, values.new_tensor(list(wanted.values())), interpolation="linear")
+    quantiles = torch.nanquantile(values, values.new_tensor(list(wanted.values())))
     return dict(zip(wanted, quantiles.tolist(), strict=True))

@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from attnmonitor.alerts import digest
 from attnmonitor.catalog import METRICS
-from attnmonitor.loggers.keys import ScalarKeys
+from attnmonitor.loggers.keys import HeadScalars, key_prefix, step_key, summary_scalars
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class WandbLogger:
         self._run = run
         self._max_keys = max_keys
         self._image_share = image_share
-        self._keys: ScalarKeys | None = None
+        self._head_scalars = HeadScalars(max_keys)
         self._defined: set[str] = set()
         self._started = time.perf_counter()
         self._drawing_seconds = 0.0
@@ -67,36 +68,32 @@ class WandbLogger:
         self._run.config.update({"attention": {**known, name: dict(description)}}, allow_val_change=True)
 
     def log_sample(self, sample: Sample) -> None:
-        """Log one sample: summaries, heads, and from time to time the heatmaps."""
-        first = self._keys is None
-        keys = self._keys or self._plan(sample)
-        summaries, details = keys.summaries(sample), keys.details(sample)
-        row: dict[str, Any] = {**summaries, **details}
+        """Log one sample: summaries, heads, from time to time the heatmaps; and send what alerts have to say."""
+        details = self._head_scalars(sample)
+        row: dict[str, Any] = {**summary_scalars(sample), **details}
         self._not_drawn = sample if self._image_share else None
         if self._drawing_seconds <= self._image_share * (time.perf_counter() - self._started):
-            row.update(self._images(keys))
-        self._define(keys, row, hidden=details)
+            row.update(self._images())
+        if not self._defined:
+            self._announce()
+        self._define(step_key(sample), row, hidden=details)
         self._send(row)
-        if first:
-            self._announce(keys)
+        for notification in digest(sample.events):
+            level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[notification.level]
+            self._run.alert(title=notification.title, text=notification.text, level=level)
 
     def close(self) -> None:
         """Draw the last sample's heatmaps, where they are not drawn yet; the run stays open: it is the user's."""
-        if self._keys is not None and self._not_drawn is not None:
-            self._send({self._keys.step_key: self._not_drawn.global_step, **self._images(self._keys)})
+        if (sample := self._not_drawn) is not None:
+            self._send({step_key(sample): sample.global_step, **self._images()})
 
-    def _plan(self, sample: Sample) -> ScalarKeys:
-        num_images = len(sample.values) if self._image_share else 0
-        self._keys = ScalarKeys(sample, max_keys=self._max_keys, reserved=num_images)
-        self._run.define_metric(self._keys.step_key, hidden=True)
-        self._defined.add(self._keys.step_key)
-        return self._keys
-
-    def _define(self, keys: ScalarKeys, row: Mapping[str, Any], *, hidden: Mapping[str, float]) -> None:
+    def _define(self, x_axis: str, row: Mapping[str, Any], *, hidden: Mapping[str, float]) -> None:
+        if x_axis not in self._defined:
+            self._run.define_metric(x_axis, hidden=True)
+            self._defined.add(x_axis)
         for key in row.keys() - self._defined:
-            # Hidden curves exist and can be charted, but make no panel of their own: a thousand panels stall the
-            # page.
-            self._run.define_metric(key, step_metric=keys.step_key, hidden=key in hidden or None)
+            # Hidden curves exist and can be charted, but make no panel of their own: a thousand panels stall the page.
+            self._run.define_metric(key, step_metric=x_axis, hidden=key in hidden or None)
         self._defined.update(row)
 
     def _send(self, row: Mapping[str, Any]) -> None:
@@ -107,7 +104,7 @@ class WandbLogger:
         self._run.log(dict(row), commit=False)
         self._row_left_open = self._run.step
 
-    def _images(self, keys: ScalarKeys) -> dict[str, Any]:
+    def _images(self) -> dict[str, Any]:
         """Draw the heatmaps of the sample that waits for them, if one does."""
         sample, self._not_drawn = self._not_drawn, None
         if sample is None:
@@ -131,15 +128,17 @@ class WandbLogger:
                 global_step=sample.global_step,
             )
             image = wandb.Image(_rendered(figure), caption=f"{METRICS[metric].meaning} Step {sample.global_step}.")
-            images[f"{keys.prefix}/{metric}/heatmap"] = image
+            images[f"{key_prefix(sample)}/{metric}/heatmap"] = image
         self._drawing_seconds += time.perf_counter() - started
         return images
 
-    def _announce(self, keys: ScalarKeys) -> None:
+    def _announce(self) -> None:
         import wandb
 
-        what = "every head has a curve" if keys.every_head else "summaries, and the heads that stand out"
-        wandb.termlog(f"attnmonitor: at most {keys.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})")
+        what = "every head has a curve" if self._head_scalars.every_head else "summaries, and the heads that stand out"
+        wandb.termlog(
+            f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
+        )
 
 
 def _rendered(figure: Any) -> Image:

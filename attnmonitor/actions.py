@@ -1,0 +1,61 @@
+"""What happens when an alert begins: stop, save a checkpoint, or whatever function the user gives.
+
+A monitor cannot stop a run; only the training loop can, and on every rank at once. So "stop" and "checkpoint" are
+requests that travel with the sample, decided on the one process that measures and carried out by the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+from attnmonitor.alerts import Rule
+from attnmonitor.sample import AlertEvent, Sample
+
+__all__ = ["Action", "Actions", "calls_of", "check_actions", "requests_of"]
+
+ActionFunction = Callable[[AlertEvent, Sample], object]
+Action = Literal["stop", "checkpoint"] | ActionFunction
+Actions = Mapping[str, tuple[Action, ...]]
+
+REQUESTS = ("stop", "checkpoint")
+
+
+def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Iterable[Rule]) -> Actions:
+    """Return the actions as tuples.
+
+    Raises:
+        ValueError: A key is neither a rule, a fault kind nor ``"critical"``, or an action is neither a request nor
+            callable.
+    """
+    rules = list(rules)
+    keys = {"critical", *(rule.name for rule in rules), *(rule.kind for rule in rules)}
+    checked: dict[str, tuple[Action, ...]] = {}
+    for key, given in actions.items():
+        if key not in keys:
+            raise ValueError(f"actions: {key!r} is no rule and no fault kind; there are {', '.join(sorted(keys))}")
+        checked[key] = (given,) if isinstance(given, str) or callable(given) else tuple(given)
+        for action in checked[key]:
+            if action not in REQUESTS and not callable(action):
+                raise ValueError(
+                    f"actions[{key!r}]: {action!r} is none of {REQUESTS} and not a function action(event, sample)"
+                )
+    return checked
+
+
+def requests_of(events: Sequence[AlertEvent], actions: Actions) -> tuple[str, ...]:
+    """What the events ask of the training loop, without repeats."""
+    return tuple(dict.fromkeys(action for _, action in _due(events, actions) if isinstance(action, str)))
+
+
+def calls_of(events: Sequence[AlertEvent], actions: Actions) -> list[tuple[AlertEvent, ActionFunction]]:
+    """The functions that are due, each with the event it is due for."""
+    return [(event, action) for event, action in _due(events, actions) if not isinstance(action, str)]
+
+
+def _due(events: Sequence[AlertEvent], actions: Actions) -> Iterator[tuple[AlertEvent, Action]]:
+    for event in events:
+        if event.state == "firing":
+            for key in (event.rule, event.kind, event.severity):
+                for action in actions.get(key, ()):
+                    yield event, action
