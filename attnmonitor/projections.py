@@ -1,13 +1,13 @@
 """W_Q and W_K of each head, out of any attention module, found by what they do and not by what they are called.
 
-Projections hide in many layouts: separate, fused, interleaved per head, transposed, low rank. What they all share is that
-a coordinate of a head's query is one column of some module's output, times a constant. So a few forwards are run in
-which the output of every weight-bearing module inside an attention layer is replaced by noise. At position 0, where a
-rotary embedding is the identity, each query coordinate then follows exactly one column of that noise, and finding it is
-a correlation. Normalisations between the projection and the product (QK-norm) are bypassed in these forwards.
+Projections hide in many layouts: separate, fused, interleaved per head, transposed, low rank. What they all share is
+that a coordinate of a head's query is one column of some module's output, times a constant. So a few forwards are run
+in which the output of every weight-bearing module inside an attention layer is replaced by noise. At position 0, where
+a rotary embedding is the identity, each query coordinate then follows exactly one column of that noise, and finding it
+is a correlation. Normalisations between the projection and the product (QK-norm) are bypassed in these forwards.
 
-The weight behind a column is read off the module as ``f(I) - f(0)``, which is right for a linear layer, a transposed one
-and one with an adapter beside it. A module fed by another one of the layer (low-rank projections) is composed with it.
+The weight behind a column is read off the module as ``f(I) - f(0)``, which is right for a linear layer, a transposed
+one and one with an adapter beside it. A module fed by another one of the layer (low rank) is composed with it.
 The gain of the norm in front of the projections is folded in where the block has one; rotary embeddings, biases and
 QK-norm gains are left out. A layer of which any coordinate stays unmatched gets a reason, not a guess.
 
@@ -153,8 +153,8 @@ def discover_projections(
     """Find the query and key projections of attention layers, whatever their layout.
 
     The layout of a layer never changes, so one discovery serves a whole run; the weights are read when asked for. The
-    forwards run with noise in place of the layers' projections: call this inside the guard that keeps a probe quiet, and
-    outside of any other capture. Attention is discovered on unpadded or right-padded text, for position 0 must be a token.
+    forwards run with noise in place of the layers' projections: call this inside the guard that keeps a probe quiet and
+    outside of any other capture. Position 0 must be a token: text unpadded, or padded on the right.
 
     Args:
         model: The model whose modules the names belong to.
@@ -237,8 +237,8 @@ def _noisy(modules: dict[str, nn.Module], draws: dict[str, _Draws], generator: t
 def _block_norms(layer: str, layers: Collection[str], modules: dict[str, nn.Module]) -> set[nn.Module]:
     """Normalisations of the block that holds ``layer``.
 
-    Those inside it, those beside it or beside a module around it, and all of what holds no other layer. The last norm of
-    the block before, which feeds a post-norm block, is none of these.
+    Those inside it, those beside it or beside a module around it, and all of what holds no other layer. The last norm
+    of the block before, which feeds a post-norm block, is none of these.
     """
     found = set(modules[layer].modules())
     parts = layer.split(".")
@@ -328,7 +328,7 @@ def _note_call(draws: dict[str, _Draws], call: AttentionCall) -> None:
 
 
 def _first_position(x: Tensor, num_sequences: int, lengths: Collection[int]) -> Tensor | None:
-    """Position 0 of every sequence, ``(B, N)``, of ``(B, L, N)``, ``(L, B, N)`` or ``(B·L, N)``; None for another form."""
+    """Position 0 of every sequence, ``(B, N)``, of ``(B, L, N)``, ``(L, B, N)`` or ``(B·L, N)``; None for others."""
     if x.dim() == 4 and x.shape[1] == 1:
         x = x.squeeze(1)
     for length in lengths:
@@ -337,7 +337,7 @@ def _first_position(x: Tensor, num_sequences: int, lengths: Collection[int]) -> 
         if x.shape[:-1] == (length, num_sequences):
             return x[0]
         if x.shape[:-1] == (num_sequences * length,):
-            return x.unflatten(0, (num_sequences, length))[:, 0]
+            return x.reshape(num_sequences, length, -1)[:, 0]
     return None
 
 

@@ -5,6 +5,7 @@ far from uniform (at the usual 0.02 initialisation any wrong rebuild would pass)
 the page `docs/architectures.md` are made from this one list.
 """
 
+# ruff: noqa: E501 - the tables read best with one architecture a line
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,4 @@
-"""Capture under compilation, checkpointing and autocast, and through the explicit call and the transformers interface."""
+"""Capture under compilation, checkpointing and autocast, by the explicit call and the transformers interface."""
 
 from __future__ import annotations
 
@@ -276,6 +276,31 @@ def test_the_check_is_not_rounded_by_the_autocast_of_the_run() -> None:
         assert call.logit_rows(torch.arange(2)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gpt_oss", "bloom", "falcon alibi"])
+def test_the_precision_tells_what_the_error_can_be_held_against(name: str) -> None:
+    """Rotary embeddings promote queries to float32 while the attention itself runs in the autocast type."""
+    (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
+    model = architecture.build("eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        calls = captured(model, **architecture.inputs(True)).calls
+    for call in calls:
+        assert call.precision == torch.bfloat16
+        assert call.error < 2e-2
+    assert name != "llama" or calls[0].query.dtype == torch.float32
+    assert all(call.precision == torch.float32 for call in captured(model, **architecture.inputs(True)).calls)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_large_logits_in_half_precision_are_still_verified(size: float) -> None:
+    """A logit of 500 in bfloat16 is off by up to 1: unless the check rounds like the code, a right capture fails."""
+    model = sharpen(HandWritten(_by_matmul))
+    with torch.no_grad():
+        model.qkv.weight[:32] *= size
+    (call,) = captured(model.to(torch.bfloat16), x=hidden().to(torch.bfloat16)).calls
+    assert call.logit_rows(torch.arange(LENGTH)).amax() > 5 * size
+    assert call.error < 2e-2
+
+
 def test_what_emit_raises_reaches_the_caller_and_nothing_stays_behind() -> None:
     model = stack()
 
@@ -336,7 +361,12 @@ def test_a_decoder_gives_its_padding_to_the_queries_of_its_cross_attention() -> 
         sharpen(Seq2Seq()), x=hidden(), memory=hidden()[:, :7], padding=padding, memory_padding=memory_padding
     )
     own, cross = result.calls
-    assert (own.layer, own.kind, cross.layer, cross.kind) == ("layer.self_attn", "self", "layer.multihead_attn", "cross")
+    assert (own.layer, own.kind, cross.layer, cross.kind) == (
+        "layer.self_attn",
+        "self",
+        "layer.multihead_attn",
+        "cross",
+    )
     assert torch.equal(own.query_mask, ~padding)
     assert torch.equal(cross.query_mask, ~padding)
     assert torch.equal(cross.key_mask, ~memory_padding)

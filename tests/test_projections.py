@@ -1,4 +1,4 @@
-"""W_Q and W_K are found in every layout, agree with what the layer computes, and are refused where they cannot be found."""
+"""W_Q and W_K are found in every layout, agree with what the layer computes, and are refused where they are not."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 __all__ = ["AttentionCall", "CaptureReport"]
@@ -29,6 +30,8 @@ class AttentionCall:
         outside: What acts on the logits outside ``s q kᵀ``: of ``"bias"``, ``"sinks"``, ``"softcap"``, ``"window"``.
         error: 0-dim float32 tensor on the device: worst deviation of a few rebuilt output rows from what the layer
             produced, relative to the largest entry of those rows. None when there was nothing to compare with.
+        precision: The coarsest type the layer computed in, and so what ``error`` can be held against: under autocast
+            queries may be float32 while the attention itself runs in bfloat16.
         logit_rows: Row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
             -inf where hidden.
     """
@@ -43,6 +46,7 @@ class AttentionCall:
     how: str
     outside: tuple[str, ...]
     error: Tensor | None
+    precision: torch.dtype
     logit_rows: Callable[[Tensor], Tensor]
 
 

@@ -1,8 +1,8 @@
 """Which module is running: a stack of module calls, so that each attention gets the name of the layer that did it.
 
 The stack is kept by hooks that live as long as the context. A softmax often sits in a small parameterless child
-(``attn.softmax``, ``attend``); the layer is the nearest enclosing module that owns parameters. Each call also keeps
-the tensors it was handed: they tell self from cross attention, and how many sequences a flattened ``(B·H, L, d)`` holds.
+(``attn.softmax``, ``attend``); the layer is the nearest enclosing module that owns parameters. Each call also keeps the
+tensors it was handed: they tell self from cross attention, and how many sequences a flattened ``(B·H, L, d)`` holds.
 """
 
 from __future__ import annotations

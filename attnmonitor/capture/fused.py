@@ -70,8 +70,8 @@ def read_flex(
 
     attention.bent += [Step(modify), Step(hide)]
     attention.after.append(attend(value))
-    # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key from everyone,
-    # its own position and the last query included, while causal, windowed and packed masks let one of those two see it.
+    # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key
+    # from everyone, its own position and the last query included; other masks let one of those two see it.
     last = torch.full_like(column, query.shape[-2] - 1)
     attention.visible.append(seen_by(torch.minimum(column, last)) | seen_by(last))
     return attention

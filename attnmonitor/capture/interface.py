@@ -1,8 +1,8 @@
 """Read what transformers hands to a kernel that torch cannot show: FlashAttention and others from outside of torch.
 
-Recent transformers dispatch every attention through one table, ``AttentionInterface``. While the context is open, what comes
-out of the table is wrapped: the real function runs, and if nothing of its work was seen at the level of torch functions, the
-arguments it was called with are the record. The output it returned verifies them like any other.
+Recent transformers dispatch every attention through one table, ``AttentionInterface``. While the context is open, what
+comes out of the table is wrapped: the real function runs, and if nothing of its work was seen at the level of torch
+functions, the arguments it was called with are the record. The output it returned verifies them like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Kernel = Callable[..., Any]
 
 @contextmanager
 def kernels_in_sight(watch: Callable[..., Any]) -> Iterator[None]:
-    """Route the attention functions of transformers through ``watch(kernel, module, query, key, value, mask, **options)``.
+    """Route the attention functions of transformers through ``watch(kernel, module, query, key, value, mask, ...)``.
 
     Does nothing where transformers has not been imported or has no such table.
     """

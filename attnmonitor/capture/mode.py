@@ -1,8 +1,9 @@
 """Watch a forward at the level of torch functions and recognise attention by what it computes.
 
 A `TorchFunctionMode` sees every torch function the model calls, whichever module, library or compiled wrapper it comes
-from. It looks each function's name up once and hands the call, after it ran, to those who understand it: the fused calls, the tracer of
-hand-written attention, the notes on repeated keys. What they find is named, verified and emitted here.
+from. It looks each function's name up once and hands the call, after it ran, to those who understand it: the fused
+calls, the tracer of hand-written attention, the notes on repeated keys. What they find is named, verified and emitted
+here.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class AttentionMode(TorchFunctionMode):
         return output
 
     def _look_up(self, func: Any) -> tuple[str, list[Observer]]:
-        """The plain name of a torch function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
+        """The plain name of a function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
@@ -129,7 +130,9 @@ class AttentionMode(TorchFunctionMode):
         if before is not None:
             named["key"] = before
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
-        self._found(layer, frame, read(*operands, *args[3:], **named), "sdpa", output, -2)
+        attention = read(*operands, *args[3:], **named)
+        attention.operands_in = output.dtype
+        self._found(layer, frame, attention, "sdpa", output, -2)
 
     def _found_traced(
         self, layer: str, frame: Frame | None, attention: Attention, output: Tensor | None, row_axis: int
@@ -186,6 +189,7 @@ class AttentionMode(TorchFunctionMode):
             query_mask = None
         if is_self:
             self._last_self_mask = key_mask
+        types = [query.dtype, *([] if output is None else [output.dtype])]
         outside = self._layouts.get(layer)
         if outside is None:
             outside = self._layouts[layer] = attention.act_outside(
@@ -203,6 +207,7 @@ class AttentionMode(TorchFunctionMode):
                 how="mha" if self._inside_mha else how,
                 outside=outside,
                 error=None if output is None else attention.deviation(output, row_axis),
+                precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
                 logit_rows=attention.logit_rows,
             )
         )

@@ -1,8 +1,8 @@
 """Products of two activations, read the same way however they are written.
 
 ``a @ b``, ``torch.bmm`` and ``torch.einsum`` are all one thing: operands with labelled axes, some of which are summed
-over. With labels, a product of queries and keys is one that contracts a single axis (the head size) and keeps one position axis
-of each operand; the axes both share, or that one of them broadcasts, are sequences and heads.
+over. With labels, a product of queries and keys is one that contracts a single axis (the head size) and keeps one
+position axis of each operand; the axes both share, or that one of them broadcasts, are sequences and heads.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ class Attention:
         outside: What acts on the logits outside the energy field, as far as the operations alone tell.
         visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see.
         exact: Whether the layer's output can be rebuilt: False where dropout acted on the weights.
+        operands_in: Type the code rounded q and k to before their product, None for the type they have.
+        logits_in: Type the code kept the product in, None for full precision.
     """
 
     query: Tensor
@@ -80,6 +82,8 @@ class Attention:
     outside: set[str] = field(default_factory=set)
     visible: list[Tensor] = field(default_factory=list)
     exact: bool = True
+    operands_in: torch.dtype | None = None
+    logits_in: torch.dtype | None = None
 
     def key_mask(self) -> Tensor | None:
         """Keys that every mask lets be seen by some query, ``(B, Lk)``; None when no mask arrived."""
@@ -88,8 +92,14 @@ class Attention:
             mask = seen if mask is None else mask & seen
         return mask
 
-    def _product_and_bias(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        product = self.arrange(self.scale * grouped_product(self.query.index_select(-2, rows), self.key))
+    def _product_and_bias(self, rows: Tensor, *, as_rounded: bool = False) -> tuple[Tensor, Tensor]:
+        query, key = self.query.index_select(-2, rows), self.key
+        if as_rounded:
+            query, key = (x.to(self.operands_in) if self.operands_in else x for x in (query, key))
+            product = _rounded(self.scale * _rounded(grouped_product(query, key), self.logits_in), self.logits_in)
+        else:
+            product = self.scale * grouped_product(query, key)
+        product = self.arrange(product)
         bias = torch.zeros_like(product)
         for step in self.affine:
             product = step.apply(product, rows) if step.moves else product
@@ -101,8 +111,8 @@ class Attention:
             logits = step.apply(logits, rows)
         return logits
 
-    def _softmax_argument(self, rows: Tensor) -> Tensor:
-        product, bias = self._product_and_bias(rows)
+    def _softmax_argument(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
+        product, bias = self._product_and_bias(rows, as_rounded=as_rounded)
         return self._bend(product + bias, rows)
 
     def logit_rows(self, rows: Tensor) -> Tensor:
@@ -115,7 +125,8 @@ class Attention:
         """Worst deviation of the rebuilt rows from ``output``, relative to its largest entry: a 0-dim tensor.
 
         Rows that may see no key are left out: there is no right answer (eager code gives uniform attention, fused
-        kernels give zeros), and nothing of them is measured.
+        kernels give zeros), and nothing of them is measured. Code in half precision rounds its logits: a logit of 100
+        in bfloat16 is off by 0.25, which would move a sharp softmax by as much, so the check rounds where the code did.
 
         Args:
             output: What the layer made of its values, in the code's layout.
@@ -123,7 +134,7 @@ class Attention:
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
-            logits = self._softmax_argument(rows)
+            logits = self._softmax_argument(rows, as_rounded=True)
             blind = logits.amax(self.key_axis, keepdim=True) <= HIDDEN
             expected = logits.masked_fill(blind, torch.nan)
             for step in self.after:
@@ -136,8 +147,9 @@ class Attention:
     def act_outside(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
         """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: ask once per layer, not per sample.
 
-        Read from the checked rows: a bias is what differs between visible keys when the product is nought, a soft-cap what
-        keeps logits from growing with the product, a window what hides part of the past (also chunks and packed documents).
+        Read from the checked rows: a bias is what differs between visible keys when the product is nought, a soft-cap
+        what keeps logits from growing with the product, a window what hides part of the past (also chunks and packed
+        documents).
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
@@ -178,6 +190,10 @@ def grouped_product(query: Tensor, key: Tensor) -> Tensor:
 def visible_keys(mask: Tensor, query_axis: int = -2) -> Tensor:
     """Which keys at least one query may see: the query axis of a bool (True = may) or additive mask reduced away."""
     return mask.any(query_axis) if mask.dtype == torch.bool else mask.amax(query_axis) > HIDDEN
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

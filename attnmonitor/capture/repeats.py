@@ -1,8 +1,8 @@
 """Keys that code repeats once per query head, and what they were before.
 
-Grouped-query attention written without kernel support copies each key head to the query heads that share it. The copy is made in plain
-sight, by an expand or `repeat_interleave`; a note on the copy leads back to the keys as they were, through the views
-and casts that follow.
+Grouped-query attention written without kernel support copies each key head to the query heads that share it. The copy
+is made in plain sight, by an expand or `repeat_interleave`; a note on the copy leads back to the keys as they were,
+through the views and casts that follow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Recognise hand-written attention by following a product of queries and keys to its softmax and its values.
 
-No name tells a hand-written attention apart, but what it computes does: a product ``q kᵀ`` of two activations is scaled, masked,
-biased and reshaped, goes through a softmax over the keys, and the softmax weights a third activation. A trace is a
-note on the tensor that holds the logits just now; every operation that is understood moves the note on and
+No name tells a hand-written attention apart, but what it computes does: a product ``q kᵀ`` of two activations is
+scaled, masked, biased and reshaped, goes through a softmax over the keys, and the softmax weights a third activation. A
+`Trace` is a note on the tensor that holds the logits just now; every operation that is understood moves the note on and
 adds a `Step`, every other one drops it. Only where the values are reached is the layer reported, with the whole chain
 ready to be replayed on a few rows. A router, a contrastive loss, a bilinear form or linear attention never gets there.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from attnmonitor.capture.frames import Frame, Frames
 from attnmonitor.capture.notes import Notes
-from attnmonitor.capture.products import Labelled, PairwiseProduct, is_weight, labelled, pairwise_product
-from attnmonitor.capture.rebuild import HIDDEN, Attention, Step, visible_keys
+from attnmonitor.capture.products import Labelled, is_weight, labelled, pairwise_product
+from attnmonitor.capture.rebuild import HIDDEN, Attention, visible_keys
+from attnmonitor.capture.trace import Origin, Trace, TracedCall, add_rows, as_attention, as_batch, lift_cap, size_along
 
 __all__ = ["Tracer"]
 
@@ -34,63 +36,7 @@ MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", 
 RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 
-Apply = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """Where a trace began: the product, the key as it was before repetition, and the layer that computed it."""
-
-    product: PairwiseProduct
-    unrepeated_key: Tensor | None
-    layer: str
-    frame: Frame | None
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """What has been done to a product so far, seen from the tensor that holds it now.
-
-    Attributes:
-        origin: The product.
-        query_axis: Axis of the query positions, counted from the right.
-        key_axis: Axis of the key positions, counted from the right.
-        scale: Product of the plain numbers that multiplied it.
-        factors: Tensors that multiplied it and are constant along the keys, ``(*batch, Lq or 1, 1)``.
-        stage: ``"affine"`` before the first non-linear step, ``"bent"`` from there to the softmax, ``"after"`` from it on.
-        steps: What was done, each step with its stage.
-        first_column: Index of the first key among the columns.
-        softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
-        outside: What acts on the logits outside the product.
-        visible: Per mask, the keys it lets be seen, ``(*batch, Lk)``.
-        exact: Whether a replay gives what the model computed: no dropout in between.
-        capped: Whether the last step was a tanh.
-        doubt: Why this cannot be measured, ``""`` if it can.
-    """
-
-    origin: Origin
-    query_axis: int
-    key_axis: int
-    scale: float = 1.0
-    factors: tuple[Tensor, ...] = ()
-    stage: str = "affine"
-    steps: tuple[tuple[str, Step], ...] = ()
-    first_column: int = 0
-    softmax_axes: tuple[int, int, int] = (-2, -1, 0)
-    outside: frozenset[str] = frozenset()
-    visible: tuple[Tensor, ...] = ()
-    exact: bool = True
-    capped: bool = False
-    doubt: str = ""
-
-    def then(self, apply: Apply, *, moves: bool = False, **changes: Any) -> Trace:
-        """The trace after one more step."""
-        trace = replace(self, **{"capped": False, **changes})
-        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, moves))))
-
-    def staged(self, stage: str) -> list[Step]:
-        """The steps of one stage, in order."""
-        return [step for at, step in self.steps if at == stage]
+_Follow = Callable[[Trace, TracedCall], Trace | None]
 
 
 class Tracer:
@@ -130,7 +76,7 @@ class Tracer:
     # What arrives.
 
     def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        call = _Call(name, func, args, kwargs, output)
+        call = TracedCall(name, func, args, kwargs, output)
         slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
         if not slots or not isinstance(output, Tensor):
             return
@@ -162,7 +108,7 @@ class Tracer:
                     self._lost(trace.origin.layer, trace.doubt)
                 elif trace.stage == "after" and product.contracted == {axes[trace.key_axis]}:
                     row_axis = product.out_axes.index(axes[trace.query_axis])
-                    self._reach_values(trace, _Call(name, func, args, kwargs, output), operand, row_axis)
+                    self._reach_values(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
                 return
             if is_weight(other):
                 self._frames.note_projection(operand)
@@ -170,10 +116,10 @@ class Tracer:
         if pair is None:
             return
         layer, frame = self._frames.layer()
-        origin = Origin(pair, self._key_before_repetition(product), layer, frame)
+        origin = Origin(pair, self._key_before_repetition(product), layer, frame, output.dtype)
         trace = Trace(origin, pair.query_axis - output.dim(), pair.key_axis - output.dim())
         if name == "baddbmm":
-            trace = self._add_input(trace, _Call(name, func, args, kwargs, output))
+            trace = self._add_input(trace, TracedCall(name, func, args, kwargs, output))
         self._traces.put(output, trace)
 
     def _key_before_repetition(self, product: Labelled) -> Tensor | None:
@@ -195,11 +141,11 @@ class Tracer:
 
     # What moves a trace on.
 
-    def _keep(self, trace: Trace, call: _Call) -> Trace:
+    def _keep(self, trace: Trace, call: TracedCall) -> Trace:
         """Casts and copies change no logit; the replay stays in full precision."""
         return trace
 
-    def _scale(self, trace: Trace, call: _Call) -> Trace | None:
+    def _scale(self, trace: Trace, call: TracedCall) -> Trace | None:
         sign = SCALINGS[call.name]
         if sign < 0 and call.slot != 0:
             return None
@@ -207,23 +153,23 @@ class Tracer:
         other = call.operands[1 - call.slot]
         number = self._number(other)
         if trace.stage == "bent" and trace.capped and number is not None:
-            return _lift_cap(trace, number).then(apply)
+            return lift_cap(trace, number).then(apply)
         if trace.stage != "affine":
             return trace.then(apply)
         if number is not None:
             return trace.then(apply, scale=trace.scale * number**sign)
-        if not isinstance(other, Tensor) or _size(other, trace.key_axis) != 1:
+        if not isinstance(other, Tensor) or size_along(other, trace.key_axis) != 1:
             return trace.then(apply, stage="bent", outside=trace.outside | {"bias"})
         factor = other if sign > 0 else other.reciprocal()
-        return trace.then(apply, factors=(*trace.factors, _as_batch(factor, trace, call.output)))
+        return trace.then(apply, factors=(*trace.factors, as_batch(factor, trace, call.output)))
 
-    def _add(self, trace: Trace, call: _Call) -> Trace | None:
+    def _add(self, trace: Trace, call: TracedCall) -> Trace | None:
         other = call.operands[1 - call.slot]
         if call.name == "add" and isinstance(other, Tensor) and other.is_floating_point():
             trace = self._note_mask(trace, other, call.output)
         return self._bend(trace, call) if call.slot and call.name != "add" else trace.then(call.replay(trace))
 
-    def _add_input(self, trace: Trace, call: _Call) -> Trace:
+    def _add_input(self, trace: Trace, call: TracedCall) -> Trace:
         """``baddbmm(input, q, kᵀ, beta, alpha)`` is ``beta·input + alpha·q kᵀ``."""
         beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
         added = call.args[0]
@@ -232,9 +178,10 @@ class Tracer:
             return trace
         trace = self._note_mask(trace, added, call.output)
         num_rows = call.output.shape[trace.query_axis]
-        return trace.then(lambda x, rows: x + beta * _rows_of(added, rows, trace.query_axis, num_rows))
+        apply = partial(add_rows, added, beta, trace.query_axis, num_rows)
+        return trace.then(apply, fused_bias=True)
 
-    def _mask(self, trace: Trace, call: _Call) -> Trace | None:
+    def _mask(self, trace: Trace, call: TracedCall) -> Trace | None:
         if call.name == "masked_fill":
             blocked, fill, hides_where = (
                 call.args[1],
@@ -248,7 +195,7 @@ class Tracer:
             trace = self._note_mask(trace, blocked, call.output, true_hides=hides_where)
         return trace.then(call.replay(trace))
 
-    def _bend(self, trace: Trace, call: _Call) -> Trace | None:
+    def _bend(self, trace: Trace, call: TracedCall) -> Trace | None:
         changes: dict[str, Any] = {}
         if trace.stage == "affine":
             changes["stage"] = "bent"
@@ -262,7 +209,7 @@ class Tracer:
         changes["capped"] = call.name == "tanh" and trace.stage == "affine"
         return trace.then(call.replay(trace), **changes)
 
-    def _soften(self, trace: Trace, call: _Call) -> Trace | None:
+    def _soften(self, trace: Trace, call: TracedCall) -> Trace | None:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
         if trace.stage == "after" or not isinstance(dim, int):
             return None
@@ -275,12 +222,12 @@ class Tracer:
         axis = trace.key_axis
         return trace.then(lambda x, rows: x.softmax(axis), stage="after", softmax_axes=axes)
 
-    def _drop(self, trace: Trace, call: _Call) -> Trace:
+    def _drop(self, trace: Trace, call: TracedCall) -> Trace:
         p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
         active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
         return replace(trace, exact=trace.exact and not active)
 
-    def _move(self, trace: Trace, call: _Call) -> Trace | None:
+    def _move(self, trace: Trace, call: TracedCall) -> Trace | None:
         """Apply the same permutation to a tensor whose sizes number its axes, and read where the axes went."""
         source = call.operands[0]
         numbered = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
@@ -294,7 +241,7 @@ class Tracer:
         query_axis, key_axis = (axis - source.dim() for axis in axes)
         return trace.then(lambda x, rows: call.again(x), moves=True, query_axis=query_axis, key_axis=key_axis)
 
-    def _reshape(self, trace: Trace, call: _Call) -> Trace | None:
+    def _reshape(self, trace: Trace, call: TracedCall) -> Trace | None:
         """A reshape may regroup sequences and heads, never positions."""
         shape = call.output.shape
         if shape[-2:] != call.operands[0].shape[-2:] or {trace.query_axis, trace.key_axis} != {-1, -2}:
@@ -302,7 +249,7 @@ class Tracer:
         lead = shape[:-2]
         return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), moves=True)
 
-    def _slice(self, trace: Trace, call: _Call) -> Trace | None:
+    def _slice(self, trace: Trace, call: TracedCall) -> Trace | None:
         """A slice may take columns away; anything else ends the trace."""
         before, after = call.operands[0].shape, call.output.shape
         index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -319,7 +266,7 @@ class Tracer:
     # Masks and numbers.
 
     def _number(self, x: Any) -> float | None:
-        """A plain number, where ``x`` is one or holds one on the host; None where reading it would wait for a device."""
+        """A plain number, where ``x`` is one or holds one on the host; None where reading it waits for a device."""
         if isinstance(x, int | float) and not isinstance(x, bool):
             return float(x)
         if not isinstance(x, Tensor) or x.numel() != 1:
@@ -333,7 +280,7 @@ class Tracer:
     def _note_mask(self, trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False) -> Trace:
         """Add the keys that ``mask`` lets at least one query see, ``(*batch, Lk)``."""
         num_keys = trace.origin.product.key.shape[-2]
-        if trace.stage == "after" or _size(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
+        if trace.stage == "after" or size_along(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
             return trace
         if true_hides and mask.dtype == torch.bool:
             seen = ~mask.all(trace.query_axis)
@@ -350,150 +297,11 @@ class Tracer:
 
     # The end of a trace.
 
-    def _reach_values(self, trace: Trace, call: _Call, weights: Tensor, row_axis: int) -> None:
+    def _reach_values(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
         origin = trace.origin
         trace = trace.then(call.replay(trace, weights))
-        attention = _as_attention(trace)
+        attention = as_attention(trace)
         if attention is None:
             self._lost(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
             return
         self._found(origin.layer, origin.frame, attention, call.output if trace.exact else None, row_axis)
-
-
-class _Call:
-    """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows."""
-
-    def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        self.name, self.func, self.args, self.kwargs, self.output = name, func, args, kwargs, output
-        self.slot = 0
-        self.condition: Any = None
-        if name == "cat":
-            self.operands: list[Any] = list(args[0] if args else kwargs["tensors"])
-        elif name == "where":
-            named = [*args, *kwargs.values()]
-            if isinstance(named[0], Tensor) and named[0].dtype == torch.bool:
-                self.condition, self.operands = named[0], [named[1], named[2]]
-            else:
-                self.condition, self.operands = named[1], [named[0], named[2]]
-            self.args, self.kwargs, self.func = (self.condition, *self.operands), {}, torch.where
-        else:
-            self.operands = [*args, *kwargs.values()]
-
-    def again(self, x: Tensor) -> Tensor:
-        """The same call on another first operand."""
-        result: Tensor = self.func(x, *self.args[1:], **self.kwargs)
-        return result
-
-    def replay(self, trace: Trace, traced: Tensor | None = None) -> Apply:
-        """The same call with the rows in the traced operand's place, other operands cut to those rows where they have them."""
-        target = self.operands[self.slot] if traced is None else traced
-        axis, num_rows = trace.query_axis, target.shape[trace.query_axis]
-
-        def place(argument: Any, x: Tensor, rows: Tensor) -> Any:
-            if argument is target:
-                return x
-            if isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
-                return [place(part, x, rows) for part in argument]
-            if not isinstance(argument, Tensor):
-                return argument
-            part = argument if traced is not None else _rows_of(argument, rows, axis, num_rows)
-            return part.to(x.dtype) if traced is not None else part
-
-        def apply(x: Tensor, rows: Tensor) -> Tensor:
-            arguments = [place(argument, x, rows) for argument in self.args]
-            result: Tensor = self.func(*arguments, **{key: place(value, x, rows) for key, value in self.kwargs.items()})
-            return result
-
-        return apply
-
-
-_Follow = Callable[[Trace, _Call], "Trace | None"]
-
-
-def _lift_cap(trace: Trace, cap: float) -> Trace:
-    """``cap · tanh(x / cap)``: the logits are x, so the division belongs to the cap and not to their scale."""
-    lift = ("affine", Step(lambda x, rows: x * cap)), ("bent", Step(lambda x, rows: x / cap))
-    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *lift, trace.steps[-1]))
-
-
-def _size(x: Tensor, axis: int) -> int:
-    """Size of an axis counted from the right, 1 where broadcasting would add it."""
-    return x.shape[axis] if x.dim() >= -axis else 1
-
-
-def _rows_of(x: Tensor, rows: Tensor, axis: int, num_rows: int) -> Tensor:
-    return x.index_select(axis, rows) if num_rows > 1 and _size(x, axis) == num_rows else x
-
-
-def _as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
-    """A factor that is constant along the keys, as ``(*batch of the product, Lq or 1, 1)``."""
-    shape = [1 if axis - logits.dim() == trace.key_axis else size for axis, size in enumerate(logits.shape)]
-    full = factor.expand(shape).movedim((trace.query_axis, trace.key_axis), (-2, -1))
-    return full.reshape(*trace.origin.product.batch, full.shape[-2], 1)
-
-
-def _as_attention(trace: Trace) -> Attention | None:
-    """The finished trace as (B, Hq, L, d) operands with the steps of its replay, None where B and Hq cannot be told."""
-    origin, product = trace.origin, trace.origin.product
-    num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
-    num_sequences = _num_sequences(product.batch, origin.frame, num_rows)
-    if num_sequences is None:
-        return None
-    query = product.query
-    for factor in trace.factors:
-        query = query * factor
-    head_dim = query.shape[-1]
-    query = query.expand(*product.batch, num_rows, head_dim).reshape(num_sequences, -1, num_rows, head_dim)
-    key = _key_heads(origin, num_sequences)
-    code_axes = (product.query_axis, product.key_axis)
-    softmax_query_axis, softmax_key_axis, first = trace.softmax_axes
-
-    def arrange(x: Tensor) -> Tensor:
-        return x.reshape(*product.batch, *x.shape[-2:]).movedim((-2, -1), code_axes)
-
-    def restore(x: Tensor) -> Tensor:
-        x = x.movedim((softmax_query_axis, softmax_key_axis), (-2, -1))
-        return x.reshape(num_sequences, -1, *x.shape[-2:])[..., first : first + num_keys]
-
-    visible = [seen.reshape(num_sequences, -1, num_keys).any(1) for seen in trace.visible]
-    return Attention(
-        query=query,
-        key=key,
-        scale=trace.scale,
-        arrange=arrange,
-        restore=restore,
-        affine=trace.staged("affine"),
-        bent=trace.staged("bent"),
-        after=trace.staged("after"),
-        key_axis=softmax_key_axis,
-        outside=set(trace.outside),
-        visible=visible,
-    )
-
-
-def _num_sequences(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
-    """How many sequences the leading axes of a product hold: their first axis, or what the layer was handed.
-
-    In ``(B·H, L, d)`` sequences and heads are one axis; the layer's own input, ``(B, L, D)`` in any order, tells them apart.
-    """
-    if len(batch) > 1:
-        return batch[0]
-    if frame is None or not frame.inputs:
-        return None
-    hidden = frame.inputs[0]
-    sequences, rest = divmod(hidden.numel() // hidden.shape[-1], num_rows)
-    return sequences if sequences and rest == 0 and batch[0] % sequences == 0 else None
-
-
-def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
-    """Keys as (B, Hkv, Lk, d): as they were before repetition, or without the axes along which they are broadcast."""
-    key, batch = origin.product.key, origin.product.batch
-    num_keys, head_dim = key.shape[-2:]
-    if origin.unrepeated_key is not None:
-        return origin.unrepeated_key.reshape(num_sequences, -1, num_keys, head_dim)
-    own = list(key.shape[:-2])
-    while len(own) > 1 and own[-1] == 1:
-        own.pop()
-    if own == list(batch[: len(own)]):
-        return key.reshape(num_sequences, -1, num_keys, head_dim)
-    return key.expand(*batch, num_keys, head_dim).reshape(num_sequences, -1, num_keys, head_dim)
