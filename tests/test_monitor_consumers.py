@@ -168,7 +168,7 @@ def test_lightning_stops_and_saves_when_an_alert_asks_for_it(tmp_path: Path) -> 
     class Starved(Module):
         def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             super().optimizer_step(*args, **kwargs)
-            if self.global_step >= 3:
+            if self.global_step >= 2:
                 starve(self.gpt)
 
     watcher = AttentionMonitorCallback(
