@@ -186,6 +186,8 @@ class Reference:
 
     def grown_to(self, count: int) -> Reference:
         """Return these references and unknown ones up to ``count`` heads."""
+        if count == len(self.base):
+            return self
         more = Reference.unknown(count - len(self.base))
         return Reference(torch.cat([self.base, more.base]), torch.cat([self.crowd, more.crowd]))
 

@@ -92,8 +92,9 @@ class RuleWatch:
         units = recent.units(self.rule.scope)
         grown = len(units) - len(self.leaf)
         self.samples += 1
-        self.states = self.states.followed_by(AlarmStates.inactive(grown))
-        self.leaf = torch.cat([self.leaf, self.leaf.new_zeros(grown)])
+        if grown:
+            self.states = self.states.followed_by(AlarmStates.inactive(grown))
+            self.leaf = torch.cat([self.leaf, self.leaf.new_zeros(grown)])
         seen = [
             _see_share(number, leaf, firing_share) if isinstance(leaf, FiringShare) else self._see(number, leaf, recent)
             for number, leaf in enumerate(leaves(self.rule.when))

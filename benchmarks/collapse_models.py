@@ -1,0 +1,148 @@
+"""Three small families of language models whose heads can be broken one at a time.
+
+They differ where monitors go wrong: ``gpt2`` has biases, learned positions and fused attention; ``llama`` has
+RoPE and grouped keys; ``qknorm`` writes its attention out and normalises queries and keys, so that weights can grow
+without the logits following.
+
+Letters: B sequences, L positions, H query heads, G key heads, d size of a head, D width of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FAMILIES = ("gpt2", "llama", "qknorm")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a model."""
+
+    num_layers: int = 4
+    num_heads: int = 4
+    head_dim: int = 16
+    vocabulary: int = 128
+    length: int = 128
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.num_heads * self.head_dim
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Apply rotary positions to (B, H, L, d)."""
+    length, half = x.shape[-2], x.shape[-1] // 2
+    frequency = 1e4 ** (-torch.arange(half) / half)
+    angle = torch.arange(length)[:, None] * frequency
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention of one family, with access to what one head owns."""
+
+    def __init__(self, family: str, shape: Shape) -> None:
+        super().__init__()
+        self.family, self.shape = family, shape
+        self.num_kv_heads = shape.num_heads // 2 if family == "llama" else shape.num_heads
+        with_bias = family == "gpt2"
+        self.query = nn.Linear(shape.width, shape.width, bias=with_bias)
+        self.key = nn.Linear(shape.width, self.num_kv_heads * shape.head_dim, bias=with_bias)
+        self.value = nn.Linear(shape.width, self.num_kv_heads * shape.head_dim, bias=with_bias)
+        self.output = nn.Linear(shape.width, shape.width, bias=with_bias)
+        if family == "qknorm":
+            self.query_gain = nn.Parameter(torch.ones(shape.num_heads, 1, shape.head_dim))
+            self.key_gain = nn.Parameter(torch.ones(self.num_kv_heads, 1, shape.head_dim))
+        self.extra_key: Tensor | None = None  # (G, L, d): where a fault puts a key that takes over
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, D) to (B, L, D)."""
+        heads = (-1, self.shape.head_dim)
+        query, key, value = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.query, self.key, self.value))
+        if self.family == "qknorm":
+            query = F.rms_norm(query, query.shape[-1:]) * self.query_gain
+            key = F.rms_norm(key, key.shape[-1:]) * self.key_gain
+        if self.family == "llama":
+            query, key = rotate(query), rotate(key)
+        if self.extra_key is not None:
+            key = key + self.extra_key[:, : key.shape[-2]]
+        if self.family == "qknorm":
+            logits = query @ key.transpose(-1, -2) * self.shape.head_dim**-0.5
+            visible = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+            mixed = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.family == "llama")
+        return self.output(mixed.transpose(1, 2).flatten(-2))
+
+    def slices(self, side: str, head: int) -> list[Tensor]:
+        """Return views of what sets the size of one head's queries or keys."""
+        if self.family == "qknorm":
+            return [getattr(self, f"{side}_gain").data[head]]
+        projection = getattr(self, side)
+        rows = slice(head * self.shape.head_dim, (head + 1) * self.shape.head_dim)
+        return [tensor.data[rows] for tensor in (projection.weight, projection.bias) if tensor is not None]
+
+    def key_matrix(self, head: int) -> Tensor:
+        """Return a view of the (d, D) key projection of one KV head."""
+        return self.key.weight.data[head * self.shape.head_dim : (head + 1) * self.shape.head_dim]
+
+
+class Block(nn.Module):
+    """Attention and MLP, normalised before."""
+
+    def __init__(self, family: str, shape: Shape) -> None:
+        super().__init__()
+        norm = nn.LayerNorm if family == "gpt2" else nn.RMSNorm
+        self.attention_norm, self.mlp_norm = norm(shape.width), norm(shape.width)
+        self.attention = Attention(family, shape)
+        self.is_gated = family == "llama"
+        inner = 3 * shape.width
+        self.up = nn.Linear(shape.width, 2 * inner if self.is_gated else inner, bias=family == "gpt2")
+        self.down = nn.Linear(inner, shape.width, bias=family == "gpt2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, D) to (B, L, D)."""
+        x = x + self.attention(self.attention_norm(x))
+        up = self.up(self.mlp_norm(x))
+        if self.is_gated:
+            gate, up = up.chunk(2, dim=-1)
+            return x + self.down(F.silu(gate) * up)
+        return x + self.down(F.gelu(up))
+
+
+class TinyLM(nn.Module):
+    """A character model of one family."""
+
+    def __init__(self, family: str, shape: Shape, *, query_key_gain: float = 1.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.positions = None if family == "llama" else nn.Embedding(shape.length, shape.width)
+        self.blocks = nn.ModuleList(Block(family, shape) for _ in range(shape.num_layers))
+        self.norm = nn.LayerNorm(shape.width) if family == "gpt2" else nn.RMSNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else shape.width**-0.5)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            block.down.weight.data /= (2 * shape.num_layers) ** 0.5
+            block.attention.output.weight.data /= (2 * shape.num_layers) ** 0.5
+            for side in ("query", "key"):
+                for head in range(block.attention.num_kv_heads if side == "key" else shape.num_heads):
+                    for tensor in block.attention.slices(side, head):
+                        tensor *= query_key_gain
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Map (B, L) characters to (B, L, vocabulary) logits."""
+        x = self.embedding(characters)
+        if self.positions is not None:
+            x = x + self.positions.weight[: characters.shape[-1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

@@ -1,0 +1,108 @@
+"""Replaying a recorded run finds what the live watch found."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, Threshold, replay, replay_text
+from attnmonitor.record import RunRecord
+from attnmonitor.sample import Sample
+
+FAINT = Rule(
+    "faint", "dead_head", "query_head", Threshold("query_rms", "value", fire_below=-2.0, clear_above=-1.0), grace=0
+)
+
+
+def recorded(path, samples: list[tuple[int, dict, str | None]]) -> RunRecord:
+    with RunRecord.create(path, run={"model": "tiny", "probe_fingerprint": "00"}) as record:
+        for step, values, failure in samples:
+            record.append(Sample(step, values, failure=failure))
+    return RunRecord.open(path)
+
+
+def sick_run(num_samples: int = 50, onset: int = 35) -> list[tuple[int, dict, None]]:
+    """Nine query heads and nine KV heads with 3 % of noise; one loses its queries, then the run its numbers."""
+    noise = torch.Generator().manual_seed(0)
+    metrics = sorted(Alerts().required_metrics)
+    run = []
+    for index in range(num_samples):
+        values = {
+            metric: {f"layers.{i}": (0.5 * (0.03 * torch.randn(3, generator=noise)).exp()) for i in range(3)}
+            for metric in metrics
+        }
+        values["key_participation_ratio"] = {layer: v + 8 for layer, v in values["key_participation_ratio"].items()}
+        values["key_norm_participation"] = {layer: v + 0.4 for layer, v in values["key_norm_participation"].items()}
+        if index >= onset:
+            values["query_rms"]["layers.1"][2] *= 0.2
+        if index >= num_samples - 2:
+            values["energy_rms"]["layers.1"][0] = math.nan
+            values["energy_rms"]["layers.2"][:] = math.nan
+        run.append((10 * index, values, None))
+    return run
+
+
+def test_a_replay_says_what_the_live_watch_said(tmp_path):
+    run = sick_run()
+    watch = Alerts()
+    live = [event for step, values, _ in run for event in watch.observe(values, step)]
+    assert [(event.rule, event.layer, event.head) for event in live if event.severity == "warning"] == [
+        ("query_faded", "layers.1", 2)
+    ]
+    assert [event.rule for event in live][-1] == "non_finite"
+    # As text, because a NaN baseline equals nothing.
+    assert [repr(event) for event in replay(recorded(tmp_path / "run.sqlite", run))] == [repr(event) for event in live]
+
+
+def test_a_replay_with_other_rules_needs_no_model(tmp_path):
+    record = recorded(tmp_path / "run.sqlite", sick_run())
+    [event, held] = replay(record, [FAINT])
+    assert (event.layer, event.head, event.global_step) == ("layers.1", 2, 360)
+    assert (held.severity, held.global_step, held.since_step) == ("critical", 460, 350)
+    text = replay_text([event])
+    assert "faint" in text
+    assert "layers.1 query_head 2" in text
+    assert replay_text(replay(record, [])) == "nothing would have fired"
+
+
+def test_sampling_less_often_finds_it_later(tmp_path):
+    record = recorded(tmp_path / "run.sqlite", sick_run())
+    assert replay(record, [FAINT], stride=3)[0].global_step == 390
+
+
+def test_a_failed_sample_and_a_layer_that_was_never_measured_are_no_alarm(tmp_path):
+    run = sick_run(num_samples=20, onset=99)[:18]
+    for _, values, _ in run:
+        for layers in values.values():
+            layers["layers.9"] = torch.full((3,), torch.nan)
+    nothing = {metric: {layer: v * torch.nan for layer, v in layers.items()} for metric, layers in run[-1][1].items()}
+    run.append((180, nothing, "out of memory"))
+    assert replay(recorded(tmp_path / "run.sqlite", run), DEFAULT_RULES) == []
+
+
+def test_a_run_that_turns_all_nan_is_told(tmp_path):
+    run = sick_run(num_samples=20, onset=99)[:18]
+    nothing = {metric: {layer: v * torch.nan for layer, v in layers.items()} for metric, layers in run[-1][1].items()}
+    events = replay(recorded(tmp_path / "run.sqlite", [*run, (180, nothing, None)]))
+    assert [(event.rule, event.global_step) for event in events] == [("non_finite_run", 180)]
+
+
+def test_a_metric_that_was_recorded_seldom_keeps_its_own_pace(tmp_path):
+    run = sick_run(num_samples=30, onset=99)[:28]
+    for index, (_, values, _) in enumerate(run):
+        if index % 5 == 0:
+            values["interaction_participation_ratio"] = {
+                "layers.0": torch.tensor([9.0, 9.0, 9.0 if index < 20 else 1.0])
+            }
+    low = Threshold("interaction_participation_ratio", "value", fire_below=1.0, clear_above=1.5)
+    [event] = replay(recorded(tmp_path / "run.sqlite", run), [Rule("low", "rank_collapse", "query_head", low, grace=0)])
+    assert (event.head, event.global_step) == (2, 250)
+
+
+def test_a_rule_over_what_was_not_recorded_is_an_error_that_names_it(tmp_path):
+    record = recorded(tmp_path / "run.sqlite", sick_run(3))
+    entropy = Rule("no_focus", "x", "query_head", Threshold("sink_mass", "value", fire_above=1.0, clear_below=0.5))
+    with pytest.raises(ValueError, match="rules no_focus: the run did not record sink_mass"):
+        replay(record, [entropy])
