@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Run some text through a checkpoint once and say what each of its attention heads does. Of several models, or "
-        "of a folder that holds the checkpoints of a run, one row each."
+        "Run some text through a checkpoint once and say what each of its attention heads does. Of several models or "
+        "lengths, or of a folder that holds the checkpoints of a run, one row each."
     )
     add = parser.add_argument
     add(
@@ -76,7 +76,7 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
         help="a folder, a Hugging Face id, a .gguf file, or a folder of checkpoints",
     )
     add("--text", type=Path, metavar="FILE", help="what to run through it (default: the help texts of Python)")
-    add("--length", type=int, default=512, metavar="L", help="tokens in a sequence (default: %(default)s)")
+    add("--length", type=_lengths, default=[512], metavar="L[,L...]", help="tokens in a sequence (default: 512)")
     add("--batch", type=int, default=4, metavar="B", help="sequences at most (default: %(default)s)")
     add(
         "--dtype",
@@ -86,7 +86,12 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", help="where to run (default: the first CUDA device, else the CPU)")
     add("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
-    add("--metrics", nargs="+", metavar="NAME", help="what to measure (default: all that needs no L×L matrix)")
+    add(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="what to measure (default: all but what needs rows of the L×L matrix)",
+    )
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add(
         "--json",
@@ -105,41 +110,43 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_scan)
 
 
+def _lengths(text: str) -> list[int]:
+    return [int(length) for length in text.split(",")]
+
+
 def _run_scan(arguments: argparse.Namespace) -> int:
     for target in (arguments.json, arguments.csv, arguments.plot):
         if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
             raise ValueError(f"{target}: there is no folder {Path(target).absolute().parent} to write it to")
     import torch
 
-    from attnmonitor.scan import checkpoints_in, scan
+    from attnmonitor.checkpoint import Checkpoint, checkpoints_in
+    from attnmonitor.scan import audit
 
     _silence_transformers()
     text = None if arguments.text is None else arguments.text.read_text(encoding="utf-8")
     models = [path for model in arguments.models for path in (checkpoints_in(model) or [model])]
-    if arguments.plot is not None and len(models) < 2:
-        raise ValueError(
-            f"--plot {arguments.plot}: one model has no trajectory; name several, or a folder of checkpoints"
-        )
+    if arguments.plot is not None and (len(models) < 2 or len(arguments.length) > 1):
+        raise ValueError(f"--plot {arguments.plot}: draws several models, or a folder of checkpoints, at one --length")
     scans = []
     for model in models:
-        with _progress_bar(Path(model).name) as progress:
-            found = scan(
-                model,
-                text=text,
-                length=arguments.length,
-                batch=arguments.batch,
-                dtype=getattr(torch, arguments.dtype),
-                device=arguments.device,
-                tokenizer=arguments.tokenizer,
-                metrics=arguments.metrics,
-                trust_remote_code=arguments.trust_remote_code,
-                progress=progress,
-            )
-        scans.append(found)
+        checkpoint = Checkpoint(
+            model,
+            dtype=getattr(torch, arguments.dtype),
+            device=arguments.device,
+            tokenizer=arguments.tokenizer,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        for length in arguments.length:
+            settings = {"length": length, "batch": arguments.batch, "metrics": arguments.metrics}
+            with _progress_bar(Path(model).name) as progress:
+                scans.append(audit(checkpoint, text=text, progress=progress, **settings))
     _put_out(scans, arguments)
     for found in scans:
         for name, reason in found.not_measured.items():
             print(f"attnmonitor scan: {found.model}: {name} is not measured: {reason}", file=sys.stderr)
+        for name, reason in found.without_projections.items():
+            print(f"attnmonitor scan: {found.model}: {name} has no learned rank: {reason}", file=sys.stderr)
     return int(any(found.not_measured for found in scans))
 
 
@@ -161,7 +168,7 @@ def _put_out(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
 
 def _print_scan(found: Scan) -> None:
-    from attnmonitor.verdict import outstanding_heads, print_layer_table, short_layer_names
+    from attnmonitor.verdict import layer_table, outstanding_heads, print_layer_table, short_layer_names
 
     measured = [layer for layer in found.coverage.values() if layer.measured]
     kinds = {layer.heads: sum(other.heads == layer.heads for other in measured) for layer in measured}
@@ -170,7 +177,10 @@ def _print_scan(found: Scan) -> None:
     )
     print(f"{found.model}: {shapes}; {found.num_sequences} sequences of {found.length} tokens")
     shown = [metric for metric in _TABLE_METRICS if metric in found.values] or list(found.values)
-    print_layer_table(found.values, coverage=found.coverage, metrics=shown)
+    if sys.stdout.isatty():
+        print_layer_table(found.values, coverage=found.coverage, metrics=shown)
+    else:  # nobody's screen limits the width
+        print(layer_table(found.values, coverage=found.coverage, metrics=shown))
     short = short_layer_names(found.coverage)
     for metric in shown:
         heads = outstanding_heads(found.values[metric], metric, 3)
@@ -193,11 +203,12 @@ def _beside_the_published(found: Scan) -> str:
 def _rows_of_models(scans: Sequence[Scan]) -> str:
     """Return a table with a row per model: median over all heads with the least and the greatest."""
     metrics = [metric for metric in _TABLE_METRICS if metric in scans[0].values] or list(scans[0].values)
-    rows = [["model", "layers", *metrics]]
+    rows = [["model", "layers", "length", *metrics]]
     for found in scans:
         summary = found.summary()
         cells = [f"{s['median']:.3g} ({s['min']:.3g}–{s['max']:.3g})" for s in (summary[metric] for metric in metrics)]
-        rows.append([found.model, str(len(found.coverage) - len(found.not_measured)), *cells])
+        num_layers = len(found.coverage) - len(found.not_measured)
+        rows.append([found.model, str(num_layers), str(found.length), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -225,8 +236,8 @@ def _plot(scans: Sequence[Scan], target: Path) -> None:
     import torch
     from matplotlib.figure import Figure
 
+    from attnmonitor.checkpoint import step_of
     from attnmonitor.plots import bands
-    from attnmonitor.scan import step_of
 
     metrics = [metric for metric in _TABLE_METRICS if metric in scans[0].values] or list(scans[0].values)
     layers = list(scans[0].values[metrics[0]])

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
+from attnmonitor.catalog import DEFAULT_METRICS, WEIGHT_METRICS, check_metric_names
+from attnmonitor.checkpoint import Checkpoint
+from attnmonitor.learned import LearnedSide
 from attnmonitor.measurement import Measurement
 from attnmonitor.probe import Probe, default_forward
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["Scan", "bundled_text", "checkpoints_in", "scan"]
+__all__ = ["Scan", "audit", "bundled_text", "scan"]
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of it that is done."""
@@ -42,6 +43,7 @@ class Scan:
         probe_fingerprint: 12 hex digits that tell these tokens from others.
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, layers in forward order; only layers measured.
         coverage: How each attention layer was captured, or why it has no values.
+        without_projections: Layers whose weight metrics are NaN because W_Q and W_K were not found, and why.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Scan:
     probe_fingerprint: str
     values: Mapping[str, Mapping[str, Tensor]]
     coverage: Mapping[str, LayerCoverage]
+    without_projections: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -86,6 +89,7 @@ class Scan:
                 if layer.measured
             ],
             "not_measured": self.not_measured,
+            "without_projections": dict(self.without_projections),
             "summary": self.summary(),
         }
 
@@ -101,69 +105,81 @@ def scan(
     tokenizer: str | Path | None = None,
     metrics: Iterable[str] | None = None,
     trust_remote_code: bool = False,
+) -> Scan:
+    """Load a checkpoint and measure every attention head of it: `Checkpoint`, then `audit`.
+
+    Example:
+        >>> found = scan("gpt2", length=256)  # doctest: +SKIP
+        >>> found.summary()["energy_effective_rank"]  # doctest: +SKIP
+        {'min': 1.25, 'median': 7.5, 'max': 19.75}
+    """
+    checkpoint = Checkpoint(model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    return audit(checkpoint, text=text, length=length, batch=batch, metrics=metrics)
+
+
+def audit(
+    checkpoint: Checkpoint,
+    *,
+    text: str | None = None,
+    length: int = 512,
+    batch: int = 4,
+    metrics: Iterable[str] | None = None,
     progress: Progress = lambda doing, fraction: None,
 ) -> Scan:
     """Measure every attention head of a checkpoint on some text.
 
     Args:
-        model: A folder with ``config.json`` and weights, a Hugging Face id, or a ``.gguf`` file.
+        checkpoint: The model.
         text: What to run through it; by default the English help texts that come with Python (which differ between
             versions of Python: compare numbers by their ``probe_fingerprint``).
         length: Tokens in each sequence, at least 2.
         batch: Sequences at most; fewer where the text is shorter.
-        dtype: Of the weights and of the forward.
-        device: Where to run; by default the first CUDA device, else the CPU.
-        tokenizer: Folder, Hugging Face id or ``.gguf`` file of the tokenizer, where the model brings none.
-        metrics: Names out of `attnmonitor.catalog.METRICS`; the default ones if left out.
-        trust_remote_code: Run code that comes with the checkpoint.
+        metrics: Names out of `attnmonitor.catalog.METRICS`; by default all but those that need rows of the L×L matrix.
         progress: Told what is being done.
 
     Raises:
-        ValueError: The model or its tokenizer cannot be loaded, takes no text, has no attention that can be measured,
-            or the text is shorter than ``length``. The message names the thing and the way out.
+        ValueError: The weights cannot be loaded, the model takes no text or has no attention that can be measured, or
+            the text is shorter than ``length``. The message names the thing and the way out.
     """
-    names = check_metric_names(metrics or DEFAULT_METRICS)
+    names = check_metric_names(metrics or DEFAULT_METRICS + WEIGHT_METRICS)
     if length < 2 or batch < 1:
         raise ValueError(
             f"length={length}, batch={batch}: a sequence needs 2 tokens or more, a batch 1 sequence or more"
         )
+    sequences = checkpoint.sequences(bundled_text() if text is None else text, length, batch)
     progress("loading", 0.0)
-    config = _config(model, trust_remote_code, length)
-    sequences = _sequences(
-        _tokenizer(model if tokenizer is None else tokenizer, trust_remote_code),
-        bundled_text() if text is None else text,
-        length,
-        batch,
-    )
-    loaded = _model(model, config, trust_remote_code)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        loaded.to(device=where, dtype=dtype).eval()
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it or the machine lacks
-        raise ValueError(f"device={str(where)!r} cannot hold the model as {dtype}: {_first_line(error)}") from error
-    inputs: dict[str, Any] = {"input_ids": sequences.to(next(loaded.parameters()).device)}
-    if getattr(loaded.config, "is_encoder_decoder", False):
+    model = checkpoint.model
+    inputs = {"input_ids": sequences.to(next(model.parameters()).device)}
+    if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
 
     def forward(model: nn.Module, tokens: Mapping[str, Tensor]) -> None:
-        can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         with _counted(model, lambda fraction: progress("measuring", fraction)):
-            default_forward(model, {**tokens, "logits_to_keep": 1} if can_skip_logits else tokens)
+            _run(model, tokens)
 
-    probe = Probe(loaded, inputs, forward=forward)
-    measured = Measurement(loaded, probe, names).attach()
-    found = Scan(
-        model=str(model),
+    probe = Probe(model, inputs, forward=forward)
+    # The energy rank comes along whatever is asked for: the learned rank is compared with it.
+    from_text = dict.fromkeys([*(set(names) - set(WEIGHT_METRICS)), "energy_effective_rank"])
+    measured = Measurement(model, probe, check_metric_names(from_text)).attach()
+    shown = {name: layer for name, layer in measured.coverage.items() if layer.measured}
+    if not shown:
+        name, layer = next(iter(measured.coverage.items()))
+        raise ValueError(f"model={checkpoint.name}: no attention layer could be measured; {name}: {layer.reason}")
+    values = dict(measured.trusted_values())
+    # Projections are told by position 0 alone, so a few tokens will do.
+    few = Probe(model, {name: tokens[:, :8] for name, tokens in inputs.items()}, forward=_run)
+    learned = LearnedSide(model, few, shown, WEIGHT_METRICS) if set(WEIGHT_METRICS) & set(names) else None
+    if learned is not None:
+        values |= learned.take(values["energy_effective_rank"])
+    return Scan(
+        model=checkpoint.name,
         length=length,
         num_sequences=len(sequences),
         probe_fingerprint=probe.fingerprint,
-        values=measured.trusted_values(),
+        values={metric: values[metric] for metric in names},
         coverage=measured.coverage,
+        without_projections={} if learned is None else learned.reasons,
     )
-    if len(found.not_measured) == len(found.coverage):
-        name, reason = next(iter(found.not_measured.items()))
-        raise ValueError(f"model={model}: no attention layer could be measured; {name}: {reason}")
-    return found
 
 
 def bundled_text() -> str:
@@ -173,101 +189,9 @@ def bundled_text() -> str:
     return "\n".join(topics.values())
 
 
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of one run that a folder holds, in order of their steps; none if it is a model itself."""
-    folder = Path(folder)
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return []
-    return sorted(
-        (file.parent for file in folder.glob("*/config.json")), key=lambda path: (step_of(path.name), path.name)
-    )
-
-
-def step_of(name: str) -> int:
-    """Return the number at the end of a checkpoint's name: ``checkpoint-200`` is 200, a name without one is 0."""
-    number = re.search(r"(\d+)/?$", name)
-    return int(number.group(1)) if number else 0
-
-
-def _located(model: str | Path) -> tuple[str, dict[str, str]]:
-    """Return what ``from_pretrained`` calls a model: its folder or id, and the file in it where it is one."""
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)) and path.suffix != ".gguf"
-    if not path.is_dir() and not is_id:
-        raise ValueError(
-            f"{str(model)!r} is neither a folder, nor a .gguf file, nor the id of a Hugging Face model; check the path"
-        )
-    return str(path if path.is_dir() else model), {}
-
-
-def _config(model: str | Path, trust_remote_code: bool, length: int) -> Any:
-    import transformers
-
-    source, where = _located(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    except Exception as error:
-        raise ValueError(
-            f"model={str(model)!r} cannot be loaded: {_first_line(error)} (a model is a folder with config.json and "
-            "weights, a Hugging Face id or a .gguf file)"
-        ) from error
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise ValueError(f"length={length} is more than the {limit} positions {str(model)!r} has; take {limit} or less")
-    return config
-
-
-def _model(model: str | Path, config: Any, trust_remote_code: bool) -> Any:
-    import transformers
-
-    source, where = _located(model)
-    # The class the checkpoint was saved from, so that layers have the names they had in training.
-    saved_from = (getattr(transformers, name, None) for name in config.architectures or ())
-    kind = next(filter(None, saved_from), transformers.AutoModelForCausalLM)
-    try:
-        loaded = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    except Exception as error:
-        raise ValueError(f"the weights of model={str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    if loaded.main_input_name != "input_ids":
-        raise ValueError(
-            f"model={str(model)!r} is a {type(loaded).__name__} and takes {loaded.main_input_name!r}, not text; "
-            "measure it with AttentionMonitor(model, probe).sample(0) on a batch of its own kind"
-        )
-    return loaded
-
-
-def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
-    import transformers
-
-    folder, where = _located(source)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
-    except Exception as error:
-        raise ValueError(
-            f"no tokenizer in {str(source)!r}: {_first_line(error)}; name the folder, id or .gguf file of the one the "
-            "model was trained with: tokenizer=... (--tokenizer on the command line)"
-        ) from error
-
-
-def _sequences(tokenizer: Any, text: str, length: int, batch: int) -> Tensor:
-    """Cut the text into sequences of exactly ``length`` tokens, each with the model's own special tokens."""
-    if tokenizer.is_fast:
-        cut = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
-    else:
-        token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        room = max(1, length - tokenizer.num_special_tokens_to_add())
-        cut = [
-            tokenizer.prepare_for_model(token_ids[at : at + room])["input_ids"] for at in range(0, len(token_ids), room)
-        ]
-    whole = [token_ids for token_ids in cut if len(token_ids) == length][:batch]
-    if not whole:
-        raise ValueError(
-            f"the text is {max(map(len, cut), default=0)} tokens long, shorter than one sequence of length={length}; "
-            "give a longer text or a smaller length"
-        )
-    return torch.tensor(whole)
+def _run(model: Any, tokens: Mapping[str, Tensor]) -> None:
+    can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+    default_forward(model, {**tokens, "logits_to_keep": 1} if can_skip_logits else tokens)
 
 
 @contextmanager
@@ -288,10 +212,6 @@ def _counted(model: nn.Module, progress: Callable[[float], None]) -> Iterator[No
         for handle in handles:
             handle.remove()
         progress(1.0)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _short(value: float) -> float:

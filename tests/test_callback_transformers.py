@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from transformers import (
 from wandb_files import curve, offline_run
 
 from attnmonitor import DEFAULT_METRICS, AttentionMonitor
+from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback as LightningCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback
@@ -275,6 +278,20 @@ def test_a_run_stopped_by_another_callback_is_finished_properly(tmp_path: Path) 
     assert list(RunRecord.open(callback.monitor.record_path).steps) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("action", ["stop", "checkpoint"])
+def test_an_alert_stops_the_trainer_or_has_it_save(action: str, tmp_path: Path) -> None:
+    always = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0)
+    rule = Rule("always", "test", "query_head", always, patience=3, grace=0)
+    callback = AttentionMonitorCallback(every_n_steps=1, alerts=[rule], actions={"always": action})
+    trainer = trainer_of(tmp_path, callback, max_steps=4)
+    trainer.train()
+    assert callback.monitor is not None
+    [begun] = {event.global_step for event in callback.monitor.firing}
+    assert trainer.state.global_step == (begun if action == "stop" else 4)
+    assert begun < 4
+    assert (tmp_path / f"checkpoint-{begun}" / "attnmonitor.pt").exists() == (action == "checkpoint")
+
+
 @pytest.mark.parametrize("name", [None, "first"])
 def test_a_resumed_run_has_the_history_alerts_and_record_of_one_never_interrupted(
     name: str | None, tmp_path: Path
@@ -384,3 +401,41 @@ def test_a_loop_that_is_not_a_trainer_is_told_what_to_use() -> None:
 def test_two_schedules_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="every_n_steps=5 and schedule=7"):
         AttentionMonitorCallback(every_n_steps=5, schedule=7)
+
+
+# Several processes
+
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from test_callback_transformers import AttentionMonitorCallback, Rule, Threshold, trainer_of
+
+folder = Path(sys.argv[2])
+always = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0)
+rule = Rule("always", "test", "query_head", always, patience=4, grace=0)
+seen = {}
+for name, actions, resume in (("stopped", {"always": "stop"}, None), ("resumed", {}, str(folder / "checkpoint-2"))):
+    callback = AttentionMonitorCallback(every_n_steps=1, alerts=[rule], actions=actions)
+    trainer = trainer_of(folder, callback, max_steps=5, save_strategy="steps", save_steps=2)
+    trainer.train(resume_from_checkpoint=resume)
+    seen[name] = [trainer.state.global_step, callback.monitor.history.steps, len(trainer.state.log_history)]
+    seen[name].append(sum(weight.double().sum().item() for weight in trainer.model.parameters()))
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.soak
+def test_of_two_processes_one_measures_and_both_stop_and_resume_together(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, "script.py", str(Path(__file__).parent), str(tmp_path)], check=True, timeout=300)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["stopped"][:2] == [3, [0, 1, 2, 3]]
+    assert second["stopped"][:2] == [3, []]
+    assert first["resumed"][:2] == [5, [0, 1, 2, 3, 4, 5]]
+    assert second["resumed"][:2] == [5, []]
+    assert first["resumed"][2] > second["resumed"][2]
+    assert [run[3] for run in first.values()] == [run[3] for run in second.values()]
+    assert len(list(tmp_path.glob("attnmonitor_runs/*.sqlite"))) == 1

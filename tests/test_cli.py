@@ -13,7 +13,7 @@ from checkpoints import TEXT, save_llama, save_tokenizer
 from models import TinyGPT, token_batch, train
 
 import attnmonitor
-from attnmonitor import DEFAULT_METRICS
+from attnmonitor import DEFAULT_METRICS, WEIGHT_METRICS
 from attnmonitor.alerts import DEFAULT_RULES, replay, replay_text, save_rules
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.cli import main
@@ -90,6 +90,20 @@ def test_scan_writes_json_and_csv_files_that_agree(checkpoint: Path, text: Path,
         assert float(row["value"]) == layer[row["metric"]][int(row["head"])]
 
 
+def test_several_lengths_give_a_row_each_of_a_model_that_is_loaded_once(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    loaded = []
+    load = LlamaForCausalLM.from_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    assert command("scan", checkpoint, "--text", text, "--length", "16,32,64") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[2] for row in rows[1:]] == ["16", "32", "64"]
+    assert len(loaded) == 1
+
+
 def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
     run_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +129,7 @@ def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
         (["scan", "MODEL", "--text", "SHORT", "--length", "64"], "the text is 5 tokens long"),
         (["scan", "MODEL", "--metrics", "rank"], "unknown metric 'rank'"),
         (["scan", "MODEL", "--json", "nowhere/out.json"], "nowhere/out.json: there is no folder"),
-        (["scan", "MODEL", "--plot", "out.png"], "one model has no trajectory"),
+        (["scan", "MODEL", "--plot", "out.png"], "draws several models"),
         (["scan", "MODEL", "--text", "TEXT", "--length", "16", "--device", "nodevice"], "nodevice"),
         (["report", "nowhere.sqlite"], "nowhere.sqlite"),
         (["replay", "nowhere.sqlite"], "nowhere.sqlite"),
@@ -247,4 +261,4 @@ def test_a_missing_command_is_explained(capsys: pytest.CaptureFixture[str]) -> N
 def test_default_metrics_are_all_in_the_json(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("scan", checkpoint, "--text", text, "--length", 8, "--batch", 1, "--json") == 0
     layer = json.loads(capsys.readouterr().out)["layers"][0]
-    assert set(layer) == {"name", *DEFAULT_METRICS}
+    assert set(layer) == {"name", *DEFAULT_METRICS, *WEIGHT_METRICS}

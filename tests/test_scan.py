@@ -21,8 +21,9 @@ from transformers import (
     ViTModel,
 )
 
-from attnmonitor import DEFAULT_METRICS, AttentionMonitor, LayerCoverage
-from attnmonitor.scan import Scan, bundled_text, checkpoints_in, scan, step_of
+from attnmonitor import DEFAULT_METRICS, WEIGHT_METRICS, AttentionMonitor, LayerCoverage
+from attnmonitor.checkpoint import Checkpoint, checkpoints_in, step_of
+from attnmonitor.scan import Scan, audit, bundled_text, scan
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,48 @@ def test_a_scan_gives_the_numbers_a_monitor_gives_for_the_same_tokens(checkpoint
     tokens = torch.tensor([alphabet(TEXT)["input_ids"][at : at + 40] for at in (0, 40, 80)])
     monitor = AttentionMonitor(model, {"input_ids": tokens}, record=None)
     sample = monitor.sample(0)
-    assert tuple(found.values) == DEFAULT_METRICS
+    assert tuple(found.values) == DEFAULT_METRICS + WEIGHT_METRICS
     for metric, layers in sample.values.items():
         assert list(found.values[metric]) == list(layers) == [f"model.layers.{i}.self_attn" for i in range(2)]
         for layer, heads in layers.items():
             assert torch.equal(found.values[metric][layer], heads)
     assert found.probe_fingerprint == monitor.describe()["probe_fingerprint"]
     assert found.num_sequences == 3
+
+
+def test_learned_ranks_are_those_of_the_dense_product_of_the_layers_own_weights(checkpoint: Path) -> None:
+    model = save_llama(checkpoint)
+    found = scan(checkpoint, text=TEXT, length=40, metrics=["interaction_effective_rank", "spectral_gap"])
+    assert set(found.values) == {"interaction_effective_rank", "spectral_gap"}
+    ranks = scan(checkpoint, text=TEXT, length=40).values["energy_effective_rank"]
+    for index, layer in enumerate(model.model.layers):
+        name = f"model.layers.{index}.self_attn"
+        gain = layer.input_layernorm.weight.double()
+        w_q = layer.self_attn.q_proj.weight.double().view(4, 8, 32) * gain
+        w_k = layer.self_attn.k_proj.weight.double().view(2, 8, 32).repeat_interleave(2, 0) * gain
+        variances = torch.linalg.svdvals(w_q.mT @ w_k).square()
+        counted = (variances.cumsum(-1) < 0.9 * variances.sum(-1, keepdim=True)).sum(-1) + 1
+        assert found.values["interaction_effective_rank"][name].tolist() == counted.tolist()
+        assert torch.equal(found.values["spectral_gap"][name], counted / ranks[name])
+
+
+def test_a_layer_whose_projections_cannot_be_found_says_so_and_keeps_its_other_numbers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    def scrambled(query: torch.Tensor, key: torch.Tensor, *args: Any) -> Any:
+        return rotate(query.cumsum(-1).sin(), key, *args)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scrambled)
+    found = scan(checkpoint, text=TEXT, length=24)
+    assert list(found.without_projections) == list(found.coverage)
+    plain = found.to_json()
+    assert plain["layers"][0]["spectral_gap"] == [None] * 4
+    assert "spectral_gap" not in plain["summary"]
+    assert "energy_effective_rank" in plain["summary"]
 
 
 def test_every_sequence_begins_with_the_models_own_special_tokens(tmp_path: Path) -> None:
@@ -118,7 +154,7 @@ def test_summary_and_json_say_what_the_values_say(checkpoint: Path) -> None:
             "median": pytest.approx((ordered[middle - 1] + ordered[middle]) / 2),
             "max": ordered[-1],
         }
-    assert set(plain["layers"][0]) == {"name", *DEFAULT_METRICS}
+    assert set(plain["layers"][0]) == {"name", *DEFAULT_METRICS, *WEIGHT_METRICS}
 
 
 def test_heads_without_a_number_and_layers_that_failed_stay_out_of_the_figures() -> None:
@@ -141,9 +177,10 @@ def test_heads_without_a_number_and_layers_that_failed_stay_out_of_the_figures()
 
 def test_progress_goes_from_nothing_to_all(checkpoint: Path) -> None:
     told: list[tuple[str, float]] = []
-    scan(checkpoint, text=TEXT, length=8, batch=1, progress=lambda doing, fraction: told.append((doing, fraction)))
+    tell = lambda doing, fraction: told.append((doing, fraction))  # noqa: E731
+    audit(Checkpoint(checkpoint), text=TEXT, length=8, batch=1, progress=tell)
     assert told[0] == ("loading", 0.0)
-    assert told[-1] == ("measuring", 1.0)
+    assert told[-1][1] == 1.0
     fractions = [fraction for doing, fraction in told if doing == "measuring"]
     assert fractions == sorted(fractions)
     assert len(set(fractions)) > 10
@@ -228,3 +265,5 @@ def test_a_gguf_file_gives_the_ranks_an_independent_float64_computation_gave() -
     assert [len(heads) for heads in found.values["energy_effective_rank"].values()] == [9] * 30
     assert all(layer.error is not None and layer.error < 1e-4 for layer in found.coverage.values())
     assert found.summary()["energy_effective_rank"] == {"min": 3, "median": 11, "max": 24}
+    # With the norm's gain folded in; that computation left it out and had a median of 37 and a maximum of 47.
+    assert found.summary()["interaction_effective_rank"] == {"min": 2, "median": 36, "max": 48}
