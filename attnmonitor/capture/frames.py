@@ -34,9 +34,8 @@ class Frame:
         self.projected: list[Tensor] = []
         self.recorded_by = ""
 
-    def note_projection(self, x: Tensor) -> None:
+    def note_projection(self, source: Tensor) -> None:
         """Remember that a weight was applied to one of this call's own inputs, or to a learned sequence."""
-        source = x if x._base is None else x._base
         origins = [tensor for tensor in self.inputs if tensor is source or tensor._base is source]
         for tensor in origins[:1] or ([source] if isinstance(source, nn.Parameter) else []):
             if tensor.dim() >= 3 and not any(tensor is seen for seen in self.projected):
@@ -86,9 +85,10 @@ class Frames:
             self._stack.pop()
 
     def note_projection(self, x: Tensor) -> None:
-        """Tell every running call that a weight was applied to ``x``."""
+        """Tell every running call that a weight was applied to ``x``, a view of which counts as ``x``."""
+        source = x if x._base is None else x._base
         for frame in self._stack:
-            frame.note_projection(x)
+            frame.note_projection(source)
 
     def running(self, module: nn.Module) -> Frame | None:
         """The innermost running call of ``module``."""

@@ -27,6 +27,10 @@ class Notes(Generic[T]):
         entry = self._notes.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
+    def __bool__(self) -> bool:
+        """Whether there is any note, for those who ask on every operation of a forward."""
+        return bool(self._notes)
+
     def put(self, tensor: Tensor, note: T) -> None:
         """Write ``note`` on ``tensor``, over an earlier one."""
         key = id(tensor)
@@ -37,6 +41,3 @@ class Notes(Generic[T]):
 
         self._notes[key] = (weakref.ref(tensor, forget), note)
 
-    def clear(self) -> None:
-        """Drop every note."""
-        self._notes.clear()

@@ -182,8 +182,8 @@ def checked_rows(query: Tensor) -> Tensor:
 def grouped_product(query: Tensor, key: Tensor) -> Tensor:
     """``q kᵀ`` of query heads in groups that share a key head: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``."""
     batch, num_query_heads, num_rows, head_dim = query.shape
-    grouped = query.to(_wide(query)).reshape(batch, key.shape[1], -1, num_rows, head_dim)
-    product = grouped @ key.to(_wide(query)).transpose(-1, -2).unsqueeze(2)
+    together = query.to(_wide(query)).reshape(batch, key.shape[1], -1, head_dim)  # a group's rows in one product
+    product = together @ key.to(_wide(query)).transpose(-1, -2)
     return product.reshape(batch, num_query_heads, num_rows, key.shape[-2])
 
 

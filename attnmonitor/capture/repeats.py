@@ -79,6 +79,6 @@ class Repeats:
     def _observe_carried(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        source = self._sources.get(args[0]) if args else None
+        source = self._sources.get(args[0]) if self._sources and args else None
         if source is not None and source.dim() == output.dim():
             self._sources.put(output, func(source, *args[1:], **kwargs))

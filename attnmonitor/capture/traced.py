@@ -76,9 +76,11 @@ class Tracer:
     # What arrives.
 
     def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        if not self._traces or not isinstance(output, Tensor):
+            return
         call = TracedCall(name, func, args, kwargs, output)
         slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
-        if not slots or not isinstance(output, Tensor):
+        if not slots:
             return
         call.slot = slots[0]
         trace = self._traces.get(call.operands[call.slot])
