@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError, ModuleNotFoundError, sqlite3.Error) as error:
-        print(f"attnmonitor {arguments.command}: error: {error}", file=sys.stderr)
+        is_bare = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+        way_out = "; pip install 'attnmonitor[all]'" if is_bare else ""
+        print(f"attnmonitor {arguments.command}: error: {error}{way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scan(commands.add_parser("scan", help="audit every attention head of a checkpoint"))
     _add_report(commands.add_parser("report", help="write the HTML report of a recorded run"))
     _add_replay(commands.add_parser("replay", help="see which alerts other rules would have raised in a recorded run"))
+    _add_demo(commands.add_parser("demo", help="train a small GPT on this machine while every head is watched"))
     return parser
 
 
@@ -251,7 +254,7 @@ def _plot(scans: Sequence[Scan], target: Path) -> None:
         figure.savefig(unfinished, dpi=150)
 
 
-# report, replay
+# report, replay, demo
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -285,6 +288,20 @@ def _run_replay(arguments: argparse.Namespace) -> int:
 
     rules = DEFAULT_RULES if arguments.rules is None else load_rules(arguments.rules)
     print(replay_text(replay(RunRecord.open(arguments.record), rules)))
+    return 0
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train a small GPT on English for about a minute and a half, watch its heads, write a report."
+    parser.add_argument("--out", default="demo_output", metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--steps", default="200", metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    from attnmonitor.examples.demo import main as demo
+
+    demo(["--out", arguments.out, "--steps", arguments.steps])
     return 0
 
 

@@ -243,6 +243,24 @@ def test_replay_prints_what_other_rules_would_have_raised(
 # The program
 
 
+def test_the_demo_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    import attnmonitor.examples.demo as demo
+
+    runs = []
+    monkeypatch.setattr(demo, "run", lambda out, num_steps: runs.append((out, num_steps)))
+    monkeypatch.setattr(demo, "tell", lambda *_: None)
+    assert command("demo", "--out", "somewhere", "--steps", 7) == 0
+    assert runs == [(Path("somewhere"), 7)]
+
+
+def test_a_missing_extra_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "attnmonitor.examples.demo", None)
+    assert command("demo") == 2
+    assert capsys.readouterr().err.strip().endswith("pip install 'attnmonitor[all]'")
+
+
 def test_the_module_runs_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["attnmonitor", "--version"])
     with pytest.raises(SystemExit) as ended:
