@@ -8,12 +8,23 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from architectures import BATCH, LENGTH, HandWritten, _by_matmul, captured, hugging_face_architectures, sharpen
+from architectures import (
+    BATCH,
+    LENGTH,
+    HandWritten,
+    _by_matmul,
+    captured,
+    hugging_face_architectures,
+    other_architectures,
+    sharpen,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import AttentionCall, capture, capture_attention
 from attnmonitor.capture.rebuild import Attention
+
+ALL = [*hugging_face_architectures(), *other_architectures()]
 
 
 def hidden() -> Tensor:
@@ -370,3 +381,23 @@ def test_a_decoder_gives_its_padding_to_the_queries_of_its_cross_attention() -> 
     assert torch.equal(own.query_mask, ~padding)
     assert torch.equal(cross.query_mask, ~padding)
     assert torch.equal(cross.key_mask, ~memory_padding)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "vit", "matmul", "einsum bthd", "baddbmm (B·H, L, d)"])
+def test_a_second_sample_makes_nothing_on_another_device(name: str) -> None:
+    """On a device that holds no values, any tensor made on the host would not fit and any value read would fail."""
+    (architecture,) = (each for each in ALL if each.name == name)
+    layouts: dict[str, tuple[str, ...]] = {}
+    here: list[AttentionCall] = []
+    there: list[AttentionCall] = []
+    model = architecture.build("eager")
+    with torch.no_grad(), capture_attention(model, here.append, layouts=layouts):
+        model(**architecture.inputs(False))
+    inputs = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in architecture.inputs(False).items()}
+    model.to("meta")
+    with torch.no_grad(), torch.device("meta"), capture_attention(model, there.append, layouts=layouts):
+        model(**inputs)
+    for real, empty in zip(here, there, strict=True):
+        assert empty.query.device.type == empty.error.device.type == "meta"
+        assert (empty.query.shape, empty.key.shape, empty.scale) == (real.query.shape, real.key.shape, real.scale)
+        assert empty.logit_rows(torch.arange(3, device="meta")).shape[2] == 3
