@@ -7,9 +7,9 @@ Row-centring the logits *is* centring the keys, so the energy field of a head is
 .. math:: M = C^\top A\, C
 
 has the squared singular values of :math:`\tilde E` as its eigenvalues. With :math:`B = W \Lambda W^\top` and
-:math:`C = W \Lambda^{1/2}` it lives in the keys' sorted singular basis, where it is graded (large entries lead) and where a
-key position is a row u of U, with share :math:`u^\top M u / \operatorname{tr} M` of the field's energy. No L×L matrix is
-formed, and q and k may go as soon as `head_cores` returns.
+:math:`C = W \Lambda^{1/2}` it lives in the keys' sorted singular basis, where it is graded (large entries lead) and
+where a key position is a row u of U, with share :math:`u^\top M u / \operatorname{tr} M` of the field's energy. No
+L×L matrix is formed, and q and k may go as soon as `head_cores` returns.
 
 Letters: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv query heads that share a key head, Lq and Lk
 positions, d head size.
@@ -203,7 +203,7 @@ def _shares(relative: Tensor, left: Tensor) -> Tensor:
     num_sequences, num_kv_heads, _, head_dim = left.shape
     stacked = relative.view(num_sequences, num_kv_heads, -1, head_dim, head_dim).transpose(2, 3).flatten(3)
     images = (left @ stacked).unflatten(-1, (-1, head_dim))  # (B, Hkv, block, G, d): one product per key head
-    shares: Tensor = torch.linalg.vecdot(images, left[..., None, :])
+    shares: Tensor = images.mul_(left[..., None, :]).sum(-1)
     return shares.transpose(2, 3).flatten(1, 2)
 
 

@@ -44,7 +44,8 @@ def position_blocks(heads: Tensor, valid: Tensor | None = None) -> Iterator[tupl
     """
     num_sequences, num_heads, length, head_dim = heads.shape
     entries = _ENTRIES_PER_BLOCK.get(heads.device.type, _ENTRIES_PER_BLOCK_ELSEWHERE)
-    size = max(64, entries // (num_sequences * num_heads * head_dim))
+    largest = max(64, entries // (num_sequences * num_heads * head_dim))
+    size = -(-length // -(-length // largest))  # blocks of one size, none of them a small remainder
     for start in range(0, length, size):
         positions = slice(start, min(start + size, length))
         block = heads[:, :, positions]

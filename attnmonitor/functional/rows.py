@@ -116,8 +116,9 @@ def row_logits(
 
     def rows(indices: Tensor) -> Tensor:
         with full_precision(query.device):
-            grouped = query[:, :, indices].float().unflatten(1, (num_kv_heads, -1))
-            logits: Tensor = scale * (grouped @ key.float().mT[:, :, None]).flatten(1, 2)
+            grouped = query[:, :, indices].float().unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+            logits: Tensor = scale * (grouped @ key.float().mT)  # (B, Hkv, G·R, Lk): keys are not repeated
+            logits = logits.unflatten(2, (-1, len(indices))).flatten(1, 2)
         if mask is not None:
             logits = torch.where(mask[:, None, None], logits, -torch.inf)
         if causal:

@@ -3,8 +3,8 @@ r"""The leading spectrum of many cores by a range finder, with a certificate.
 A batch of d×d eigenproblems is slow where matrix products are fast. So each core M is compressed to its action on
 ``target_rank`` columns, found by subspace iteration (Halko, Martinsson & Tropp 2011, Algorithm 4.4 on a d×d operator),
 and only the compressed eigenproblem is solved. No random start is needed: in the keys' sorted singular basis, and less
-so in that of a triangular root, M is graded, and its own leading columns are a better start than random ones. The others
-are folded onto them at half weight, so that no direction is left out. Deterministic, and no random state is touched.
+so in that of a triangular root, M is graded, and its own leading columns are a better start than random ones. The
+others are folded onto them at half weight, so that no direction is left out. No random state is touched.
 
 **The certificate.** Let V, d×r, have orthonormal columns, :math:`H = V^\top M V` with eigenvalues
 :math:`\theta_1 \ge \dots \ge \theta_r`, :math:`R = M V - V H`, and :math:`K = (I - VV^\top)\,M\,(I - VV^\top)` with

@@ -77,12 +77,17 @@ def _batched(layers: Sequence[HeadCores]) -> FieldCores:
     fields = [layer.fields for layer in layers]
     heads = [each.error.shape for each in fields]
     return FieldCores(
-        torch.cat([each.core.flatten(0, 1) for each in fields]),
-        torch.cat([each.error.flatten() for each in fields]),
-        torch.cat([each.query_energy.flatten() for each in fields]),
-        torch.cat([each.num_queries.expand(shape).flatten() for each, shape in zip(fields, heads, strict=True)]),
-        torch.cat([each.num_keys.expand(shape).flatten() for each, shape in zip(fields, heads, strict=True)]),
+        _joined([each.core.flatten(0, 1) for each in fields]),
+        _joined([each.error.flatten() for each in fields]),
+        _joined([each.query_energy.flatten() for each in fields]),
+        _joined([each.num_queries.expand(shape).flatten() for each, shape in zip(fields, heads, strict=True)]),
+        _joined([each.num_keys.expand(shape).flatten() for each, shape in zip(fields, heads, strict=True)]),
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts end to end, without a copy of a part that is alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _statistics(layers: Sequence[HeadCores], spectrum: EnergySpectrum) -> list[HeadStatistics]:
