@@ -7,11 +7,9 @@ one warning, and goes no further.
 
 from __future__ import annotations
 
-import logging
 import string
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -28,6 +26,7 @@ from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
 from attnmonitor.measurement import Measurement
+from attnmonitor.notice import warn
 from attnmonitor.probe import ForwardFunction, Probe, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["AttentionMonitor"]
-
-_logger = logging.getLogger("attnmonitor")
 
 _STATE_FORMAT = 1
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
@@ -330,11 +327,7 @@ class AttentionMonitor:
             self._warn(message)
 
     def _warn(self, message: str) -> None:
-        text = f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}"
-        try:
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-        except RuntimeWarning:  # a run that turns warnings into errors must not stop for a monitor
-            _logger.warning(text)
+        warn(f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}")
 
 
 def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sqlite3
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.notice import warn
 from attnmonitor.sample import AlertEvent, Sample
 
 __all__ = ["EVENT_COLUMNS", "RecordError", "RecordWriter", "check_is_record", "damaged_record"]
@@ -124,7 +124,7 @@ class RecordWriter:
                 self._release()
                 self.path = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         if obstacle is not None:
-            warnings.warn(f"{obstacle}. This run is recorded in {self.path} instead.", stacklevel=3)
+            warn(f"{obstacle}. This run is recorded in {self.path} instead.")
 
     def _write(self) -> None:
         """Write all that waits. What a retry may cure is counted; what it cannot is a `RecordError`."""
@@ -158,10 +158,9 @@ class RecordWriter:
     def _note(self, failure: Exception) -> None:
         self.failed_writes += 1
         if self.failed_writes == 1:
-            warnings.warn(
+            warn(
                 f"{self.path}: the run record cannot be written ({failure}). Training goes on; samples wait in memory "
-                "for the disk to take them again. What is unwritten when the run ends is lost.",
-                stacklevel=5,
+                "for the disk to take them again. What is unwritten when the run ends is lost."
             )
 
     def _release(self) -> None:
@@ -257,9 +256,7 @@ def _segment_for(db: sqlite3.Connection, run: Mapping[str, Any], path: Path) -> 
             db.execute("UPDATE segment SET run = ? WHERE id = ?", (json.dumps(run), segment_id))
             return segment_id
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {run.get(key)!r}" for key in changed)
-        warnings.warn(
-            f"{path}: {changes}. A new segment begins; its numbers do not continue the curves before it.", stacklevel=5
-        )
+        warn(f"{path}: {changes}. A new segment begins; its numbers do not continue the curves before it.")
     new = db.execute("INSERT INTO segment VALUES (NULL, ?, ?, '[]')", (_now(), json.dumps(run)))
     return int(new.lastrowid or 0)
 

@@ -116,7 +116,7 @@ class AttentionOnWrongKernel(CausalSelfAttention):
 def test_a_layer_whose_capture_is_not_what_it_computed_is_never_logged_as_a_number() -> None:
     model = TinyGPT()
     model.blocks[0].attn = AttentionOnWrongKernel(32, 4, 4)
-    with pytest.warns(RuntimeWarning, match=r"blocks\.0\.attn is not measured: attention rebuilt"):
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn is not measured: attention rebuilt"):
         monitor = monitor_of(model, strict=False)
     sample = monitor.sample(0)
     assert sample.values["energy_rms"]["blocks.0.attn"].isnan().all()
@@ -191,7 +191,7 @@ def test_a_sample_that_fails_is_nan_counted_and_warned_about_once_and_training_g
     monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
     train(model, optimizer, 2)
     model.fails = True
-    with pytest.warns(RuntimeWarning, match="sample at step 3 failed.*out of luck") as caught:
+    with pytest.warns(UserWarning, match="sample at step 3 failed.*out of luck") as caught:
         train(model, optimizer, 3)
     assert len(caught) == 1
     model.fails = False
@@ -241,7 +241,7 @@ def test_a_logger_that_raises_is_contained_and_the_others_get_the_sample() -> No
 
     kept = Kept()
     monitor = monitor_of(TinyGPT(), strict=False, loggers=[Broken(), kept])
-    with pytest.warns(RuntimeWarning, match="Broken failed and is passed over: OSError: tracker is gone") as caught:
+    with pytest.warns(UserWarning, match="Broken failed and is passed over: OSError: tracker is gone") as caught:
         monitor.sample(0), monitor.sample(1)
     assert len(caught) == 1
     assert [sample.global_step for sample in kept.samples] == [0, 1]
@@ -314,7 +314,7 @@ def test_a_changed_probe_is_told_and_its_numbers_are_not_mixed_with_the_old_ones
     model = TinyGPT()
     state = monitor_of(model).state_dict()
     other = monitor_of(model, probe=token_batch(seed=5))
-    with pytest.warns(RuntimeWarning, match="the probe was .* history and alert baselines begin anew"):
+    with pytest.warns(UserWarning, match="the probe was .* history and alert baselines begin anew"):
         other.load_state_dict(state)
     assert len(other.history) == 0
 
