@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import HandWritten, captured, sharpen
+from architectures import HandWritten, _by_matmul, captured, sharpen
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attnmonitor.capture.fused import read_sdpa
+from attnmonitor.capture.rebuild import Attention
 
 WIDTH, LENGTH = 32, 12
 
@@ -102,14 +103,14 @@ def test_products_that_are_no_attention_give_no_record(body: Callable[[Layer, Te
     assert captured(Layer(body), x=hidden()).calls == []
 
 
-class ScriptedAttention(nn.Module):
+class ExpAttention(nn.Module):
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        weights = torch.exp(q @ k.transpose(1, 2) * WIDTH**-0.5)
+        weights = torch.exp(q @ k.transpose(1, 2) * x.shape[-1] ** -0.5)
         return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
@@ -125,8 +126,8 @@ def test_attention_that_cannot_be_seen_is_missed_by_name() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mixer = ScriptedAttention()
-            self.idle_attn = ScriptedAttention()
+            self.mixer = ExpAttention()
+            self.idle_attn = ExpAttention()
             self.mlp = nn.Linear(WIDTH, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +146,84 @@ def test_what_is_ambiguous_is_missed_with_a_reason(attend: Callable[..., Tensor]
     result = captured(HandWritten(attend), x=hidden())
     assert result.calls == []
     assert list(result.missed) == ["HandWritten"]
+
+
+def talking_heads(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    return torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), torch.ones(4, 4)) @ v
+
+
+def test_no_attention_in_the_whole_model_is_said_of_the_whole_model() -> None:
+    assert list(captured(HandWritten(talking_heads), x=hidden()).missed) == ["HandWritten"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_scripted_modules_are_passed_over_and_named() -> None:
+    model = nn.Sequential(torch.jit.script(ExpAttention()), HandWritten(_by_matmul))
+    result = captured(model, input=hidden())
+    assert [call.layer for call in result.calls] == ["1"]
+    assert list(result.missed) == ["0"]
+    assert "scripted" in result.missed["0"]
+
+
+def grouped_einsum(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = torch.einsum("bghid,bgjd->bghij", q.unflatten(1, (2, 2)), k[:, ::2]) * 8**-0.5
+    return torch.einsum("bghij,bgjd->bghid", logits.masked_fill(blocked, -torch.inf).softmax(-1), v[:, ::2]).flatten(
+        1, 2
+    )
+
+
+def shared_key_head(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    return (q @ k[:, :1].mT).masked_fill(blocked, -torch.inf).softmax(-1) @ v
+
+
+def expanded_keys(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    k = k[:, ::2].unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(k.shape)
+    return (q @ k.transpose(-1, -2)).masked_fill(blocked, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("attend", "num_kv_heads"),
+    [(grouped_einsum, 2), (shared_key_head, 1), (expanded_keys, 2)],
+    ids=lambda x: str(x)[:20],
+)
+def test_keys_are_never_repeated_per_query_head(attend: Callable[..., Tensor], num_kv_heads: int) -> None:
+    model = sharpen(HandWritten(attend))
+    (call,) = captured(model, x=hidden()).calls
+    q, k, _ = model.qkv(hidden()).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    assert torch.equal(call.query, q)
+    assert torch.equal(call.key, k[:, :: 4 // num_kv_heads])
+    assert call.error < 1e-6
+
+
+def test_weights_used_twice_are_one_attention() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v + torch.einsum("bhij,ijd->bhid", weights, torch.ones(LENGTH, LENGTH, 8))
+
+    (call,) = captured(HandWritten(attend), x=hidden()).calls
+    assert call.error < 1e-6
+
+
+def test_a_change_of_the_logits_that_was_not_followed_fails_the_check() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        logits = q @ k.mT
+        logits[:, :, blocked] = -torch.inf
+        return logits.softmax(-1) @ v
+
+    (call,) = captured(sharpen(HandWritten(attend)), x=hidden()).calls
+    assert call.error > 0.1
+
+
+def test_what_cannot_be_followed_is_missed_and_does_not_disturb_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(Attention, "deviation", refuse)
+    model = HandWritten(_by_matmul)
+    result = captured(model, x=hidden())
+    assert result.calls == []
+    assert result.missed == {"HandWritten": "a call of matmul could not be followed: no such shape"}
+    assert torch.equal(result.output, model(hidden()))
 
 
 @given(

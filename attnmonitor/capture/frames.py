@@ -13,6 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -59,13 +60,21 @@ class Frames:
         self._stack: list[Frame] = []
         self._handles: list[RemovableHandle] = []
         self.called: set[str] = set()
+        self.scripted: set[str] = set()
 
     def __enter__(self) -> Frames:
-        for path, module in self._model.named_modules():
-            name = own_name(path) or type(self._model).__name__
-            enter = partial(self._enter_module, name)
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        try:
+            for path, module in self._model.named_modules():
+                name = own_name(path) or type(self._model).__name__
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks of this kind, and shows nothing inside
+                    self.scripted.add(name)
+                    continue
+                enter = partial(self._enter_module, name)
+                self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -110,6 +119,9 @@ class Frames:
         layers = set(layers)
         names = {own_name(path): module for path, module in self._model.named_modules() if path}
         names = {name: module for name, module in names.items() if _looks_like_attention(name, module)}
+        whole = type(self._model).__name__
+        if not names and not layers and _looks_like_attention(whole, self._model):
+            names = {whole: self._model}
         for name in sorted(names):
             inside = any(other.startswith(f"{name}.") for other in (*names, *layers))
             around = any(name.startswith(f"{layer}.") for layer in layers & names.keys())

@@ -45,6 +45,7 @@ class AttentionMode(TorchFunctionMode):
         self._last_self_mask: Tensor | None = None
         self._inside_mha = False
         self._busy = False
+        self._emitting = False
         self._repeats = Repeats()
         self._tracer = Tracer(self.frames, self._repeats.before, self._found_traced, self._lost)
         self._observers: dict[str, list[Observer]] = {}
@@ -71,8 +72,17 @@ class AttentionMode(TorchFunctionMode):
             return self._enter_mha(func, args, kwargs)
         output = func(*args, **kwargs)
         for observe in observers:
-            observe(name, func, args, kwargs, output)
+            self._attempt(name, observe, name, func, args, kwargs, output)
         return output
+
+    def _attempt(self, what: str, observe: Callable[..., None], *args: Any) -> None:
+        """Observe a call of the model; what cannot be understood is a missed layer, never an error in its forward."""
+        try:
+            observe(*args)
+        except Exception as error:
+            if self._emitting:
+                raise
+            self._lost(self.frames.layer()[0], f"a call of {what} could not be followed: {error}")
 
     def _look_up(self, func: Any) -> tuple[str, list[Observer]]:
         """The plain name of a function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
@@ -147,16 +157,19 @@ class AttentionMode(TorchFunctionMode):
         else:
             layer = frame.name
         if frame is None or not frame.recorded_by:
-            self._found(layer, frame, attention, "explicit", output, -2)
+            self._attempt("capture", self._found, layer, frame, attention, "explicit", output, -2)
 
     def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an attention function of transformers, and record its arguments if nothing inside it was seen."""
         seen = self._calls.total()
         result = kernel(*args, **kwargs)
         if self._calls.total() == seen:
-            layer, frame = self.frames.layer()
-            self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", result[0], 1)
+            self._attempt(getattr(kernel, "__name__", "a kernel"), self._record_kernel, result[0], args, kwargs)
         return result
+
+    def _record_kernel(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer, frame = self.frames.layer()
+        self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", output, 1)
 
     def _lost(self, layer: str, reason: str) -> None:
         self.report.missed[layer] = reason
@@ -195,26 +208,31 @@ class AttentionMode(TorchFunctionMode):
             outside = self._layouts[layer] = attention.act_outside(
                 query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
             )
-        self._emit(
-            AttentionCall(
-                layer=layer,
-                query=query,
-                key=key,
-                scale=attention.scale,
-                query_mask=query_mask,
-                key_mask=key_mask,
-                kind="self" if is_self else "cross",
-                how="mha" if self._inside_mha else how,
-                outside=outside,
-                error=None if output is None else attention.deviation(output, row_axis),
-                precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
-                logit_rows=attention.logit_rows,
-            )
+        call = AttentionCall(
+            layer=layer,
+            query=query,
+            key=key,
+            scale=attention.scale,
+            query_mask=query_mask,
+            key_mask=key_mask,
+            kind="self" if is_self else "cross",
+            how="mha" if self._inside_mha else how,
+            outside=outside,
+            error=None if output is None else attention.deviation(output, row_axis),
+            precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
+            logit_rows=attention.logit_rows,
         )
+        self._emitting = True
+        self._emit(call)
+        self._emitting = False
 
     def name_missed(self) -> None:
         """Add to the report every module that looks like attention and gave no record."""
         for name in self.frames.unseen(self._calls):
-            called = name in self.frames.called
-            reason = "no softmax of a query-key product was seen in it" if called else "not called in this forward"
+            if name in self.frames.scripted:
+                reason = "it is a scripted module, which shows nothing of its inside"
+            elif name in self.frames.called:
+                reason = "no softmax of a query-key product was seen in it"
+            else:
+                reason = "not called in this forward"
             self.report.missed.setdefault(name, reason)

@@ -40,4 +40,3 @@ class Notes(Generic[T]):
                 del self._notes[key]
 
         self._notes[key] = (weakref.ref(tensor, forget), note)
-

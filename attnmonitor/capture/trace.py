@@ -22,15 +22,19 @@ __all__ = ["Origin", "Trace", "TracedCall", "add_rows", "as_attention", "as_batc
 Apply = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Origin:
-    """Where a trace began: the product, the key as it was before repetition, and the layer that computed it."""
+    """Where a trace began: the product, the key as it was before repetition, and the layer that computed it.
+
+    ``reached`` says whether its softmax has weighted values already; what else is done with the weights is no news.
+    """
 
     product: PairwiseProduct
     unrepeated_key: Tensor | None
     layer: str
     frame: Frame | None
     dtype: torch.dtype
+    reached: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,9 +106,11 @@ class Tracer:
         ):
             trace = self._traces.get(operand)
             if trace is not None:
-                if trace.stage == "after" and trace.doubt:
+                if trace.stage != "after" or trace.origin.reached:
+                    return
+                if trace.doubt:
                     self._lost(trace.origin.layer, trace.doubt)
-                elif trace.stage == "after" and product.contracted == {axes[trace.key_axis]}:
+                elif product.contracted == {axes[trace.key_axis]}:
                     row_axis = product.out_axes.index(axes[trace.query_axis])
                     self._reach_values(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
                 return
@@ -301,6 +303,7 @@ class Tracer:
 
     def _reach_values(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
         origin = trace.origin
+        origin.reached = True
         trace = trace.then(call.replay(trace, weights))
         attention = as_attention(trace)
         if attention is None:
