@@ -43,8 +43,8 @@ Method = Literal["auto", "randomized", "exact"]
 Per = Literal["query_head", "kv_head"]
 
 DEFAULT_TARGET_RANK = 32
-"""Columns of the sketch. On SmolLM2-135M (1,080 fields, d = 64, ranks up to 24) 16, 24, 32, 40 columns certify 71 %,
-95 %, 99.4 % and 100 %."""
+"""Columns of the sketch. On SmolLM2-135M (1,080 fields, d = 64, ranks up to 24) 16, 24, 32, 40 columns certify 77 %,
+97 %, 99.8 % and 100 %."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +147,10 @@ class EnergySpectrum:
 def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: int | None = None) -> EnergySpectrum:
     """Spectra of energy fields whose cores are given; nothing waits for the device unless ``method`` is ``"exact"``.
 
-    ``"auto"`` takes every eigenvalue on a CPU while heads are small and sketches elsewhere. Measured on one core of
-    a Xeon, 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 4.1 and 6.6 ms; 96: 9.2 and 10.5; 128: 18
-    and 16; 256: 93 and 62. On CUDA the eigensolver reads a status word back to the host, the sketch never waits.
+    ``"auto"`` takes every eigenvalue on a CPU for heads smaller than 256 and sketches elsewhere. Measured on a busy
+    core of a Xeon, CPU time of 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 5 and 12 ms; 128: 21 and
+    30; 256: 122 and 146, where the sketch gains by needing no eigenbasis of the keys (`energy_spectrum` as a whole:
+    19 and 13 ms a head). On CUDA the eigensolver reads a status word back to the host, the sketch never waits.
 
     Args:
         fields: From `field_cores`.
@@ -186,7 +187,7 @@ def _takes_every_eigenvalue(method: Method, heads: Tensor) -> bool:
     """Whether ``method`` means the exact route for ``heads``, ``(..., d)``."""
     if method not in ("auto", "randomized", "exact"):
         raise ValueError(f"method={method!r}: must be 'auto', 'randomized' or 'exact'")
-    return method == "exact" or (method == "auto" and heads.device.type == "cpu" and heads.shape[-1] < 128)
+    return method == "exact" or (method == "auto" and heads.device.type == "cpu" and heads.shape[-1] < 256)
 
 
 def energy_spectrum(
