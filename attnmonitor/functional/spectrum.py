@@ -148,9 +148,9 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
     """Spectra of energy fields whose cores are given; nothing waits for the device unless ``method`` is ``"exact"``.
 
     ``"auto"`` takes every eigenvalue on a CPU for heads smaller than 256 and sketches elsewhere. Measured on a busy
-    core of a Xeon, CPU time of 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 5 and 12 ms; 128: 21 and
-    30; 256: 122 and 146, where the sketch gains by needing no eigenbasis of the keys (`energy_spectrum` as a whole:
-    19 and 13 ms a head). On CUDA the eigensolver reads a status word back to the host, the sketch never waits.
+    core of a Xeon, CPU time of 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 5 and 12 ms; 128:
+    21 and 30; 256: 122 and 146, where the sketch gains by needing no eigenbasis of the keys (`energy_spectrum` as a
+    whole: 19 and 13 ms a head). On CUDA the eigensolver reads a status word back to the host, the sketch never waits.
 
     Args:
         fields: From `field_cores`.
