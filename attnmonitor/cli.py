@@ -31,6 +31,7 @@ _TABLE_METRICS = (
     "spectral_gap",
     "key_incoherence",
 )
+_FAR = 3.0  # robust standard deviations from which a head is named as unlike the others
 _PUBLISHED = {
     "energy_effective_rank": ("r90 of the energy field", "", "2–11"),
     "interaction_effective_rank": ("of W_QᵀW_K", "", "38–75"),
@@ -171,7 +172,7 @@ def _put_out(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
 
 def _print_scan(found: Scan) -> None:
-    from attnmonitor.verdict import layer_table, outstanding_heads, print_layer_table, short_layer_names
+    from attnmonitor.verdict import layer_table, outstanding_heads, short_layer_names
 
     measured = [layer for layer in found.coverage.values() if layer.measured]
     kinds = {layer.heads: sum(other.heads == layer.heads for other in measured) for layer in measured}
@@ -180,15 +181,12 @@ def _print_scan(found: Scan) -> None:
     )
     print(f"{found.model}: {shapes}; {found.num_sequences} sequences of {found.length} tokens")
     shown = [metric for metric in _TABLE_METRICS if metric in found.values] or list(found.values)
-    if sys.stdout.isatty():
-        print_layer_table(found.values, coverage=found.coverage, metrics=shown)
-    else:  # nobody's screen limits the width
-        print(layer_table(found.values, coverage=found.coverage, metrics=shown))
+    print(layer_table(found.values, coverage=found.coverage, metrics=shown))
     short = short_layer_names(found.coverage)
     for metric in shown:
-        heads = outstanding_heads(found.values[metric], metric, 3)
+        heads = [head for head in outstanding_heads(found.values[metric], metric, 3) if abs(head.distance) >= _FAR]
         listed = ", ".join(f"{short[head.layer]} head {head.head} ({head.value:.3g})" for head in heads)
-        print(f"furthest from the other heads in {metric}: {listed}")
+        print(f"unlike the other heads in {metric}: {listed or 'none'}")
     print(_beside_the_published(found))
 
 

@@ -106,13 +106,7 @@ def scan(
     metrics: Iterable[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Scan:
-    """Load a checkpoint and measure every attention head of it: `Checkpoint`, then `audit`.
-
-    Example:
-        >>> found = scan("gpt2", length=256)  # doctest: +SKIP
-        >>> found.summary()["energy_effective_rank"]  # doctest: +SKIP
-        {'min': 1.25, 'median': 7.5, 'max': 19.75}
-    """
+    """Load a checkpoint and measure every attention head of it: `Checkpoint`, then `audit`."""
     checkpoint = Checkpoint(model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return audit(checkpoint, text=text, length=length, batch=batch, metrics=metrics)
 
