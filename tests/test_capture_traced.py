@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import HandWritten, _by_matmul, captured, sharpen
+from architectures import HandWritten, _by_matmul, _imported_by_name, captured, sharpen
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from attnmonitor.capture import fused, traced
+from attnmonitor.capture.frames import Frames
 from attnmonitor.capture.fused import read_sdpa
 from attnmonitor.capture.rebuild import Attention
 
@@ -222,8 +224,47 @@ def test_what_cannot_be_followed_is_missed_and_does_not_disturb_the_forward(monk
     model = HandWritten(_by_matmul)
     result = captured(model, x=hidden())
     assert result.calls == []
-    assert result.missed == {"HandWritten": "a call of matmul could not be followed: no such shape"}
+    assert result.missed == {"HandWritten": "its attention could not be rebuilt: no such shape"}
     assert torch.equal(result.output, model(hidden()))
+
+
+def test_trouble_with_another_operation_does_not_cost_a_layer_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("odd arguments")
+
+    monkeypatch.setattr(Frames, "note_projection", refuse)
+    result = captured(HandWritten(_by_matmul), x=hidden())
+    assert len(result.calls) == 1
+    assert result.missed == {}
+
+
+@pytest.mark.parametrize(
+    ("attend", "told"), [(_by_matmul, "a call of matmul"), (_imported_by_name, "a call of scaled")]
+)
+def test_trouble_with_the_attention_itself_is_the_reason_why_it_is_missed(
+    attend: Callable[..., Tensor], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("odd arguments")
+
+    monkeypatch.setattr(traced, "pairwise_product", refuse)
+    monkeypatch.setattr(fused, "mask_step", refuse)
+    monkeypatch.setattr(fused, "attend", refuse)
+    result = captured(HandWritten(attend), x=hidden())
+    assert result.calls == []
+    assert result.missed["HandWritten"].startswith(told)
+    assert result.missed["HandWritten"].endswith("could not be followed: odd arguments")
+
+
+def test_one_of_two_attentions_of_a_layer_that_is_lost_is_named() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        return _by_matmul(q, k, v, blocked) + slot_attention(q, k, v, blocked)
+
+    result = captured(HandWritten(attend), x=hidden())
+    assert [call.layer for call in result.calls] == ["HandWritten"]
+    assert list(result.missed) == ["HandWritten#2"]
 
 
 @given(

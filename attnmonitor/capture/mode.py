@@ -29,6 +29,8 @@ __all__ = ["AttentionMode"]
 
 Observer = Callable[..., None]
 
+_CERTAINLY_ATTENTION = {"scaled_dot_product_attention", "flex_attention", "capture", "an attention kernel"}
+
 
 class AttentionMode(TorchFunctionMode):
     """The function mode of one capture: follows a forward and emits every attention it recognises."""
@@ -42,6 +44,7 @@ class AttentionMode(TorchFunctionMode):
         self._emit = emit
         self._layouts = layouts
         self._calls: Counter[str] = Counter()
+        self._troubles: dict[str, str] = {}
         self._last_self_mask: Tensor | None = None
         self._inside_mha = False
         self._busy = False
@@ -76,13 +79,17 @@ class AttentionMode(TorchFunctionMode):
         return output
 
     def _attempt(self, what: str, observe: Callable[..., None], *args: Any) -> None:
-        """Observe a call of the model; what cannot be understood is a missed layer, never an error in its forward."""
+        """Observe a call of the model; what cannot be understood may cost a layer, and never disturbs the forward."""
         try:
             observe(*args)
         except Exception as error:
             if self._emitting:
                 raise
-            self._lost(self.frames.layer()[0], f"a call of {what} could not be followed: {error}")
+            layer, reason = self.frames.layer()[0], f"a call of {what} could not be followed: {error}"
+            if what in _CERTAINLY_ATTENTION:
+                self._lost(layer, reason)
+            else:
+                self._troubles[layer] = reason
 
     def _look_up(self, func: Any) -> tuple[str, list[Observer]]:
         """The plain name of a function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
@@ -164,15 +171,19 @@ class AttentionMode(TorchFunctionMode):
         seen = self._calls.total()
         result = kernel(*args, **kwargs)
         if self._calls.total() == seen:
-            self._attempt(getattr(kernel, "__name__", "a kernel"), self._record_kernel, result[0], args, kwargs)
+            self._attempt("an attention kernel", self._record_kernel, result[0], args, kwargs)
         return result
 
     def _record_kernel(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer, frame = self.frames.layer()
         self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", output, 1)
 
-    def _lost(self, layer: str, reason: str) -> None:
-        self.report.missed[layer] = reason
+    def _next_name(self, name: str) -> str:
+        self._calls[name] += 1
+        return name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+
+    def _lost(self, name: str, reason: str) -> None:
+        self.report.missed[self._next_name(name)] = reason
 
     def _found(
         self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
@@ -182,17 +193,23 @@ class AttentionMode(TorchFunctionMode):
             return
         if frame is not None:
             frame.recorded_by = how
+        layer = self._next_name(name)
         self._busy = True
         try:
-            self._verify_and_emit(name, frame, attention, how, output if attention.exact else None, row_axis)
+            call = self._verified(layer, frame, attention, how, output if attention.exact else None, row_axis)
+            self._emitting = True
+            self._emit(call)
+            self._emitting = False
+        except Exception as error:
+            if self._emitting:
+                raise
+            self.report.missed[layer] = f"its attention could not be rebuilt: {error}"
         finally:
             self._busy = False
 
-    def _verify_and_emit(
-        self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
-    ) -> None:
-        self._calls[name] += 1
-        layer = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+    def _verified(
+        self, layer: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
+    ) -> AttentionCall:
         query, key = attention.query, attention.key
         lengths = query.shape[-2], key.shape[-2]
         is_self = frame.is_self_attention(*lengths) if frame is not None else lengths[0] == lengths[1]
@@ -208,7 +225,7 @@ class AttentionMode(TorchFunctionMode):
             outside = self._layouts[layer] = attention.act_outside(
                 query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
             )
-        call = AttentionCall(
+        return AttentionCall(
             layer=layer,
             query=query,
             key=key,
@@ -222,15 +239,14 @@ class AttentionMode(TorchFunctionMode):
             precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
             logit_rows=attention.logit_rows,
         )
-        self._emitting = True
-        self._emit(call)
-        self._emitting = False
 
     def name_missed(self) -> None:
         """Add to the report every module that looks like attention and gave no record."""
         for name in self.frames.unseen(self._calls):
             if name in self.frames.scripted:
                 reason = "it is a scripted module, which shows nothing of its inside"
+            elif trouble := [why for layer, why in self._troubles.items() if f"{layer}.".startswith(f"{name}.")]:
+                reason = trouble[0]
             elif name in self.frames.called:
                 reason = "no softmax of a query-key product was seen in it"
             else:

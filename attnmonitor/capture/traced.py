@@ -29,7 +29,6 @@ __all__ = ["Tracer"]
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
 ADDITIONS = {"add", "sub", "subtract"}
-MASKINGS = {"masked_fill", "where"}
 BENDINGS = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
 MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
@@ -187,13 +186,11 @@ class Tracer:
 
     def _mask(self, trace: Trace, call: TracedCall) -> Trace | None:
         if call.name == "masked_fill":
-            blocked, fill, hides_where = (
-                call.args[1],
-                call.args[2] if len(call.args) > 2 else call.kwargs["value"],
-                True,
-            )
+            blocked, fill = call.operands[1:3]
+            hides_where = True
         else:
-            blocked, fill, hides_where = call.condition, call.operands[1 - call.slot], call.slot == 1
+            blocked, fill = call.condition, call.operands[1 - call.slot]
+            hides_where = call.slot == 1
         value = self._number(fill)
         if value is not None and value <= HIDDEN:
             trace = self._note_mask(trace, blocked, call.output, true_hides=hides_where)
