@@ -3,8 +3,8 @@
     python benchmarks/collapse.py --set report --docs docs/alerts.md
 
 records the runs of a set once into a cache (about twenty minutes of one core; later runs take fewer), replays the
-default rules over them, does the same for what people use today, and writes the tables and one picture per kind of fault
-into the document. Thresholds were chosen with ``--set dev``; the document shows ``--set report``.
+default rules over them, does the same for what people use today, and writes the tables and one picture per kind of
+fault into the document. Thresholds were chosen with ``--set dev``; the document shows ``--set report``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collapse_score import (
     Alarming,
     Clean,
     Verdict,
+    alarms_of_fault,
     by_rules,
     count_clean,
     deviation,
@@ -76,14 +77,6 @@ class Runs:
 
 COLLECTED_BY_DEFAULT = tuple(rule for rule in DEFAULT_RULES if not rule.optional)
 
-TODAY: dict[str, Alarming] = {
-    "loss, z > 5": spikes("loss"),
-    "gradient norm, z > 5": spikes("gradient_norm"),
-    "largest logit > 100": level("max_logit", np.nanmax, 100.0, "largest logit", above=True),
-    "mean entropy, robust z > 5": deviation("attention_entropy", np.nanmean, "mean entropy"),
-    "least entropy < 0.1 nats": level("attention_entropy", np.nanmin, 0.1, "least entropy", above=False),
-}
-
 
 def remembered(alarming: Alarming) -> Alarming:
     """Return the same, computing each recording once."""
@@ -95,6 +88,15 @@ def remembered(alarming: Alarming) -> Alarming:
         return known[id(recording)]
 
     return alarms
+
+
+TODAY: dict[str, Alarming] = {
+    "loss, z > 5": remembered(spikes("loss")),
+    "gradient norm, z > 5": remembered(spikes("gradient_norm")),
+    "largest logit > 100": remembered(level("max_logit", np.nanmax, 100.0, "largest logit", above=True)),
+    "mean entropy, robust z > 5": remembered(deviation("attention_entropy", np.nanmean, "mean entropy")),
+    "least entropy < 0.1 nats": remembered(level("attention_entropy", np.nanmin, 0.1, "least entropy", above=False)),
+}
 
 
 def with_thresholds(change: Callable[[Threshold], Threshold | None]) -> tuple[Rule, ...]:
@@ -147,15 +149,14 @@ def found_count(verdicts: Sequence[Verdict]) -> str:
 
 
 def is_any_alarm_after_onset(recording: Recording, alarming: Alarming) -> bool:
-    onset = recording.fault.onset
-    return any(onset < alarm.step <= onset + WITHIN_SAMPLES * SAMPLE_EVERY for alarm in alarming(recording))
+    until = recording.fault.onset + WITHIN_SAMPLES * SAMPLE_EVERY
+    return any(alarm.step <= until for alarm in alarms_of_fault(recording, alarming))
 
 
 def comparison(runs: Runs, default: Alarming) -> str:
-    """What is used today beside the rules, every alarm of whatever kind counted in its favour."""
+    """What is used today beside the rules; any alarm that the run without the fault does not have counts as a find."""
     rows = []
     for name, alarming in {"**default rules**": default, **TODAY}.items():
-        alarming = remembered(alarming)
         full, half = (
             share(sum(is_any_alarm_after_onset(recording, alarming) for recording in faults), len(faults))
             for faults in (
@@ -229,11 +230,8 @@ def clean_table(runs: Runs, rules: Sequence[Rule]) -> str:
 
 def run_level_table(runs: Runs, alarming: Alarming) -> str:
     rows = []
-    for title, recordings_, after in (
-        ("broken from the start", runs.broken, 0),
-        ("learning-rate jump", runs.jumps, None),
-    ):
-        delays = [first_run_alarm(r, alarming, r.fault.onset if after is None else after) for r in recordings_]
+    for title, group in (("broken from the start", runs.broken), ("learning-rate jump", runs.jumps)):
+        delays = [first_run_alarm(recording, alarming) for recording in group]
         found = [delay for delay in delays if delay is not None]
         in_time = sum(delay <= BROKEN_WITHIN_SAMPLES for delay in found)
         middle = f"{statistics.median(found):.0f} / {max(found):.0f}" if found else ""
@@ -299,7 +297,7 @@ def picture(recording: Recording, alarming: Alarming, path: Path) -> None:
                 linewidth=1.8 if is_guilty else 0.7,
                 zorder=3 if is_guilty else 1,
             )
-    alarms = [alarm for alarm in alarming(recording) if alarm.step > recording.fault.onset and alarm.units & guilty]
+    alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if alarm.units & guilty]
     for axis in (top, bottom):
         axis.axvline(recording.fault.onset, color="#2c3e50", linestyle=":", linewidth=1)
         if alarms:

@@ -15,9 +15,9 @@ import json
 import pydoc_data.topics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -95,6 +95,7 @@ class Recording:
     loss: NDArray[np.float32]  # per optimizer step
     gradient_norm: NDArray[np.float32]
     seconds: float = 0.0
+    trunk: Recording | None = None  # the same run without the fault
 
     @property
     def samples(self) -> list[Recorded]:
@@ -131,12 +132,26 @@ def batch_at(text: Tensor, setting: Setting, step: int) -> Tensor:
 # -- Faults ------------------------------------------------------------------------------------------------------------
 
 
+class Breakable(Protocol):
+    """An attention that lets one head be broken."""
+
+    shape: Shape
+    num_kv_heads: int
+    extra_key: Tensor | None
+
+    def slices(self, side: str, head: int) -> list[Tensor]:
+        """Return views of what sets the size of one head's queries or keys."""
+
+    def key_matrix(self, head: int) -> Tensor:
+        """Return a view of the (d, D) key projection of one KV head."""
+
+
 class Injection:
     """Holds one fault at its prescribed size; made at onset, applied after every optimizer step."""
 
-    def __init__(self, model: TinyLM, fault: Fault) -> None:
+    def __init__(self, attention: Breakable, fault: Fault) -> None:
         self.fault = fault
-        self.attention: Attention = model.blocks[fault.layer].attention
+        self.attention = attention
         side = "key" if fault.kind.startswith("key") else "query"
         whole_layer = fault.kind.startswith("layer")
         heads = range(self.attention.shape.num_heads) if whole_layer else [fault.head]
@@ -287,12 +302,17 @@ class Run:
 
 
 def recordings(setting: Setting, faults: list[Fault], cache: Path) -> Iterator[Recording]:
-    """Yield the trunk's recording and one per fault, from the cache where they are there."""
+    """Yield the trunk's recording and then one per fault, from the cache where they are there."""
     paths = [cache / f"{_key(setting, fault)}.npz" for fault in [None, *faults]]
-    if all(path.exists() for path in paths):
-        yield from (load(path) for path in paths)
-        return
-    cache.mkdir(parents=True, exist_ok=True)
+    if not all(path.exists() for path in paths):
+        _record(setting, faults, paths)
+    trunk = load(paths[0])
+    yield trunk
+    yield from (replace(load(path), trunk=trunk) for path in paths[1:])
+
+
+def _record(setting: Setting, faults: list[Fault], paths: list[Path]) -> None:
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     trunk = Run.start(setting)
     onsets = sorted({fault.onset for fault in faults})
@@ -307,12 +327,11 @@ def recordings(setting: Setting, faults: list[Fault], cache: Path) -> Iterator[R
             continue
         begin = time.perf_counter()
         run = at_onset[fault.onset].branch()
-        injection = Injection(run.model, fault)
+        injection = Injection(run.model.blocks[fault.layer].attention, fault)
         if fault.kind == "key_takeover":
             injection.measure_keys(run.samples[-1][1])
         run.train(fault.onset + fault.num_steps, injection)
         save(run.recording(fault, time.perf_counter() - begin), path)
-    yield from (load(path) for path in paths)
 
 
 def _key(setting: Setting, fault: Fault | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from collapse_runs import SAMPLE_EVERY, Recording
@@ -77,6 +77,17 @@ def heads_at_fault(recording: Recording) -> set[Unit]:
     return {("query_head", layer, head) for head in queries} | {("kv_head", layer, head) for head in keys}
 
 
+def alarms_of_fault(recording: Recording, alarming: Alarming) -> list[Alarm]:
+    """Return the alarms after onset that the same run without the fault does not have."""
+    anyway = {(alarm.step, alarm.rule, unit) for alarm in alarming(recording.trunk) for unit in alarm.units}
+    return [
+        replace(alarm, units=units)
+        for alarm in alarming(recording)
+        if alarm.step > recording.fault.onset
+        and (units := frozenset(unit for unit in alarm.units if (alarm.step, alarm.rule, unit) not in anyway))
+    ]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of one fault."""
@@ -93,7 +104,7 @@ class Verdict:
 def judge(recording: Recording, alarming: Alarming) -> Verdict:
     """Judge the alarms after onset against the heads that are truly at fault."""
     guilty = heads_at_fault(recording)
-    alarms = [alarm for alarm in alarming(recording) if alarm.step > recording.fault.onset and alarm.is_about_heads]
+    alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if alarm.is_about_heads]
     hits = [alarm for alarm in alarms if alarm.units & guilty]
     first = [alarm for alarm in alarms if alarm.step == alarms[0].step] if alarms else []
     everyone = {
@@ -144,10 +155,11 @@ def count_clean(recordings: Sequence[Recording], alarming: Alarming, stride: int
     return clean
 
 
-def first_run_alarm(recording: Recording, alarming: Alarming, after: int = 0) -> float | None:
-    """Return the samples from ``after`` until the first alarm about the run; None for none."""
-    steps = [alarm.step for alarm in alarming(recording) if not alarm.is_about_heads and alarm.step > after]
-    return (min(steps) - after) / SAMPLE_EVERY if steps else None
+def first_run_alarm(recording: Recording, alarming: Alarming) -> float | None:
+    """Return the samples from onset, or from the start, until the first alarm about the run; None for none."""
+    alarms = alarming(recording) if recording.fault is None else alarms_of_fault(recording, alarming)
+    onset = 0 if recording.fault is None else recording.fault.onset
+    return min(((alarm.step - onset) / SAMPLE_EVERY for alarm in alarms if not alarm.is_about_heads), default=None)
 
 
 # -- What people use today ---------------------------------------------------------------------------------------------
