@@ -27,7 +27,7 @@ from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
 from attnmonitor.measurement import Measurement
 from attnmonitor.notice import warn
-from attnmonitor.probe import ForwardFunction, Probe, unwrap
+from attnmonitor.probe import ForwardFunction, Probe, is_sharded, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
@@ -127,11 +127,13 @@ class AttentionMonitor:
         self._probe = Probe(self.model, probe, forward=forward)
         self._measurement = Measurement(self.model, self._probe, self._metrics, strict=strict)
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
+        # Where weights are sharded a forward needs every process, so all measure, and the first writes and logs.
         self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
+        self._measures = self._is_main or is_sharded(self.model)
         if not self._is_main:
             loggers, record = [], None
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
-        self.coverage: Mapping[str, LayerCoverage] = self._measurement.attach().coverage if self._is_main else {}
+        self.coverage: Mapping[str, LayerCoverage] = self._measurement.attach().coverage if self._measures else {}
         self.history = History(self._measurement.num_heads, self._metrics)
         self._record_path, self._record_in_folder = _record_path(record, name)
         self._record: RecordWriter | None = None
@@ -166,7 +168,7 @@ class AttentionMonitor:
 
         On processes other than the first, the sample has no values: they need not wait, and have nothing to log.
         """
-        if not self._is_main:
+        if not self._measures:
             return Sample(global_step, values={}, name=self.name)
         started = time.perf_counter()
         failure = None
@@ -182,6 +184,8 @@ class AttentionMonitor:
             measured = self._measurement.nothing(failure)
             self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
         self.coverage = measured.coverage
+        if not self._is_main:
+            return Sample(global_step, values={}, failure=failure, name=self.name)
         events: list[AlertEvent] = []
         with self._contained("alerts"):
             events = self._alerts.observe(measured.trusted_values(), global_step)
@@ -252,6 +256,8 @@ class AttentionMonitor:
                 f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
             )
         self.global_step = state["global_step"]
+        if not self._measures:
+            return
         self.failures = state["failures"]
         self._num_samples = state["num_samples"]
         if self._record_in_folder and state["record"] is not None and Path(state["record"]).exists():

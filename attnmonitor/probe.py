@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
-__all__ = ["ForwardFunction", "Probe", "default_forward", "quiet", "unwrap"]
+__all__ = ["ForwardFunction", "Probe", "default_forward", "is_sharded", "quiet", "unwrap"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -43,6 +43,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes, so that all of them must run a forward together."""
+    if not distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # a second to import, and needed in few runs
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode without gradients, and restore every piece of state a forward can touch.
@@ -50,12 +59,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
     Saved and put back, also after an exception: the generators of torch (CPU, and CUDA once it is in use), ``random``
     and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
     grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
-    that a probe adds no graph and no recompilation. ``no_grad`` and not ``inference_mode``: a lazily filled cache
-    (RoPE) first filled under ``inference_mode`` breaks the next training step.
+    that a probe adds no graph and no recompilation. Modules under FSDP2 are sharded again. ``no_grad`` and not
+    ``inference_mode``: a lazily filled cache (RoPE) first filled under ``inference_mode`` breaks the next training
+    step.
     """
     with ExitStack() as restore:
         restore.enter_context(_kept_random_state())
         restore.enter_context(_kept_modules(model))
+        if is_sharded(model):
+            restore.callback(_reshard, model)
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
         # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
@@ -105,6 +117,15 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             if buffer is not None and saved is not None and _version(buffer) != saved[1]:
                 with torch.no_grad():
                     buffer.copy_(saved[0])
+
+
+def _reshard(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    # The root stays gathered after a forward without grad, and an optimizer step would then go past it.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _version(tensor: Tensor) -> int:

@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for everything that is written")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # two cores are busy enough
+    # Two cores are busy enough without data workers; the other one is between Lightning and torch.
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec).*")
     tell(run(options.out, num_steps=options.steps), options.out)
 
 
