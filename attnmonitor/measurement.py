@@ -23,7 +23,7 @@ from attnmonitor.functional import HeadCores, attention_row_statistics, head_cor
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.metrics import METRIC_CLASSES
-from attnmonitor.probe import Probe, quiet
+from attnmonitor.probe import Probe, is_sharded, own_surroundings, quiet
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Measured", "Measurement"]
@@ -44,7 +44,8 @@ class Measured:
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
         spread: The same shape: standard deviation over the sequences.
         coverage: Every layer, measured or not.
-        diagnostics: ``certified_fraction`` and ``invariant_residual``.
+        diagnostics: ``certified_fraction`` and ``invariant_residual``; ``probe_share`` where memory did not suffice
+            for the whole probe.
     """
 
     values: LayerValues
@@ -65,7 +66,7 @@ class _Reduced:
     """One layer's attention after its queries and keys are gone."""
 
     coverage: LayerCoverage
-    dtype: torch.dtype
+    precision: torch.dtype
     error: Tensor | None
     fewest_keys: int | Tensor
     cores: HeadCores
@@ -121,7 +122,7 @@ class Measurement:
         """
         model, described = type(self._model).__qualname__, self._probe.describe()
         try:
-            reduced, troubles = self._forward()
+            reduced, troubles = self._forward(self._probe)
         except Exception as error:
             raise ValueError(
                 f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}; give a batch its "
@@ -140,7 +141,8 @@ class Measurement:
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
             )
-        measured = self._on_host(reduced, troubles)
+        with own_surroundings():
+            measured = self._on_host(reduced, troubles)
         self.layers = measured.coverage
         if self._weight_metrics:
             self._learned = LearnedSide(self._model, self._probe, self.layers, self._weight_metrics)
@@ -151,22 +153,45 @@ class Measurement:
         return replace(measured, coverage=self.layers)
 
     def take(self, *, with_weights: bool = False) -> Measured:
-        """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked."""
-        measured = self._on_host(*self._forward())
+        """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked.
+
+        Where memory does not suffice, once more with half of the probe's sequences. Not where weights are sharded:
+        the other processes are not in that second forward.
+        """
+        half = None
+        try:
+            measured = self._measure(self._probe)
+        except torch.OutOfMemoryError:
+            half = None if is_sharded(self._model) else self._probe.half()
+            if half is None:
+                raise
+        if half is not None:  # out of the handler, where the exception would keep the failed forward's tensors alive
+            measured = self._measure(half)
+            share = next(len(part) / len(whole) for part, whole in zip(half.sequences(), self._probe.sequences()))
         if self._learned is None or not with_weights:
             return measured
-        learned = self._learned.take(measured.values.get("energy_effective_rank"))
-        unvarying = {
-            metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
-            for metric, layers in learned.items()
-        }
-        return replace(measured, values={**measured.values, **learned}, spread={**measured.spread, **unvarying})
+        return self._with_weights(measured, self._learned)
+
+    def _with_weights(self, measured: Measured, learned: LearnedSide) -> Measured:
+        with own_surroundings():
+            values = learned.take(measured.values.get("energy_effective_rank"))
+            unvarying = {
+                metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
+                for metric, layers in values.items()
+            }
+        return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **unvarying})
+
+    def _measure(self, probe: Probe) -> Measured:
+        reduced, troubles = self._forward(probe)
+        with own_surroundings():
+            return self._on_host(reduced, troubles)
 
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""
-        return self._on_host({}, dict.fromkeys(self.layers, reason))
+        with own_surroundings():
+            return self._on_host({}, dict.fromkeys(self.layers, reason))
 
-    def _forward(self) -> tuple[dict[str, _Reduced], dict[str, str]]:
+    def _forward(self, probe: Probe) -> tuple[dict[str, _Reduced], dict[str, str]]:
         """Run the probe; return the layers reduced to cores, and a reason for each layer that has none."""
         reduced: dict[str, _Reduced] = {}
         troubles: dict[str, str] = {}
@@ -174,13 +199,15 @@ class Measurement:
         def emit(call: AttentionCall) -> None:
             try:
                 reduced[call.layer] = self._reduce(call)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 if self._strict:
                     raise
                 troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
 
         with quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
-            self._probe.run(self._model)
+            probe.run(self._model)
         return reduced, {**report.missed, **troubles}
 
     def _reduce(self, call: AttentionCall) -> _Reduced:
@@ -205,9 +232,10 @@ class Measurement:
             head_dim=call.query.shape[3],
             scale=call.scale,
             outside=call.outside,
+            num_keys=call.key.shape[2],
         )
         fewest_keys = call.key.shape[2] if call.key_mask is None else call.key_mask.sum(-1).amin()
-        return _Reduced(coverage, call.query.dtype, call.error, fewest_keys, cores, rows)
+        return _Reduced(coverage, call.precision, call.error, fewest_keys, cores, rows)
 
     def _on_host(self, reduced: Mapping[str, _Reduced], troubles: Mapping[str, str]) -> Measured:
         """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
@@ -274,7 +302,7 @@ class Measurement:
         if layer.error is None:
             return found
         error = float(arrived["error", name])
-        tolerance = _TOLERANCE.get(layer.dtype, 0.0)
+        tolerance = _TOLERANCE.get(layer.precision, 0.0)
         reason = ""
         if not error <= tolerance:
             reason = (

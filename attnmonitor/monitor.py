@@ -78,6 +78,7 @@ class AttentionMonitor:
             message quotes the argument, what arrived and the way out.
 
     Example:
+        >>> import torch
         >>> layer = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
         >>> with AttentionMonitor(layer, torch.randn(2, 12, 16), record=None) as monitor:
         ...     sample = monitor.sample(global_step=0)

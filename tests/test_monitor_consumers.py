@@ -84,7 +84,7 @@ def test_weight_metrics_equal_a_dense_svd_and_run_on_their_own_slower_clock() ->
 
 def test_a_sketch_that_does_not_certify_every_head_is_larger_in_the_next_sample() -> None:
     torch.manual_seed(0)
-    model = TinyGPT(width=512, num_query_heads=4, max_length=600)
+    model = TinyGPT(width=512, num_query_heads=2, max_length=600)  # d = 256: sketched on a CPU, too
     with torch.no_grad():  # flat spectra: the hardest to certify from a few columns
         model.tokens.weight.normal_(), model.positions.weight.normal_()
     monitor = AttentionMonitor(model, token_batch(batch=1, length=600), record=None, strict=True)

@@ -91,6 +91,7 @@ def test_the_example_runs(
     module: str, arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, f"attnmonitor.examples.{module}", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     runpy.run_module(f"attnmonitor.examples.{module}", run_name="__main__")
     wandb.finish()
