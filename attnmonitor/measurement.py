@@ -44,7 +44,7 @@ class Measured:
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
         spread: The same shape: standard deviation over the sequences.
         coverage: Every layer, measured or not.
-        diagnostics: ``certified_fraction`` and ``invariant_residual``; ``probe_share`` where memory did not suffice
+        diagnostics: ``certified_fraction`` and ``invariant_residual``; ``halved_probe`` where memory did not suffice
             for the whole probe.
     """
 
@@ -56,8 +56,9 @@ class Measured:
     def trusted_values(self) -> LayerValues:
         """The values without the layers that may not be shown: a failed capture is not a head that broke."""
         return {
-            metric: {name: heads for name, heads in layers.items() if self.coverage[name].measured}
+            metric: trusted
             for metric, layers in self.values.items()
+            if (trusted := {name: heads for name, heads in layers.items() if self.coverage[name].measured})
         }
 
 
@@ -167,7 +168,7 @@ class Measurement:
                 raise
         if half is not None:  # out of the handler, where the exception would keep the failed forward's tensors alive
             measured = self._measure(half)
-            share = next(len(part) / len(whole) for part, whole in zip(half.sequences(), self._probe.sequences()))
+            measured = replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
         if self._learned is None or not with_weights:
             return measured
         return self._with_weights(measured, self._learned)

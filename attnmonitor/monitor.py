@@ -2,11 +2,12 @@
 
 Two rules shape everything here. A step that is not sampled pays for one call of the schedule and nothing else. And
 after attach nothing the monitor does may hurt the run: whatever goes wrong while sampling becomes NaN, a counter and
-one warning, and goes no further.
+one warning, and goes no further. A monitor that measures nothing any more pauses itself.
 """
 
 from __future__ import annotations
 
+import math
 import string
 import time
 import uuid
@@ -25,13 +26,14 @@ from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
 from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
-from attnmonitor.measurement import Measurement
+from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.notice import warn
-from attnmonitor.probe import ForwardFunction, Probe, is_sharded, unwrap
+from attnmonitor.probe import ForwardFunction, Probe, is_sharded, own_surroundings, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.schedules import Schedule, as_schedule
+from attnmonitor.verdict import verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["AttentionMonitor"]
 
 _STATE_FORMAT = 1
+_PAUSE_AFTER = 5  # samples in a row that measured nothing
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
 
 
@@ -69,9 +72,13 @@ class AttentionMonitor:
         model: The unwrapped model.
         history: Trajectories per metric and layer; ``history.steps``.
         coverage: How each attention layer is captured, verified to what error, or why it is not measured.
-        failures: Samples that failed so far.
+        failures: How often something failed and was passed over so far: a sample, as a whole or in layers that were
+            measured at attach, and what is done with samples (alerts, record, loggers, actions).
         should_stop: Whether an alert has asked to stop; a loop of your own looks at it.
         global_step: The optimizer step last heard of; -1 before the first.
+        last_sample: The latest sample, on the process that writes; None before the first.
+        attached_at: ``time.perf_counter()`` when the monitor was made.
+        seconds: What all samples since then cost together, in seconds.
 
     Raises:
         ValueError: An argument is wrong, the model rejects the probe, or no attention was seen in its forward. The
@@ -114,6 +121,8 @@ class AttentionMonitor:
         self.failures = 0
         self.should_stop = False
         self.global_step = -1
+        self.last_sample: Sample | None = None
+        self.seconds = 0.0
         self._schedule = as_schedule(schedule)
         self._schedule_text = repr(schedule)
         self._metrics = check_metric_names(DEFAULT_METRICS if metrics is None else metrics)
@@ -123,6 +132,7 @@ class AttentionMonitor:
             raise ValueError(f"weights_every={weights_every} must be 1 or more samples")
         self._weights_every = weights_every
         self._num_samples = 0
+        self._num_cleared = self._num_failed = 0
         self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         self._probe = Probe(self.model, probe, forward=forward)
@@ -130,7 +140,11 @@ class AttentionMonitor:
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
         # Where weights are sharded a forward needs every process, so all measure, and the first writes and logs.
         self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
-        self._measures = self._is_main or is_sharded(self.model)
+        shares_forward = is_sharded(self.model)
+        self._measures = self._is_main or shares_forward
+        # A process that failed alone must not leave the others waiting for it in the probe's next forward.
+        self._pause_after = math.inf if shares_forward else _PAUSE_AFTER
+        self._failed_in_a_row = 0
         if not self._is_main:
             loggers, record = [], None
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
@@ -138,7 +152,7 @@ class AttentionMonitor:
         self.history = History(self._measurement.num_heads, self._metrics)
         self._record_path, self._record_in_folder = _record_path(record, name)
         self._record: RecordWriter | None = None
-        self._last_sample_ended = time.perf_counter()
+        self.attached_at = self._last_sample_ended = time.perf_counter()
         self._warned: set[str] = set()
         self._on_close = ExitStack()
         for layer in self.coverage.values():
@@ -147,6 +161,8 @@ class AttentionMonitor:
         for logger in self._loggers:
             if callable(log_run := getattr(logger, "log_run", None)):
                 log_run(self.describe())
+            if callable(follow := getattr(logger, "follow", None)):
+                follow(self.history)
             if callable(close := getattr(logger, "close", None)):
                 self.on_close(close)
 
@@ -154,15 +170,31 @@ class AttentionMonitor:
         """Tell the monitor how many optimizer steps are done; sample if the schedule says so.
 
         A step that was already answered, as after a resume, is not sampled again. Where the count moved by more than
-        one, the steps between are asked for as well.
+        one, the steps between are asked for as well. A monitor that is `paused` takes no sample.
         """
         if global_step <= self.global_step:
             return None
         first = self.global_step + 1 if self.global_step >= 0 else global_step
         self.global_step = global_step
-        if not any(map(self._schedule, range(first, global_step + 1))):
+        try:
+            if not any(map(self._schedule, range(first, global_step + 1))):
+                return None
+        except Exception as error:
+            self._pass_over("the schedule", error)
             return None
+        if self.paused:
+            # Where several processes train, adapters tell all of them what a sample asks for: each has to have one.
+            return self._no_sample(global_step) if distributed.is_initialized() else None
         return self.sample(global_step)
+
+    @property
+    def paused(self) -> bool:
+        """Whether `on_step` takes no samples: several in a row measured nothing. `sample` still tries."""
+        return self._failed_in_a_row >= self._pause_after
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._failed_in_a_row = 0
 
     def sample(self, global_step: int) -> Sample:
         """Take a sample now, whatever the schedule says, and hand it to history, record, loggers and alerts.
@@ -170,7 +202,7 @@ class AttentionMonitor:
         On processes other than the first, the sample has no values: they need not wait, and have nothing to log.
         """
         if not self._measures:
-            return Sample(global_step, values={}, name=self.name)
+            return self._no_sample(global_step)
         started = time.perf_counter()
         failure = None
         with_weights = self._num_samples % self._weights_every == 0
@@ -180,16 +212,17 @@ class AttentionMonitor:
         except Exception as error:
             if self.strict:
                 raise
-            self.failures += 1
             failure = f"{type(error).__name__}: {error}"
             measured = self._measurement.nothing(failure)
-            self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
         self.coverage = measured.coverage
+        self._look_for_failures(measured, failure, global_step)
         if not self._is_main:
             return Sample(global_step, values={}, failure=failure, name=self.name)
         events: list[AlertEvent] = []
-        with self._contained("alerts"):
+        with self._contained("alerts"), own_surroundings():
             events = self._alerts.observe(measured.trusted_values(), global_step)
+        self._num_cleared += sum(event.state == "cleared" for event in events)
+        self._num_failed += failure is not None
         ended = time.perf_counter()
         overhead = (ended - started) / (ended - self._last_sample_ended)
         self._last_sample_ended = ended
@@ -205,8 +238,19 @@ class AttentionMonitor:
             failures=self.failures,
             failure=failure,
             requests=requests_of(events, self._actions),
+            verdict=verdict(
+                self.coverage,
+                num_samples=self._num_samples,
+                firing=self.firing,
+                num_cleared=self._num_cleared,
+                num_failed=self._num_failed,
+                failure=failure,
+                watched=bool(self._alerts.rules),
+            ),
             name=self.name,
         )
+        self.last_sample = sample
+        self.seconds += sample.seconds
         self._hand_out(sample)
         self.should_stop |= "stop" in sample.requests
         for event, action in calls_of(events, self._actions):
@@ -236,6 +280,8 @@ class AttentionMonitor:
             "global_step": self.global_step,
             "failures": self.failures,
             "num_samples": self._num_samples,
+            "num_cleared": self._num_cleared,
+            "num_failed": self._num_failed,
             "probe_fingerprint": self._probe.fingerprint,
             "model_signature": self._measurement.signature,
             "record": None if self._record_path is None else str(self._record_path),
@@ -261,6 +307,7 @@ class AttentionMonitor:
             return
         self.failures = state["failures"]
         self._num_samples = state["num_samples"]
+        self._num_cleared, self._num_failed = state["num_cleared"], state["num_failed"]
         if self._record_in_folder and state["record"] is not None and Path(state["record"]).exists():
             self._record_path = Path(state["record"])
         changed = [
@@ -302,8 +349,37 @@ class AttentionMonitor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _no_sample(self, global_step: int) -> Sample:
+        return Sample(global_step, values={}, name=self.name)
+
+    def _look_for_failures(self, measured: Measured, failure: str | None, global_step: int) -> None:
+        """Count and tell what failed in a sample; begin a pause where nothing was measured for too long."""
+        at_attach = self._measurement.layers
+        lost = [layer for name, layer in at_attach.items() if layer.measured and not measured.coverage[name].measured]
+        self.failures += bool(lost)
+        anything = any(layer.measured for layer in measured.coverage.values())
+        self._failed_in_a_row = 0 if anything else self._failed_in_a_row + 1
+        if failure is not None:
+            self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
+        elif new := [layer.layer for layer in lost if layer.layer not in self._warned]:
+            self._warned.update(new)
+            reason = measured.coverage[new[0]].reason
+            self._warn(f"not measured at step {global_step}, and NaN: {', '.join(new)} ({reason})")
+        if "halved_probe" in measured.diagnostics:
+            self._warn_once(
+                "memory",
+                f"the sample at step {global_step} ran out of memory and measured the first half of the probe's "
+                "sequences; give a smaller probe",
+            )
+        if self._failed_in_a_row == self._pause_after:
+            self._warn(
+                f"nothing was measured in {self._pause_after} samples in a row, the last at step {global_step}: no "
+                "more are taken until monitor.resume()"
+            )
+
     def _hand_out(self, sample: Sample) -> None:
-        self.history.append(sample)
+        with own_surroundings():
+            self.history.append(sample)
         with self._contained("record"):
             if self._record is None and self._record_path is not None:
                 self._record = RunRecord.create(self._record_path, run=self.describe())
@@ -320,13 +396,17 @@ class AttentionMonitor:
 
     @contextmanager
     def _contained(self, what: str) -> Iterator[None]:
-        """Keep what goes wrong in a consumer of samples from the training loop: counted by a warning, told once."""
+        """Keep what goes wrong in a consumer of samples from the training loop."""
         try:
             yield
         except Exception as error:
-            if self.strict:
-                raise
-            self._warn_once(what, f"{what} failed and is passed over: {type(error).__name__}: {error}")
+            self._pass_over(what, error)
+
+    def _pass_over(self, what: str, error: Exception) -> None:
+        if self.strict:
+            raise error
+        self.failures += 1
+        self._warn_once(what, f"{what} failed and is passed over: {type(error).__name__}: {error}")
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -3,11 +3,12 @@
 A head's numbers can be compared over training only if the text is the same, so the batch is fixed and carries a
 fingerprint. And a run may be watched only if watching leaves no trace, so the forward happens inside `quiet`, which
 puts back everything a forward can move: random number generators, per-module train flags, buffers, grad mode, the
-autocast cache and the compile stance.
+autocast cache and the compile stance. What is computed from it afterwards happens in `own_surroundings`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import random
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
-__all__ = ["ForwardFunction", "Probe", "default_forward", "is_sharded", "quiet", "unwrap"]
+__all__ = ["ForwardFunction", "Probe", "default_forward", "is_sharded", "own_surroundings", "quiet", "unwrap"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -60,20 +61,32 @@ def quiet(model: nn.Module) -> Iterator[None]:
     and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
     grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
     that a probe adds no graph and no recompilation. Modules under FSDP2 are sharded again. ``no_grad`` and not
-    ``inference_mode``: a lazily filled cache (RoPE) first filled under ``inference_mode`` breaks the next training
-    step.
+    ``inference_mode``, which is left where the caller is in it: a lazily filled cache (RoPE) first filled under
+    ``inference_mode`` breaks the next training step.
     """
     with ExitStack() as restore:
         restore.enter_context(_kept_random_state())
         restore.enter_context(_kept_modules(model))
         if is_sharded(model):
             restore.callback(_reshard, model)
+        restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
         # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
         if "torch._dynamo" in sys.modules:
             restore.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
+        yield
+
+
+@contextmanager
+def own_surroundings() -> Iterator[None]:
+    """Compute as in a fresh process, whatever default device or inference mode the caller has switched on.
+
+    Tensors kept from one sample to the next would otherwise be on that device, or be of the kind that cannot be
+    written outside of that mode.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         yield
 
 
@@ -192,6 +205,22 @@ class Probe:
     def run(self, model: nn.Module) -> None:
         """Run the model once on the batch, moved to where the model is now; the output is dropped."""
         self._forward(model, _to(self.batch, _device(model)))
+
+    def half(self) -> Probe | None:
+        """Return the first half of the batch's sequences as a probe of its own; None where there is only one.
+
+        The sequences are the first axis of the first tensor that has axes; a tensor of another length there is shared.
+        """
+        num_sequences = next((tensor.shape[0] for _, tensor in _tensors(self.batch) if tensor.dim()), 0)
+        if num_sequences < 2:
+            return None
+        half = copy.copy(self)
+        half.batch = _map(
+            self.batch,
+            lambda tensor: tensor[: num_sequences // 2] if tensor.shape[:1] == (num_sequences,) else tensor,
+        )
+        half.fingerprint = _fingerprint(half.batch)
+        return half
 
     def describe(self) -> str:
         """Return the shapes of the batch in words, for error messages and the run's configuration."""
