@@ -133,7 +133,8 @@ class AttentionMonitor:
         self._weights_every = weights_every
         self._num_samples = 0
         self._num_cleared = self._num_failed = 0
-        self._alerts = _alerts(alerts, self._metrics)
+        with own_surroundings():
+            self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         self._probe = Probe(self.model, probe, forward=forward)
         self._measurement = Measurement(self.model, self._probe, self._metrics, strict=strict)
@@ -321,8 +322,9 @@ class AttentionMonitor:
         if changed:
             self._warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
             return
-        self.history.load_state_dict(state["history"])
-        self._alerts.load_state_dict(state["alerts"])
+        with own_surroundings():
+            self.history.load_state_dict(state["history"])
+            self._alerts.load_state_dict(state["alerts"])
 
     def on_close(self, action: Callable[[], object]) -> None:
         """Have ``action()`` called once when the monitor closes; what was added last is called first."""
