@@ -33,7 +33,7 @@ from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.schedules import Schedule, as_schedule
-from attnmonitor.verdict import verdict
+from attnmonitor.verdict import coverage_table, verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,7 +71,8 @@ class AttentionMonitor:
     Attributes:
         model: The unwrapped model.
         history: Trajectories per metric and layer; ``history.steps``.
-        coverage: How each attention layer is captured, verified to what error, or why it is not measured.
+        coverage: How each attention layer is captured, verified to what error, or why it is not measured;
+            ``print(monitor)`` shows it as a table.
         failures: How often something failed and was passed over so far: a sample, as a whole or in layers that were
             measured at attach, and what is done with samples (alerts, record, loggers, actions).
         should_stop: Whether an alert has asked to stop; a loop of your own looks at it.
@@ -166,6 +167,10 @@ class AttentionMonitor:
                 follow(self.history)
             if callable(close := getattr(logger, "close", None)):
                 self.on_close(close)
+
+    def __str__(self) -> str:
+        """A table of the layers: how each is captured and verified, or why it is not measured."""
+        return coverage_table(self.coverage)
 
     def on_step(self, global_step: int) -> Sample | None:
         """Tell the monitor how many optimizer steps are done; sample if the schedule says so.

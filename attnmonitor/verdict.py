@@ -21,6 +21,7 @@ from attnmonitor.sample import AlertEvent, LayerCoverage
 __all__ = [
     "OutstandingHead",
     "by_concern",
+    "coverage_table",
     "head_name",
     "heads_concerned",
     "layer_table",
@@ -257,11 +258,40 @@ def layer_table(
     """
     header, rows = _table(values, firing, coverage or {}, metrics)
     upper, lower = zip(*(["", *name.split("\n")][-2:] for name in header), strict=True)
-    widths = [max(map(len, column)) for column in zip(upper, lower, *rows, strict=True)]
-    rule = ["─" * width for width in widths]
-    padded = [
-        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (upper, lower, rule, *rows)
+    return _aligned([upper, lower], rows)
+
+
+def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
+    """A text table, one row per layer: how it was captured and verified, or why it was not measured.
+
+    Example:
+        >>> print(coverage_table({"h.0": LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("window",))}))
+        layer  heads (query/KV)  head size  scale  captured   error    outside the field
+        ─────  ────────────────  ─────────  ─────  ─────────  ───────  ─────────────────
+        h.0    12/4              64         0.125  self sdpa  3.0e-07  window
+    """
+    header = ("layer", "heads (query/KV)", "head size", "scale", "captured", "error", "outside the field")
+    rows = [
+        (
+            layer.layer,
+            f"{layer.num_query_heads}/{layer.num_kv_heads}",
+            str(layer.head_dim),
+            f"{layer.scale:.4g}",
+            f"{layer.kind} {layer.how}",
+            "not comparable" if layer.error is None else f"{layer.error:.1e}",
+            ", ".join(layer.outside),
+        )
+        if layer.measured
+        else (layer.layer, "", "", "", "NOT MEASURED", "", layer.reason)
+        for layer in coverage.values()
     ]
+    return _aligned([header], rows)
+
+
+def _aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*header, *rows, strict=True)]
+    rule = ["─" * width for width in widths]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (*header, rule, *rows)]
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
