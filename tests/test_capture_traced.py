@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attnmonitor.capture import fused, traced
+from attnmonitor.capture import capture_attention, fused, traced
 from attnmonitor.capture.frames import Frames
 from attnmonitor.capture.fused import read_sdpa
 from attnmonitor.capture.rebuild import Attention
@@ -325,3 +325,15 @@ def test_rows_of_logits_are_those_that_enter_the_softmax() -> None:
     assert torch.allclose(call.logit_rows(rows), seen["logits"][:, :, rows], atol=1e-5)
     assert call.scale == pytest.approx(0.4)
     assert call.outside == ("bias", "softcap")
+
+
+def test_a_soft_cap_is_told_while_logits_are_still_far_below_it() -> None:
+    class Capped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = 50 * torch.tanh(x @ x.mT / 50)
+            return logits.softmax(-1) @ x
+
+    model, calls = nn.ModuleDict({"attn": Capped()}), []
+    with torch.no_grad(), capture_attention(model, lambda call: calls.append(call.outside)):
+        model["attn"](0.01 * torch.randn(2, 4, 12, 8))
+    assert calls == [("softcap",)]

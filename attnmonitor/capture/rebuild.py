@@ -148,18 +148,20 @@ class Attention:
         """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: ask once per layer, not per sample.
 
         Read from the checked rows: a bias is what differs between visible keys when the product is nought, a soft-cap
-        what keeps logits from growing with the product, a window what hides part of the past (also chunks and packed
-        documents).
+        what keeps logits of 1,000 from growing with the product (however small they are today: a cap that does not bend
+        them yet will), a window what hides part of the past (also chunks and packed documents).
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
             product, bias = self._product_and_bias(rows)
-            at_zero, logits, far = (self.restore(self._bend(t * product + bias, rows)) for t in (0.0, 1.0, 64.0))
+            large = 1e3 / product.abs().amax().clamp_min(1e-30)
+            at_zero, logits, half, far = (
+                self.restore(self._bend(t * product + bias, rows)) for t in (0.0, 1.0, large / 2, large)
+            )
         seen = logits > HIDDEN
         highest = at_zero.masked_fill(~seen, -torch.inf).amax(-1)
         biased = (highest > at_zero.masked_fill(~seen, torch.inf).amin(-1)).any()
-        straight = at_zero + 64.0 * (logits - at_zero)
-        curved = seen & ((far - straight).abs() > 1e-3 * straight.where(seen, 0.0).abs().amax())
+        curved = seen & ((far - 2 * half + at_zero).abs() > 1e-3 * (far - at_zero).where(seen, 0.0).abs().amax())
         hidden = logits <= HIDDEN
         past = torch.arange(self.key.shape[-2], device=rows.device) <= rows[:, None]  # (R, Lk)
         hidden = hidden & past & ~hidden.all(-1, keepdim=True)
