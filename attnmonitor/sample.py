@@ -29,6 +29,7 @@ class LayerCoverage:
         reason: Why the layer has no numbers; ``""`` when it has.
         weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were, or
             were not looked for.
+        num_keys: Key positions of the probe in this layer, padding included; 0 when not captured.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class LayerCoverage:
     outside: tuple[str, ...] = ()
     reason: str = ""
     weights_reason: str = ""
+    num_keys: int = 0
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -104,6 +106,7 @@ class Sample:
         failures: Samples of this run that failed so far, this one included.
         failure: Why this sample has no values; None when it has.
         requests: What alerts ask of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
+        verdict: What the run comes to so far, in one line for people.
         name: Name of the monitor that took it, the middle of its keys ``attention/<name>/…``; None without one.
     """
 
@@ -118,4 +121,5 @@ class Sample:
     failures: int = 0
     failure: str | None = None
     requests: tuple[str, ...] = ()
+    verdict: str = ""
     name: str | None = None

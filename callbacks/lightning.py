@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from attnmonitor.ending import print_ending
 from attnmonitor.loggers import summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
@@ -119,9 +120,10 @@ class AttentionMonitorCallback(Callback):
             self._summaries = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish the record and the loggers, also after an exception or an interrupt."""
-        if self.monitor is not None:
+        """Finish the record and the loggers and say what the run comes to, also after an exception or an interrupt."""
+        if self.monitor is not None and stage == "fit":
             self.monitor.close()
+            print_ending(self.monitor)
 
     def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import WandbCallback
 
+from attnmonitor.ending import print_ending
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
@@ -132,9 +133,10 @@ class AttentionMonitorCallback(TrainerCallback):
             _logger.warning("the monitor's state is not in %s: %s", folder, error)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Finish the record and the loggers."""
+        """Finish the record and the loggers and say what the run comes to."""
         if self.monitor is not None:
             self.monitor.close()
+            print_ending(self.monitor)
 
     @property
     def _state_file(self) -> str:

@@ -25,7 +25,6 @@ from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, w
 from attnmonitor.plots import overview
 from attnmonitor.record import RunRecord
 from attnmonitor.report import write_report
-from attnmonitor.verdict import print_layer_table, verdict_of_record
 
 WARM_UP_STEPS = 30
 
@@ -87,22 +86,13 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
 
 
 def tell(monitor: AttentionMonitor, out: Path) -> None:
-    """Print what was seen: one line, the table of layers, and where to look further."""
+    """Draw what was seen, and print where to look further: what it comes to the callback has said."""
     path = monitor.record_path or out
-    record = RunRecord.open(path)
     picture, report = out / "heads.png", write_report(path, out / "report.html")
-    overview(record).savefig(picture, dpi=150)
-    latest = {
-        metric: {layer: heads[-1] for layer, heads in monitor.history[metric].items()} for metric in monitor.history
-    }
-    print(f"\n{verdict_of_record(record)}\n")
-    print_layer_table(latest, firing=monitor.firing, coverage=monitor.coverage)
-    cost = sum(sample.seconds for sample in record.samples)
-    print(f"watching cost {cost:.1f} s for {len(record.samples)} samples of {len(monitor.coverage)} layers\n")
+    overview(RunRecord.open(path)).savefig(picture, dpi=150)
     for what, where in {
         "picture": picture,
         "report": report,
-        "record": path,
         "W&B run": max((out / "wandb").glob("*run-*"), key=os.path.getmtime, default="-"),
     }.items():
         print(f"{what:8s} {where}")

@@ -52,9 +52,9 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def offline_run(folder: Path) -> dict[str, Any]:
-    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration and alerts of the offline run."""
+    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run."""
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
-    run: dict[str, Any] = {"history": [], "metrics": {}, "config": {}, "alerts": []}
+    run: dict[str, Any] = {"history": [], "metrics": {}, "config": {}, "summary": {}, "alerts": []}
     for record in _finished(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
@@ -63,6 +63,8 @@ def offline_run(folder: Path) -> dict[str, Any]:
             run["metrics"][record.metric.name] = (record.metric.step_metric, record.metric.options.hidden)
         elif kind in ("config", "run"):
             run["config"] |= _items(record.config.update if kind == "config" else record.run.config.update)
+        elif kind == "summary":
+            run["summary"] |= _items(record.summary.update)
         elif kind == "alert":
             run["alerts"].append((record.alert.title, record.alert.text, record.alert.level))
     return run
@@ -71,3 +73,18 @@ def offline_run(folder: Path) -> dict[str, Any]:
 def curve(run: dict[str, Any], key: str, x: str = "attention/global_step") -> dict[int, float]:
     """The values under a key by their x."""
     return {row[x]: row[key] for row in run["history"] if key in row}
+
+
+def charts(run: dict[str, Any], folder: Path) -> dict[str, list[dict[str, list[tuple[int, float]]]]]:
+    """Every version of every line chart: for each line by name, its points. Charts by the key they were logged under."""
+    found: dict[str, list[dict[str, list[tuple[int, float]]]]] = {}
+    for key in (name.removeprefix("_wandb.visualize.") for name in run["config"] if "visualize" in name):
+        found[key] = []
+        for row in run["history"]:
+            if path := row.get(f"Custom Chart Tables/{key}_table.path"):
+                [file] = folder.glob(f"wandb/offline-run-*/files/{path}")
+                lines: dict[str, list[tuple[int, float]]] = {}
+                for step, name, value in json.loads(file.read_text())["data"]:
+                    lines.setdefault(name, []).append((step, value))
+                found[key].append(lines)
+    return found

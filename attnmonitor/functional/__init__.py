@@ -15,6 +15,7 @@ from attnmonitor.functional.interaction import (
     interaction_participation_ratio,
     spectral_gap,
 )
+from attnmonitor.functional.null import NULL_METRICS, null_statistics
 from attnmonitor.functional.rows import attention_row_statistics, row_logits
 from attnmonitor.functional.spectrum import (
     EnergySpectrum,
@@ -26,6 +27,7 @@ from attnmonitor.functional.spectrum import (
 from attnmonitor.functional.statistics import HeadStatistics, head_statistics
 
 __all__ = [
+    "NULL_METRICS",
     "EnergySpectrum",
     "HeadCores",
     "HeadStatistics",
@@ -44,6 +46,7 @@ __all__ = [
     "key_rank",
     "key_rms",
     "leverage_scores",
+    "null_statistics",
     "query_rms",
     "row_logits",
     "spectral_gap",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from attnmonitor.loggers.keys import HeadScalars, summary_scalars
+from attnmonitor.loggers.keys import summary_scalars
+from attnmonitor.loggers.scalars import MetricsLogger
 from attnmonitor.loggers.wandb import WandbLogger
 from attnmonitor.sample import Sample
 
@@ -15,35 +16,20 @@ __all__ = ["MetricsLogger", "SampleLogger", "WandbLogger", "as_logger", "summary
 class SampleLogger(Protocol):
     """Anything that takes samples: the one method a logger of your own needs.
 
-    A logger may also have ``log_run(description)``, called once at attach with the run's settings, and ``close()``.
+    A logger may also have ``log_run(description)``, called once at attach with the run's settings, ``follow(history)``,
+    called once at attach with the trajectories, which grow with each sample before it is logged, and ``close()``.
     """
 
     def log_sample(self, sample: Sample) -> None:
         """Log one sample."""
 
 
-class MetricsLogger:
-    """Sends the scalars of each sample to any object with ``log_metrics(dict, step)``, such as a Lightning logger.
-
-    Args:
-        logger: The object.
-        max_keys: Most keys ever made.
-    """
-
-    def __init__(self, logger: Any, *, max_keys: int = 2000) -> None:
-        self._logger = logger
-        self._head_scalars = HeadScalars(max_keys)
-
-    def log_sample(self, sample: Sample) -> None:
-        """Log one sample's scalars at its global step."""
-        self._logger.log_metrics({**summary_scalars(sample), **self._head_scalars(sample)}, step=sample.global_step)
-
-
 def as_logger(logger: Any) -> SampleLogger:
     """Return ``logger`` as something that takes samples.
 
     An object with ``log_sample`` is taken as it is; a Weights & Biases run, or a Lightning logger that holds one, is
-    wrapped in `WandbLogger`; any other object with ``log_metrics(dict, step)`` gets the scalars.
+    wrapped in `WandbLogger`; any other object with ``log_metrics(dict, step)`` gets the scalars, and the heatmaps
+    where it holds a TensorBoard or MLflow experiment.
 
     Raises:
         ValueError: It is none of these.

@@ -16,17 +16,27 @@ from attnmonitor.catalog import METRICS
 from attnmonitor.sample import Sample
 from attnmonitor.verdict import outstanding_heads
 
-__all__ = ["HeadScalars", "key_prefix", "step_key", "summary_scalars"]
+__all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", "summary_scalars"]
 
 _SUMMARIES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _LAYER_SUMMARIES = {"min": 0.0, "median": 0.5, "max": 1.0}
-_NUM_OTHER_KEYS = 20  # step, alert counts, the monitor's own figures: fewer than this
-_LEAST_KEYS = (len(_SUMMARIES) + 1) * len(METRICS) + _NUM_OTHER_KEYS
+_MOST_LAYERS, _MOST_HEADS = 16, 16  # of a model whose layers have charts: more panels, or lines in one, nobody reads
+BAND_KEYS = ("/min", "/q25", "/q75", "/max")
+"""How the keys end that are the edges of a band around the median."""
+
+_NUM_OTHER_KEYS = 20  # step, alert counts, the monitor's own figures, a chart of ranks: fewer than this
+_NUM_MODEL_KEYS = len(_SUMMARIES) + 2  # of a metric: its summaries, a picture and a chart
+_LEAST_KEYS = _NUM_MODEL_KEYS * len(METRICS) + _NUM_OTHER_KEYS
 
 
 def key_prefix(sample: Sample) -> str:
     """``attention``, or ``attention/<name>`` where the monitor has a name."""
     return f"attention/{sample.name}" if sample.name else "attention"
+
+
+def heatmap_key(sample: Sample, metric: str) -> str:
+    """Where the picture of all heads goes."""
+    return f"{key_prefix(sample)}/{metric}/heatmap"
 
 
 def step_key(sample: Sample) -> str:
@@ -60,10 +70,12 @@ class HeadScalars:
     ``attention/<metric>/layer_03/{min,median,max}``, and heads that stood out keep their curves from then on.
 
     Args:
-        max_keys: Most keys that a logger ever makes, summaries and one picture per metric included.
+        max_keys: Most keys that a logger ever makes, summaries, a picture and a chart per metric included.
 
     Attributes:
         every_head: Whether every head has a curve; known after the first sample.
+        layer_charts: Whether there is room for a chart per metric and layer; known after the first sample.
+        layer_keys: What each layer is called in keys, ``layer_03``; known after the first sample.
         num_keys: Keys there will be at most; known after the first sample.
 
     Raises:
@@ -75,21 +87,22 @@ class HeadScalars:
             raise ValueError(f"max_keys={max_keys} is less than the {_LEAST_KEYS} that summaries may need; raise it")
         self.every_head = True
         self.num_keys = max_keys
+        self.layer_charts = False
+        self.layer_keys: dict[str, str] = {}
         self._max_keys = max_keys
-        self._layer_keys: dict[str, str] = {}
         self._with_layers = False
         self._allowed_heads = 0
         self._chosen: dict[str, set[tuple[str, int]]] = {}
 
     def __call__(self, sample: Sample) -> dict[str, float]:
         """Return the figures of one sample."""
-        if not self._layer_keys:
+        if not self.layer_keys:
             self._plan(sample)
         scalars: dict[str, float] = {}
         for metric, layers in sample.values.items():
             chosen = self._choose(metric, layers)
             for layer, values in layers.items():
-                stem = f"{key_prefix(sample)}/{metric}/{self._layer_keys[layer]}"
+                stem = f"{key_prefix(sample)}/{metric}/{self.layer_keys[layer]}"
                 if self._with_layers:
                     quantiles = _quantiles(values, _LAYER_SUMMARIES)
                     scalars.update({f"{stem}/{name}": value for name, value in quantiles.items()})
@@ -100,16 +113,19 @@ class HeadScalars:
 
     def _plan(self, first: Sample) -> None:
         digits = max(2, len(str(len(first.coverage) - 1)))
-        self._layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
+        self.layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
         num_metrics = len(first.values)
-        num_fixed = (len(_SUMMARIES) + 1) * num_metrics + _NUM_OTHER_KEYS
-        num_heads = sum(values.numel() for layers in first.values.values() for values in layers.values())
-        num_layer_keys = len(_LAYER_SUMMARIES) * sum(map(len, first.values.values()))
-        self.every_head = num_fixed + num_heads <= self._max_keys
+        num_fixed = _NUM_MODEL_KEYS * num_metrics + _NUM_OTHER_KEYS
+        widths = [values.numel() for layers in first.values.values() for values in layers.values()]
+        num_layer_keys = len(_LAYER_SUMMARIES) * len(widths)
+        self.every_head = num_fixed + sum(widths) <= self._max_keys
         self._with_layers = not self.every_head and num_fixed + num_layer_keys <= self._max_keys
         left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
         self._allowed_heads = left // num_metrics
-        self.num_keys = num_fixed + num_heads if self.every_head else self._max_keys
+        few = len(widths) <= _MOST_LAYERS * num_metrics and max(widths, default=0) <= _MOST_HEADS
+        self.layer_charts = self.every_head and few and num_fixed + sum(widths) + len(widths) <= self._max_keys
+        num_layer_charts = len(widths) if self.layer_charts else 0
+        self.num_keys = num_fixed + sum(widths) + num_layer_charts if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
         """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""

@@ -1,31 +1,31 @@
-"""A sample in Weights & Biases: hidden curves for every head, visible summaries, and heatmaps one can look at.
+"""A sample in Weights & Biases: hidden curves for every head, visible medians, and charts one can look at.
 
 The samples have an x-axis of their own (``attention/global_step``, by ``define_metric``) and are logged without a
 step and without committing a row: they join the row the user's own logging commits next. So nothing the user logs is
 moved, dropped or given another step, and resumed or out-of-band samples are not lost to W&B's rule that steps must
 increase.
+
+What is for the eye (heatmaps, charts of curves) is sent whole each time, so it comes on a slow clock.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
 from attnmonitor.catalog import METRICS
-from attnmonitor.loggers.keys import HeadScalars, key_prefix, step_key, summary_scalars
+from attnmonitor.loggers.charts import LineChart, layer_chart, model_chart, rank_chart
+from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
+from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from wandb import Run
 
-__all__ = ["WandbLogger"]
+    from attnmonitor.history import History
 
-_logger = logging.getLogger(__name__)
+__all__ = ["WandbLogger"]
 
 
 class WandbLogger:
@@ -34,8 +34,9 @@ class WandbLogger:
     Args:
         run: The run; by default the live one (``wandb.run``), looked up at attach.
         max_keys: Most keys ever made in the run. Above it, per-layer summaries and the heads that stand out.
-        image_share: Heatmaps, one per metric, are drawn with the first and the last sample, and in between as often as
-            drawing stays below this share of the run's wall time: a picture costs more than a sample does. 0: none.
+        image_share: A heatmap and a chart of curves per metric are drawn with the first and the last sample, and in
+            between as often as drawing stays below this share of the run's wall time: a picture costs more than a
+            sample does. 0: none.
 
     Raises:
         ValueError: ``run`` is None and no run is live, or an argument is out of range.
@@ -49,16 +50,14 @@ class WandbLogger:
             run = wandb.run
         if run is None:
             raise ValueError("WandbLogger(run=None): no W&B run is live; call wandb.init(...) first or pass the run")
-        if not image_share >= 0:
-            raise ValueError(f"image_share={image_share} must be 0 (no images) or a share of the run's wall time")
         self._run = run
         self._max_keys = max_keys
-        self._image_share = image_share
         self._head_scalars = HeadScalars(max_keys)
+        self._budget = DrawingBudget(image_share)
+        self._history: History | None = None
+        self._num_samples = 0
+        self._layers_due = 16
         self._defined: set[str] = set()
-        self._started = time.perf_counter()
-        self._drawing_seconds = 0.0
-        self._not_drawn: Sample | None = None
         self._row_left_open: int | None = None
 
     def log_run(self, description: Mapping[str, Any]) -> None:
@@ -67,32 +66,41 @@ class WandbLogger:
         known = dict(self._run.config.get("attention", {}))
         self._run.config.update({"attention": {**known, name: dict(description)}}, allow_val_change=True)
 
+    def follow(self, history: History) -> None:
+        """Draw the charts of curves from these trajectories; without them there are none."""
+        self._history = history
+
     def log_sample(self, sample: Sample) -> None:
-        """Log one sample: summaries, heads, from time to time the heatmaps; and send what alerts have to say."""
-        details = self._head_scalars(sample)
-        row: dict[str, Any] = {**summary_scalars(sample), **details}
-        self._not_drawn = sample if self._image_share else None
-        if self._drawing_seconds <= self._image_share * (time.perf_counter() - self._started):
-            row.update(self._images())
+        """Log one sample: summaries, heads, from time to time pictures; the verdict; and what alerts have to say."""
+        self._num_samples += 1
+        summaries, details = summary_scalars(sample), self._head_scalars(sample)
         if not self._defined:
             self._announce()
-        self._define(step_key(sample), row, hidden=details)
+        # What a chart shows makes no panel of its own: a thousand panels stall the page.
+        hidden = {*details, *(key for key in summaries if self._charted(key))}
+        row: dict[str, Any] = {**summaries, **details}
+        self._define(step_key(sample), row, hidden)
+        if self._budget.allows(sample):
+            row |= self._drawn(sample, self._num_samples >= self._layers_due)
         self._send(row)
+        self._run.summary[f"{key_prefix(sample)}/verdict"] = sample.verdict
         for notification in digest(sample.events):
             level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[notification.level]
             self._run.alert(title=notification.title, text=notification.text, level=level)
 
     def close(self) -> None:
-        """Draw the last sample's heatmaps, where they are not drawn yet; the run stays open: it is the user's."""
-        if (sample := self._not_drawn) is not None:
-            self._send({step_key(sample): sample.global_step, **self._images()})
+        """Draw the last sample, where it is not drawn yet; the run stays open: it is the user's."""
+        if (sample := self._budget.pending) is not None:
+            self._send({step_key(sample): sample.global_step, **self._drawn(sample, with_layers=True)})
 
-    def _define(self, x_axis: str, row: Mapping[str, Any], *, hidden: Mapping[str, float]) -> None:
+    def _charted(self, key: str) -> bool:
+        return bool(self._budget) and self._history is not None and key.endswith(BAND_KEYS)
+
+    def _define(self, x_axis: str, row: Mapping[str, Any], hidden: set[str]) -> None:
         if x_axis not in self._defined:
             self._run.define_metric(x_axis, hidden=True)
             self._defined.add(x_axis)
         for key in row.keys() - self._defined:
-            # Hidden curves exist and can be charted, but make no panel of their own: a thousand panels stall the page.
             self._run.define_metric(key, step_metric=x_axis, hidden=key in hidden or None)
         self._defined.update(row)
 
@@ -104,33 +112,48 @@ class WandbLogger:
         self._run.log(dict(row), commit=False)
         self._row_left_open = self._run.step
 
-    def _images(self) -> dict[str, Any]:
-        """Draw the heatmaps of the sample that waits for them, if one does."""
-        sample, self._not_drawn = self._not_drawn, None
-        if sample is None:
-            return {}
-        try:
-            from attnmonitor.plots import heatmap
-        except ModuleNotFoundError:
-            _logger.info("no heatmaps in W&B: they need matplotlib (pip install 'attnmonitor[plots]')")
-            self._image_share = 0.0
-            return {}
+    def _drawn(self, sample: Sample, with_layers: bool) -> dict[str, Any]:
+        """Draw a sample: heatmaps, and charts of the curves that lead to it."""
         import wandb
 
-        started = time.perf_counter()
-        images = {}
-        for metric, layers in sample.values.items():
-            figure = heatmap(
-                layers,
-                metric=metric,
-                events=sample.firing,
-                coverage=sample.coverage,
-                global_step=sample.global_step,
-            )
-            image = wandb.Image(_rendered(figure), caption=f"{METRICS[metric].meaning} Step {sample.global_step}.")
-            images[f"{key_prefix(sample)}/{metric}/heatmap"] = image
-        self._drawing_seconds += time.perf_counter() - started
-        return images
+        with self._budget.drawing():
+            pictures = {
+                heatmap_key(sample, metric): wandb.Image(
+                    image, caption=f"{METRICS[metric].meaning} Step {sample.global_step}."
+                )
+                for metric, image in heatmap_images(sample).items()
+            }
+            self._define(step_key(sample), pictures, hidden=set())
+            charts = self._charts(sample, with_layers)
+            return pictures | {
+                key: wandb.plot.line_series(
+                    xs=[steps for steps, _ in chart.lines.values()],
+                    ys=[values for _, values in chart.lines.values()],
+                    keys=list(chart.lines),
+                    title=chart.title,
+                    xname="optimizer step",
+                    split_table=True,
+                )
+                for key, chart in charts.items()
+                if chart.lines
+            }
+
+    def _charts(self, sample: Sample, with_layers: bool) -> dict[str, LineChart]:
+        history, prefix = self._history, key_prefix(sample)
+        if history is None or len(history) < 2:
+            return {}
+        charts = {f"{prefix}/{metric}/heads": model_chart(history, sample, metric) for metric in history}
+        charts[f"{prefix}/ranks"] = rank_chart(history)
+        if with_layers and self._head_scalars.layer_charts:
+            # Tables of all heads are large: sent again once there are twice as many samples, all of them together are
+            # at most twice the last ones.
+            self._layers_due = 2 * self._num_samples
+            for layer in history.num_heads:
+                stem = self._head_scalars.layer_keys[layer]
+                charts |= {
+                    f"{prefix}/{metric}/{stem}/heads": layer_chart(history, sample, metric, layer) for metric in history
+                }
+        return charts
 
     def _announce(self) -> None:
         import wandb
@@ -139,12 +162,3 @@ class WandbLogger:
         wandb.termlog(
             f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
         )
-
-
-def _rendered(figure: Any) -> Image:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    buffer.seek(0)
-    return Image.open(buffer)

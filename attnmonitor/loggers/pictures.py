@@ -1,0 +1,84 @@
+"""Heatmaps of a sample as pictures, and how often a run can afford to draw.
+
+A picture costs more than a sample does. So what is drawn or sent whole is refreshed with the first sample, with the
+last one, and in between as often as that stays below a share of the run's wall time.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from attnmonitor.sample import Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DrawingBudget", "heatmap_images"]
+
+_logger = logging.getLogger(__name__)
+
+
+class DrawingBudget:
+    """Keeps the time that is spent on drawing below a share of the wall time.
+
+    Args:
+        share: The share; 0: nothing is ever drawn.
+
+    Attributes:
+        pending: The latest sample, until it is drawn: at the end of the run it still wants to be.
+
+    Raises:
+        ValueError: ``share`` is negative or NaN.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not share >= 0:
+            raise ValueError(f"image_share={share} must be 0 (no images) or a share of the run's wall time")
+        self.pending: Sample | None = None
+        self._share = share
+        self._started = time.perf_counter()
+        self._spent = 0.0
+
+    def __bool__(self) -> bool:
+        return self._share > 0
+
+    def allows(self, sample: Sample) -> bool:
+        """Whether this sample may be drawn now; if not, it is pending."""
+        self.pending = sample if self else None
+        return bool(self) and self._spent <= self._share * (time.perf_counter() - self._started)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count the time spent inside."""
+        started = time.perf_counter()
+        self.pending = None
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - started
+
+
+def heatmap_images(sample: Sample) -> dict[str, Image]:
+    """One picture per metric, by its name; none where matplotlib is missing."""
+    try:
+        from attnmonitor.plots import heatmap
+    except ModuleNotFoundError:
+        _logger.info("no heatmaps: they need matplotlib (pip install 'attnmonitor[plots]')")
+        return {}
+    import PIL.Image
+
+    images: dict[str, Image] = {}
+    for metric, layers in sample.values.items():
+        figure = heatmap(
+            layers, metric=metric, events=sample.firing, coverage=sample.coverage, global_step=sample.global_step
+        )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        buffer.seek(0)
+        images[metric] = PIL.Image.open(buffer)
+    return images
