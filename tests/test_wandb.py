@@ -8,10 +8,11 @@ import pytest
 import torch
 import wandb
 from models import TinyGPT, language_loss, token_batch, train
-from wandb_files import curve, offline_run
+from wandb_files import charts, curve, offline_run
 
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.history import History
 from attnmonitor.loggers import WandbLogger, summary_scalars
 from attnmonitor.loggers.keys import HeadScalars
 
@@ -68,6 +69,61 @@ def test_each_metric_has_a_heatmap_image_first_and_last(run: Any, in_own_folder:
         for image in images.values():
             [path] = in_own_folder.glob(f"wandb/offline-run-*/files/{image}")
             assert path.stat().st_size > 5_000
+
+
+def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_end(
+    run: Any, in_own_folder: Path
+) -> None:
+    monitor, optimizer = attached(TinyGPT(num_kv_heads=2), run, loggers=WandbLogger(run, image_share=1e-9))
+    train(monitor.model, optimizer, 6)
+    last = monitor.last_sample
+    monitor.close()
+    run.finish()
+    logged = offline_run(in_own_folder)
+    drawn = charts(logged, in_own_folder)
+    layers = {f"attention/{metric}/layer_{index:02d}/heads" for metric in monitor.history for index in range(2)}
+    assert drawn.keys() == layers | {f"attention/{metric}/heads" for metric in monitor.history}
+    for metric in monitor.history:
+        [lines] = drawn[f"attention/{metric}/heads"]
+        [of_layer] = drawn[f"attention/{metric}/layer_01/heads"]
+        noun = "KV head" if metric.startswith("key") else "head"
+        for head, curve_of_head in enumerate(monitor.history[metric]["blocks.1.attn"].T.tolist()):
+            expected = [
+                (step, pytest.approx(value, rel=1e-5)) for step, value in zip([0, 2, 4, 6], curve_of_head, strict=True)
+            ]
+            assert of_layer[f"blocks.1 {noun} {head}"] == lines[f"blocks.1 {noun} {head}"] == expected
+        assert [step for step, _ in lines["median head"]] == [0, 2, 4, 6]
+        assert ("random q and k (24 × 8)" in lines) == (not metric.endswith("rms"))
+        # What a chart shows has no panel of its own.
+        assert logged["metrics"][f"attention/{metric}/max"] == ("attention/global_step", True)
+        assert logged["metrics"][f"attention/{metric}/median"] == ("attention/global_step", False)
+    assert last is not None
+    assert logged["summary"]["attention/verdict"] == last.verdict
+    assert last.verdict.startswith("8 heads in 2 layers watched over 4 samples")
+
+
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(12, 12), (16, 8), (2, 17), (17, 2), (32, 32)])
+def test_every_key_that_is_logged_is_counted_under_the_cap(
+    num_layers: int, num_heads: int, run: Any, in_own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: set[str] = set()
+    # What is sent is looked at on its way out: thousands of tables would take the client minutes.
+    monkeypatch.setattr(type(run), "log", lambda run, row, **_: logged.update(row))
+    monkeypatch.setattr("attnmonitor.loggers.wandb.heatmap_images", lambda sample: {})
+    monkeypatch.setattr(wandb.plot, "line_series", lambda **chart: chart)
+    samples = [wide_sample(num_layers, num_heads, seed) for seed in range(4)]
+    heads = {"query_head": num_heads, "kv_head": num_heads}
+    history = History(dict.fromkeys(samples[0].coverage, heads), tuple(samples[0].values))
+    logger = WandbLogger(run)
+    logger.follow(history)
+    for sample in samples:
+        history.append(sample)
+        logger.log_sample(sample)
+    logger.close()
+    counted = logger._head_scalars
+    assert len(logged) + len(samples[0].values) <= counted.num_keys <= 2000
+    in_layers = {key for key in logged if key.endswith("/heads") and "/layer_" in key}
+    assert len(in_layers) == (12 * num_layers if num_layers <= 16 and num_heads <= 16 else 0)
 
 
 @pytest.mark.parametrize("user", ["logs nothing", "logs with steps", "logs without steps"])

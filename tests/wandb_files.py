@@ -76,7 +76,7 @@ def curve(run: dict[str, Any], key: str, x: str = "attention/global_step") -> di
 
 
 def charts(run: dict[str, Any], folder: Path) -> dict[str, list[dict[str, list[tuple[int, float]]]]]:
-    """Every version of every line chart: for each line by name, its points. Charts by the key they were logged under."""
+    """Every version of every line chart, by the key it was logged under: for each line by name, its points."""
     found: dict[str, list[dict[str, list[tuple[int, float]]]]] = {}
     for key in (name.removeprefix("_wandb.visualize.") for name in run["config"] if "visualize" in name):
         found[key] = []

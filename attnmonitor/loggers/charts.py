@@ -110,7 +110,8 @@ def _movement(curves: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
     x = np.where(np.isfinite(x), x, np.nan)
     x = x[np.isfinite(x).any(axis=1)]
     distances = x - np.nanmedian(x, axis=1, keepdims=True)
-    return np.nan_to_num(np.fmax.reduce(distances, initial=np.nan) - np.fmin.reduce(distances, initial=np.nan))
+    moved = np.fmax.reduce(distances, initial=np.nan) - np.fmin.reduce(distances, initial=np.nan)
+    return np.asarray(np.nan_to_num(moved), dtype=np.float64)
 
 
 def _faults(

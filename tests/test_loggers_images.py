@@ -1,0 +1,103 @@
+"""Heatmaps in loggers that take images, and the last word of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import TinyGPT, token_batch, train
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.ending import print_ending
+from attnmonitor.loggers import MetricsLogger
+
+
+def watched(logger: Any, num_steps: int = 4, **settings: Any) -> AttentionMonitor:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    settings = {"record": None, "strict": True, "metrics": ["energy_rms", "key_rank"], **settings}
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=2, loggers=logger, **settings)
+    train(model, optimizer, num_steps)
+    monitor.close()
+    return monitor
+
+
+def test_tensorboard_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    monitor = watched(MetricsLogger(logger, image_share=1e-9))
+    logger.finalize("success")
+    board = EventAccumulator(logger.log_dir).Reload()
+    for metric in monitor.history:
+        pictures = board.Images(f"attention/{metric}/heatmap")
+        assert [picture.step for picture in pictures] == [0, 4]
+        assert all(picture.width > 300 and len(picture.encoded_image_string) > 3_000 for picture in pictures)
+        assert [scalar.step for scalar in board.Scalars(f"attention/{metric}/layer_01/head_03")] == [0, 2, 4]
+
+
+class MLflowLike:
+    """The surface of Lightning's MLFlowLogger that is used: ``run_id`` and a client with ``log_image``."""
+
+    run_id = "abc"
+
+    def __init__(self) -> None:
+        self.experiment = self
+        self.images: list[tuple[str, str, int]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        assert metrics["attention/global_step"] == step
+
+    def log_image(self, run_id: str, image: Any, *, key: str, step: int) -> None:
+        assert image.size[0] > 300
+        self.images.append((run_id, key, step))
+
+
+def test_a_client_that_takes_images_by_run_gets_them_under_its_run() -> None:
+    logger = MLflowLike()
+    watched(MetricsLogger(logger, image_share=1e-9))
+    keys = ["attention/energy_rms/heatmap", "attention/key_rank/heatmap"]
+    assert logger.images == [("abc", key, step) for step in (0, 4) for key in keys]
+
+
+@pytest.mark.parametrize("image_share", [0, 0.002])
+def test_a_logger_of_scalars_alone_gets_no_image(image_share: float, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    watched(MetricsLogger(logger, image_share=image_share))
+    logger.save()
+    assert "heatmap" not in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_the_last_word_is_the_verdict_with_cost_and_the_way_to_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = watched([], record=tmp_path / "run.sqlite")
+    print_ending(monitor)
+    printed = capsys.readouterr().out
+    assert monitor.last_sample is not None
+    assert printed.startswith(f"\nattnmonitor: {monitor.last_sample.verdict}\n")
+    assert "blocks.1" in printed
+    assert f"attnmonitor report {tmp_path / 'run.sqlite'}" in printed
+    assert f"watching took {monitor.seconds:.1f} s" in printed
+
+
+def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TinyGPT()
+    with AttentionMonitor(model, token_batch(), record=None) as monitor:
+        print_ending(monitor)
+        assert capsys.readouterr().out == ""
+        monitor.sample(0)
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.warns(UserWarning, match="could not be printed: nobody listens"):
+        print_ending(monitor)
