@@ -189,8 +189,11 @@ class Measurement:
 
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""
+        # Nothing here that a measurement does: what broke it would break this as well.
         with own_surroundings():
-            return self._on_host({}, dict.fromkeys(self.layers, reason))
+            unknown = self._table("mean", {}, ())
+        coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
+        return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
 
     def _forward(self, probe: Probe) -> tuple[dict[str, _Reduced], dict[str, str]]:
         """Run the probe; return the layers reduced to cores, and a reason for each layer that has none."""
