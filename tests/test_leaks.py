@@ -1,0 +1,148 @@
+"""Nothing grows with the number of samples, and nothing is kept of what a sample looked at."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import TinyGPT, token_batch, train
+from torch import Tensor
+
+from attnmonitor import AttentionMonitor, Sample
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.loggers.keys import HeadScalars
+from attnmonitor.record import RunRecord
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def num_hooks(model: torch.nn.Module) -> int:
+    names = [name for name in vars(model) if name.endswith("hooks")]
+    return sum(len(getattr(module, name)) for module in model.modules() for name in names)
+
+
+def counts(model: torch.nn.Module) -> dict[str, int]:
+    return {
+        "hooks": num_hooks(model),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "buffers": sum(1 for _ in model.buffers()),
+        "attributes": sum(len(vars(module)) for module in model.modules()),
+    }
+
+
+class Latest:
+    """Keeps what a logger of scalars would send, and no sample."""
+
+    def __init__(self) -> None:
+        self.head_scalars = HeadScalars(2000)
+        self.num_keys: list[int] = []
+
+    def log_sample(self, sample: Sample) -> None:
+        self.num_keys = [*self.num_keys[-1:], len(self.head_scalars(sample))]
+
+
+@pytest.mark.parametrize("num_samples", [300, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_samples_leave_memory_hooks_files_threads_and_their_own_cost_as_they_were(
+    num_samples: int, tmp_path: Path
+) -> None:
+    model, logger = TinyGPT(num_layers=1, width=16, num_query_heads=2), Latest()
+    monitor = AttentionMonitor(model, token_batch(batch=1, length=8), 1, record=tmp_path / "run.sqlite", loggers=logger)
+    # History keeps its latest 1,000 samples: until it is full it may grow, by what its rows hold.
+    warm_up = min(num_samples // 3, 1500)
+    for step in range(warm_up):
+        monitor.on_step(step)
+    before, memory = counts(model), resident_bytes()
+    objects, seconds = len(gc.get_objects()), []
+    for step in range(warm_up, num_samples):
+        started = time.perf_counter()
+        monitor.on_step(step)
+        seconds.append(time.perf_counter() - started)
+    growth = resident_bytes() / memory - 1
+    print(f"{num_samples} samples: resident memory grew by {growth:.3%}")
+    assert counts(model) == before
+    assert growth < 0.01
+    num_metrics = len(list(monitor.history))
+    new_rows = min(num_samples, 1000) - min(warm_up, 1000)
+    # A tensor per metric and sample still in history, and little else.
+    assert len(gc.get_objects()) - objects < 2 * num_metrics * new_rows + 2000
+    quarter = len(seconds) // 4
+    assert sorted(seconds[-quarter:])[quarter // 2] < 2 * sorted(seconds[:quarter])[quarter // 2]
+    assert len(monitor.history) == min(num_samples, 1000)
+    assert logger.num_keys[0] == logger.num_keys[-1]
+    assert monitor._record is not None
+    assert not monitor._record.unwritten
+    monitor.close()
+    assert len(RunRecord.open(tmp_path / "run.sqlite").steps) == num_samples
+
+
+@pytest.mark.parametrize("num_times", [60, pytest.param(1000, marks=pytest.mark.soak)])
+def test_attaching_and_closing_again_and_again_leaves_nothing(num_times: int) -> None:
+    model = TinyGPT(num_layers=1, width=16, num_query_heads=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitors: list[weakref.ref[AttentionMonitor]] = []
+
+    def once() -> None:
+        monitor = attach(model, optimizer, token_batch(batch=1, length=8), every_n_steps=1)
+        train(model, optimizer, 1)
+        monitor.close()
+        monitors.append(weakref.ref(monitor))
+
+    for _ in range(num_times // 4):
+        once()
+    before, memory = counts(model), resident_bytes()
+    for _ in range(num_times - num_times // 4):
+        once()
+    growth = resident_bytes() / memory - 1
+    print(f"attached and closed {num_times} times: resident memory grew by {growth:.3%}")
+    assert counts(model) == before
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert growth < 0.01
+    assert all(monitor() is None for monitor in monitors)
+
+
+def test_no_activation_batch_or_failed_forward_is_kept_after_a_sample(recwarn: Any) -> None:
+    model = TinyGPT()
+    seen: list[weakref.ref[Tensor]] = []
+    fails = False
+
+    def watch(module: Any, args: Any, output: Any) -> None:
+        seen.extend(weakref.ref(x) for x in (*args, output) if isinstance(x, Tensor))
+        if fails and module is model.head:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monitor = AttentionMonitor(model, token_batch(), record=None)
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    for fails in (False, True):
+        seen.clear()
+        sample = monitor.sample(int(fails))
+        gc.collect()
+        assert len(seen) > 20
+        # What is still there is the probe itself.
+        alive = [tensor for reference in seen if (tensor := reference()) is not None]
+        assert all(tensor is monitor._probe.batch for tensor in alive)
+        assert (sample.failure is not None) == fails
+
+
+def test_the_monitor_does_not_keep_a_model_alive_that_the_user_dropped_with_it() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
+    train(model, optimizer, 1)
+    gone = weakref.ref(model)
+    monitor.close()
+    del model, optimizer, monitor
+    gc.collect()
+    assert gone() is None
