@@ -16,7 +16,6 @@ from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.catalog import WEIGHT_METRICS
 from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
 from attnmonitor.functional import energy_spectrum
-from attnmonitor.loggers import WandbLogger
 from attnmonitor.loggers.charts import LineChart, model_chart, rank_chart
 from attnmonitor.plots import bands, heatmap, spectrum, trajectories
 
@@ -25,7 +24,7 @@ LAYER, HEAD = 2, 1
 IMAGES = Path("docs/images")
 
 
-def trained(*, broken: bool, loggers: tuple[WandbLogger, ...] = ()) -> tuple[AttentionMonitor, list[Sample]]:
+def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
     """Train and return the monitor and its samples."""
     torch.manual_seed(0)
     text, vocabulary = english()
@@ -41,7 +40,7 @@ def trained(*, broken: bool, loggers: tuple[WandbLogger, ...] = ()) -> tuple[Att
         every_n_steps=EVERY,
         metrics=[*DEFAULT_METRICS, *WEIGHT_METRICS],
         record=None,
-        loggers=[keep, *loggers],
+        loggers=keep,
     )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 60))
     for step in range(NUM_STEPS):
@@ -90,7 +89,7 @@ def drawn(chart: LineChart) -> Figure:
     ax = figure.add_subplot()
     dashes = iter(["-.", "--", "-", "--", "-.", ":"])
     for name, (steps, values) in chart.lines.items():
-        one_head = " head " in name and "rank" not in name
+        one_head = " head " in name and "all heads" not in name
         style = {} if one_head or " rank, " in name else {"color": "#6a7078", "linestyle": next(dashes)}
         ax.plot(steps, values, label=name, linewidth=1.3, **style)
     ax.set(title=chart.title, xlabel="optimizer step")
@@ -113,11 +112,7 @@ def draw_spectrum() -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    import wandb
-
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw("healthy", *trained(broken=False))
-    with wandb.init(project="attnmonitor-charts", mode="offline", dir=sys.argv[1] if sys.argv[1:] else "."):
-        draw("broken", *trained(broken=True, loggers=(WandbLogger(image_share=0.05),)))
+    draw("broken", *trained(broken=True))
+    draw_spectrum()

@@ -17,7 +17,7 @@ from attnmonitor.history import History
 from attnmonitor.loggers.charts import LineChart, layer_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
 
-BANDS = ["all heads, greatest", "¾ below", "median head", "¼ below", "all heads, least"]
+BANDS = [f"all heads: {name}" for name in ("greatest", "upper quartile", "median", "lower quartile", "least")]
 
 
 def followed(run: SyntheticRun) -> tuple[History, Sample]:
@@ -100,8 +100,8 @@ def test_learned_and_energy_rank_stand_in_one_chart_where_both_are_measured() ->
             row.fill_(torch.nan)
     lines = rank_chart(history).lines
     assert [name.split(" rank")[0] for name in lines] == ["learned"] * 3 + ["energy"] * 3
-    assert lines["learned rank, median head"][0] == [0, 500]
-    assert len(lines["energy rank, median head"][0]) == 20
+    assert lines["learned rank, median"][0] == [0, 500]
+    assert len(lines["energy rank, median"][0]) == 20
     assert rank_chart(followed(SyntheticRun(3, 4, 20))[0]).lines == {}
 
 

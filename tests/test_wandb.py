@@ -92,7 +92,7 @@ def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_e
                 (step, pytest.approx(value, rel=1e-5)) for step, value in zip([0, 2, 4, 6], curve_of_head, strict=True)
             ]
             assert of_layer[f"blocks.1 {noun} {head}"] == lines[f"blocks.1 {noun} {head}"] == expected
-        assert [step for step, _ in lines["median head"]] == [0, 2, 4, 6]
+        assert [step for step, _ in lines["all heads: median"]] == [0, 2, 4, 6]
         assert ("random q and k (24 × 8)" in lines) == (not metric.endswith("rms"))
         # What a chart shows has no panel of its own.
         assert logged["metrics"][f"attention/{metric}/max"] == ("attention/global_step", True)

@@ -24,7 +24,7 @@ __all__ = ["LineChart", "layer_chart", "model_chart", "rank_chart"]
 
 _MOST_HEADS = 10
 _MOST_POINTS, _MOST_LAYER_POINTS = 64, 32  # the client takes 0.2 ms for each row of a table
-_BANDS = {"all heads, greatest": 1.0, "¾ below": 0.75, "median head": 0.5, "¼ below": 0.25, "all heads, least": 0.0}
+_BANDS = {"greatest": 1.0, "upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25, "least": 0.0}
 _RANKS = {"learned": "interaction_effective_rank", "energy": "energy_effective_rank"}
 
 
@@ -63,7 +63,7 @@ def model_chart(history: History, sample: Sample, metric: str) -> LineChart:
     known = np.isfinite(curves).any(axis=1)
     bands = np.nanquantile(curves[known], list(_BANDS.values()), axis=1)
     for name, band in zip(_BANDS, bands, strict=True):
-        chart.add(name, steps[known], band, _MOST_POINTS)
+        chart.add(f"all heads: {name}", steps[known], band, _MOST_POINTS)
     _add_null(chart, steps[known], metric, sample.coverage)
     return chart
 
@@ -86,7 +86,7 @@ def rank_chart(history: History) -> LineChart:
         for side, metric in _RANKS.items():
             steps, curves, _ = _curves(history, metric)
             known = np.isfinite(curves).any(axis=1)
-            for name, share in (("¾ below", 0.75), ("median head", 0.5), ("¼ below", 0.25)):
+            for name, share in list(_BANDS.items())[1:-1]:
                 chart.add(
                     f"{side} rank, {name}", steps[known], np.nanquantile(curves[known], share, axis=1), _MOST_POINTS
                 )
