@@ -426,15 +426,16 @@ class AttentionMonitor:
 
 def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:
     if alerts is True:
-        return Alerts(rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics))
+        alerts = [rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics)]
     if not alerts:
         return Alerts(())
     chosen = Alerts(alerts)
     for rule in chosen.rules:
-        for metric in sorted(rule.metrics - set(metrics)):
+        missing = sorted(rule.metrics - set(metrics))
+        if missing and not rule.optional:
             raise ValueError(
-                f"alerts: rule {rule.name!r} watches {metric!r}, which is not measured; add it: "
-                f"metrics=[..., {metric!r}]"
+                f"alerts: rule {rule.name!r} watches {missing[0]!r}, which is not measured; add it: "
+                f"metrics=[..., {missing[0]!r}]"
             )
     return chosen
 

@@ -1,6 +1,6 @@
 """The proof of the alerts: short runs in which it is known what broke, where and when.
 
-    python benchmarks/collapse.py --set report --docs docs/alerts.md
+    python -m benchmarks.collapse --set report --docs docs/alerts.md
 
 records the runs of a set once into a cache (about twenty minutes of one core; later runs take fewer), replays the
 default rules over them, does the same for what people use today, and writes the tables and one picture per kind of
@@ -19,8 +19,11 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from collapse_runs import FINITE_FAULTS, LEARNED, SAMPLE_EVERY, Recording, recordings
-from collapse_score import (
+from matplotlib import pyplot as plt
+
+from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold
+from benchmarks.collapse_runs import FINITE_FAULTS, LEARNED, SAMPLE_EVERY, Recording, recordings
+from benchmarks.collapse_score import (
     Alarm,
     Alarming,
     Clean,
@@ -36,10 +39,7 @@ from collapse_score import (
     median_delay,
     spikes,
 )
-from collapse_sets import SETS, planned_runs
-from matplotlib import pyplot as plt
-
-from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold
+from benchmarks.collapse_sets import SETS, planned_runs
 
 WITHIN_SAMPLES = 16  # a fault counts as found when it is named while its branch lasts
 BROKEN_WITHIN_SAMPLES = 10

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from collapse_models import Attention, Shape, TinyLM
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from attnmonitor import AttentionMonitor
 from attnmonitor.catalog import DEFAULT_METRICS
 from attnmonitor.catalog import METRICS as CATALOG
 from attnmonitor.functional import interaction_participation_ratio
+from benchmarks.collapse_models import Attention, Shape, TinyLM
 
 SAMPLE_EVERY = 10
 LEARNED = "interaction_participation_ratio"

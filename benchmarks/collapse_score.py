@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from collapse_runs import SAMPLE_EVERY, Recording
 
 from attnmonitor.alerts import Rule, replay
+from benchmarks.collapse_runs import SAMPLE_EVERY, Recording
 
 Unit = tuple[str, str | None, int | None]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from collapse_models import FAMILIES, Shape
-from collapse_runs import FINITE_FAULTS, Fault, Setting
+from benchmarks.collapse_models import FAMILIES, Shape
+from benchmarks.collapse_runs import FINITE_FAULTS, Fault, Setting
 
 
 @dataclass(frozen=True)

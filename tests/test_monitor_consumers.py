@@ -14,7 +14,7 @@ from test_callback_lightning import HELD_OUT, Module, fit, lightning_as_it_is  #
 from wandb_files import curve, offline_run
 
 from attnmonitor import OPT_IN_METRICS, WEIGHT_METRICS, AlertEvent, AttentionMonitor, Sample
-from attnmonitor.alerts import Rule, Threshold
+from attnmonitor.alerts import DEFAULT_RULES, Rule, Threshold
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import WandbLogger
@@ -162,6 +162,8 @@ def test_a_rule_on_a_metric_that_is_not_measured_is_refused_and_default_rules_ar
     with pytest.raises(ValueError, match="rule 'faint_query' watches 'query_rms', which is not measured"):
         AttentionMonitor(TinyGPT(), token_batch(), alerts=[FAINT], metrics=["key_rank"], record=None)
     AttentionMonitor(TinyGPT(), token_batch(), metrics=["key_rank"], record=None).sample(0)
+    # A rule that says it is optional rests where its metric is not measured.
+    AttentionMonitor(TinyGPT(), token_batch(), alerts=[*DEFAULT_RULES, FAINT], record=None).sample(0)
 
 
 def test_lightning_stops_and_saves_when_an_alert_asks_for_it(tmp_path: Path) -> None:
