@@ -1,7 +1,7 @@
 """Draw the pictures of ``docs/reading-the-charts.md``: one small GPT trained twice, healthy and with one head broken.
 
-``python -m benchmarks.chart_pictures`` (a few minutes on two cores) writes ``docs/images/chart-*.png``. In the broken run
-the query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away.
+``python -m benchmarks.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png``. In the broken run the
+query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away.
 """
 
 from __future__ import annotations
