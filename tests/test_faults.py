@@ -602,7 +602,6 @@ def test_a_folder_that_cannot_be_made_costs_the_record_until_it_can(
     assert list(RunRecord.open(tmp_path / "runs" / "run.sqlite").steps) == list(range(8))
 
 
-@pytest.mark.soak  # a finished run answers to nothing, and its client waits half a minute for it at each sample
 def test_a_wandb_run_that_ends_before_training_does_costs_its_curves_only(
     in_own_folder: Path, unwatched: tuple[list[float], list[Tensor]]
 ) -> None:
