@@ -103,7 +103,7 @@ class Sample:
         firing: Alerts that are firing now, the new ones among them.
         diagnostics: The monitor's own figures: ``certified_fraction``, ``invariant_residual``, ``overhead``.
         seconds: What the sample cost, in seconds.
-        failures: What failed in this run so far and was passed over: samples, layers lost, and what is done with samples.
+        failures: What failed in this run so far and was passed over: samples, lost layers, what is done with samples.
         failure: Why this sample has no values; None when it has.
         requests: What alerts ask of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
         verdict: What the run comes to so far, in one line for people.

@@ -105,7 +105,7 @@ class WandbLogger:
         self._defined.update(row)
 
     def _send(self, row: Mapping[str, Any]) -> None:
-        # Adds nothing, and raises at once where the run is finished: asking such a run for its step takes half a minute.
+        # Adds nothing, and raises at once where the run is finished: asking such a run for its step takes 30 seconds.
         self._run.log({}, commit=False)
         # The row of the last sample is still open when nobody has logged since: close it, or this one would overwrite
         # it.
