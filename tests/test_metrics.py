@@ -175,14 +175,18 @@ def test_half_precision_tensors_are_taken_and_half_keeps_the_sums(dtype):
     assert metric.to("cpu").compute().shape == (4,)
 
 
-def test_plot_draws_the_heads():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def test_plot_draws_the_heads_now_and_over_time_also_into_given_axes():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
 
-    figure, axes = update(metric_of("key_incoherence"), layer()).plot()
+    metric = update(metric_of("key_incoherence"), layer())
+    _, axes = metric.plot()
     assert axes.has_data()
-    pyplot.close(figure)
+    given = Figure().add_subplot()
+    figure, axes = metric.plot([metric.compute(), 2 * metric.compute()], ax=given)
+    assert axes is given
+    assert figure is given.figure
+    assert given.has_data()
 
 
 @pytest.mark.parametrize(

@@ -85,5 +85,16 @@ class HeadMetric(Metric):
         Args:
             val: A result of `compute` or a list of them; the present value when None.
             ax: Matplotlib axes to draw into.
+
+        Returns:
+            The figure and its axes.
         """
-        return self._plot(val, ax)
+        from attnmonitor.plots import heatmap, trajectories
+
+        val = self.compute() if val is None else val
+        if isinstance(val, Tensor):
+            figure = heatmap({"layer": val.cpu()}, metric=self.name, ax=ax)
+        else:
+            over_time = torch.stack(list(val)).cpu()
+            figure = trajectories({"layer": over_time}, range(len(over_time)), metric=self.name, ax=ax)
+        return figure, figure.axes[0] if ax is None else ax
