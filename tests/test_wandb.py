@@ -102,7 +102,7 @@ def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_e
     assert last.verdict.startswith("8 heads in 2 layers watched over 4 samples")
 
 
-@pytest.mark.parametrize(("num_layers", "num_heads"), [(12, 12), (16, 8), (2, 17), (17, 2), (32, 32)])
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(8, 8), (12, 12), (2, 17), (17, 2), (32, 32)])
 def test_every_key_that_is_logged_is_counted_under_the_cap(
     num_layers: int, num_heads: int, run: Any, in_own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +123,8 @@ def test_every_key_that_is_logged_is_counted_under_the_cap(
     counted = logger._head_scalars
     assert len(logged) + len(samples[0].values) <= counted.num_keys <= 2000
     in_layers = {key for key in logged if key.endswith("/heads") and "/layer_" in key}
-    assert len(in_layers) == (12 * num_layers if num_layers <= 16 and num_heads <= 16 else 0)
+    # A chart is stored under nine keys: beside 144 heads with a curve each there is no room for one per layer.
+    assert len(in_layers) == (12 * num_layers if (num_layers, num_heads) == (8, 8) else 0)
 
 
 @pytest.mark.parametrize("user", ["logs nothing", "logs with steps", "logs without steps"])

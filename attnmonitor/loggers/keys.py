@@ -26,6 +26,7 @@ BAND_KEYS = ("/min", "/q25", "/q75", "/max")
 
 _NUM_OTHER_KEYS = 20  # step, alert counts, the monitor's own figures, a chart of ranks: fewer than this
 _NUM_MODEL_KEYS = len(_SUMMARIES) + 2  # of a metric: its summaries, a picture and a chart
+_NUM_FIELDS = 9  # under which W&B stores one chart's table: with a chart per metric and layer they are the most of all
 _LEAST_KEYS = _NUM_MODEL_KEYS * len(METRICS) + _NUM_OTHER_KEYS
 
 
@@ -123,9 +124,10 @@ class HeadScalars:
         left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
         self._allowed_heads = left // num_metrics
         few = len(widths) <= _MOST_LAYERS * num_metrics and max(widths, default=0) <= _MOST_HEADS
-        self.layer_charts = self.every_head and few and num_fixed + sum(widths) + len(widths) <= self._max_keys
-        num_layer_charts = len(widths) if self.layer_charts else 0
-        self.num_keys = num_fixed + sum(widths) + num_layer_charts if self.every_head else self._max_keys
+        num_chart_keys = _NUM_FIELDS * (len(widths) + num_metrics)
+        self.layer_charts = self.every_head and few and num_fixed + sum(widths) + num_chart_keys <= self._max_keys
+        num_keys = num_fixed + sum(widths) + (num_chart_keys if self.layer_charts else 0)
+        self.num_keys = num_keys if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
         """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
-from attnmonitor.catalog import METRICS
 from attnmonitor.loggers.charts import LineChart, layer_chart, model_chart, rank_chart
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
@@ -120,10 +119,7 @@ class WandbLogger:
 
         with self._budget.drawing():
             pictures = {
-                heatmap_key(sample, metric): wandb.Image(
-                    image, caption=f"{METRICS[metric].meaning} Step {sample.global_step}."
-                )
-                for metric, image in heatmap_images(sample).items()
+                heatmap_key(sample, metric): wandb.Image(image) for metric, image in heatmap_images(sample).items()
             }
             self._define(step_key(sample), pictures, hidden=set())
             charts = self._charts(sample, with_layers)
