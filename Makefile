@@ -7,7 +7,7 @@ READY_FOR_DEMO := $(VENV)/.ready-for-demo
 # Without compiling: that is done when a module is first imported, and most never are.
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: demo test check bench soak fuzz docs clean
+.PHONY: demo test check bench soak clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
