@@ -69,7 +69,6 @@ class _Reduced:
     coverage: LayerCoverage
     precision: torch.dtype
     error: Tensor | None
-    fewest_keys: int | Tensor
     cores: HeadCores
     rows: dict[str, Tensor]
 
@@ -137,7 +136,7 @@ class Measurement:
             )
         self.layers = {layer: found.coverage for layer, found in reduced.items()}
         self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in troubles.items()}
-        if all(int(found.fewest_keys) < 2 for found in reduced.values()):
+        if all(bool((found.cores.fields.num_keys < 2).any()) for found in reduced.values()):
             raise ValueError(
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
@@ -238,8 +237,7 @@ class Measurement:
             outside=call.outside,
             num_keys=call.key.shape[2],
         )
-        fewest_keys = call.key.shape[2] if call.key_mask is None else call.key_mask.sum(-1).amin()
-        return _Reduced(coverage, call.precision, call.error, fewest_keys, cores, rows)
+        return _Reduced(coverage, call.precision, call.error, cores, rows)
 
     def _on_host(self, reduced: Mapping[str, _Reduced], troubles: Mapping[str, str]) -> Measured:
         """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
