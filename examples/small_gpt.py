@@ -1,6 +1,6 @@
 """A small GPT and the English that every Python carries: what the other examples train.
 
-The text is Python's own language reference (``pydoc_data.topics``, about 700,000 characters), read character by
+The text is Python's own language reference (``pydoc_data.topics``, about half a million characters), read character by
 character, so that nothing is downloaded.
 """
 
