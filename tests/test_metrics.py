@@ -85,6 +85,14 @@ def test_accumulating_the_monitors_values_gives_what_updating_gives():
         torch.testing.assert_close(metric.compute(), update(metric_of(name), tensors).compute(), msg=name)
 
 
+@pytest.mark.parametrize("name", LAYER_METRICS)
+def test_a_layer_with_one_head_has_an_axis_of_one_head(name):
+    metric = METRIC_CLASSES[name](num_heads=1)
+    metric.accumulate(torch.ones(3, 1))
+    assert pickle.loads(pickle.dumps(metric)).compute().tolist() == metric.compute().tolist() == [1]
+    assert metric.clone()(**metric._filter_kwargs(query=torch.ones(1, 1, 5, 2), key=torch.ones(1, 1, 5, 2))).ndim == 1
+
+
 def test_arguments_reach_the_functions():
     tensors = layer()
     query, key = tensors["query"], tensors["key"]

@@ -7,7 +7,9 @@ size.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +64,11 @@ class HeadMetric(Metric):
         setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
         # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
         self._update_count, self._computed = max(1, self._update_count), None
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        # torchmetrics returns a tensor of one entry as a bare number: a layer with one head keeps its axis of heads.
+        wrapped = super()._wrap_compute(compute)
+        return functools.wraps(wrapped)(lambda *args, **kwargs: wrapped(*args, **kwargs).reshape(self.num_heads))
 
     @property
     def _state(self) -> Tensor:
