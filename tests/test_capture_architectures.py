@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import Architecture, captured, hugging_face_architectures, other_architectures
+from independent import OWN_LOGITS, deviations, explain, explained
 from torch import Tensor
+
+from attnmonitor import DEFAULT_METRICS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
@@ -19,9 +22,6 @@ CASES = [
     for architecture in (*hugging_face_architectures(), *other_architectures())
     for implementation in architecture.implementations
 ]
-
-# One case in which the library itself computes something else than its eager code does.
-OWN_LOGITS = {("falcon alibi", "sdpa")}
 
 
 def built(architecture: Architecture, implementation: str) -> torch.nn.Module:
@@ -58,6 +58,32 @@ def test_every_layer_is_captured_named_and_rebuilt(architecture: Architecture, i
             assert call.error is not None
             assert call.error < 2e-6, call.layer
             assert call.query.shape[1] % call.key.shape[1] == 0
+
+
+@pytest.mark.parametrize(("architecture", "implementation"), CASES)
+def test_scale_and_every_metric_are_those_of_the_models_own_attention_weights(
+    architecture: Architecture, implementation: str
+) -> None:
+    built(architecture, implementation)
+    worst = deviations(architecture, implementation)
+    assert set(worst) == {"scale", *DEFAULT_METRICS}
+    for metric, deviation in worst.items():
+        assert deviation <= (0 if metric in ("energy_effective_rank", "key_rank") else 1e-5), metric
+
+
+def test_what_the_weights_say_depends_on_them() -> None:
+    """Weights of another model are explained by no product of this one, and a wrong scale or key is seen."""
+    (llama, other) = (each for each in hugging_face_architectures() if each.name in ("llama", "olmo2"))
+    (layer, _) = explained(llama)[""]
+    (stranger, _) = explained(other)[""]
+    valid = layer.query_valid, layer.key_valid
+    weights = (layer.scale[:, None, None] * layer.query @ layer.key.mT).softmax(-1)
+    own, foreign = ((each.query.flatten(0, 1), each.key.flatten(0, 1).mT) for each in (layer, stranger))
+    again = explain(weights, [foreign, own], valid, None, biased=False)
+    assert torch.equal(again.key, layer.key)
+    assert torch.allclose(again.scale, layer.scale, rtol=1e-9)
+    with pytest.raises(AssertionError):
+        explain(weights, [foreign], valid, None, biased=False)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,8 @@ class AttentionMode(TorchFunctionMode):
         is_self = frame.is_self_attention(*lengths) if frame is not None else lengths[0] == lengths[1]
         key_mask = attention.key_mask()
         query_mask = key_mask if is_self else self._last_self_mask
+        if is_self and self._inside_mha and key_mask is not None:
+            query_mask = key_mask[:, : lengths[0]]  # torch's own module appends its learned and its zero key at the end
         if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[-2]):
             query_mask = None
         if is_self:
