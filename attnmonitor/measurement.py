@@ -23,8 +23,9 @@ from attnmonitor.functional import HeadCores, attention_row_statistics, head_cor
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.metrics import METRIC_CLASSES
-from attnmonitor.probe import Probe, is_sharded, own_surroundings, quiet
+from attnmonitor.probe import Probe, own_surroundings, quiet
 from attnmonitor.sample import LayerCoverage
+from attnmonitor.sharding import is_sharded
 
 __all__ = ["Measured", "Measurement"]
 

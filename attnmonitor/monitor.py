@@ -7,7 +7,6 @@ one warning, and goes no further. A monitor that measures nothing any more pause
 
 from __future__ import annotations
 
-import math
 import string
 import time
 import uuid
@@ -28,11 +27,13 @@ from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.notice import warn
-from attnmonitor.probe import ForwardFunction, Probe, is_sharded, own_surroundings, unwrap
+from attnmonitor.probe import ForwardFunction, Probe, own_surroundings, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.schedules import Schedule, as_schedule
+from attnmonitor.sharding import is_sharded
+from attnmonitor.together import SharedMeasurement
 from attnmonitor.verdict import coverage_table, verdict
 
 if TYPE_CHECKING:
@@ -138,14 +139,13 @@ class AttentionMonitor:
             self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         self._probe = Probe(self.model, probe, forward=forward)
-        self._measurement = Measurement(self.model, self._probe, self._metrics, strict=strict)
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
         # Where weights are sharded a forward needs every process, so all measure, and the first writes and logs.
         self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
         shares_forward = is_sharded(self.model)
         self._measures = self._is_main or shares_forward
-        # A process that failed alone must not leave the others waiting for it in the probe's next forward.
-        self._pause_after = math.inf if shares_forward else _PAUSE_AFTER
+        measurement = SharedMeasurement if shares_forward else Measurement
+        self._measurement = measurement(self.model, self._probe, self._metrics, strict=strict)
         self._failed_in_a_row = 0
         if not self._is_main:
             loggers, record = [], None
@@ -196,7 +196,7 @@ class AttentionMonitor:
     @property
     def paused(self) -> bool:
         """Whether `on_step` takes no samples: several in a row measured nothing. `sample` still tries."""
-        return self._failed_in_a_row >= self._pause_after
+        return self._failed_in_a_row >= _PAUSE_AFTER
 
     def resume(self) -> None:
         """End a pause."""
@@ -378,9 +378,9 @@ class AttentionMonitor:
                 f"the sample at step {global_step} ran out of memory and measured the first half of the probe's "
                 "sequences; give a smaller probe",
             )
-        if self._failed_in_a_row == self._pause_after:
+        if self._failed_in_a_row == _PAUSE_AFTER:
             self._warn(
-                f"nothing was measured in {self._pause_after} samples in a row, the last at step {global_step}: no "
+                f"nothing was measured in {_PAUSE_AFTER} samples in a row, the last at step {global_step}: no "
                 "more are taken until monitor.resume()"
             )
 
@@ -421,7 +421,8 @@ class AttentionMonitor:
             self._warn(message)
 
     def _warn(self, message: str) -> None:
-        warn(f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}")
+        if self._is_main:  # the others would say the same
+            warn(f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}")
 
 
 def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:

@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-__all__ = ["ForwardFunction", "Probe", "default_forward", "is_sharded", "own_surroundings", "quiet", "unwrap"]
+from attnmonitor.sharding import back_to_shards, is_sharded, through_wrapper
+
+__all__ = ["ForwardFunction", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -44,15 +46,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes, so that all of them must run a forward together."""
-    if not distributed.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # a second to import, and needed in few runs
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode without gradients, and restore every piece of state a forward can touch.
@@ -60,7 +53,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     Saved and put back, also after an exception: the generators of torch (CPU, and CUDA once it is in use), ``random``
     and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
     grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
-    that a probe adds no graph and no recompilation. Modules under FSDP2 are sharded again. ``no_grad`` and not
+    that a probe adds no graph and no recompilation. Modules under FSDP are sharded again. ``no_grad`` and not
     ``inference_mode``, which is left where the caller is in it: a lazily filled cache (RoPE) first filled under
     ``inference_mode`` breaks the next training step.
     """
@@ -68,7 +61,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         restore.enter_context(_kept_random_state())
         restore.enter_context(_kept_modules(model))
         if is_sharded(model):
-            restore.callback(_reshard, model)
+            restore.callback(back_to_shards, model)
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
@@ -130,15 +123,6 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             if buffer is not None and saved is not None and _version(buffer) != saved[1]:
                 with torch.no_grad():
                     buffer.copy_(saved[0])
-
-
-def _reshard(model: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
-    # The root stays gathered after a forward without grad, and an optimizer step would then go past it.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _version(tensor: Tensor) -> int:
@@ -204,7 +188,8 @@ class Probe:
 
     def run(self, model: nn.Module) -> None:
         """Run the model once on the batch, moved to where the model is now; the output is dropped."""
-        self._forward(model, _to(self.batch, _device(model)))
+        batch = _to(self.batch, _device(model))
+        through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def half(self) -> Probe | None:
         """Return the first half of the batch's sequences as a probe of its own; None where there is only one.

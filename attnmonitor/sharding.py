@@ -1,0 +1,201 @@
+"""Weights spread over processes: who holds which heads, and what a forward owes to the other processes.
+
+A forward of sharded weights is an appointment: FSDP gathers each layer's weights from all processes, tensor parallelism
+sums over them. A process that breaks off in the middle would leave the others waiting for it, so the collectives of a
+forward are noted while it runs; the rest of them can then be kept with empty hands. And FSDP, broken off, believes
+itself still inside that forward, so it is put back to where a forward begins.
+
+Of the heads of a layer under tensor parallelism each process holds a slice. Which one is read off the placements of
+the layer's weights while its forward runs: FSDP has then gathered its own dimension of the mesh, and what is still
+sharded is the other one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+__all__ = ["Collectives", "HeadSlice", "back_to_shards", "head_slice", "is_sharded", "keep", "through_wrapper"]
+
+_COLLECTIVES = ("c10d", "_c10d_functional")
+_ALONE = ("wait_tensor", "_wrap_tensor_autograd")  # in that namespace, but done by each process for itself
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes, so that all of them must run a forward together."""
+    if not distributed.is_initialized():
+        return False
+    wrapper, sharded = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel"), _dtensor()
+    return any(isinstance(module, wrapper) for module in model.modules()) or any(
+        isinstance(parameter, sharded) for parameter in model.parameters()
+    )
+
+
+def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> None:
+    """Call ``call(module)`` with the user's own module, inside the forward of the FSDP wrapper around it if any."""
+    wrapper = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if not isinstance(model, wrapper):
+        call(model)
+        return
+    inner = model.module
+    kept = vars(inner).get("forward")
+
+    def put_back() -> None:
+        vars(inner).pop("forward", None)
+        if kept is not None:
+            inner.forward = kept
+
+    def enter() -> None:
+        put_back()
+        call(inner)
+
+    inner.forward = enter
+    try:
+        model()
+    finally:
+        put_back()
+
+
+def back_to_shards(model: nn.Module) -> None:
+    """Free what FSDP gathered for a forward without gradients, also for one that broke off.
+
+    The root stays gathered after a forward, and an optimizer step would then go past it. After an exception FSDP takes
+    the next forward for the inside of the broken one, which on a GPU would not wait for the optimizer's step.
+    """
+    first, second = (_loaded("torch.distributed.fsdp", name) for name in ("FullyShardedDataParallel", "FSDPModule"))
+    for module in model.modules():
+        if isinstance(module, second):
+            _end_forward(module._get_fsdp_state())
+            module.reshard()
+        elif isinstance(module, first) and module._handle is not None:
+            from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+            from torch.distributed.fsdp._runtime_utils import _reshard  # there is no public way
+
+            module.training_state = TrainingState.IDLE
+            module._handle._training_state = HandleTrainingState.IDLE
+            _reshard(module, module._handle, free_unsharded_flat_param=True)
+
+
+def _end_forward(state: Any) -> None:
+    """Put the state of one FSDP2 module to where it is between two forwards; nothing to do after one that ended."""
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:
+            group.wait_for_unshard()  # of weights gathered ahead of time
+            group._training_state = type(group._training_state).IDLE
+    state._training_state = type(state._training_state).IDLE
+    state._state_ctx.iter_forward_root = None
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """A tensor without its contents."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def filled(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+_Call = tuple[Any, Any, Any]  # operation, arguments, keyword arguments; tensors left blank
+
+
+class Collectives(TorchDispatchMode):
+    """Notes every collective that this process starts while the context is open.
+
+    Attributes:
+        calls: What `keep` takes, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(each, _dtensor()) for each in types):
+            return NotImplemented  # it comes back in pieces that are plain tensors and collectives
+        if func.namespace in _COLLECTIVES and func._opname not in _ALONE:
+            blank = tree_map_only(Tensor, lambda x: _Blank(x.shape, x.dtype, x.device), (args, kwargs))
+            self.calls.append((func, *blank))
+        return func(*args, **kwargs)
+
+
+def keep(calls: Sequence[_Call]) -> None:
+    """Take part in these collectives with zeros, so that nobody waits; what comes of it is good for nothing."""
+    for func, args, kwargs in calls:
+        args, kwargs = tree_map_only(_Blank, _Blank.filled, (args, kwargs))
+        result = func(*args, **kwargs)
+        if func.namespace == "_c10d_functional":
+            for each in tree_iter(result):
+                torch.ops._c10d_functional.wait_tensor(each)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSlice:
+    """Which part of a layer's heads this process holds.
+
+    Attributes:
+        group: The processes that share the layer, in the order of their heads.
+        splits_keys: Whether the key heads are dealt out as well, and not all of them to every process.
+    """
+
+    group: distributed.ProcessGroup
+    splits_keys: bool
+
+
+def head_slice(module: nn.Module, heads: tuple[int, int, int]) -> HeadSlice | str | None:
+    """Say how the heads of a layer are dealt out to processes, from its weights as they are inside its forward.
+
+    Args:
+        module: The layer.
+        heads: Query heads, key heads and head size that this process computed.
+
+    Returns:
+        None where this process has all of them; a reason where the weights do not tell.
+    """
+    sharded = [
+        parameter
+        for parameter in module.parameters()
+        if isinstance(parameter, _dtensor()) and any(placement.is_shard() for placement in parameter.placements)
+    ]
+    if not sharded:
+        return None
+    mesh = sharded[0].device_mesh
+    if mesh.ndim != 1 or any(parameter.device_mesh != mesh for parameter in sharded):
+        return "its weights are spread over several dimensions of a mesh, which does not tell its heads apart"
+    rows = Counter(
+        parameter.to_local().shape[0]
+        for parameter in sharded
+        if parameter.dim() == 2 and parameter.placements[0].is_shard(0)
+        if parameter.shape[0] == mesh.size() * parameter.to_local().shape[0]
+    )
+    num_query_heads, num_kv_heads, head_dim = heads
+    if rows[(num_query_heads + 2 * num_kv_heads) * head_dim]:
+        return HeadSlice(mesh.get_group(), splits_keys=True)
+    if rows[num_query_heads * head_dim]:
+        queries_among_them = num_query_heads == num_kv_heads
+        return HeadSlice(mesh.get_group(), splits_keys=rows[num_kv_heads * head_dim] > queries_among_them)
+    return (
+        f"its weights are spread over {mesh.size()} processes, and none of them deals out {num_query_heads} query "
+        f"heads of size {head_dim} to each"
+    )
+
+
+def _dtensor() -> Any:
+    return _loaded("torch.distributed.tensor", "DTensor")
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class for ``isinstance``, without importing what nobody has: a second, for something few runs need."""
+    return getattr(sys.modules.get(module), name, ())

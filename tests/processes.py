@@ -1,0 +1,93 @@
+"""Real processes over gloo, ways to spread a model over them, and a watch on them for hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import Block, TinyGPT
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+PATIENCE = 60.0  # seconds without a sign of life
+
+
+def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
+    """Run ``work(rank, *arguments)`` on each process and return what each returned.
+
+    Raises:
+        TimeoutError: No process has said anything (`tell`) for a minute; they are killed.
+    """
+    context = mp.spawn(_process, (world, str(folder), work, arguments), nprocs=world, join=False)
+    started = time.time()
+    while not context.join(timeout=1):
+        said = list(folder.glob("progress*"))
+        if time.time() - max([started, *(path.stat().st_mtime for path in said)]) > PATIENCE:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"no sign of life: {', '.join(path.read_text() for path in said)}")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def tell(text: str) -> None:
+    """Say that this process is alive, and at what."""
+    Path(f"progress{dist.get_rank()}").write_text(text)
+
+
+def _process(rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    try:
+        torch.save(work(rank, *arguments), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: TinyGPT, how: str) -> nn.Module:
+    """The model spread over all processes: ``"ddp"``, ``"fsdp1"``, ``"fsdp2"``, ``"tp"``, and ``"fsdp2 x tp"`` on 4."""
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp1":
+        return FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True
+        )
+    if how == "tp":
+        return in_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    mesh = None
+    if how == "fsdp2 x tp":
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        in_parallel(model, grid["tensor"])
+        mesh = grid["data"]
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def in_parallel(model: TinyGPT, mesh: DeviceMesh) -> TinyGPT:
+    """Deal out the heads and the hidden units of every block to the processes of the mesh."""
+    by_columns = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.0")
+    plan = {name: ColwiseParallel() for name in by_columns} | {
+        name: RowwiseParallel() for name in ("attn.o_proj", "mlp.2")
+    }
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+        block.attn.num_query_heads //= mesh.size()
+        block.attn.num_kv_heads //= mesh.size()
+    return model
