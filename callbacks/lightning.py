@@ -95,7 +95,7 @@ class AttentionMonitorCallback(Callback):
                 return forward(model, trainer.precision_plugin.convert_input(batch))
 
         self.monitor = AttentionMonitor(
-            pl_module,
+            trainer.strategy.model or pl_module,  # with what the strategy wraps around it: FSDP is entered through that
             probe,
             self._schedule,
             loggers=trainer.loggers if self._loggers is None else self._loggers,

@@ -109,8 +109,8 @@ class AttentionMonitorCallback(TrainerCallback):
             name=self._name,
             **self._settings,
         )
-        if checkpoint is not None and state.is_world_process_zero:
-            self._go_on(self.monitor, checkpoint / self._state_file)
+        if checkpoint is not None:
+            self._go_on(self.monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
         self.monitor.on_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -143,11 +143,14 @@ class AttentionMonitorCallback(TrainerCallback):
         # A file of its own: in trainer_state.json trajectories would have to be text.
         return f"attnmonitor-{self._name}.pt" if self._name else "attnmonitor.pt"
 
-    def _go_on(self, monitor: AttentionMonitor, saved: Path) -> None:
+    def _go_on(self, monitor: AttentionMonitor, saved: Path, *, reads: bool) -> None:
+        # One process saved it and may alone have the file; all have to know which steps were sampled already.
+        [state] = broadcast_object_list([_read(saved) if reads else None])
         try:
-            monitor.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+            if state is not None:
+                monitor.load_state_dict(state)
         except Exception as error:  # whatever is wrong with the file, a run that resumes unattended has to go on
-            _logger.warning("no monitor state from %s: %s; history and alert baselines begin anew", saved, error)
+            _warn_of(saved, error)
 
     def _all_loggers(self, trainer: Trainer) -> list[SampleLogger]:
         chosen = self._loggers
@@ -179,6 +182,19 @@ class _TrainerReporting:
             handler.callbacks = callbacks
             # `Trainer.log` takes this flag down: the loss that is due at this very step would not be logged.
             control.should_log = should_log
+
+
+def _read(saved: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = torch.load(saved, map_location="cpu", weights_only=True)
+    except Exception as error:
+        _warn_of(saved, error)
+        return None
+    return state
+
+
+def _warn_of(saved: Path, error: Exception) -> None:
+    _logger.warning("no monitor state from %s: %s; history and alert baselines begin anew", saved, error)
 
 
 def _train_call() -> tuple[Trainer, Path | None]:
