@@ -7,7 +7,7 @@ READY_FOR_DEMO := $(VENV)/.ready-for-demo
 # Without compiling: that is done when a module is first imported, and most never are.
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test check bench soak fuzz clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -41,6 +41,9 @@ bench: $(READY)  ## what the measurement costs, as ratios within one run
 
 soak: $(READY)  ## proofs that take longer than a test may
 	$(RUN) -m pytest -m soak
+
+fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes
+	$(RUN) -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

@@ -16,8 +16,13 @@ def field(query: Tensor, key: Tensor, scale: float, query_valid: Tensor | None =
         query = query[query_valid]
     if key_valid is not None:
         key = key[key_valid]
-    logits = scale * query @ key.T
-    return logits - logits.mean(-1, keepdim=True)
+    return centred(scale * query @ key.T, -1)
+
+
+def centred(x: Tensor, axis: int) -> Tensor:
+    """Less the mean along an axis; exactly zero where all are equal, whose mean rounding would put beside them."""
+    x = x - x.narrow(axis, 0, 1)
+    return x - x.mean(axis, keepdim=True)
 
 
 def effective_rank(matrix: Tensor, fraction: float = 0.9) -> int:
@@ -45,7 +50,7 @@ def spectrum_statistics(matrix: Tensor) -> dict[str, float]:
 def leverage(key: Tensor, energy: float = 1.0, valid: Tensor | None = None) -> tuple[Tensor, int]:
     """Leverage of each valid position and the rank of the subspace it is taken in."""
     key = key.double() if valid is None else key.double()[valid]
-    centered = key - key.mean(0)
+    centered = centred(key, 0)
     left, singular, _ = torch.linalg.svd(centered, full_matrices=False)
     if energy == 1:
         rank = int((singular > max(key.shape) * torch.finfo(torch.float32).eps * singular[0]).sum())
@@ -58,14 +63,14 @@ def key_statistics(key: Tensor, valid: Tensor | None = None) -> dict[str, float]
     cut, rank = leverage(key, 0.9, valid)
     full, _ = leverage(key, 1.0, valid)
     key = key.double() if valid is None else key.double()[valid]
-    centered = key - key.mean(0)
+    centered = centred(key, 0)
     variances = torch.linalg.svdvals(centered) ** 2
     weight = (centered**2).sum(-1) / (centered**2).sum()
     return {
         "key_incoherence": float(len(key) / rank * cut.max()) if rank else float("nan"),
         "key_rank": rank,
         "key_leverage_max": float(full.max()),
-        "key_participation_ratio": float(variances.sum() ** 2 / (variances**2).sum()),
+        "key_participation_ratio": float(variances.sum() ** 2 / (variances**2).sum()) if variances.sum() > 0 else 0.0,
         "key_norm_participation": float(1 / (len(key) * (weight**2).sum())),
         "key_rms": float((centered**2).mean().sqrt()),
     }
@@ -95,3 +100,21 @@ def layer_statistics(
         for name, values in found.items():
             rows.setdefault(name, []).append(values)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+
+
+def row_statistics(
+    query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None, query_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What softmax attention makes of its rows, ``(B, Hq)`` float64; ``visible`` is ``(B, Lq, Lk)``."""
+    logits = scale * query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    rows: dict[str, list[Tensor]] = {"attention_entropy": [], "max_logit": [], "sink_mass": []}
+    for sequence, heads in enumerate(logits):
+        seen = torch.ones(heads.shape[1:], dtype=torch.bool) if visible is None else visible[sequence]
+        looked_at = seen.any(-1) if query_mask is None else seen.any(-1) & query_mask[sequence]
+        heads, seen = heads[:, looked_at], seen[looked_at]
+        probability = heads.masked_fill(~seen, -torch.inf).softmax(-1)
+        first = int((seen.any(0) if visible is None else visible[sequence].any(0)).int().argmax())
+        rows["attention_entropy"].append(torch.special.entr(probability).sum(-1).mean(-1))
+        rows["max_logit"].append(heads.masked_fill(~seen, -torch.inf).amax((-2, -1)))
+        rows["sink_mass"].append(probability[..., first].mean(-1))
+    return {name: torch.stack(values) for name, values in rows.items()}
