@@ -9,9 +9,10 @@
   marked as superseded: the reader sees one trajectory with increasing steps, the file still has both.
 * **Segments.** Numbers from another probe or another model do not continue the same curve. Where the ``model``,
   ``model_signature`` or ``probe_fingerprint`` of the run configuration changes, a new segment begins.
-* **Training comes first.** A full or read-only disk costs one warning, never an exception: samples wait in memory and
-  are written with the next one that succeeds. A file that cannot be continued (another process writes it, it is
-  damaged, not a record, or of another schema) is left as it is, and the run is recorded in a file beside it.
+* **Training comes first.** A full or read-only disk costs one warning, never an exception: samples wait in memory, the
+  latest 1,000 of them, and are written with the next one that succeeds. A file that cannot be continued (another
+  process writes it, it is damaged, not a record, or of another schema) is left as it is, and the run is recorded in a
+  file beside it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ BUSY_TIMEOUT_SECONDS = 5.0
 _PAGE_SIZE_BYTES = 32768
 _PAGES_BETWEEN_MERGES = 64
 
+# As many as `History` keeps: about 90 MB where 1,024 heads are watched.
+_MAX_WAITING = 1000
+
 _SCHEMA = f"""
 CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
 CREATE TABLE layout (id INTEGER PRIMARY KEY, layers TEXT NOT NULL UNIQUE);
@@ -78,13 +82,15 @@ class RecordWriter:
 
     Attributes:
         path: Where the samples go: another name than asked for where that file cannot be continued.
-        unwritten: Samples that wait in memory because the disk did not take them.
+        unwritten: Samples that wait in memory because the disk did not take them: the latest 1,000.
+        num_lost: Earlier ones, which were given up for them.
         failed_writes: Attempts to write that failed so far.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.unwritten: list[_Encoded] = []
+        self.num_lost = 0
         self.failed_writes = 0
         self._run = json.loads(json.dumps(dict(run), default=str))
         self._db: sqlite3.Connection | None = None
@@ -99,6 +105,9 @@ class RecordWriter:
         """
         self.unwritten.append(_encode(sample))
         self._write_or_move()
+        excess = max(0, len(self.unwritten) - _MAX_WAITING)
+        del self.unwritten[:excess]
+        self.num_lost += excess
 
     def close(self) -> None:
         """Try once more to write what waits in memory, and let another run continue the file."""
@@ -160,7 +169,8 @@ class RecordWriter:
         if self.failed_writes == 1:
             warn(
                 f"{self.path}: the run record cannot be written ({failure}). Training goes on; samples wait in memory "
-                "for the disk to take them again. What is unwritten when the run ends is lost."
+                f"for the disk to take them again, the latest {_MAX_WAITING:,} of them. What is unwritten when the run "
+                "ends is lost."
             )
 
     def _release(self) -> None:

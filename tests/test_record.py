@@ -292,6 +292,21 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_and_is_retried(tmp_pa
     assert RunRecord.open(blocker / "run.sqlite").steps.tolist() == [0, 1, 2]
 
 
+def test_what_waits_for_the_disk_is_bounded_and_what_is_given_up_for_it_counted(tmp_path: Path) -> None:
+    blocker = tmp_path / "runs"
+    blocker.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="the latest 1,000 of them"):
+        record = RunRecord.create(blocker / "run.sqlite", run=RUN)
+    for step in range(1050):
+        record.append(one_value(step))
+    assert (len(record.unwritten), record.num_lost) == (1000, 50)
+    blocker.unlink()
+    record.append(one_value(1050))
+    record.close()
+    assert (len(record.unwritten), record.num_lost) == (0, 50)
+    assert RunRecord.open(blocker / "run.sqlite").steps.tolist() == list(range(50, 1051))
+
+
 def test_a_read_only_file_system_is_not_an_error() -> None:
     with pytest.warns(UserWarning, match="cannot be written"):
         record = RunRecord.create("/proc/attnmonitor/run.sqlite", run=RUN)
