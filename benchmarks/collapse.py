@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold
+from benchmarks.collapse_document import publish, share, table
 from benchmarks.collapse_runs import FINITE_FAULTS, LEARNED, SAMPLE_EVERY, Recording, recordings
 from benchmarks.collapse_score import (
     Alarm,
@@ -132,16 +133,6 @@ ABLATIONS: dict[str, tuple[Rule, ...]] = {
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-def share(count: int, total: int) -> str:
-    return f"{count} of {total}"
 
 
 def found_count(verdicts: Sequence[Verdict]) -> str:
@@ -331,8 +322,6 @@ def draw(runs: Runs, alarming: Alarming, folder: Path) -> list[str]:
 
 # -- The document ------------------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
 
 def measured_section(runs: Runs, name: str, images: Path) -> str:
     default, with_learned = remembered(by_rules(COLLECTED_BY_DEFAULT)), remembered(by_rules(DEFAULT_RULES))
@@ -377,12 +366,7 @@ def main() -> None:
     mpl.use("Agg")
     images = (arguments.docs.parent if arguments.docs else arguments.cache) / "images"
     section = measured_section(Runs.of(arguments.name, arguments.cache), arguments.name, images)
-    if arguments.docs is None:
-        print(section)
-        return
-    before, rest = arguments.docs.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    arguments.docs.write_text(f"{before}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
+    publish(section, "measured", arguments.docs)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from attnmonitor.functional import interaction_participation_ratio
 from benchmarks.collapse_models import Attention, Shape, TinyLM
 
 SAMPLE_EVERY = 10
+SampleValues = dict[str, dict[str, Tensor]]  # metric -> layer -> (num_heads,)
 LEARNED = "interaction_participation_ratio"
 METRICS = (*DEFAULT_METRICS, "max_logit", "attention_entropy")
 
@@ -195,7 +196,7 @@ class Injection:
         sigma = torch.cat([sigma[:1], sigma[0] * self.tail * tail_factor])
         matrix.copy_(left * (sigma * self.size / sigma.norm()) @ right)
 
-    def measure_keys(self, sample_values: dict[str, dict[str, Tensor]]) -> None:
+    def measure_keys(self, sample_values: SampleValues) -> None:
         """Take the norm of an ordinary key from the last sample before onset."""
         layer = list(sample_values["key_rms"])[self.fault.layer]
         rms = sample_values["key_rms"][layer][self.fault.head].item()
@@ -212,7 +213,7 @@ class Run:
     setting: Setting
     model: TinyLM
     optimizer: torch.optim.Optimizer
-    samples: list[tuple[int, dict[str, dict[str, Tensor]]]] = field(default_factory=list)
+    samples: list[tuple[int, SampleValues]] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
 
@@ -251,7 +252,7 @@ class Run:
                 self.samples.append((step + 1, self._measure(monitor, step + 1)))
         monitor.close()
 
-    def _measure(self, monitor: AttentionMonitor, step: int) -> dict[str, dict[str, Tensor]]:
+    def _measure(self, monitor: AttentionMonitor, step: int) -> SampleValues:
         """Return the monitor's values, and the participation ratio of every head's learned interaction."""
         learned = {}
         with torch.no_grad():
@@ -285,17 +286,27 @@ class Run:
 
     def recording(self, fault: Fault | None, seconds: float) -> Recording:
         """Return what was measured so far."""
-        metrics = {metric for _, values in self.samples for metric in values}
-        layers = list(self.samples[0][1]["query_rms"])
-        values = {}
-        for metric in (name for name in CATALOG if name in metrics):
-            count = len(self.samples[0][1][metric][layers[0]])
-            nothing = torch.full((count,), torch.nan)
-            rows = [[sample.get(metric, {}).get(layer, nothing) for layer in layers] for _, sample in self.samples]
-            values[metric] = {layer: np.stack([row[i].numpy() for row in rows]) for i, layer in enumerate(layers)}
-        steps = np.array([step for step, _ in self.samples])
-        curves = (np.array(curve, np.float32) for curve in (self.loss, self.gradient_norm))
-        return Recording(self.setting, fault, steps, values, *curves, seconds=seconds)
+        return recording_of(self.samples, self.setting, fault, (self.loss, self.gradient_norm), seconds)
+
+
+def recording_of(
+    samples: list[tuple[int, SampleValues]],
+    setting: Setting,
+    fault: Fault | None,
+    curves: tuple[list[float], list[float]],  # loss and gradient norm per optimizer step
+    seconds: float,
+) -> Recording:
+    """Return what was measured in these samples, each with its step."""
+    metrics = {metric for _, values in samples for metric in values}
+    layers = list(samples[0][1]["query_rms"])
+    values = {}
+    for metric in (name for name in CATALOG if name in metrics):
+        nothing = torch.full((len(samples[0][1][metric][layers[0]]),), torch.nan)
+        rows = [[sample.get(metric, {}).get(layer, nothing) for layer in layers] for _, sample in samples]
+        values[metric] = {layer: np.stack([row[i].numpy() for row in rows]) for i, layer in enumerate(layers)}
+    steps = np.array([step for step, _ in samples])
+    loss, gradient_norm = (np.array(curve, np.float32) for curve in curves)
+    return Recording(setting, fault, steps, values, loss, gradient_norm, seconds=seconds)
 
 
 # -- Recordings in a cache ---------------------------------------------------------------------------------------------
@@ -303,7 +314,7 @@ class Run:
 
 def recordings(setting: Setting, faults: list[Fault], cache: Path) -> Iterator[Recording]:
     """Yield the trunk's recording and then one per fault, from the cache where they are there."""
-    paths = [cache / f"{_key(setting, fault)}.npz" for fault in [None, *faults]]
+    paths = [cache / f"{cache_name(setting, fault)}.npz" for fault in [None, *faults]]
     if not all(path.exists() for path in paths):
         _record(setting, faults, paths)
     trunk = load(paths[0])
@@ -334,7 +345,8 @@ def _record(setting: Setting, faults: list[Fault], paths: list[Path]) -> None:
         save(run.recording(fault, time.perf_counter() - begin), path)
 
 
-def _key(setting: Setting, fault: Fault | None) -> str:
+def cache_name(setting: Setting, fault: Fault | None) -> str:
+    """Return the name that a recording has in a cache."""
     plain = json.dumps([asdict(setting), None if fault is None else asdict(fault)], sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from attnmonitor.alerts import Rule, replay
-from benchmarks.collapse_runs import SAMPLE_EVERY, Recording
+from benchmarks.collapse_runs import Recording
 
 Unit = tuple[str, str | None, int | None]
 
@@ -88,12 +88,17 @@ def alarms_of_fault(recording: Recording, alarming: Alarming) -> list[Alarm]:
     ]
 
 
+def samples_between(recording: Recording, begin: int, end: int) -> int:
+    """Return how many samples were taken after step ``begin``, up to step ``end``."""
+    return int(((recording.steps > begin) & (recording.steps <= end)).sum())
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of one fault."""
 
     recording: Recording
-    delay: float | None  # in samples; None: not found
+    delay: int | None  # in samples; None: not found
     found_by: str
     found_kind: str
     is_first_true: bool  # the first head alarm after onset names true heads only
@@ -116,7 +121,7 @@ def judge(recording: Recording, alarming: Alarming) -> Verdict:
     named = set().union(*(alarm.units for alarm in alarms)) - guilty
     return Verdict(
         recording,
-        delay=(hits[0].step - recording.fault.onset) / SAMPLE_EVERY if hits else None,
+        delay=samples_between(recording, recording.fault.onset, hits[0].step) if hits else None,
         found_by=hits[0].rule if hits else "",
         found_kind=hits[0].kind if hits else "",
         is_first_true=bool(first) and all(alarm.units <= guilty for alarm in first),
@@ -155,11 +160,13 @@ def count_clean(recordings: Sequence[Recording], alarming: Alarming, stride: int
     return clean
 
 
-def first_run_alarm(recording: Recording, alarming: Alarming) -> float | None:
+def first_run_alarm(recording: Recording, alarming: Alarming) -> int | None:
     """Return the samples from onset, or from the start, until the first alarm about the run; None for none."""
     alarms = alarming(recording) if recording.fault is None else alarms_of_fault(recording, alarming)
     onset = 0 if recording.fault is None else recording.fault.onset
-    return min(((alarm.step - onset) / SAMPLE_EVERY for alarm in alarms if not alarm.is_about_heads), default=None)
+    return min(
+        (samples_between(recording, onset, alarm.step) for alarm in alarms if not alarm.is_about_heads), default=None
+    )
 
 
 # -- What people use today ---------------------------------------------------------------------------------------------

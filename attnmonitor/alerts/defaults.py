@@ -86,12 +86,19 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         AnyOf(
             _left_the_others("key_leverage_max", -0.42, -2.5, "log_slack"),
             _left_the_others("key_incoherence", 0.6, 3.2),
-            # Each is restless for reasons of its own; a few keys that take over move both.
-            AllOf(
-                Threshold("key_leverage_max", "contrast", "log_slack", fire_below=-0.3, clear_above=-0.15),
-                Threshold("key_incoherence", "contrast", fire_above=0.3, clear_below=0.15),
-            ),
         ),
+    ),
+    # Each is restless for reasons of its own; a few keys that take over move both. Two witnesses in one sample stand
+    # for one witness in two samples, at lower levels and a sample earlier.
+    Rule(
+        "key_takeover",
+        "key_sink",
+        "kv_head",
+        AllOf(
+            _left_the_others("key_leverage_max", -0.3, -1.5, "log_slack"),
+            _left_the_others("key_incoherence", 0.2, 1.5),
+        ),
+        patience=1,
     ),
     Rule("key_rank", "rank_collapse", "kv_head", _left_the_others("key_participation_ratio", -1.5, -5.0, "log_excess")),
     # Rotary positions spread keys of rank 1 over several directions: there only the weights show the collapse.
