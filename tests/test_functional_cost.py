@@ -25,6 +25,15 @@ def measure_everything(query, key, mask, method):
     return {**statistics[0].values, **rows, "certified": statistics[1].certified}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A dispatch mode sees nothing but the thread that entered it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Watch(TorchDispatchMode):
     """Notes every operation that waits for the device, and the largest tensor any operation made."""
 

@@ -18,12 +18,13 @@ positions, d head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.incoherence import KeyBasis, KeyGram, key_basis, spread_over_positions
+from attnmonitor.functional.parallel import on_own_cores, pieces
 from attnmonitor.functional.precision import full_precision, position_blocks
 from attnmonitor.functional.shapes import check_heads, check_query_and_key
 
@@ -157,12 +158,32 @@ def head_cores(
     Raises:
         ValueError: The shapes do not fit.
     """
+    check_heads("query", query, query_mask)
+    check_heads("key", key, key_mask)
+    check_query_and_key(query, key)
+    wanted = [name for name in _PER_POSITION if name in metrics]
+
+    def of(sequences: slice) -> HeadCores:
+        masks = [mask if mask is None else mask[sequences] for mask in (query_mask, key_mask)]
+        basis = key_basis(key[sequences], masks[1])
+        energy = field_cores(query[sequences], basis.keys, basis.root(), scale=scale, query_mask=masks[0])
+        return HeadCores(energy, basis.eigenvalues, *_per_position(energy.core, basis, wanted))
+
     with full_precision(query.device):
-        basis = key_basis(key, key_mask)
-        fields = field_cores(query, basis.keys, basis.root(), scale=scale, query_mask=query_mask)
-        wanted = [name for name in _PER_POSITION if name in metrics]
-        per_position, share_excess = _per_position(fields.core, basis, wanted)
-        return HeadCores(fields, basis.eigenvalues, per_position, share_excess)
+        return _joined(on_own_cores(of, pieces(len(query), query.numel() * query.shape[-1], query.device)))
+
+
+def _joined(parts: Sequence[HeadCores]) -> HeadCores:
+    """The sequences' cores as those of one layer."""
+    if len(parts) == 1:
+        return parts[0]
+    layers = [part.fields for part in parts]
+    return HeadCores(
+        FieldCores(*(torch.cat([getattr(layer, each.name) for layer in layers]) for each in fields(FieldCores))),
+        torch.cat([part.key_variances for part in parts]),
+        {name: torch.cat([part.per_position[name] for part in parts]) for name in parts[0].per_position},
+        torch.stack([part.share_excess for part in parts]).amax(),
+    )
 
 
 def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnmonitor.functional.cores import FieldCores, HeadCores
 from attnmonitor.functional.counting import effective_rank
 from attnmonitor.functional.incoherence import participation_ratio
+from attnmonitor.functional.parallel import on_own_cores, pieces
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
 
 __all__ = ["HeadStatistics", "head_statistics"]
@@ -58,17 +59,26 @@ def head_statistics(
         raise ValueError(
             f"target_rank: got {len(per_layer)} values for {len(cores)} layers; give one per layer, or one"
         )
+    if not cores:
+        return []
     batches: dict[tuple[int, ...], list[int]] = {}
     for index, (layer, wanted) in enumerate(zip(cores, per_layer, strict=True)):
         head_dim = layer.fields.core.shape[-1]
         columns = 0 if wanted is None else min(wanted, head_dim)
         alone = index if layer.fields.core.device.type == "cpu" else -1  # a core at a time stays in a CPU's cache
         batches.setdefault((head_dim, columns, alone), []).append(index)
-    found: dict[int, HeadStatistics] = {}
-    for (_, columns, _), members in batches.items():
-        layers = [cores[index] for index in members]
-        spectrum = core_spectrum(_batched(layers), method=method, target_rank=columns or None)
-        found.update(zip(members, _statistics(layers, spectrum), strict=True))
+
+    def of(part: slice) -> list[tuple[int, HeadStatistics]]:
+        found: list[tuple[int, HeadStatistics]] = []
+        for (_, columns, _), members in list(batches.items())[part]:
+            layers = [cores[index] for index in members]
+            spectrum = core_spectrum(_batched(layers), method=method, target_rank=columns or None)
+            found += zip(members, _statistics(layers, spectrum), strict=True)
+        return found
+
+    cubes = sum(layer.fields.core.numel() * layer.fields.core.shape[-1] for layer in cores)
+    parts = pieces(len(batches), cubes, cores[0].fields.core.device)
+    found = dict(each for part in on_own_cores(of, parts) for each in part)
     return [found[index] for index in range(len(cores))]
 
 
