@@ -73,6 +73,21 @@ class _Reduced:
     cores: HeadCores
     rows: dict[str, Tensor]
 
+    def in_the_models_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Statistics of the cores, ``(B, H)``, with the query heads as the model counts them."""
+        if not self.coverage.tiled:
+            return values
+        return {
+            metric: _regrouped(heads, self.coverage.num_kv_heads) if METRICS[metric].scope == "query_head" else heads
+            for metric, heads in values.items()
+        }
+
+
+def _regrouped(x: Tensor, num_groups: int) -> Tensor:
+    """Heads ``(B, H, ...)`` in equal groups: first the first of every group, then the second of every group, ..."""
+    regrouped: Tensor = x.unflatten(1, (num_groups, -1)).transpose(1, 2).flatten(1, 2)
+    return regrouped
+
 
 class Measurement:
     """Measures all heads of a model on a probe, as often as asked.
@@ -217,7 +232,9 @@ class Measurement:
     def _reduce(self, call: AttentionCall) -> _Reduced:
         masks = {"query_mask": call.query_mask, "key_mask": call.key_mask}
         by_rows = [name for name in self._metrics if name in OPT_IN_METRICS]
-        cores = head_cores(call.query, call.key, scale=call.scale, metrics=self._metrics, **masks)
+        # The cores take the query heads that share a key head side by side.
+        query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
+        cores = head_cores(query, call.key, scale=call.scale, metrics=self._metrics, **masks)
         rows: dict[str, Tensor] = {}
         if by_rows:
             rows = attention_row_statistics(
@@ -237,6 +254,7 @@ class Measurement:
             scale=call.scale,
             outside=call.outside,
             num_keys=call.key.shape[2],
+            tiled=call.tiled,
         )
         return _Reduced(coverage, call.precision, call.error, cores, rows)
 
@@ -251,7 +269,7 @@ class Measurement:
             waiting["residual", name] = found.invariant_residual
             if layer.error is not None:
                 waiting["error", name] = layer.error
-            values = {**found.values, **layer.rows}
+            values = {**layer.in_the_models_order(found.values), **layer.rows}
             for metric in self._metrics:
                 by_head[metric][name] = values[metric]
         for metric, per_sequence in by_head.items():

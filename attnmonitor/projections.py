@@ -63,7 +63,7 @@ class HeadProjections:
 
     @property
     def w_k(self) -> Tensor:
-        """Key projection of each key head, ``(Hkv, d, D)`` float32."""
+        """Key projection of each key head, ``(Hkv, d, D)`` float32; of each query head where keys are tiled."""
         return self._key.weight()
 
 
@@ -318,7 +318,8 @@ def _note_call(draws: dict[str, _Draws], call: AttentionCall) -> None:
     draw.complete = True
     num_sequences = call.query.shape[0]
     draw.query.append(call.query[:, :, 0].float())
-    draw.key.append(call.key[:, :, 0].float())
+    key = call.key.repeat(1, call.query.shape[1] // call.key.shape[1], 1, 1) if call.tiled else call.key
+    draw.key.append(key[:, :, 0].float())
     lengths = {call.query.shape[-2], call.key.shape[-2]}
     for module, (x, noise) in draw.running.items():
         rows = _first_position(x, num_sequences, lengths), _first_position(noise, num_sequences, lengths)

@@ -30,6 +30,8 @@ class LayerCoverage:
         weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were, or
             were not looked for.
         num_keys: Key positions of the probe in this layer, padding included; 0 when not captured.
+        tiled: Whether query head h reads KV head h % num_kv_heads, as in code that lays its keys out again and again,
+            and not h // (num_query_heads / num_kv_heads).
     """
 
     layer: str
@@ -44,11 +46,20 @@ class LayerCoverage:
     reason: str = ""
     weights_reason: str = ""
     num_keys: int = 0
+    tiled: bool = False
 
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, KV heads and head size; zeros when not captured."""
         return (self.num_query_heads, self.num_kv_heads, self.head_dim)
+
+    def kv_head_of(self, query_head: int) -> int:
+        """The KV head that a query head reads."""
+        return query_head % self.num_kv_heads if self.tiled else query_head * self.num_kv_heads // self.num_query_heads
+
+    def query_heads_of(self, kv_head: int) -> tuple[int, ...]:
+        """The query heads that read a KV head."""
+        return tuple(head for head in range(self.num_query_heads) if self.kv_head_of(head) == kv_head)
 
     @property
     def measured(self) -> bool:

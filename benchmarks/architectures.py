@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from architectures import Architecture, captured, hugging_face_architectures, other_architectures
+from independent import deviations
 
 from attnmonitor.functional import interaction_effective_rank
 from attnmonitor.projections import HeadProjections, discover_projections
@@ -41,6 +42,7 @@ class Row:
     scales: str = ""
     outside: str = ""
     error: str = ""
+    metrics: str = ""
     learned: str = ""
 
 
@@ -54,6 +56,7 @@ HEADINGS = (
     "softmax scale",
     "outside the field",
     "worst error",
+    "metrics",
     "W_Q, W_K",
 )
 
@@ -71,6 +74,14 @@ run; each row is a tiny random model of that library's own classes, with two seq
   the energy field.
 * **worst error**: largest deviation of rebuilt output rows from what the layer produced, relative to their largest
   entry, in float32, over layers, padded and unpadded; 0 where the rebuilt rows are bitwise the same.
+* **metrics**: largest relative deviation of the scale and of every default metric, over layers and heads, from a float64
+  computation that knows nothing of capture (`tests/independent.py`): among all products of the forward it takes the one
+  that explains the logarithm of the model's own eager attention weights, forms the dense field and takes full SVDs.
+  Every row is compared. What had to be done for that, by name: a position bias is removed by the difference of two
+  sequences; gemma2's soft-cap is undone; deberta_v2's bias is made of queries and keys, so it is compared with that bias
+  silenced; gpt2 upcast runs in float32 only; falcon alibi has other logits under sdpa than under eager, so it is its own
+  reference there; models that return no weights (all but transformers) are read where their softmax leaves them;
+  nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 """
 
@@ -110,6 +121,7 @@ def _fill(row: Row, model: torch.nn.Module, architecture: Architecture) -> Row:
     row.outside = ", ".join(sorted({name for result in results for call in result.calls for name in call.outside}))
     worst = max(float(call.error) for result in results for call in result.calls)
     row.error = f"{worst:.0e}" if worst else "0"
+    row.metrics = f"{max(deviations(architecture, row.implementation).values()):.0e}"
     row.learned = _learned(model, architecture, [call.layer for call in calls])
     return row
 

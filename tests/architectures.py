@@ -388,6 +388,8 @@ def other_architectures() -> Iterator[Architecture]:
     yield Architecture("timm Swin unfused", _timm("swin_tiny_patch4_window7_224", fused=False, **swin), ("own",), _image("x", 32), 2, "timm", outside)  # fmt: skip
     yield Architecture("x-transformers", _x_transformers(attn_flash=False), ("own",), _hidden, 2, "x_transformers")
     yield Architecture("x-transformers flash", _x_transformers(attn_flash=True), ("own",), _hidden, 2, "x_transformers")
+    yield Architecture("x-transformers grouped", _x_transformers(attn_flash=False, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
+    yield Architecture("x-transformers grouped flash", _x_transformers(attn_flash=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
     yield Architecture("x-transformers qk_norm", _x_transformers(attn_qk_norm=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
     yield Architecture("litgpt", _litgpt, ("own",), lambda padded: {"idx": token_ids(False)["input_ids"]}, 2, "litgpt")
 

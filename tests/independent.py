@@ -26,7 +26,8 @@ from reference import layer_statistics
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnmonitor import AttentionMonitor
+from attnmonitor import AttentionMonitor, LayerCoverage
+from attnmonitor.catalog import METRICS
 
 NEGLIGIBLE = 1e-12
 """Weights below this belong to hidden keys, or are too small for their logarithm to be worth anything."""
@@ -41,7 +42,7 @@ OWN_LOGITS = {("falcon alibi", "sdpa")}
 UNPADDED = {"nn.Transformer"}
 """Its weights do not tell which of its two sequences they belong to, and only one of these can be padded."""
 
-TWINS = {"x-transformers flash": "x-transformers"}
+TWINS = {"x-transformers flash": "x-transformers", "x-transformers grouped flash": "x-transformers grouped"}
 """Rows that insist on a fused kernel, and the row with the same weights that does not."""
 
 
@@ -267,17 +268,23 @@ def deviations(architecture: Architecture, implementation: str) -> dict[str, flo
         layer = next(in_order[kind if kind in in_order else ""])
         if layer.scale.std() < 1e-6:  # else no one number is the scale, and the queries carry it
             worst["scale"] = max(worst["scale"], float(abs(coverage.scale / layer.scale - 1).max()))
-        for metric, expected in _metrics(layer, coverage.num_kv_heads).items():
+        for metric, expected in _metrics(layer, coverage).items():
             actual = sample.values[metric][name].double()
             actual = actual * coverage.scale if metric == "query_rms" else actual
             worst[metric] = max(worst[metric], float((actual / expected - 1).abs().max()))
     return worst
 
 
-def _metrics(layer: Explained, num_kv_heads: int) -> dict[str, Tensor]:
+def _metrics(layer: Explained, coverage: LayerCoverage) -> dict[str, Tensor]:
     """Every default metric, ``(H,)`` or ``(num_kv_heads,)``, mean over sequences; sizes of queries times the scale."""
     query = layer.query * layer.scale[:, None, None]
-    key = layer.key.masked_fill(~layer.key_valid[:, None, :, None], 0.0).unflatten(1, (num_kv_heads, -1))
-    assert (key == key[:, :, :1]).all(), "these heads do not share their keys"
-    values = layer_statistics(query, key[:, :, 0], 1.0, layer.query_valid, layer.key_valid)
-    return {name: value.mean(0) for name, value in values.items()}
+    key = layer.key.masked_fill(~layer.key_valid[:, None, :, None], 0.0)
+    shared = [coverage.query_heads_of(kv_head) for kv_head in range(coverage.num_kv_heads)]
+    assert all((key[:, heads] == key[:, heads[:1]]).all() for heads in shared), "these heads do not share their keys"
+    firsts = [heads[0] for heads in shared]
+    assert len(key[0, firsts].unique(dim=0)) == len(shared), "keys are counted several times"
+    by_query_head = layer_statistics(query, key, 1.0, layer.query_valid, layer.key_valid)
+    return {
+        name: value.mean(0)[firsts] if METRICS[name].scope == "kv_head" else value.mean(0)
+        for name, value in by_query_head.items()
+    }

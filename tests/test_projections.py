@@ -79,14 +79,15 @@ def test_projections_reproduce_the_captured_queries_and_keys(architecture: Archi
         layer = model.get_submodule(call.layer) if call.layer in dict(model.named_modules()) else None
         projections = found[call.layer]
         assert projections.w_q.shape[:2] == call.query.shape[1:4:2]
-        assert projections.w_k.shape[:2] == call.key.shape[1:4:2]
+        key = call.key.repeat(1, call.query.shape[1] // call.key.shape[1], 1, 1) if call.tiled else call.key
+        assert projections.w_k.shape[:2] == key.shape[1:4:2]
         # With QK-norm, q and k are not linear in the input; those layers are compared weight by weight below.
         normed_inside = layer is not None and QK_NORMS & {name for name, _ in layer.named_children()}
         if "#" in call.layer or normed_inside or call.layer not in inputs.seen:
             continue
         for weight, heads, hidden, gained in (
             (projections.w_q, call.query, inputs.seen[call.layer][0], True),
-            (projections.w_k, call.key, inputs.seen[call.layer][call.kind == "cross"], call.kind == "self"),
+            (projections.w_k, key, inputs.seen[call.layer][call.kind == "cross"], call.kind == "self"),
         ):
             gain = gain_of(projections.norms[0]) if projections.norms and gained else torch.ones(())
             first = hidden[:, 0] if hidden.shape[0] == heads.shape[0] else hidden[0]

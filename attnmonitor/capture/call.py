@@ -21,6 +21,7 @@ class AttentionCall:
         query: ``(B, Hq, Lq, d)`` as softmax sees it (after RoPE, QK-norm, bias), in the dtype it arrived
             in, not scaled.
         key: ``(B, Hkv, Lk, d)``, never repeated per query head.
+        tiled: Which key head query head h reads: h // (Hq / Hkv) where False, h % Hkv where True.
         scale: The factor on ``q kᵀ`` that the layer really uses. A factor that lives on the device (a learned
             temperature) is folded into ``query`` instead, for reading it would wait for the device.
         query_mask: ``(B, Lq)`` bool, True = a token, False = padding; None when no mask arrived.
@@ -39,6 +40,7 @@ class AttentionCall:
     layer: str
     query: Tensor
     key: Tensor
+    tiled: bool
     scale: float
     query_mask: Tensor | None
     key_mask: Tensor | None

@@ -144,10 +144,12 @@ class AttentionMode(TorchFunctionMode):
         if query.dim() != 4:
             self._lost(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
             return
-        if before is not None:
-            named["key"] = before
+        is_repeated = before is not None and before.source.shape[2:] == named["key"].shape[2:]
+        if before is not None and is_repeated:
+            named["key"] = before.source
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
         attention = read(*operands, *args[3:], **named)
+        attention.tiled = before is not None and is_repeated and before.tiled
         attention.operands_in = output.dtype
         self._found(layer, frame, attention, "sdpa", output, -2)
 
@@ -231,6 +233,7 @@ class AttentionMode(TorchFunctionMode):
             layer=layer,
             query=query,
             key=key,
+            tiled=attention.tiled,
             scale=attention.scale,
             query_mask=query_mask,
             key_mask=key_mask,

@@ -57,6 +57,7 @@ class Attention:
         query: ``(B, Hq, Lq, d)``.
         key: ``(B, Hkv, Lk, d)``.
         scale: Factor on ``q kᵀ``.
+        tiled: Whether query head h reads key head h % Hkv, not h // (Hq / Hkv).
         arrange: ``(B, Hq, R, Lk)`` into the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
@@ -73,6 +74,7 @@ class Attention:
     query: Tensor
     key: Tensor
     scale: float
+    tiled: bool = False
     arrange: Callable[[Tensor], Tensor] = _as_it_is
     restore: Callable[[Tensor], Tensor] = _as_it_is
     affine: list[Step] = field(default_factory=list)
@@ -94,6 +96,8 @@ class Attention:
 
     def _product_and_bias(self, rows: Tensor, *, as_rounded: bool = False) -> tuple[Tensor, Tensor]:
         query, key = self.query.index_select(-2, rows), self.key
+        if self.tiled:
+            key = key.repeat(1, query.shape[1] // key.shape[1], 1, 1)
         if as_rounded:
             query, key = (x.to(self.operands_in) if self.operands_in else x for x in (query, key))
             product = _rounded(self.scale * _rounded(grouped_product(query, key), self.logits_in), self.logits_in)

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnmonitor.capture.frames import Frame
 from attnmonitor.capture.products import PairwiseProduct
 from attnmonitor.capture.rebuild import Attention, Step
+from attnmonitor.capture.repeats import Repeated
 
 __all__ = ["Origin", "Trace", "TracedCall", "add_rows", "as_attention", "as_batch", "lift_cap", "rows_of", "size_along"]
 
@@ -24,13 +25,13 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Origin:
-    """Where a trace began: the product, the key as it was before repetition, and the layer that computed it.
+    """Where a trace began: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
 
     ``reached`` says whether its softmax has weighted values already; what else is done with the weights is no news.
     """
 
     product: PairwiseProduct
-    unrepeated_key: Tensor | None
+    repeated_key: Repeated | None
     layer: str
     frame: Frame | None
     dtype: torch.dtype
@@ -188,6 +189,7 @@ def as_attention(trace: Trace) -> Attention | None:
         query=query,
         key=key,
         scale=trace.scale,
+        tiled=origin.repeated_key is not None and origin.repeated_key.tiled,
         arrange=arrange,
         restore=restore,
         affine=trace.staged("affine"),
@@ -220,8 +222,8 @@ def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
     """Keys as (B, Hkv, Lk, d): as they were before repetition, or without the axes along which they are broadcast."""
     key, batch = origin.product.key, origin.product.batch
     num_keys, head_dim = key.shape[-2:]
-    if origin.unrepeated_key is not None:
-        return origin.unrepeated_key.reshape(num_sequences, -1, num_keys, head_dim)
+    if origin.repeated_key is not None:
+        return origin.repeated_key.source.reshape(num_sequences, -1, num_keys, head_dim)
     own = list(key.shape[:-2])
     while len(own) > 1 and own[-1] == 1:
         own.pop()

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from attnmonitor.capture.frames import Frame, Frames
 from attnmonitor.capture.notes import Notes
-from attnmonitor.capture.products import Labelled, is_weight, labelled, pairwise_product
+from attnmonitor.capture.products import Labelled, PairwiseProduct, is_weight, labelled, pairwise_product
 from attnmonitor.capture.rebuild import HIDDEN, Attention, visible_keys
+from attnmonitor.capture.repeats import Repeated
 from attnmonitor.capture.trace import Origin, Trace, TracedCall, add_rows, as_attention, as_batch, lift_cap, size_along
 
 __all__ = ["Tracer"]
@@ -43,7 +44,7 @@ class Tracer:
 
     Args:
         frames: Says which layer is running.
-        unrepeated: The key before it was repeated per query head, None if it was not.
+        repeated: What a key was before it was repeated per query head, None if it was not.
         found: Called with ``(layer, frame, attention, output or None, row axis of output)`` for each attention.
         lost: Called with ``(layer, reason)`` when an attention was recognised but cannot be measured.
     """
@@ -51,12 +52,12 @@ class Tracer:
     def __init__(
         self,
         frames: Frames,
-        unrepeated: Callable[[Tensor], Tensor | None],
+        repeated: Callable[[Tensor], Repeated | None],
         found: Callable[[str, Frame | None, Attention, Tensor | None, int], None],
         lost: Callable[[str, str], None],
     ) -> None:
         self._frames = frames
-        self._unrepeated = unrepeated
+        self._repeated = repeated
         self._found = found
         self._lost = lost
         self._traces = Notes[Trace]()
@@ -119,21 +120,23 @@ class Tracer:
         if pair is None:
             return
         layer, frame = self._frames.layer()
-        origin = Origin(pair, self._key_before_repetition(product), layer, frame, output.dtype)
+        origin = Origin(pair, self._key_before_repetition(product, pair), layer, frame, output.dtype)
         trace = Trace(origin, pair.query_axis - output.dim(), pair.key_axis - output.dim())
         if name == "baddbmm":
             trace = self._add_input(trace, TracedCall(name, func, args, kwargs, output))
         self._traces.put(output, trace)
 
-    def _key_before_repetition(self, product: Labelled) -> Tensor | None:
-        left, right = self._unrepeated(product.left), self._unrepeated(product.right)
-        if left is None and right is None:
-            return None
-        smaller = replace(
-            product, left=product.left if left is None else left, right=product.right if right is None else right
-        )
-        pair = pairwise_product(smaller)
-        return None if pair is None else pair.key
+    def _key_before_repetition(self, product: Labelled, pair: PairwiseProduct) -> Repeated | None:
+        """The key of ``pair`` with its own heads; None where it was not repeated, or something else of it was."""
+        left, right = self._repeated(product.left), self._repeated(product.right)
+        for before, smaller in (
+            (left, left and replace(product, left=left.source)),
+            (right, right and replace(product, right=right.source)),
+        ):
+            own = smaller and pairwise_product(smaller)
+            if before and own and own.query.shape == pair.query.shape and own.key.shape[-2:] == pair.key.shape[-2:]:
+                return replace(before, source=own.key)
+        return None
 
     def _observe_constant(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
