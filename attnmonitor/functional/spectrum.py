@@ -147,10 +147,10 @@ class EnergySpectrum:
 def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: int | None = None) -> EnergySpectrum:
     """Spectra of energy fields whose cores are given; nothing waits for the device unless ``method`` is ``"exact"``.
 
-    ``"auto"`` takes every eigenvalue on a CPU for heads smaller than 256 and sketches elsewhere. Measured on a busy
-    core of a Xeon, CPU time of 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 5 and 12 ms; 128:
-    21 and 30; 256: 122 and 146, where the sketch gains by needing no eigenbasis of the keys (`energy_spectrum` as a
-    whole: 19 and 13 ms a head). On CUDA the eigensolver reads a status word back to the host, the sketch never waits.
+    ``"auto"`` takes every eigenvalue on a CPU for heads smaller than 256 and sketches elsewhere. Measured on one core
+    of a Xeon, milliseconds of CPU time for 36 heads, all eigenvalues against a sketch of 32 columns: d = 64: 6 and 11;
+    128: 26 and 32; 256: 140 and 117. On CUDA the eigensolver reads a status word back to the host, the sketch never
+    waits.
 
     Args:
         fields: From `field_cores`.
@@ -229,12 +229,8 @@ def energy_spectrum(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
-        if _takes_every_eigenvalue(method, key):
-            basis = key_basis(key, mask)
-            keys, root = basis.keys, basis.root()
-        else:  # a triangular root costs a twentieth of an eigenbasis, which would take longer than the sketch it starts
-            keys = key_gram(key, mask)
-            root = keys.cholesky_root()
+        keys = key_gram(key, mask)
+        root = keys.cholesky_root()  # the spectrum is that of any root; this one costs a tenth of an eigenbasis
         fields = field_cores(query, keys, root, scale=scale, query_mask=query_mask)
         if per == "kv_head":
             fields = fields.stacked_per_key_head(key.shape[1])
