@@ -241,6 +241,11 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     return nn.functional.softmax(logits.masked_fill(blocked, float("-inf")), dim=-1) @ v
 
 
+def _keys_first(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = (k @ q.mT / 8**0.5).masked_fill(blocked.mT, float("-inf"))
+    return (v.mT @ logits.softmax(-2)).mT
+
+
 def _in_place(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     logits = torch.matmul(q, k.mT)
     logits /= 8**0.5
@@ -365,6 +370,7 @@ def other_architectures() -> Iterator[Architecture]:
     for name, attend, layout in (
         ("sdpa imported by name", _imported_by_name, "bhtd"),
         ("matmul", _by_matmul, "bhtd"),
+        ("matmul k qᵀ", _keys_first, "bhtd"),
         ("matmul in place", _in_place, "bhtd"),
         ("einsum bthd", _by_einsum, "bthd"),
         ("einsum ijbn", _sequence_first, "bthd"),

@@ -209,7 +209,7 @@ def explain(
     query_valid, key_valid = valid
     seen = (weights > NEGLIGIBLE) & query_valid[:, None, :, None] & key_valid[:, None, None, :]
     found = []
-    for left, right in operands:
+    for left, right in [*operands, *((right.mT, left.mT) for left, right in operands)]:
         if left.shape[:2] == (num_sequences * num_heads, num_rows) and right.shape[2] == num_keys:
             query, key = (x.unflatten(0, (num_sequences, num_heads)) for x in (left, right.mT))
             scale, residual = _fit(weights.log(), query @ key.mT, seen, cap, biased)

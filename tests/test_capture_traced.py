@@ -178,6 +178,79 @@ def shared_key_head(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     return (q @ k[:, :1].mT).masked_fill(blocked, -torch.inf).softmax(-1) @ v
 
 
+def keys_first_by_matmul(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = (k @ q.mT).mul(0.3).masked_fill(blocked.mT, -torch.inf)
+    return logits.softmax(-2).mT @ v
+
+
+def keys_first_by_einsum(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = torch.einsum("bhjd,bhid->bjih", k, q * 0.3) + torch.where(blocked.mT, -1e9, 0.0)[..., None]
+    return torch.einsum("bjih,bhjd->bhid", nn.functional.softmax(logits, dim=1), v)
+
+
+def keys_first_by_baddbmm(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    hidden = torch.zeros(LENGTH, LENGTH).masked_fill(blocked.mT, -torch.inf).expand(len(q), -1, -1)
+    weights = torch.baddbmm(hidden, k, q.transpose(1, 2), alpha=0.3).softmax(1)
+    return torch.bmm(weights.transpose(1, 2), v).view(2, 4, LENGTH, 8)
+
+
+def keys_first_with_a_cap_and_a_slope(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = (k @ q.mT * 0.3).transpose(-1, -2) + torch.linspace(0, 1, LENGTH)
+    logits = (5 * torch.tanh(logits / 5)).masked_fill(blocked, -torch.inf)
+    return torch.einsum("bhji,bhjd->bhid", logits.mT.softmax(2), v)
+
+
+@pytest.mark.parametrize(
+    ("attend", "outside"),
+    [
+        (keys_first_by_matmul, ()),
+        (keys_first_by_einsum, ()),
+        (keys_first_by_baddbmm, ()),
+        (keys_first_with_a_cap_and_a_slope, ("bias", "softcap")),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_product_of_keys_with_queries_is_attention_over_its_rows(
+    attend: Callable[..., Tensor], outside: tuple[str, ...]
+) -> None:
+    model = sharpen(HandWritten(attend))
+    result = captured(model, x=hidden())
+    (call,) = result.calls
+    q, k, _ = model.qkv(hidden()).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    assert torch.allclose(call.scale * call.query, 0.3 * q, atol=1e-6)
+    assert torch.equal(call.key, k)
+    assert call.error < 2e-6
+    assert (call.outside, result.missed) == (outside, {})
+    visible = call.logit_rows(torch.arange(LENGTH)).isfinite()
+    assert torch.equal(visible, torch.ones(LENGTH, LENGTH).tril().bool().expand_as(visible))
+
+
+def test_keys_that_come_first_are_not_repeated_either() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        return (k[:, ::2].repeat_interleave(2, dim=1) @ q.mT).softmax(-2).mT @ v
+
+    model = sharpen(HandWritten(attend))
+    (call,) = captured(model, x=hidden()).calls
+    assert torch.equal(call.key, model.qkv(hidden()).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)[1][:, ::2])
+    assert call.error < 1e-6
+
+
+def test_one_product_with_a_softmax_each_way_is_two_attentions() -> None:
+    """Co-attention: either sequence attends to the other through the same products."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        logits = q @ k.mT * 0.3
+        return logits.softmax(-1) @ v + logits.softmax(-2).mT @ v
+
+    model = sharpen(HandWritten(attend))
+    there, back = captured(model, x=hidden()).calls
+    assert (there.layer, back.layer) == ("HandWritten", "HandWritten#2")
+    assert torch.equal(there.query, back.key)
+    assert torch.equal(there.key, back.query)
+    assert max(there.error, back.error) < 1e-6
+
+
 def expanded_keys(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     k = k[:, ::2].unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(k.shape)
     return (q @ k.transpose(-1, -2)).masked_fill(blocked, -torch.inf).softmax(-1) @ v
@@ -265,6 +338,7 @@ def test_one_of_two_attentions_of_a_layer_that_is_lost_is_named() -> None:
     result = captured(HandWritten(attend), x=hidden())
     assert [call.layer for call in result.calls] == ["HandWritten"]
     assert list(result.missed) == ["HandWritten#2"]
+    assert "does not run over the positions its values come from" in result.missed["HandWritten#2"]
 
 
 @given(

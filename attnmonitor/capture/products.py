@@ -96,11 +96,11 @@ def _read_equation(equation: str, operands: Sequence[Any]) -> Labelled | None:
     return Labelled(operands[0], operands[1], left, right, out)
 
 
-def pairwise_product(product: Labelled) -> PairwiseProduct | None:
+def pairwise_product(product: Labelled, *, keys_first: bool = False) -> PairwiseProduct | None:
     """The product as queries times keys, None where it has another form or one operand is a weight.
 
-    Which operand holds the queries is decided by the order of the axes in the result, rows before columns; the
-    softmax, later, must run over the keys.
+    Which operand holds the queries is decided by the order of the axes in the result: rows come before columns, and
+    rows are queries unless ``keys_first``. Only the softmax tells, later: it runs over the keys.
     """
     if is_weight(product.left) or is_weight(product.right) or not product.left.is_floating_point():
         return None
@@ -112,7 +112,7 @@ def pairwise_product(product: Labelled) -> PairwiseProduct | None:
     (summed,) = product.contracted
     rows, columns = left_only[-1], right_only[-1]
     operands = [(product.left, product.left_axes), (product.right, product.right_axes)]
-    if out.index(rows) > out.index(columns):
+    if (out.index(rows) > out.index(columns)) != keys_first:
         rows, columns = columns, rows
         operands.reverse()
     batch_axes = [axis for axis in out if axis not in (rows, columns)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.frames import Frame
-from attnmonitor.capture.products import PairwiseProduct
+from attnmonitor.capture.products import Labelled, PairwiseProduct
 from attnmonitor.capture.rebuild import Attention, Step
 from attnmonitor.capture.repeats import Repeated
 
@@ -30,6 +30,7 @@ class Origin:
     ``reached`` says whether its softmax has weighted values already; what else is done with the weights is no news.
     """
 
+    labelled: Labelled
     product: PairwiseProduct
     repeated_key: Repeated | None
     layer: str
@@ -50,6 +51,7 @@ class Trace:
         factors: Tensors that multiplied it and are constant along the keys, ``(*batch, Lq or 1, 1)``.
         stage: ``"affine"`` before the first non-linear step, ``"bent"`` up to the softmax, ``"after"`` from it on.
         steps: What was done, each step with its stage.
+        calls: The calls that did it.
         first_column: Index of the first key among the columns.
         softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
         outside: What acts on the logits outside the product.
@@ -67,6 +69,7 @@ class Trace:
     factors: tuple[Tensor, ...] = ()
     stage: str = "affine"
     steps: tuple[tuple[str, Step], ...] = ()
+    calls: tuple[TracedCall, ...] = ()
     first_column: int = 0
     softmax_axes: tuple[int, int, int] = (-2, -1, 0)
     outside: frozenset[str] = frozenset()

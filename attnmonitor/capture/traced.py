@@ -71,6 +71,7 @@ class Tracer:
         self._follow = follow
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
+        self._follow["baddbmm"] = self._add_input
         self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
 
     # What arrives.
@@ -92,7 +93,8 @@ class Tracer:
             return
         moved = self._follow[name](trace, call)
         if moved is not None:
-            self._traces.put(output, moved)
+            # Past the softmax it is settled which operand holds the keys, and nobody will ask for the calls again.
+            self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
 
     def _observe_product(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -113,27 +115,46 @@ class Tracer:
                 elif product.contracted == {axes[trace.key_axis]}:
                     row_axis = product.out_axes.index(axes[trace.query_axis])
                     self._reach_values(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
+                elif product.contracted == {axes[trace.query_axis]}:
+                    self._lost(trace.origin.layer, "its softmax does not run over the positions its values come from")
                 return
             if is_weight(other):
                 self._frames.note_projection(operand)
-        pair = pairwise_product(product)
-        if pair is None:
-            return
         layer, frame = self._frames.layer()
-        origin = Origin(pair, self._key_before_repetition(product, pair), layer, frame, output.dtype)
-        trace = Trace(origin, pair.query_axis - output.dim(), pair.key_axis - output.dim())
-        if name == "baddbmm":
-            trace = self._add_input(trace, TracedCall(name, func, args, kwargs, output))
-        self._traces.put(output, trace)
+        trace = self._begin(product, layer, frame, output.dtype)
+        if trace is not None and name == "baddbmm":
+            call = TracedCall(name, func, args, kwargs, output)
+            trace = replace(self._add_input(trace, call), calls=(call,))
+        if trace is not None:
+            self._traces.put(output, trace)
 
-    def _key_before_repetition(self, product: Labelled, pair: PairwiseProduct) -> Repeated | None:
+    def _begin(
+        self, product: Labelled, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
+    ) -> Trace | None:
+        pair = pairwise_product(product, keys_first=keys_first)
+        if pair is None:
+            return None
+        repeated = self._key_before_repetition(product, pair, keys_first)
+        origin = Origin(product, pair, repeated, layer, frame, dtype)
+        num_axes = len(pair.batch) + 2
+        return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
+
+    def _with_keys_first(self, trace: Trace) -> Trace | None:
+        """The same trace with the operands' roles exchanged, as in ``k qᵀ`` with a softmax over its rows."""
+        origin = trace.origin
+        mirrored = self._begin(origin.labelled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+        for call in trace.calls:
+            mirrored = mirrored and self._follow[call.name](mirrored, call)
+        return mirrored and replace(mirrored, calls=trace.calls, doubt=trace.doubt)
+
+    def _key_before_repetition(self, product: Labelled, pair: PairwiseProduct, keys_first: bool) -> Repeated | None:
         """The key of ``pair`` with its own heads; None where it was not repeated, or something else of it was."""
         left, right = self._repeated(product.left), self._repeated(product.right)
         for before, smaller in (
             (left, left and replace(product, left=left.source)),
             (right, right and replace(product, right=right.source)),
         ):
-            own = smaller and pairwise_product(smaller)
+            own = smaller and pairwise_product(smaller, keys_first=keys_first)
             if before and own and own.query.shape == pair.query.shape and own.key.shape[-2:] == pair.key.shape[-2:]:
                 return replace(before, source=own.key)
         return None
@@ -219,8 +240,11 @@ class Tracer:
             return None
         over = dim % call.output.dim() - call.output.dim()
         if over == trace.query_axis:
-            trace = replace(trace, doubt="its softmax runs over the first operand of the product, not over the second")
-        elif over != trace.key_axis:
+            mirrored = self._with_keys_first(trace)
+            if mirrored is None:
+                return None
+            trace = mirrored
+        if over != trace.key_axis:
             return None
         axes = (trace.query_axis, trace.key_axis, trace.first_column)
         axis = trace.key_axis
