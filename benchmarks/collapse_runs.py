@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse as _source_of_code
 import copy
+import functools
 import hashlib
 import json
 import pydoc_data.topics
@@ -116,6 +117,7 @@ class Recording:
 # -- Text --------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def texts(vocabulary: int) -> tuple[Tensor, Tensor]:
     """Return prose and program text as characters."""
     prose = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))

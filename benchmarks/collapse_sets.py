@@ -54,11 +54,11 @@ SETS = {
     ),
     "report": Ingredients(
         first_seed=2000,
-        trunks=((Shape(3, 8, 16, length=88), 2.5e-3), (Shape(5, 4, 20, length=100), 3.5e-3)),
+        trunks=((Shape(5, 4, 16, length=80), 2.5e-3), (Shape(4, 4, 12, length=72), 5e-3)),
         healthy_rates=(1.2e-3, 3e-3, 7e-3),
         broken=((5e-2, 1.0), (9e-2, 1.0), (2.5e-3, 6.5)),
-        shape=Shape(4, 4, 20, length=96),
-        half_strength_trunks=2,
+        shape=Shape(5, 4, 12, length=76),
+        half_strength_trunks=1,
         onsets=(350, 390, 440),
     ),
 }

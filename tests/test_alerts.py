@@ -393,6 +393,26 @@ def test_fewer_samples_than_grace_are_silent():
     assert events_of([rule for rule in DEFAULT_RULES if rule.scope != "run"], run) == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "level", "begin", "rule"),
+    [
+        ("energy_rms", 30.0, 0, "hot_start"),
+        ("energy_rms", 100.0, 3, "broken_start"),
+        ("key_norm_participation", 0.3, 3, "broken_start"),
+        ("energy_rms", 30.0, 1, None),  # sharpness that was earned after the first sample
+        ("key_norm_participation", 0.5, 0, None),
+    ],
+)
+def test_a_broken_start_is_told_by_its_level_and_a_hot_one_by_its_first_two_samples(metric, level, begin, rule):
+    run = healthy_run(12)
+    for sample in run[begin:]:
+        sample[metric] = {layer: [level] * len(heads) for layer, heads in sample[metric].items()}
+    began = [event for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"]
+    assert [(event.rule, event.layer, event.global_step) for event in began] == (
+        [(rule, None, 10 * begin + 10)] if rule else []
+    )
+
+
 def test_many_heads_at_once_are_the_runs_fault():
     run = healthy_run(60)
     for sample in run[40:]:

@@ -84,7 +84,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "key_sink",
         "kv_head",
         AnyOf(
-            _left_the_others("key_leverage_max", -0.42, -2.5, "log_slack"),
+            _left_the_others("key_leverage_max", -0.4, -2.2, "log_slack"),
             _left_the_others("key_incoherence", 0.6, 3.2),
         ),
     ),
@@ -100,7 +100,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         ),
         patience=1,
     ),
-    Rule("key_rank", "rank_collapse", "kv_head", _left_the_others("key_participation_ratio", -1.5, -5.0, "log_excess")),
+    Rule("key_rank", "rank_collapse", "kv_head", _left_the_others("key_participation_ratio", -0.8, -5.0, "log_excess")),
     # Rotary positions spread keys of rank 1 over several directions: there only the weights show the collapse.
     Rule(
         "learned_rank",
@@ -109,16 +109,26 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         Threshold("interaction_participation_ratio", "contrast", "log_excess", fire_below=-3.3, clear_above=-1.6),
         optional=True,
     ),
+    # Healthy heads earn their sharpness: the levels below are beyond what they reach late in the best high-rate runs,
+    # so that they need no window in which to hold, whatever the pace of sampling.
     Rule(
         "broken_start",
         "broken_start",
         "run",
         AnyOf(
-            Threshold("energy_rms", "value", "identity", fire_above=12.0, clear_below=9.0, quantile=0.9),
-            Threshold("key_norm_participation", "value", "identity", fire_below=0.5, clear_above=0.6, quantile=0.5),
+            Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
+            Threshold("key_norm_participation", "value", "identity", fire_below=0.4, clear_above=0.5, quantile=0.5),
         ),
         grace=0,
-        until=10,
+    ),
+    # Sharp before anything was learned: a matter of the first two samples.
+    Rule(
+        "hot_start",
+        "broken_start",
+        "run",
+        Threshold("energy_rms", "value", "identity", fire_above=20.0, clear_below=15.0, quantile=0.9),
+        grace=0,
+        until=2,
     ),
     Rule(
         "mass_shift",

@@ -75,7 +75,7 @@ ADVICE = {
     ),
     "broken_start": Advice(
         "training starts broken",
-        "Soon after the start most heads are far outside of what healthy runs show; the loss need not tell.",
+        "Most heads are far outside of what healthy runs show, as a rule from early on; the loss need not tell.",
         "Add warm-up, lower the learning rate, check the initial scale of W_Q and W_K, add QK-norm.",
     ),
     "mass": Advice(
