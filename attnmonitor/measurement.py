@@ -12,14 +12,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.catalog import METRICS, OPT_IN_METRICS, WEIGHT_METRICS
-from attnmonitor.functional import HeadCores, attention_row_statistics, head_cores, head_statistics
+from attnmonitor.functional import HeadCores, HeadStatistics, attention_row_statistics, head_cores, head_statistics
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.metrics import METRIC_CLASSES
@@ -35,6 +35,11 @@ LayerValues = Mapping[str, Mapping[str, Tensor]]
 # Rebuilding attention in float32 from tensors of these types and comparing with the layer's own output: what rounding
 # alone gives stays an order of magnitude below, a wrong scale or mask lies orders of magnitude above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+# Small eigenproblems of many layers go in one batch, but at 1,024 heads of d = 128 and 4 sequences the cores of all
+# layers would take 0.5 GB: the statistics of the layers so far are taken when their cores reach this many bytes.
+_LARGEST_BATCH = 2**27
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class _Reduced:
     coverage: LayerCoverage
     precision: torch.dtype
     error: Tensor | None
-    cores: HeadCores
+    num_keys: Tensor
     rows: dict[str, Tensor]
 
     def in_the_models_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -87,6 +92,19 @@ def _regrouped(x: Tensor, num_groups: int) -> Tensor:
     """Heads ``(B, H, ...)`` in equal groups: first the first of every group, then the second of every group, ..."""
     regrouped: Tensor = x.unflatten(1, (num_groups, -1)).transpose(1, 2).flatten(1, 2)
     return regrouped
+
+
+@dataclass(eq=False)
+class _Forward:
+    """One forward of the probe, layer by layer: what is left of each, or the reason why nothing is.
+
+    A layer's cores are here until its statistics are.
+    """
+
+    layers: dict[str, _Reduced] = field(default_factory=dict)
+    cores: dict[str, HeadCores] = field(default_factory=dict)
+    statistics: dict[str, HeadStatistics] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
 
 
 class Measurement:
@@ -138,27 +156,27 @@ class Measurement:
         """
         model, described = type(self._model).__qualname__, self._probe.describe()
         try:
-            reduced, troubles = self._forward(self._probe)
+            forward = self._forward(self._probe)
         except Exception as error:
             raise ValueError(
                 f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}; give a batch its "
                 "forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
-        if not reduced:
-            seen = "".join(f"; {layer}: {reason}" for layer, reason in troubles.items())
+        if not forward.layers:
+            seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.troubles.items())
             raise ValueError(
                 f"model={model}: no attention was seen in its forward{seen}; a layer that computes its attention in a "
                 "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
             )
-        self.layers = {layer: found.coverage for layer, found in reduced.items()}
-        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in troubles.items()}
-        if all(bool((found.cores.fields.num_keys < 2).any()) for found in reduced.values()):
+        self.layers = {layer: found.coverage for layer, found in forward.layers.items()}
+        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in forward.troubles.items()}
+        if all(bool((found.num_keys < 2).any()) for found in forward.layers.values()):
             raise ValueError(
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
             )
         with own_surroundings():
-            measured = self._on_host(reduced, troubles)
+            measured = self._on_host(forward)
         self.layers = measured.coverage
         if self._weight_metrics:
             self._learned = LearnedSide(self._model, self._probe, self.layers, self._weight_metrics)
@@ -198,9 +216,9 @@ class Measurement:
         return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **unvarying})
 
     def _measure(self, probe: Probe) -> Measured:
-        reduced, troubles = self._forward(probe)
+        forward = self._forward(probe)
         with own_surroundings():
-            return self._on_host(reduced, troubles)
+            return self._on_host(forward)
 
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""
@@ -210,26 +228,36 @@ class Measurement:
         coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
         return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
 
-    def _forward(self, probe: Probe) -> tuple[dict[str, _Reduced], dict[str, str]]:
-        """Run the probe; return the layers reduced to cores, and a reason for each layer that has none."""
-        reduced: dict[str, _Reduced] = {}
-        troubles: dict[str, str] = {}
+    def _forward(self, probe: Probe) -> _Forward:
+        """Run the probe."""
+        forward = _Forward()
 
         def emit(call: AttentionCall) -> None:
             try:
-                reduced[call.layer] = self._reduce(call)
+                forward.layers[call.layer], forward.cores[call.layer] = self._reduce(call)
+                if sum(layer.fields.core.nbytes for layer in forward.cores.values()) > _LARGEST_BATCH:
+                    self._take_statistics(forward)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 if self._strict:
                     raise
-                troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
+                forward.layers.pop(call.layer, None), forward.cores.pop(call.layer, None)
+                forward.troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
 
         with quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
             probe.run(self._model)
-        return reduced, {**report.missed, **troubles}
+        forward.troubles = {**report.missed, **forward.troubles}
+        return forward
 
-    def _reduce(self, call: AttentionCall) -> _Reduced:
+    def _take_statistics(self, forward: _Forward) -> None:
+        """Turn the cores that wait into statistics, each layer's with the columns that sufficed for it."""
+        target_ranks = [self._target_ranks.get(name) for name in forward.cores]
+        found = head_statistics(list(forward.cores.values()), target_rank=target_ranks)
+        forward.statistics.update(zip(forward.cores, found, strict=True))
+        forward.cores.clear()
+
+    def _reduce(self, call: AttentionCall) -> tuple[_Reduced, HeadCores]:
         masks = {"query_mask": call.query_mask, "key_mask": call.key_mask}
         by_rows = [name for name in self._metrics if name in OPT_IN_METRICS]
         # The cores take the query heads that share a key head side by side.
@@ -256,15 +284,15 @@ class Measurement:
             num_keys=call.key.shape[2],
             tiled=call.tiled,
         )
-        return _Reduced(coverage, call.precision, call.error, cores, rows)
+        return _Reduced(coverage, call.precision, call.error, cores.fields.num_keys, rows), cores
 
-    def _on_host(self, reduced: Mapping[str, _Reduced], troubles: Mapping[str, str]) -> Measured:
+    def _on_host(self, forward: _Forward) -> Measured:
         """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
-        target_ranks = [self._target_ranks.get(name) for name in reduced]
-        statistics = head_statistics([layer.cores for layer in reduced.values()], target_rank=target_ranks)
+        self._take_statistics(forward)
         waiting: dict[tuple[str, ...], Tensor] = {}
         by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
-        for (name, layer), found in zip(reduced.items(), statistics, strict=True):
+        for name, layer in forward.layers.items():
+            found = forward.statistics[name]
             waiting["certified", name] = found.certified.float().mean()
             waiting["residual", name] = found.invariant_residual
             if layer.error is not None:
@@ -277,8 +305,8 @@ class Measurement:
         arrived = _to_host(waiting)
 
         coverage = {
-            name: self._judged(name, reduced.get(name), troubles.get(name, ""), arrived)
-            for name in dict.fromkeys([*self.layers, *reduced])
+            name: self._judged(name, forward.layers.get(name), forward.troubles.get(name, ""), arrived)
+            for name in dict.fromkeys([*self.layers, *forward.layers])
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
         for name in shown:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.functional import head_statistics
 from attnmonitor.record import RunRecord
 
 
@@ -81,6 +82,27 @@ def test_the_numbers_do_not_depend_on_who_asks_or_how_often() -> None:
         for layer, values in layers.items():
             assert torch.equal(values, second.values[metric][layer])
             assert torch.equal(values, other.values[metric][layer])
+
+
+def test_cores_are_not_kept_past_a_bound_and_the_numbers_stay_those_of_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = monitor_of(TinyGPT(num_layers=5))
+    together = monitor.sample(0)
+    batches: list[int] = []
+
+    def counted(cores: list[Any], **settings: Any) -> Any:
+        batches.append(len(cores))
+        return head_statistics(cores, **settings)
+
+    one_layer = 3 * 4 * 8 * 8 * 8  # sequences, heads, d, d, bytes of a float64
+    monkeypatch.setattr("attnmonitor.measurement._LARGEST_BATCH", one_layer)
+    monkeypatch.setattr("attnmonitor.measurement.head_statistics", counted)
+    in_batches = monitor.sample(1)
+    assert batches == [2, 2, 1]
+    for metric, layers in together.values.items():
+        for name, values in layers.items():
+            assert torch.equal(values, in_batches.values[metric][name])
 
 
 def test_a_head_with_nan_weights_is_nan_and_the_other_heads_keep_their_numbers() -> None:
