@@ -7,7 +7,10 @@ that is too short is told in seconds.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "checkpoints_in", "step_of"]
+__all__ = ["Checkpoint", "checkpoints_in", "steps_of"]
 
 
 class Checkpoint:
@@ -119,19 +122,43 @@ class Checkpoint:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of one run that a folder holds, in order of their steps; none if it is a model itself."""
+    """Return the checkpoints of one run that a folder holds, in order of their steps; none if it is one model.
+
+    A folder that is a model itself and holds ``checkpoint-N`` folders, as transformers' Trainer leaves it, comes last;
+    so does a checkpoint whose name has no number (``final``).
+    """
     folder = Path(folder)
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not folder.is_dir():
         return []
-    return sorted(
-        (file.parent for file in folder.glob("*/config.json")), key=lambda path: (step_of(path.name), path.name)
-    )
+    own = [folder] if (folder / "config.json").exists() else []
+    # What else lies in the folder of a model (adapters, poolers) is a part of it and no checkpoint.
+    found = [file.parent for file in folder.glob("checkpoint-*/config.json" if own else "*/config.json")]
+
+    def place(path: Path) -> tuple[float, str]:
+        number = _number(path.name)
+        return math.inf if number is None else number, path.name
+
+    return sorted(found, key=place) + own if found else []
 
 
-def step_of(name: str) -> int:
-    """Return the number at the end of a checkpoint's name: ``checkpoint-200`` is 200, a name without one is 0."""
+def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
+    """Return the step of each checkpoint: the number its name ends in, or the one its Trainer wrote into it.
+
+    Of the others nothing is known but their place: they count as one step after the one before.
+    """
+    steps: list[int] = []
+    for checkpoint in checkpoints:
+        number = _number(str(checkpoint))
+        state = Path(checkpoint) / "trainer_state.json"
+        if number is None and state.is_file():
+            number = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+        steps.append((steps[-1] + 1 if steps else 0) if number is None else number)
+    return steps
+
+
+def _number(name: str) -> int | None:
     number = re.search(r"(\d+)/?$", name)
-    return int(number.group(1)) if number else 0
+    return int(number.group(1)) if number else None
 
 
 def _located(model: str | Path) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import sqlite3
 import sys
@@ -31,6 +32,7 @@ _TABLE_METRICS = (
     "spectral_gap",
     "key_incoherence",
 )
+_BARS = "▁▂▃▄▅▆▇█"
 _FAR = 3.0  # robust standard deviations from which a head is named as unlike the others
 _PUBLISHED = {
     "energy_effective_rank": ("r90 of the energy field", "", "2–11"),
@@ -70,14 +72,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_scan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run some text through a checkpoint once and say what each of its attention heads does. Of several models or "
-        "lengths, or of a folder that holds the checkpoints of a run, one row each."
+        "lengths, or of a folder that holds the checkpoints of a run, one row each; of checkpoints also a line per "
+        "metric that shows how it went."
     )
     add = parser.add_argument
     add(
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a folder, a Hugging Face id, a .gguf file, or a folder of checkpoints",
+        help="a folder, a Hugging Face id, a .gguf file, or a folder with checkpoints in it: all of them are measured",
     )
     add("--text", type=Path, metavar="FILE", help="what to run through it (default: the help texts of Python)")
     add("--length", type=_lengths, default=[512], metavar="L[,L...]", help="tokens in a sequence (default: 512)")
@@ -169,6 +172,8 @@ def _put_out(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
         _print_scan(scans[0])
     else:
         print(_rows_of_models(scans))
+        if len(arguments.length) == 1 and _same_layers(scans):
+            print(_courses(scans))
 
 
 def _print_scan(found: Scan) -> None:
@@ -180,7 +185,7 @@ def _print_scan(found: Scan) -> None:
         f"{count} × {query} query / {kv} KV heads of size {size}" for (query, kv, size), count in kinds.items()
     )
     print(f"{found.model}: {shapes}; {found.num_sequences} sequences of {found.length} tokens")
-    shown = [metric for metric in _TABLE_METRICS if metric in found.values] or list(found.values)
+    shown = _shown_metrics(found)
     print(layer_table(found.values, coverage=found.coverage, metrics=shown))
     short = short_layer_names(found.coverage)
     for metric in shown:
@@ -203,17 +208,40 @@ def _beside_the_published(found: Scan) -> str:
 
 def _rows_of_models(scans: Sequence[Scan]) -> str:
     """Return a table with a row per model: median over all heads with the least and the greatest."""
-    metrics = [metric for metric in _TABLE_METRICS if metric in scans[0].values] or list(scans[0].values)
+    metrics = _shown_metrics(scans[0])
     rows = [["model", "layers", "length", *metrics]]
     for found in scans:
         summary = found.summary()
-        cells = [f"{s['median']:.3g} ({s['min']:.3g}–{s['max']:.3g})" for s in (summary[metric] for metric in metrics)]
+        known = [summary.get(metric) for metric in metrics]
+        cells = ["–" if s is None else f"{s['median']:.3g} ({s['min']:.3g}–{s['max']:.3g})" for s in known]
         num_layers = len(found.coverage) - len(found.not_measured)
         rows.append([found.model, str(num_layers), str(found.length), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _same_layers(scans: Sequence[Scan]) -> bool:
+    """Whether the models can be checkpoints of one run."""
+    shapes = [{name: layer.heads for name, layer in found.coverage.items() if layer.measured} for found in scans]
+    return all(shape == shapes[0] for shape in shapes)
+
+
+def _courses(scans: Sequence[Scan]) -> str:
+    """Return the course of each metric over the checkpoints, as bars between its lowest and highest median."""
+    lines = []
+    for metric in _shown_metrics(scans[0]):
+        medians = [found.summary().get(metric, {}).get("median", math.nan) for found in scans]
+        known = [value for value in medians if not math.isnan(value)]
+        low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+        bars = ["·" if math.isnan(x) else _BARS[round((x - low) / (span or 1.0) * (len(_BARS) - 1))] for x in medians]
+        lines.append(f"{metric}  {''.join(bars)}  median {medians[0]:.3g} → {medians[-1]:.3g}")
+    return "\n".join(lines)
+
+
+def _shown_metrics(found: Scan) -> list[str]:
+    return [metric for metric in _TABLE_METRICS if metric in found.values] or list(found.values)
 
 
 def _json_text(scans: Sequence[Scan]) -> str:
@@ -237,17 +265,17 @@ def _plot(scans: Sequence[Scan], target: Path) -> None:
     import torch
     from matplotlib.figure import Figure
 
-    from attnmonitor.checkpoint import step_of
+    from attnmonitor.checkpoint import steps_of
     from attnmonitor.plots import bands
 
-    metrics = [metric for metric in _TABLE_METRICS if metric in scans[0].values] or list(scans[0].values)
+    metrics = _shown_metrics(scans[0])
     layers = list(scans[0].values[metrics[0]])
-    if any(list(found.values[metrics[0]]) != layers for found in scans):
+    if not _same_layers(scans):
         raise ValueError(f"--plot {target}: the models do not have the same layers; plot the checkpoints of one run")
     figure = Figure(figsize=(7, 2.6 * len(metrics)), layout="constrained")
     for metric, ax in zip(metrics, figure.subplots(len(metrics), squeeze=False)[:, 0], strict=True):
         heads = {layer: torch.stack([found.values[metric][layer] for found in scans]).numpy() for layer in layers}
-        bands(heads, [step_of(found.model) for found in scans], metric=metric, ax=ax)
+        bands(heads, steps_of([found.model for found in scans]), metric=metric, ax=ax)
     with _whole_file(target) as unfinished:
         figure.savefig(unfinished, dpi=150)
 

@@ -110,7 +110,7 @@ def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
     plot, table = tmp_path / "plot.png", tmp_path / "all.json"
     assert command("scan", run_folder, "--text", text, "--length", 16, "--plot", plot, "--json", table) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0].rsplit("-")[-1] for row in rows[1:]] == ["5", "40", "200"]
+    assert [row.split()[0].rsplit("-")[-1] for row in rows[1:4]] == ["5", "40", "200"]
     assert [Path(found["model"]).name for found in json.loads(table.read_text())] == [
         "checkpoint-5",
         "checkpoint-40",
@@ -118,6 +118,67 @@ def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
     ]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert files_in(tmp_path) == ["all.json", "plot.png"]
+
+
+def test_a_real_run_of_a_trainer_is_audited_checkpoint_by_checkpoint_and_its_final_model_last(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    run, out = tmp_path / "run", tmp_path / "out.json"
+    tokenizer = save_tokenizer(run)
+    tokens = tokenizer(TEXT)["input_ids"]
+    data = [{"input_ids": tokens[at : at + 16], "labels": tokens[at : at + 16]} for at in range(0, 320, 16)]
+    settings = TrainingArguments(
+        str(run), max_steps=7, save_steps=3, learning_rate=0.1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(save_llama(tmp_path / "start"), settings, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    capsys.readouterr()
+    arguments = ["--text", text, "--length", 16, "--metrics", "energy_rms", "--json", out, "--plot", tmp_path / "a.png"]
+    assert command("scan", run, *arguments) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:5]] == [
+        *(str(run / f"checkpoint-{step}") for step in (3, 6, 7)),
+        str(run),
+    ]
+    medians = [found["summary"]["energy_rms"]["median"] for found in json.loads(out.read_text())]
+    # One bar per checkpoint between the lowest and the highest; the last checkpoint is the final model.
+    name, bars, course = rows[5].split(maxsplit=2)
+    assert (name, len(bars), bars[2]) == ("energy_rms", 4, bars[3])
+    assert bars[medians.index(min(medians))] == "▁"
+    assert bars[medians.index(max(medians))] == "█"
+    assert course == f"median {medians[0]:.3g} → {medians[-1]:.3g}"
+    assert medians[2] == medians[3]
+
+
+def test_models_of_different_shape_have_rows_and_no_course(
+    run_folder: Path, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run_folder.parent / "other"
+    save_llama(other, num_hidden_layers=1)
+    save_tokenizer(other)
+    shown = ["--text", text, "--length", 16, "--metrics", "energy_rms"]
+    assert command("scan", checkpoint, other, *shown) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert command("scan", checkpoint, other, *shown, "--plot", "out.png") == 2
+    assert "the models do not have the same layers" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_head_has_leaves_its_column_empty(
+    run_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import attnmonitor.learned
+
+    nothing = lambda model, forward, layers: dict.fromkeys(layers, "no weights were seen")  # noqa: E731
+    monkeypatch.setattr(attnmonitor.learned, "discover_projections", nothing)
+    assert command("scan", run_folder, "--text", text, "--length", 16) == 0
+    out, err = capsys.readouterr()
+    assert [row.split().count("–") for row in out.splitlines()[1:4]] == [2, 2, 2]
+    assert "spectral_gap  ···  median nan → nan" in out
+    assert "has no learned rank: no weights were seen" in err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from attnmonitor import DEFAULT_METRICS, WEIGHT_METRICS, AttentionMonitor, LayerCoverage
-from attnmonitor.checkpoint import Checkpoint, checkpoints_in, step_of
+from attnmonitor.checkpoint import Checkpoint, checkpoints_in, steps_of
 from attnmonitor.scan import Scan, audit, bundled_text, scan
 
 
@@ -201,8 +201,20 @@ def test_checkpoints_of_a_run_come_in_order_of_their_steps(tmp_path: Path) -> No
     ]
     assert checkpoints_in(tmp_path / "run" / "checkpoint-30") == []
     assert checkpoints_in("some/model") == []
-    assert step_of("run/checkpoint-200") == 200
-    assert step_of("final") == 0
+
+
+def test_the_final_model_of_a_run_comes_after_its_checkpoints(tmp_path: Path) -> None:
+    """A Trainer leaves the final model in the folder of its checkpoints; others put it beside them."""
+    run, beside = tmp_path / "run", tmp_path / "beside"
+    for path in (run / "checkpoint-1000", run / "checkpoint-200", run, beside / "step_30", beside / "final"):
+        LlamaConfig().save_pretrained(path)
+    LlamaConfig().save_pretrained(run / "1_Pooling")  # a part of the model, not a checkpoint of it
+    assert checkpoints_in(run) == [run / "checkpoint-200", run / "checkpoint-1000", run]
+    assert checkpoints_in(beside) == [beside / "step_30", beside / "final"]
+    assert steps_of(checkpoints_in(run)) == [200, 1000, 1001]
+    (run / "trainer_state.json").write_text('{"global_step": 1200}', encoding="utf-8")
+    assert steps_of(checkpoints_in(run)) == [200, 1000, 1200]
+    assert steps_of(["some/model", "run/checkpoint-200/", "final"]) == [0, 200, 201]
 
 
 # What cannot be measured
