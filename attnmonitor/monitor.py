@@ -21,7 +21,7 @@ from torch import distributed, nn
 
 from attnmonitor._version import __version__
 from attnmonitor.actions import Action, calls_of, check_actions, requests_of
-from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, log_events
 from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
@@ -393,6 +393,8 @@ class AttentionMonitor:
                 self.on_close(self._record.close)
             if self._record is not None:
                 self._record.append(sample)
+        with self._contained("logging of alerts"):
+            log_events(sample.events)
         for logger in self._loggers:
             with self._contained(type(logger).__name__):
                 logger.log_sample(sample)

@@ -143,6 +143,25 @@ def test_actions_are_called_and_requests_told_when_the_alert_begins_and_a_broken
     assert monitor.sample(2).requests == ()
 
 
+def test_alerts_reach_python_logging_without_any_tracker_once_and_their_end_as_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="attnmonitor")
+    model = TinyGPT()
+    healthy = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monitor = AttentionMonitor(model, token_batch(), alerts=[FAINT], record=None)
+    starve(model)
+    monitor.sample(0), monitor.sample(1)
+    model.load_state_dict(healthy)
+    monitor.sample(2)
+    assert [(entry.levelname, entry.name) for entry in caplog.records] == [
+        ("WARNING", "attnmonitor.alerts.digest"),
+        ("INFO", "attnmonitor.alerts.digest"),
+    ]
+    assert "blocks.1.attn query head 2: alarm" in caplog.text
+    assert "recovered" in caplog.records[1].getMessage()
+
+
 @pytest.mark.parametrize(
     ("actions", "message"),
     [

@@ -6,7 +6,7 @@ is sent, and `replay` runs rules over a recorded run.
 """
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
-from attnmonitor.alerts.digest import Notification, digest
+from attnmonitor.alerts.digest import Notification, digest, log_events
 from attnmonitor.alerts.replay import replay, replay_text
 from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
 from attnmonitor.alerts.run import Alerts
@@ -22,6 +22,7 @@ __all__ = [
     "Threshold",
     "digest",
     "load_rules",
+    "log_events",
     "replay",
     "replay_text",
     "save_rules",

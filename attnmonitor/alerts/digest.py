@@ -6,16 +6,20 @@ from sample to sample is in the text: who, what value, since when, what that usu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["Notification", "digest"]
+__all__ = ["Notification", "digest", "log_events"]
+
+_logger = logging.getLogger(__name__)
 
 Level = Literal["info", "warning", "error"]
 
+LOGGING_LEVELS: dict[Level, int] = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 MAX_TITLE = 63
 MAX_LINES = 8
 
@@ -106,6 +110,12 @@ def digest(events: Sequence[AlertEvent]) -> list[Notification]:
         _notify(rule, group, symptoms=len(symptoms) if group[0].kind == "mass" else 0)
         for rule, group in by_rule.items()
     ]
+
+
+def log_events(events: Sequence[AlertEvent]) -> None:
+    """Hand each notification to Python's logging, which shows warnings and errors where nobody has set it up."""
+    for notification in digest(events):
+        _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", notification.title, notification.text)
 
 
 def _is_new_head_alarm(event: AlertEvent) -> bool:
