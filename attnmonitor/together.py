@@ -71,6 +71,7 @@ class SharedMeasurement(Measurement):
         Raises:
             RuntimeError: It failed on another process.
         """
+        with_weights = with_weights and bool(self._weight_metrics)
         failure: Exception | None = None
         collectives = Collectives()
         try:

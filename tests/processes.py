@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 PATIENCE = 60.0  # seconds without a sign of life
+TO_START = 180.0  # seconds until the first one: a busy machine imports torch slowly
 
 
 def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
@@ -32,7 +33,8 @@ def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world:
     started = time.time()
     while not context.join(timeout=1):
         said = list(folder.glob("progress*"))
-        if time.time() - max([started, *(path.stat().st_mtime for path in said)]) > PATIENCE:
+        silent = time.time() - max([started, *(path.stat().st_mtime for path in said)])
+        if silent > (PATIENCE if said else TO_START):
             for process in context.processes:
                 process.kill()
             raise TimeoutError(f"no sign of life: {', '.join(path.read_text() for path in said)}")
