@@ -51,11 +51,14 @@ def _items(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def offline_run(folder: Path) -> dict[str, Any]:
-    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run."""
+def offline_run(folder: Path, *, killed: bool = False) -> dict[str, Any]:
+    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run.
+
+    Of a process that was killed, what the client had written by then.
+    """
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     run: dict[str, Any] = {"history": [], "metrics": {}, "config": {}, "summary": {}, "alerts": []}
-    for record in _finished(path):
+    for record in _records(path.read_bytes()) if killed else _finished(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             run["history"].append(_items(record.history.item))
