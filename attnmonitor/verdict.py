@@ -22,6 +22,7 @@ __all__ = [
     "OutstandingHead",
     "by_concern",
     "coverage_table",
+    "crowd_range",
     "head_name",
     "heads_concerned",
     "layer_table",
@@ -39,6 +40,7 @@ _MOST_NAMED = 3  # of heads in a line
 # Added to the spread of the heads when distances are taken. Where most heads agree (integer ranks do) the spread is 0,
 # and a head that differs by a trifle would be infinitely far: below 10 % nobody needs to look.
 _SPREAD_FLOOR = 0.1
+_FAR_OUT = 4.0  # robust standard deviations
 
 
 class OutstandingHead(NamedTuple):
@@ -90,6 +92,33 @@ def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.flo
     mad = np.median(np.abs(x[np.isfinite(x)] - centre))
     unit = 1.0 if log_scale else max(1.0, abs(centre))
     return np.asarray((x - centre) / (1.4826 * mad + _SPREAD_FLOOR * unit))
+
+
+def crowd_range(values: NDArray[np.float64], metric: str, quantiles: tuple[float, float]) -> tuple[float, float] | None:
+    """Ends of a scale that belongs to the crowd: quantiles over the heads, without the few that are far out.
+
+    Among a dozen heads a quantile is nearly the greatest of them, so one that runs away would paint all others alike.
+    Where more than a quarter of the heads are far from the middle they are no outliers, and all count.
+
+    Args:
+        values: Of any shape; what is no number, or not positive where ratios are read, is passed over.
+        metric: Name of the metric, for its scale.
+        quantiles: Of the heads that count, at the low and at the high end.
+
+    Returns:
+        The ends, or None where nothing is known.
+
+    Example:
+        >>> crowd_range(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]), "energy_rms", (0.0, 1.0))
+        (1.0, 4.0)
+    """
+    log_scale = metric in METRICS and METRICS[metric].log_scale
+    known = values[np.isfinite(values) & ((values > 0) | (not log_scale))].astype(np.float64)
+    if not known.size:
+        return None
+    crowd = known[np.abs(robust_distances(known, metric)) <= _FAR_OUT]
+    low, high = np.quantile(crowd if 4 * crowd.size >= 3 * known.size else known, quantiles)
+    return float(low), float(high)
 
 
 def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:

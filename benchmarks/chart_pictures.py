@@ -1,22 +1,30 @@
 """Draw the pictures of ``docs/reading-the-charts.md``: one small GPT trained twice, healthy and with one head broken.
 
 ``python -m benchmarks.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png``. In the broken run the
-query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away.
+query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away. The charts
+that W&B gets are drawn by Plotly in Chromium, as W&B's page does; that needs chromium and chromedriver.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
+from selenium import webdriver
 
 from attnmonitor import DEFAULT_METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.catalog import WEIGHT_METRICS
 from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
 from attnmonitor.functional import energy_spectrum
-from attnmonitor.loggers.charts import LineChart, model_chart, rank_chart
+from attnmonitor.loggers.charts import Chart, layers_chart, model_chart, rank_chart
 from attnmonitor.plots import bands, heatmap, spectrum, trajectories
 
 NUM_STEPS, BROKEN_FROM, EVERY = 400, 280, 5
@@ -58,7 +66,7 @@ def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
     return monitor, samples
 
 
-def draw(name: str, monitor: AttentionMonitor, samples: list[Sample]) -> None:
+def draw(name: str, monitor: AttentionMonitor, samples: list[Sample], browser: webdriver.Chrome) -> None:
     """Write every chart of one run."""
     history, last = monitor.history, samples[-1]
     events = [event for sample in samples for event in sample.events]
@@ -75,26 +83,40 @@ def draw(name: str, monitor: AttentionMonitor, samples: list[Sample]) -> None:
             ),
             "trajectories": trajectories(values, history.steps, metric=metric, **common),
             "bands": bands(values, history.steps, metric=metric, num_named=2, **common),
-            "tracker": drawn(model_chart(history, last, metric)),
         }
+        stem = f"{metric.replace('_', '-')}-{name}.png"
         for kind, figure in figures.items():
-            if metric == "energy_rms" or kind == "tracker":
-                figure.savefig(IMAGES / f"chart-{kind}-{metric.replace('_', '-')}-{name}.png", dpi=90)
-    drawn(rank_chart(history)).savefig(IMAGES / f"chart-ranks-{name}.png", dpi=90)
+            if metric == "energy_rms":
+                figure.savefig(IMAGES / f"chart-{kind}-{stem}", dpi=90)
+        photograph(model_chart(history, last, metric), IMAGES / f"chart-tracker-{stem}", browser)
+    photograph(layers_chart(history, last, "energy_rms"), IMAGES / f"chart-layers-energy-rms-{name}.png", browser)
+    photograph(rank_chart(history), IMAGES / f"chart-ranks-{name}.png", browser)
 
 
-def drawn(chart: LineChart) -> Figure:
-    """Draw a tracker's chart: every line on linear axes, named in the legend; what is not one head in grey."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    ax = figure.add_subplot()
-    dashes = iter(["-.", "--", "-", "--", "-.", ":"])
-    for name, (steps, values) in chart.lines.items():
-        one_head = " head " in name and "all heads" not in name
-        style = {} if one_head or " rank, " in name else {"color": "#6a7078", "linestyle": next(dashes)}
-        ax.plot(steps, values, label=name, linewidth=1.3, **style)
-    ax.set(title=chart.title, xlabel="optimizer step")
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
+@contextmanager
+def chromium() -> Iterator[webdriver.Chrome]:
+    """A browser without a window."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=800,600"):
+        options.add_argument(argument)
+    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield running
+    running.quit()
+
+
+def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
+    """Draw a chart in a browser and take its picture, at the size of a panel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as page:
+        page.write(
+            "<meta charset=utf-8><div id=chart style='width:720px;height:420px'></div>"
+            f"<script>{get_plotlyjs()}</script><script>const chart = {json.dumps(chart)};"
+            "window.drawn = Plotly.newPlot('chart', chart.data, chart.layout, {displayModeBar: false})</script>"
+        )
+        page.flush()
+        browser.get(Path(page.name).as_uri())
+        browser.execute_async_script("window.drawn.then(arguments[arguments.length - 1])")
+        browser.find_element("id", "chart").screenshot(str(path))
 
 
 def draw_spectrum() -> None:
@@ -113,6 +135,7 @@ def draw_spectrum() -> None:
 
 if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
-    draw("healthy", *trained(broken=False))
-    draw("broken", *trained(broken=True))
+    with chromium() as browser:
+        draw("healthy", *trained(broken=False), browser)
+        draw("broken", *trained(broken=True), browser)
     draw_spectrum()

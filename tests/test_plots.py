@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from synthetic_runs import SyntheticRun
 
+from attnmonitor.chart_style import ALARM_COLOUR
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
-from attnmonitor.plots.style import ALARM_COLOUR
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
 from attnmonitor.verdict import still_firing, verdict_of_record
@@ -80,15 +80,22 @@ def test_an_alarm_is_framed_by_what_it_counts_and_only_guessed_at_where_told_how
     )
 
 
+@pytest.mark.parametrize("num_heads", [6, 12, 144])
 @pytest.mark.parametrize("metric", ["energy_rms", "key_leverage_max", None])
-def test_one_runaway_head_does_not_own_the_colour_scale(metric: str | None) -> None:
-    heads = np.linspace(0.5, 0.9, 100)
-    heads[17] = 1e6
-    figure = heatmap({"a": heads[:50], "b": heads[50:]}, metric=metric)
+def test_one_runaway_head_does_not_own_the_colour_scale(metric: str | None, num_heads: int) -> None:
+    heads = np.linspace(0.5, 0.9, num_heads)
+    heads[2] = 1e6
+    figure = heatmap({"a": heads[: num_heads // 2], "b": heads[num_heads // 2 :]}, metric=metric)
     norm = next(a for a in figure.axes[0].collections if isinstance(a, QuadMesh)).norm
     assert norm.vmax < 1.0
     assert norm(0.9) - norm(0.5) > 0.8
-    assert figure.axes[1]._colorbar.extend == "both"
+    assert figure.axes[1]._colorbar.extend in ("both", "max")
+
+
+def test_heads_in_two_camps_both_have_their_shades() -> None:
+    figure = heatmap({"a": np.array([1.0] * 8 + [100.0] * 4)}, metric="energy_rms")
+    norm = next(a for a in figure.axes[0].collections if isinstance(a, QuadMesh)).norm
+    assert norm(100.0) - norm(1.0) > 0.9
 
 
 @pytest.mark.parametrize("metric", ["energy_rms", "energy_effective_rank"])

@@ -71,7 +71,7 @@ def test_each_metric_has_a_heatmap_image_first_and_last(run: Any, in_own_folder:
             assert path.stat().st_size > 5_000
 
 
-def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_end(
+def test_each_metric_has_a_chart_of_heads_and_one_of_layers_that_hold_the_trajectories(
     run: Any, in_own_folder: Path
 ) -> None:
     monitor, optimizer = attached(TinyGPT(num_kv_heads=2), run, loggers=WandbLogger(run, image_share=1e-9))
@@ -81,18 +81,21 @@ def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_e
     run.finish()
     logged = offline_run(in_own_folder)
     drawn = charts(logged, in_own_folder)
-    layers = {f"attention/{metric}/layer_{index:02d}/heads" for metric in monitor.history for index in range(2)}
-    assert drawn.keys() == layers | {f"attention/{metric}/heads" for metric in monitor.history}
+    assert drawn.keys() == {f"attention/{metric}/{kind}" for metric in monitor.history for kind in ("heads", "layers")}
     for metric in monitor.history:
-        [lines] = drawn[f"attention/{metric}/heads"]
-        [of_layer] = drawn[f"attention/{metric}/layer_01/heads"]
         noun = "KV head" if metric.startswith("key") else "head"
+        model, layers = drawn[f"attention/{metric}/heads"], drawn[f"attention/{metric}/layers"]
+        assert list(model) == list(layers) == [6], "a first sample alone is no curve"
+        lines = {line["name"]: list(zip(line["x"], line["y"], strict=True)) for line in model[6]["data"]}
+        in_layers = str(layers[6])
         for head, curve_of_head in enumerate(monitor.history[metric]["blocks.1.attn"].T.tolist()):
-            expected = [
-                (step, pytest.approx(value, rel=1e-5)) for step, value in zip([0, 2, 4, 6], curve_of_head, strict=True)
-            ]
-            assert of_layer[f"blocks.1 {noun} {head}"] == lines[f"blocks.1 {noun} {head}"] == expected
-        assert [step for step, _ in lines["all heads: median"]] == [0, 2, 4, 6]
+            expected = [(s, pytest.approx(y, rel=1e-4)) for s, y in zip([0, 2, 4, 6], curve_of_head, strict=True)]
+            assert lines.get(f"blocks.1 {noun} {head}", expected) == expected
+            assert f"blocks.1 {noun} {head}" in in_layers
+        assert sum(f" {noun} " in name for name in lines) == min(
+            5, monitor.history[metric]["blocks.1.attn"].shape[1] * 2
+        )
+        assert [step for step, _ in lines["median head"]] == [0, 2, 4, 6]
         assert ("random q and k (24 × 8)" in lines) == (not metric.endswith("rms"))
         # What a chart shows has no panel of its own.
         assert logged["metrics"][f"attention/{metric}/max"] == ("attention/global_step", True)
@@ -102,29 +105,24 @@ def test_each_metric_has_a_chart_of_heads_that_grows_and_each_layer_one_at_the_e
     assert last.verdict.startswith("8 heads in 2 layers watched over 4 samples")
 
 
-@pytest.mark.parametrize(("num_layers", "num_heads"), [(8, 8), (12, 12), (2, 17), (17, 2), (32, 32)])
-def test_every_key_that_is_logged_is_counted_under_the_cap(
-    num_layers: int, num_heads: int, run: Any, in_own_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(3, 4), (12, 12)])
+def test_every_key_in_the_run_file_is_counted_under_the_cap(
+    num_layers: int, num_heads: int, run: Any, in_own_folder: Path
 ) -> None:
-    logged: set[str] = set()
-    # What is sent is looked at on its way out: thousands of tables would take the client minutes.
-    monkeypatch.setattr(type(run), "log", lambda run, row, **_: logged.update(row))
-    monkeypatch.setattr("attnmonitor.loggers.wandb.heatmap_images", lambda sample: {})
-    monkeypatch.setattr(wandb.plot, "line_series", lambda **chart: chart)
-    samples = [wide_sample(num_layers, num_heads, seed) for seed in range(4)]
+    samples = [wide_sample(num_layers, num_heads, seed) for seed in range(2)]
     heads = {"query_head": num_heads, "kv_head": num_heads}
     history = History(dict.fromkeys(samples[0].coverage, heads), tuple(samples[0].values))
     logger = WandbLogger(run)
     logger.follow(history)
     for sample in samples:
         history.append(sample)
-        logger.log_sample(sample)
+    logger.log_sample(samples[-1])
     logger.close()
-    counted = logger._head_scalars
-    assert len(logged) + len(samples[0].values) <= counted.num_keys <= 2000
-    in_layers = {key for key in logged if key.endswith("/heads") and "/layer_" in key}
-    # A chart is stored under nine keys: beside 144 heads with a curve each there is no room for one per layer.
-    assert len(in_layers) == (12 * num_layers if (num_layers, num_heads) == (8, 8) else 0)
+    run.finish()
+    keys = {key for row in offline_run(in_own_folder)["history"] for key in row if not key.startswith("_")}
+    assert len(keys) <= logger._head_scalars.num_keys <= 2000
+    # With the default metrics, 144 heads are the most of which every one has a curve.
+    assert sum(key.split("/")[-1].startswith("head_") for key in keys) == 12 * num_layers * num_heads
 
 
 @pytest.mark.parametrize("user", ["logs nothing", "logs with steps", "logs without steps"])
@@ -192,27 +190,33 @@ def test_two_monitors_in_one_run_keep_their_keys_and_x_axes_apart(run: Any, in_o
     assert set(logged["config"]["attention"]) == {"short", "long"}
 
 
-def test_a_resumed_run_continues_the_same_curves(in_own_folder: Path) -> None:
-    model = TinyGPT()
-    with wandb.init(project="test", dir=in_own_folder / "a", id="same", resume="allow") as run:
-        monitor, optimizer = attached(model, run)
-        train(model, optimizer, 4)
-        state = monitor.state_dict()
-        monitor.close()
-    with wandb.init(project="test", dir=in_own_folder / "b", id="same", resume="allow") as run:
-        monitor, optimizer = attached(model, run)
-        monitor.load_state_dict(state)
-        train(model, optimizer, 4)
-        monitor.close()
-    first, second = offline_run(in_own_folder / "a"), offline_run(in_own_folder / "b")
+def test_a_resumed_run_continues_the_same_curves_and_its_charts_begin_before_the_resume(in_own_folder: Path) -> None:
+    model, state = TinyGPT(), None
+    for part in ("a", "b"):
+        with wandb.init(project="test", dir=in_own_folder / part, id="same", resume="allow") as run:
+            monitor, optimizer = attached(model, run, loggers=run, metrics=["energy_rms", "key_incoherence"])
+            if state is not None:
+                monitor.load_state_dict(state)
+            train(model, optimizer, 4)
+            state = monitor.state_dict()
+            monitor.close()
+    first, second = (offline_run(in_own_folder / part) for part in ("a", "b"))
+    trajectory = monitor.history["key_incoherence"]["blocks.0.attn"][:, 0].tolist()
+    assert monitor.history.steps == [0, 2, 4, 6, 8]
     key = "attention/key_incoherence/layer_00/head_00"
     assert list(curve(first, key)) == [0, 2, 4]
-    assert list(curve(second, key)) == [6, 8]
+    assert list(curve(second, key)) == [6, 8], "no step is sent twice"
     assert {**curve(first, key), **curve(second, key)} == pytest.approx(
-        dict(
-            zip(monitor.history.steps, monitor.history["key_incoherence"]["blocks.0.attn"][:, 0].tolist(), strict=True)
-        )
+        dict(zip([0, 2, 4, 6, 8], trajectory, strict=True))
     )
+    drawn = charts(second, in_own_folder / "b")
+    for metric in monitor.history:
+        heads, layers = drawn[f"attention/{metric}/heads"], drawn[f"attention/{metric}/layers"]
+        assert list(heads) == [6, 8]
+        for step, chart in {**heads, **layers}.items():
+            assert {x for trace in chart["data"] for x in trace["x"] if x is not None} == {*range(0, step + 1, 2)}
+        assert list(curve(second, f"attention/{metric}/heatmap.path")) == [6, 8]
+    assert first["metrics"] == {name: kind for name, kind in second["metrics"].items() if name in first["metrics"]}
 
 
 def wide_sample(num_layers: int, num_heads: int, seed: int = 0) -> Sample:
@@ -228,7 +232,7 @@ def wide_sample(num_layers: int, num_heads: int, seed: int = 0) -> Sample:
 
 
 @pytest.mark.parametrize(("num_layers", "num_heads"), [(2, 4), (12, 12), (12, 13), (32, 32), (80, 64), (200, 64)])
-@pytest.mark.parametrize("max_keys", [200, 2000])
+@pytest.mark.parametrize("max_keys", [400, 2000])
 def test_the_number_of_keys_never_exceeds_the_cap_whatever_the_heads_do(
     num_layers: int, num_heads: int, max_keys: int
 ) -> None:
@@ -256,7 +260,7 @@ def test_above_the_cap_the_heads_furthest_from_the_rest_keep_their_curves() -> N
 def test_bad_arguments_are_refused(in_own_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no W&B run is live; call wandb\.init"):
         WandbLogger()
-    with pytest.raises(ValueError, match="max_keys=20 is less than the 146 that summaries may need"):
+    with pytest.raises(ValueError, match="max_keys=20 is less than the 380 that summaries may need"):
         HeadScalars(20)
     with wandb.init(project="test", dir=in_own_folder), pytest.raises(ValueError, match="image_share=-1"):
         WandbLogger(image_share=-1)

@@ -78,16 +78,11 @@ def curve(run: dict[str, Any], key: str, x: str = "attention/global_step") -> di
     return {row[x]: row[key] for row in run["history"] if key in row}
 
 
-def charts(run: dict[str, Any], folder: Path) -> dict[str, list[dict[str, list[tuple[int, float]]]]]:
-    """Every version of every line chart, by the key it was logged under: for each line by name, its points."""
-    found: dict[str, list[dict[str, list[tuple[int, float]]]]] = {}
-    for key in (name.removeprefix("_wandb.visualize.") for name in run["config"] if "visualize" in name):
-        found[key] = []
-        for row in run["history"]:
-            if path := row.get(f"Custom Chart Tables/{key}_table.path"):
-                [file] = folder.glob(f"wandb/offline-run-*/files/{path}")
-                lines: dict[str, list[tuple[int, float]]] = {}
-                for step, name, value in json.loads(file.read_text())["data"]:
-                    lines.setdefault(name, []).append((step, value))
-                found[key].append(lines)
+def charts(run: dict[str, Any], folder: Path, x: str = "attention/global_step") -> dict[str, dict[int, dict[str, Any]]]:
+    """Every Plotly figure by the key it was logged under and its x."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in run["history"]:
+        for key in (name.removesuffix("._type") for name, kind in row.items() if kind == "plotly-file"):
+            [file] = folder.glob(f"wandb/offline-run-*/files/{row[f'{key}.path']}")
+            found.setdefault(key, {})[row[x]] = json.loads(file.read_text())
     return found

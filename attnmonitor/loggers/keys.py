@@ -20,13 +20,12 @@ __all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", 
 
 _SUMMARIES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _LAYER_SUMMARIES = {"min": 0.0, "median": 0.5, "max": 1.0}
-_MOST_LAYERS, _MOST_HEADS = 16, 16  # of a model whose layers have charts: more panels, or lines in one, nobody reads
 BAND_KEYS = ("/min", "/q25", "/q75", "/max")
 """How the keys end that are the edges of a band around the median."""
 
-_NUM_OTHER_KEYS = 20  # step, alert counts, the monitor's own figures, a chart of ranks: fewer than this
-_NUM_MODEL_KEYS = len(_SUMMARIES) + 2  # of a metric: its summaries, a picture and a chart
-_NUM_FIELDS = 9  # under which W&B stores one chart's table: with a chart per metric and layer they are the most of all
+_NUM_PICTURE_KEYS, _NUM_CHART_KEYS = 7, 4  # a tracker keeps path, size, hash, … each under a key of its own
+_NUM_MODEL_KEYS = len(_SUMMARIES) + _NUM_PICTURE_KEYS + 2 * _NUM_CHART_KEYS  # of a metric
+_NUM_OTHER_KEYS = 16 + _NUM_CHART_KEYS  # step, alert counts, the monitor's own figures (fewer than 16), chart of ranks
 _LEAST_KEYS = _NUM_MODEL_KEYS * len(METRICS) + _NUM_OTHER_KEYS
 
 
@@ -71,12 +70,10 @@ class HeadScalars:
     ``attention/<metric>/layer_03/{min,median,max}``, and heads that stood out keep their curves from then on.
 
     Args:
-        max_keys: Most keys that a logger ever makes, summaries, a picture and a chart per metric included.
+        max_keys: Most keys that a logger ever makes, with those under which the parts of pictures and charts are kept.
 
     Attributes:
         every_head: Whether every head has a curve; known after the first sample.
-        layer_charts: Whether there is room for a chart per metric and layer; known after the first sample.
-        layer_keys: What each layer is called in keys, ``layer_03``; known after the first sample.
         num_keys: Keys there will be at most; known after the first sample.
 
     Raises:
@@ -88,8 +85,7 @@ class HeadScalars:
             raise ValueError(f"max_keys={max_keys} is less than the {_LEAST_KEYS} that summaries may need; raise it")
         self.every_head = True
         self.num_keys = max_keys
-        self.layer_charts = False
-        self.layer_keys: dict[str, str] = {}
+        self._layer_keys: dict[str, str] = {}
         self._max_keys = max_keys
         self._with_layers = False
         self._allowed_heads = 0
@@ -97,13 +93,13 @@ class HeadScalars:
 
     def __call__(self, sample: Sample) -> dict[str, float]:
         """Return the figures of one sample."""
-        if not self.layer_keys:
+        if not self._layer_keys:
             self._plan(sample)
         scalars: dict[str, float] = {}
         for metric, layers in sample.values.items():
             chosen = self._choose(metric, layers)
             for layer, values in layers.items():
-                stem = f"{key_prefix(sample)}/{metric}/{self.layer_keys[layer]}"
+                stem = f"{key_prefix(sample)}/{metric}/{self._layer_keys[layer]}"
                 if self._with_layers:
                     quantiles = _quantiles(values, _LAYER_SUMMARIES)
                     scalars.update({f"{stem}/{name}": value for name, value in quantiles.items()})
@@ -114,7 +110,7 @@ class HeadScalars:
 
     def _plan(self, first: Sample) -> None:
         digits = max(2, len(str(len(first.coverage) - 1)))
-        self.layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
+        self._layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
         num_metrics = len(first.values)
         num_fixed = _NUM_MODEL_KEYS * num_metrics + _NUM_OTHER_KEYS
         widths = [values.numel() for layers in first.values.values() for values in layers.values()]
@@ -123,11 +119,7 @@ class HeadScalars:
         self._with_layers = not self.every_head and num_fixed + num_layer_keys <= self._max_keys
         left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
         self._allowed_heads = left // num_metrics
-        few = len(widths) <= _MOST_LAYERS * num_metrics and max(widths, default=0) <= _MOST_HEADS
-        num_chart_keys = _NUM_FIELDS * (len(widths) + num_metrics)
-        self.layer_charts = self.every_head and few and num_fixed + sum(widths) + num_chart_keys <= self._max_keys
-        num_keys = num_fixed + sum(widths) + (num_chart_keys if self.layer_charts else 0)
-        self.num_keys = num_keys if self.every_head else self._max_keys
+        self.num_keys = num_fixed + sum(widths) if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
         """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""

@@ -6,12 +6,13 @@ last one, and in between as often as that stays below a share of the run's wall 
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from attnmonitor.sample import Sample
 
@@ -66,6 +67,8 @@ class DrawingBudget:
 def heatmap_images(sample: Sample) -> dict[str, Image]:
     """One picture per metric, by its name; none where matplotlib is missing."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         from attnmonitor.plots import heatmap
     except ModuleNotFoundError:
         _logger.info("no heatmaps: they need matplotlib (pip install 'attnmonitor[plots]')")
@@ -77,8 +80,7 @@ def heatmap_images(sample: Sample) -> dict[str, Image]:
         figure = heatmap(
             layers, metric=metric, events=sample.firing, coverage=sample.coverage, global_step=sample.global_step
         )
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        buffer.seek(0)
-        images[metric] = PIL.Image.open(buffer)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()  # once, where `savefig` draws twice
+        images[metric] = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     return images

@@ -10,11 +10,12 @@ What is for the eye (heatmaps, charts of curves) is sent whole each time, so it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
-from attnmonitor.loggers.charts import LineChart, layer_chart, model_chart, rank_chart
+from attnmonitor.loggers.charts import Chart, layers_chart, model_chart, rank_chart
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
 from attnmonitor.sample import Sample
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WandbLogger"]
 
+_logger = logging.getLogger(__name__)
+
 
 class WandbLogger:
     """Logs samples to a Weights & Biases run.
@@ -33,7 +36,7 @@ class WandbLogger:
     Args:
         run: The run; by default the live one (``wandb.run``), looked up at attach.
         max_keys: Most keys ever made in the run. Above it, per-layer summaries and the heads that stand out.
-        image_share: A heatmap and a chart of curves per metric are drawn with the first and the last sample, and in
+        image_share: A heatmap and charts of curves per metric are drawn with the first and the last sample, and in
             between as often as drawing stays below this share of the run's wall time: a picture costs more than a
             sample does. 0: none.
 
@@ -118,40 +121,25 @@ class WandbLogger:
         import wandb
 
         with self._budget.drawing():
-            pictures = {
+            drawn = {
                 heatmap_key(sample, metric): wandb.Image(image) for metric, image in heatmap_images(sample).items()
             }
-            self._define(step_key(sample), pictures, hidden=set())
-            charts = self._charts(sample, with_layers)
-            return pictures | {
-                key: wandb.plot.line_series(
-                    xs=[steps for steps, _ in chart.lines.values()],
-                    ys=[values for _, values in chart.lines.values()],
-                    keys=list(chart.lines),
-                    title=chart.title,
-                    xname="optimizer step",
-                    split_table=True,
-                )
-                for key, chart in charts.items()
-                if chart.lines
-            }
+            drawn |= _plotly_figures(self._charts(sample, with_layers))
+            self._define(step_key(sample), drawn, hidden=set())
+            return drawn
 
-    def _charts(self, sample: Sample, with_layers: bool) -> dict[str, LineChart]:
+    def _charts(self, sample: Sample, with_layers: bool) -> dict[str, Chart]:
         history, prefix = self._history, key_prefix(sample)
         if history is None or len(history) < 2:
             return {}
         charts = {f"{prefix}/{metric}/heads": model_chart(history, sample, metric) for metric in history}
         charts[f"{prefix}/ranks"] = rank_chart(history)
-        if with_layers and self._head_scalars.layer_charts:
-            # Tables of all heads are large: sent again once there are twice as many samples, all of them together are
-            # at most twice the last ones.
+        if with_layers:
+            # The charts of all layers are large: sent again once there are twice as many samples, all of them together
+            # are at most twice the last ones.
             self._layers_due = 2 * self._num_samples
-            for layer in history.num_heads:
-                stem = self._head_scalars.layer_keys[layer]
-                charts |= {
-                    f"{prefix}/{metric}/{stem}/heads": layer_chart(history, sample, metric, layer) for metric in history
-                }
-        return charts
+            charts |= {f"{prefix}/{metric}/layers": layers_chart(history, sample, metric) for metric in history}
+        return {key: chart for key, chart in charts.items() if chart}
 
     def _announce(self) -> None:
         import wandb
@@ -160,3 +148,15 @@ class WandbLogger:
         wandb.termlog(
             f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
         )
+
+
+def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
+    """The charts as W&B takes them; none where plotly is missing."""
+    import wandb
+
+    try:
+        from plotly.graph_objects import Figure
+    except ModuleNotFoundError:
+        _logger.info("no charts of curves: they need plotly (pip install 'attnmonitor[wandb]')")
+        return {}
+    return {key: wandb.Plotly(Figure(chart)) for key, chart in charts.items()}

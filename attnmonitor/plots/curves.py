@@ -17,11 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from attnmonitor.chart_style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
 from attnmonitor.plots.style import (
-    ALARM_COLOUR,
-    BAND_COLOUR,
-    CROWD_COLOUR,
-    HEAD_COLOURS,
     figure_of,
     head_noun,
     is_log,

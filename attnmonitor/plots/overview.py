@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from attnmonitor.chart_style import ALARM_COLOUR, INK
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
-from attnmonitor.plots.style import ALARM_COLOUR, INK
 from attnmonitor.record import RunRecord
 from attnmonitor.verdict import still_firing, verdict_of_record
 

@@ -1,24 +1,13 @@
-"""How all charts look, so that one eye reads them all.
-
-Colour means one thing each: a perceptually uniform map (*viridis*) is a value, grey is the crowd, the colour-blind safe
-palette of Okabe and Ito names heads, and vermilion is an alarm and nothing else.
-"""
+"""How the figures look that matplotlib draws: axes, titles, ticks."""
 
 from __future__ import annotations
-
-import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from attnmonitor.catalog import METRICS
-
-ALARM_COLOUR = "#D55E00"
-HEAD_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CROWD_COLOUR = "#8a929c"
-BAND_COLOUR = "#35608d"
-INK, FAINT_INK, AXIS_INK, PAPER_GREY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+from attnmonitor.chart_style import AXIS_INK, FAINT_INK, INK, log_ticks
 
 
 def new_axes() -> Axes:
@@ -85,17 +74,6 @@ def settle_the_ordinate(ax: Axes) -> None:
 
 
 def round_values(low: float, high: float, *, log: bool) -> list[float]:
-    """A few round values from ``low`` to ``high`` for ticks.
-
-    Example:
-        >>> round_values(0.8, 30, log=True)
-        [1.0, 3.0, 10.0, 30.0]
-    """
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-            ticks = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
-            ticks = [tick for tick in ticks if low <= tick <= high]
-            if len(ticks) >= 3:
-                return ticks
-    return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    """A few round values from ``low`` to ``high`` for ticks."""
+    ticks = log_ticks(low, high) if log else []
+    return ticks if len(ticks) >= 3 else [float(x) for x in MaxNLocator(4).tick_values(low, high) if low <= x <= high]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from attnmonitor.catalog import METRICS
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.verdict import by_concern, heads_concerned, short_layer_names, still_firing
+from attnmonitor.verdict import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 
@@ -129,7 +129,7 @@ def _metric_numbers(
         "values": packed(heads[frames]),
         "band_samples": band_samples.tolist(),
         "bands": packed(bands),
-        "limits": _limits(heads[frames], log_scale),
+        "limits": crowd_range(heads[frames], name, (0.01, 0.99)),
     }
 
 
@@ -140,12 +140,6 @@ def _thinned(candidates: NDArray[np.intp], keep: NDArray[np.intp], most: int) ->
     spaced = candidates[np.linspace(0, len(candidates) - 1, max(2, most)).round().astype(int)]
     kept = np.intersect1d(keep, candidates)
     return np.union1d(spaced, kept if len(kept) <= most else kept[:: -(-len(kept) // most)])
-
-
-def _limits(values: NDArray[np.float32], log_scale: bool) -> list[float] | None:
-    """Ends of the colour scale over the whole run, not owned by one outlier."""
-    known = values[np.isfinite(values) & ((values > 0) | (not log_scale))]
-    return [float(end) for end in np.quantile(known, [0.01, 0.99])] if known.size else None
 
 
 def _group(record: RunRecord, layer: str) -> int:

@@ -1,0 +1,44 @@
+"""What all charts share, whatever draws them, so that one eye reads them all: colours, and where ticks stand.
+
+Colour means one thing each: a perceptually uniform map (*viridis*) is a value, grey is the crowd, blue the bands over
+it, the colour-blind safe palette of Okabe and Ito names heads, and vermilion is an alarm and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = [
+    "ALARM_COLOUR",
+    "AXIS_INK",
+    "BAND_COLOUR",
+    "CROWD_COLOUR",
+    "FAINT_INK",
+    "HEAD_COLOURS",
+    "INK",
+    "PAPER_GREY",
+    "log_ticks",
+]
+
+ALARM_COLOUR = "#D55E00"
+HEAD_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CROWD_COLOUR = "#8a929c"
+BAND_COLOUR = "#35608d"
+INK, FAINT_INK, AXIS_INK, PAPER_GREY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """A few round values from ``low`` to ``high``, both positive, for a logarithmic axis; fewer than three if need be.
+
+    Example:
+        >>> log_ticks(0.8, 30)
+        [1.0, 3.0, 10.0, 30.0]
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
