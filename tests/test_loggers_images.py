@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+from matplotlib.image import imread
 from models import TinyGPT, token_batch, train
+from synthetic_runs import SyntheticRun
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
@@ -41,28 +43,38 @@ def test_tensorboard_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_th
         assert [scalar.step for scalar in board.Scalars(f"attention/{metric}/layer_01/head_03")] == [0, 2, 4]
 
 
-class MLflowLike:
-    """The surface of Lightning's MLFlowLogger that is used: ``run_id`` and a client with ``log_image``."""
-
-    run_id = "abc"
-
-    def __init__(self) -> None:
-        self.experiment = self
-        self.images: list[tuple[str, str, int]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        assert metrics["attention/global_step"] == step
-
-    def log_image(self, run_id: str, image: Any, *, key: str, step: int) -> None:
-        assert image.size[0] > 300
-        self.images.append((run_id, key, step))
+@pytest.fixture
+def mlflow_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MLFlowLogger:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    return MLFlowLogger(tracking_uri=(tmp_path / "runs").as_uri())
 
 
-def test_a_client_that_takes_images_by_run_gets_them_under_its_run() -> None:
-    logger = MLflowLike()
-    watched(MetricsLogger(logger, image_share=1e-9))
-    keys = ["attention/energy_rms/heatmap", "attention/key_rank/heatmap"]
-    assert logger.images == [("abc", key, step) for step in (0, 4) for key in keys]
+def test_mlflow_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(
+    mlflow_logger: MLFlowLogger, tmp_path: Path
+) -> None:
+    monitor = watched(MetricsLogger(mlflow_logger, image_share=1e-9))
+    mlflow_logger.finalize("success")
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    values = monitor.history["energy_rms"]["blocks.1.attn"][:, 3].tolist()
+    logged = client.get_metric_history(run_id, "attention/energy_rms/layer_01/head_03")
+    assert [(point.step, point.value) for point in logged] == list(zip([0, 2, 4], values, strict=True))
+    for metric in monitor.history:
+        pictures = sorted(tmp_path.glob(f"runs/*/{run_id}/artifacts/images/attention~{metric}~heatmap*.png"))
+        assert [picture.name.split("step+")[1].split("+")[0] for picture in pictures] == ["0", "4"]
+        assert all(imread(picture).shape[1] > 300 for picture in pictures)
+
+
+def test_mlflow_gets_more_keys_than_it_takes_at_once(mlflow_logger: MLFlowLogger) -> None:
+    sample = next(SyntheticRun(12, 12, 1).samples())
+    MetricsLogger(mlflow_logger, image_share=0).log_sample(sample)
+    logged = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
+    heads = {key: value for key, value in logged.items() if "/head_" in key}
+    assert len(heads) == 12 * 144
+    assert heads["attention/key_rms/layer_11/head_11"] == float(
+        sample.values["key_rms"]["model.layers.11.self_attn"][11]
+    )
 
 
 @pytest.mark.parametrize("image_share", [0, 0.002])

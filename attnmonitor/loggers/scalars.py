@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MetricsLogger"]
 
+_MOST_IN_MLFLOW = 1000  # metrics that it takes in one request
+
 
 class MetricsLogger:
     """Sends the scalars of each sample to any object with ``log_metrics(dict, step)``, such as a Lightning logger.
@@ -38,11 +40,15 @@ class MetricsLogger:
         self._logger = logger
         self._head_scalars = HeadScalars(max_keys)
         self._add_image = _image_taker(logger)
+        self._most_at_once = _MOST_IN_MLFLOW if _is_mlflow(logger) else None
         self._budget = DrawingBudget(image_share)
 
     def log_sample(self, sample: Sample) -> None:
         """Log one sample's scalars, from time to time its heatmaps, at its global step."""
-        self._logger.log_metrics({**summary_scalars(sample), **self._head_scalars(sample)}, step=sample.global_step)
+        scalars = list({**summary_scalars(sample), **self._head_scalars(sample)}.items())
+        size = self._most_at_once or len(scalars)
+        for first in range(0, len(scalars), size):
+            self._logger.log_metrics(dict(scalars[first : first + size]), step=sample.global_step)
         if self._budget.allows(sample):
             self._draw(sample)
 
@@ -63,7 +69,11 @@ def _image_taker(logger: Any) -> AddImage | None:
     experiment = getattr(logger, "experiment", None)
     if callable(add_image := getattr(experiment, "add_image", None)):  # TensorBoard
         return lambda key, image, step: add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-    log_image, run_id = getattr(experiment, "log_image", None), getattr(logger, "run_id", None)
-    if callable(log_image) and run_id is not None:  # MLflow
-        return lambda key, image, step: log_image(run_id, image, key=key, step=step)
+    if _is_mlflow(logger):
+        return lambda key, image, step: logger.experiment.log_image(logger.run_id, image, key=key, step=step)
     return None
+
+
+def _is_mlflow(logger: Any) -> bool:
+    experiment = getattr(logger, "experiment", None)
+    return callable(getattr(experiment, "log_image", None)) and getattr(logger, "run_id", None) is not None
