@@ -120,10 +120,21 @@ class AttentionMonitorCallback(Callback):
             self._summaries = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish the record and the loggers and say what the run comes to, also after an exception or an interrupt."""
+        """Finish the record and the loggers and say what the run comes to."""
         if self.monitor is not None and stage == "fit":
-            self.monitor.close()
-            print_ending(self.monitor)
+            self._end(trainer, pl_module, self.monitor)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do the same where training is cut short, also by an interrupt: Lightning tears nothing down then."""
+        if self.monitor is not None and trainer.state.fn == "fit":
+            self._end(trainer, pl_module, self.monitor)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule, monitor: AttentionMonitor) -> None:
+        monitor.close()
+        if (bar := trainer.progress_bar_callback) is not None:
+            # A bar that lives draws itself again below whatever is printed. Stopping it twice is harmless.
+            bar.teardown(trainer, pl_module, "fit")
+        print_ending(monitor)
 
     def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from models import TinyGPT, everything, language_loss, token_batch
 from torch import Tensor
@@ -216,6 +218,35 @@ def test_a_module_whose_forward_does_not_fit_says_how_to_call_it() -> None:
     watcher = AttentionMonitorCallback(every_n_steps=3, forward=lambda module, batch: module.gpt(batch))
     fit(NoForward(), watcher)
     assert watcher.monitor.history.steps == [0, 3, 6]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nothing_is_drawn_below_the_last_word(
+    bar: type[Callback], interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if interrupted and trainer.global_step == 3:
+                raise RuntimeError("the power fails")
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(RuntimeError) if interrupted else contextlib.nullcontext():
+        callbacks = (AttentionMonitorCallback(every_n_steps=2, record=None), Interrupt(), bar())
+        fit(Module(), *callbacks, enable_progress_bar=True)
+    before, said, after = terminal.getvalue().rpartition("attnmonitor: ")
+    assert "Epoch" in before, "a bar was drawn"
+    assert said, "the last word was said"
+    assert after.startswith("8 heads in 2 layers watched over")
+    assert "of the time since attach" in after
+    assert "Epoch" not in after
 
 
 def test_an_exception_in_training_leaves_the_record_complete_and_closed() -> None:
