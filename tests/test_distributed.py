@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import pytest
 import torch
 from models import TinyGPT, language_loss, token_batch
 from processes import on_processes, spread, tell
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.notice import AttentionMonitorWarning
+from attnmonitor.probe import quiet
 from attnmonitor.record import RunRecord
+from attnmonitor.sharding import Collectives
 
 ON_TWO = ("ddp", "fsdp1", "fsdp2", "tp")
 Ends = tuple[Path, list[dict[str, Any]]]
@@ -66,10 +72,43 @@ def _one_sample(rank: int, how: str | None) -> dict[str, Any]:
     return {"values": sample.values, "spread": sample.spread, "heads": heads, "signature": monitor.describe()}
 
 
+def _own_collectives(rank: int, how: str) -> int:
+    """Collectives of a sample beyond those of the probe's forward."""
+    tell(f"own collectives, {how}")
+    model = spread(TinyGPT(), how)
+    monitor = AttentionMonitor(model, token_batch(), record=None, strict=True)
+    with Collectives() as forward, quiet(monitor.model):
+        if how != "ddp" or rank == 0:
+            model(token_batch()) if how != "ddp" else monitor.model(token_batch())
+    with Collectives() as sample:
+        monitor.sample(0)
+    return len(sample.calls) - len(forward.calls)
+
+
+def _untold(rank: int) -> dict[str, Any]:
+    """Layers of which the output projection alone is spread: the weights do not tell who holds which heads."""
+    model = TinyGPT()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        parallelize_module(block.attn, mesh, {"o_proj": RowwiseParallel(input_layouts=Replicate())})
+    with pytest.warns(AttentionMonitorWarning) if rank == 0 else contextlib.nullcontext():
+        sample = AttentionMonitor(model, token_batch(), record=None).sample(0)
+    return {"values": sample.values, "reasons": [layer.reason for layer in sample.coverage.values()]}
+
+
+def _different_probes(rank: int) -> str:
+    with pytest.raises(ValueError, match="give them") as raised:
+        AttentionMonitor(spread(TinyGPT(), "tp"), token_batch(seed=rank), record=None)
+    return str(raised.value)
+
+
 def _everything(rank: int) -> dict[str, Any]:
     # One pair of processes for all: starting them costs more than what they do.
     ends = {(how, watched): _train(rank, how, watched) for how in ON_TWO for watched in (False, True)}
-    return {"ends": ends, "samples": {how: _one_sample(rank, how) for how in (None, *ON_TWO)}}
+    samples = {how: _one_sample(rank, how) for how in (None, *ON_TWO)}
+    own = {how: _own_collectives(rank, how) for how in ON_TWO}
+    refused = {"untold": _untold(rank), "different probes": _different_probes(rank)}
+    return {"ends": ends, "samples": samples, "own collectives": own, **refused}
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +154,37 @@ def _same_numbers(found: dict[str, Any], expected: dict[str, Any], *, exact: boo
                     assert torch.equal(found[table][metric][layer], values)
                 else:  # tensor parallelism adds the same numbers in another order
                     torch.testing.assert_close(found[table][metric][layer], values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_of_a_sharded_model_costs_one_gather_and_one_more_where_heads_are_dealt_out(processes: Ends) -> None:
+    # Objects are gathered in two collectives: how long they are, and what they say.
+    for rank in range(2):
+        assert processes[1][rank]["own collectives"] == {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 4}
+
+
+def test_a_layer_whose_weights_do_not_tell_who_holds_which_heads_is_nan_with_that_reason(processes: Ends) -> None:
+    found = processes[1][0]["untold"]
+    assert all("none of them deals out 4 query heads" in reason for reason in found["reasons"])
+    assert len(found["reasons"]) == 2
+    for layers in found["values"].values():
+        assert all(values.isnan().all() for values in layers.values())
+
+
+def test_processes_that_share_heads_must_have_the_same_probe(processes: Ends) -> None:
+    assert "2 different probes" in processes[1][0]["different probes"] == processes[1][1]["different probes"]
+
+
+def _on_four(rank: int, how: str) -> dict[str, Any]:
+    ends = [_train(rank, how, watched) for watched in (False, True)]
+    return {"ends": ends, "samples": [_one_sample(rank, each) for each in (None, how)]}
+
+
+@pytest.mark.soak
+def test_four_processes_on_a_mesh_of_fsdp_and_tensor_parallel(tmp_path: Path) -> None:
+    found = on_processes(tmp_path, _on_four, "fsdp2 x tp", world=4)
+    for rank in range(4):
+        bare, watched = found[rank]["ends"]
+        assert all(map(torch.equal, bare["tensors"], watched["tensors"]))
+        assert torch.equal(bare["generator"], watched["generator"])
+        assert watched["history"] == ([0, 2, 4] if rank == 0 else [])
+    _same_numbers(*reversed(found[0]["samples"]), exact=False)
