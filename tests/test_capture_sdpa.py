@@ -84,6 +84,28 @@ def test_padding_is_read_from_the_mask_that_arrives(as_float: bool) -> None:
     assert torch.equal(call.logit_rows(torch.arange(10)).isfinite(), mask.expand(2, 4, 10, 10))
 
 
+@pytest.mark.parametrize("num_heads", [4, 1])
+def test_sequences_and_heads_in_one_axis_are_told_apart(num_heads: int) -> None:
+    class Flat(Attention):
+        def forward(self, x: torch.Tensor):
+            q = self.q_proj(x).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+            k, v = self.kv_proj(x).unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+            self.seen = q, k, v
+            padding = torch.zeros(3, 1, 1, 10).index_fill(-1, torch.tensor([8, 9]), -torch.inf)
+            mask = padding.expand(-1, num_heads, 10, -1).flatten(0, 1)
+            y = nn.functional.scaled_dot_product_attention(*(z.flatten(0, 1) for z in (q, k, v)), mask)
+            return self.out_proj(y.unflatten(0, (3, num_heads)).transpose(1, 2).flatten(2))
+
+    model = Flat(num_kv_heads=4).double()
+    (call,) = captured(model, torch.randn(3, 10, 32, dtype=torch.float64))
+    q, k, _ = model.seen
+    assert torch.equal(call.query, q)
+    assert torch.equal(call.key, k)
+    assert call.key_mask.sum(1).tolist() == [8, 8, 8]
+    assert call.logit_rows(torch.arange(10)).shape == (3, num_heads, 10, 10)
+    assert call.error < 1e-12
+
+
 def test_nothing_stays_on_the_model_even_when_it_raises() -> None:
     model = Block()
     with pytest.raises(RuntimeError), capture_attention(model, lambda call: None):

@@ -401,6 +401,16 @@ def test_rows_of_logits_are_those_that_enter_the_softmax() -> None:
     assert call.outside == ("bias", "softcap")
 
 
+@pytest.mark.parametrize("hidden_by", [-1e4, -1e9, -torch.inf])
+def test_a_mask_that_is_added_is_no_bias_however_small_it_is(hidden_by: float) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        return (q @ k.mT * 0.3 + torch.zeros(blocked.shape).masked_fill(blocked, hidden_by)).softmax(-1) @ v
+
+    (call,) = captured(sharpen(HandWritten(attend)), x=hidden()).calls
+    assert call.outside == ()
+    assert torch.equal(call.logit_rows(torch.arange(LENGTH)).isfinite()[0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
+
+
 def test_a_soft_cap_is_told_while_logits_are_still_far_below_it() -> None:
     class Capped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

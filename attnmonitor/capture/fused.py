@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from attnmonitor.capture.rebuild import Attention, Step, grouped_product, visible_keys
 
-__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa"]
+__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "with_heads"]
 
 
 def read_sdpa(
@@ -23,7 +24,7 @@ def read_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
-    """A call of ``scaled_dot_product_attention`` on ``(B, H, L, d)`` operands."""
+    """A call of ``scaled_dot_product_attention`` on ``(B, H, L, d)`` or ``(B·H, L, d)`` operands."""
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         attention.affine.append(mask_step(attn_mask, query.shape[-2]))
@@ -33,6 +34,22 @@ def read_sdpa(
     attention.after.append(attend(value))
     attention.exact = dropout_p == 0
     return attention
+
+
+def with_heads(attention: Attention, num_sequences: int) -> Attention:
+    """An attention read from ``(B·H, L, d)`` operands as one of ``(B, H, L, d)``."""
+
+    def apart(x: Tensor) -> Tensor:
+        return x.reshape(num_sequences, -1, *x.shape[1:])
+
+    return replace(
+        attention,
+        query=apart(attention.query),
+        key=apart(attention.key),
+        arrange=lambda x: x.flatten(0, 1),
+        restore=apart,
+        visible=[apart(seen).any(1) for seen in attention.visible],
+    )
 
 
 def read_flex(
@@ -104,5 +121,7 @@ def hide_future(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def attend(value: Tensor) -> Step:
-    """Softmax over the keys, then the mean of ``value`` ``(B, Hv, Lk, dv)``."""
+    """Softmax over the keys, then the mean of ``value`` ``(B, Hv, Lk, dv)`` or ``(B·H, Lk, dv)``."""
+    if value.dim() == 3:
+        return Step(lambda logits, rows: logits.softmax(-1) @ value.to(logits.dtype))
     return Step(lambda logits, rows: grouped_product(logits.softmax(-1), value.transpose(-1, -2)))

@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.frames import Frame, Frames
-from attnmonitor.capture.fused import read_flex, read_sdpa
+from attnmonitor.capture.fused import read_flex, read_sdpa, with_heads
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.rebuild import Attention
 from attnmonitor.capture.repeats import Repeats
+from attnmonitor.capture.trace import num_sequences_in
 from attnmonitor.capture.traced import Tracer
 
 __all__ = ["AttentionMode"]
@@ -141,7 +142,9 @@ class AttentionMode(TorchFunctionMode):
         layer, frame = self.frames.layer()
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
         query, before = named["query"], self._repeats.before(named["key"])
-        if query.dim() != 4:
+        lead, num_rows = tuple(query.shape[:-2]), query.shape[-2]
+        num_sequences = num_sequences_in(lead, frame, num_rows) if query.dim() in (3, 4) else None
+        if num_sequences is None:
             self._lost(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
             return
         is_repeated = before is not None and before.source.shape[2:] == named["key"].shape[2:]
@@ -150,6 +153,8 @@ class AttentionMode(TorchFunctionMode):
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
         attention = read(*operands, *args[3:], **named)
         attention.tiled = before is not None and is_repeated and before.tiled
+        if query.dim() == 3:
+            attention = with_heads(attention, num_sequences)
         attention.operands_in = output.dtype
         self._found(layer, frame, attention, "sdpa", output, -2)
 

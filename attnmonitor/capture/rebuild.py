@@ -23,10 +23,10 @@ from torch import Tensor
 
 __all__ = ["HIDDEN", "Attention", "Step", "checked_rows", "grouped_product", "visible_keys"]
 
-HIDDEN = -1e4
-"""A logit at or below this hides its key: exp of it is 0 in every floating type. Code masks with anything from -1e4 to
--inf, while ALiBi slopes and learned biases stay above it for the nearest keys, and a key is padding only
-if no query sees it.
+HIDDEN = -9e3
+"""A logit at or below this hides its key: exp of it is 0 in every floating type. To hide a key, code adds anything from
+-1e4 to -inf (a logit of 1,000 on top does not show it), while ALiBi slopes and learned biases stay above it for the
+nearest keys, and a key is padding only if no query sees it.
 """
 
 NUM_CHECKED_ROWS = 8

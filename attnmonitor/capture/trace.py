@@ -18,7 +18,18 @@ from attnmonitor.capture.products import Labelled, PairwiseProduct
 from attnmonitor.capture.rebuild import Attention, Step
 from attnmonitor.capture.repeats import Repeated
 
-__all__ = ["Origin", "Trace", "TracedCall", "add_rows", "as_attention", "as_batch", "lift_cap", "rows_of", "size_along"]
+__all__ = [
+    "Origin",
+    "Trace",
+    "TracedCall",
+    "add_rows",
+    "as_attention",
+    "as_batch",
+    "lift_cap",
+    "num_sequences_in",
+    "rows_of",
+    "size_along",
+]
 
 Apply = Callable[[Tensor, Tensor], Tensor]
 
@@ -168,7 +179,7 @@ def as_attention(trace: Trace) -> Attention | None:
     """The finished trace as (B, Hq, L, d) operands with the steps of its replay, None where B and Hq cannot be told."""
     origin, product = trace.origin, trace.origin.product
     num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
-    num_sequences = _num_sequences(product.batch, origin.frame, num_rows)
+    num_sequences = num_sequences_in(product.batch, origin.frame, num_rows)
     if num_sequences is None:
         return None
     query = product.query
@@ -206,7 +217,7 @@ def as_attention(trace: Trace) -> Attention | None:
     )
 
 
-def _num_sequences(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
+def num_sequences_in(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
     """How many sequences the leading axes of a product hold: their first axis, or what the layer was handed.
 
     In ``(B·H, L, d)`` sequences and heads are one axis; the layer's own input, ``(B, L, D)`` in any order, tells them
