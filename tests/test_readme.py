@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 import wandb
+from checkpoints import save_llama, save_tokenizer
 from lightning.pytorch.loggers import WandbLogger
 from models import TinyGPT, train
 from test_callback_lightning import HELD_OUT, TRAIN, Module, lightning_as_it_is  # noqa: F401
@@ -84,12 +86,22 @@ def test_the_raw_snippet_and_what_one_asks_afterwards() -> None:
     [
         ("two_lines", ["10"], "step  10"),
         ("raw_pytorch", ["--steps", "10"], "2 samples; first-layer logits grew up to"),
+        ("metrics_alone", ["--steps", "5"], "key_incoherence/head_3"),
+        ("own_alert", [], "action: blocks.1.attention head 2 at step"),
+        (
+            "finetune_trainer",
+            ["model", "--steps", "10", "--length", "32"],
+            "8 heads in 2 layers watched over 2 samples",
+        ),
+        ("audit", ["model", "--length", "64"], "model: 8 heads, 0 layers not seen"),
         ("demo", ["--steps", "10", "--out", "out"], "64 heads"),
     ],
 )
 def test_the_example_runs(
     module: str, arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "model" in arguments:
+        save_llama(Path("model")), save_tokenizer(Path("model"))
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.delitem(sys.modules, f"attnmonitor.examples.{module}", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -100,3 +112,17 @@ def test_the_example_runs(
         assert {"heads.png", "report.html", "wandb", "attnmonitor_runs"} <= {
             path.name for path in Path("out").iterdir()
         }
+
+
+def test_the_example_on_several_processes_runs_under_torchrun() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = ["-m", "attnmonitor.examples.distributed", "--strategy", "fsdp", "--steps", "10"]
+    done = subprocess.run([*torchrun, *example], capture_output=True, text=True, timeout=240, check=False)
+    assert "2 samples of a model on 2 processes" in done.stdout, done.stderr
+
+
+def test_every_example_is_run_here_and_named_in_the_readme() -> None:
+    examples = {path.stem for path in (README.parent / "examples").glob("*.py")} - {"__init__", "small_gpt"}
+    run = Path(__file__).read_text()
+    assert [name for name in examples if f'"{name}",' not in run and f"examples.{name}" not in run] == []
+    assert [name for name in examples if f"examples/{name}.py" not in README.read_text()] == []

