@@ -181,8 +181,7 @@ def heads_concerned(
     layer = (coverage or {}).get(event.layer)
     if layer is None or not layer.num_kv_heads:
         return ()
-    group = max(1, layer.num_query_heads // layer.num_kv_heads)
-    return (event.head // group,) if scope == "kv_head" else tuple(range(group * event.head, group * (event.head + 1)))
+    return (layer.kv_head_of(event.head),) if scope == "kv_head" else layer.query_heads_of(event.head)
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:

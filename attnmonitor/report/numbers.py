@@ -67,8 +67,9 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
         most_values: Values of single heads in the whole report of this run.
 
     Returns:
-        ``steps``, ``short`` names and head ``groups`` of the layers, ``metrics`` (per metric ``frames``, indices into
-        ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``), ``alarms``, ``seconds``,
+        ``steps``, ``short`` names of the layers, ``kv_heads`` that their query heads read, ``metrics`` (per metric
+        ``frames``, indices into ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``),
+        ``alarms``, ``seconds``,
         ``segments``, and ``first_look``: the layer, head and scope to open the page with.
     """
     spans, steps = alarm_spans(record.events), record.steps
@@ -82,7 +83,7 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
     return {
         "steps": steps.tolist(),
         "short": [short[layer] for layer in layers],
-        "groups": [_group(record, layer) for layer in layers],
+        "kv_heads": [_kv_heads(record, layer) for layer in layers],
         "metrics": {name: _metric_numbers(name, shown, layers, keep, share) for name, shown in trajectories.items()},
         "alarms": [_alarm(span, record, layers) for span in spans],
         "first_look": _first_look(record, layers),
@@ -142,10 +143,10 @@ def _thinned(candidates: NDArray[np.intp], keep: NDArray[np.intp], most: int) ->
     return np.union1d(spaced, kept if len(kept) <= most else kept[:: -(-len(kept) // most)])
 
 
-def _group(record: RunRecord, layer: str) -> int:
-    """Query heads that share one KV head."""
+def _kv_heads(record: RunRecord, layer: str) -> list[int]:
+    """The KV head that each query head reads."""
     entry = record.coverage.get(layer)
-    return max(1, entry.num_query_heads // entry.num_kv_heads) if entry is not None and entry.num_kv_heads else 1
+    return [] if entry is None else [entry.kv_head_of(head) for head in range(entry.num_query_heads)]
 
 
 def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:

@@ -42,10 +42,10 @@ function frameAt(metric, step) {  // the last frame that is not after the step
 
 function chosenHeads(run, metric) {  // the chosen head in the heads this metric counts
   if (state.layer === null || !metric.heads.has(state.layer)) return [];
-  const group = run.groups[state.layer];
+  const read = run.kv_heads[state.layer];  // by query head
   let heads = [state.head];
-  if (state.scope === "query_head" && metric.scope === "kv_head") heads = [Math.floor(state.head / group)];
-  if (state.scope === "kv_head" && metric.scope === "query_head") heads = Array.from({ length: group }, (_, i) => state.head * group + i);
+  if (state.scope === "query_head" && metric.scope === "kv_head") heads = [read[state.head] ?? state.head];
+  if (state.scope === "kv_head" && metric.scope === "query_head") heads = read.flatMap((kvHead, head) => kvHead === state.head ? [head] : []);
   return heads.filter(head => head < metric.heads.get(state.layer));
 }
 
