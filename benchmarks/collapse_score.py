@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from attnmonitor.alerts import Rule, replay
+from attnmonitor.alerts import DEFAULT_RULES, Rule, replay
 from benchmarks.collapse_runs import Recording
 
 Unit = tuple[str, str | None, int | None]
+GRACE = max(rule.grace for rule in DEFAULT_RULES)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Clean:
     """What was alarmed on runs where nothing was wrong."""
 
     head_samples: int = 0
+    watched: int = 0  # of these, the ones after the grace of the head rules
     runs: int = 0
     runs_alarmed: int = 0
     head_alarms: list[tuple[Recording, Alarm, Unit]] = field(default_factory=list)
@@ -154,7 +156,9 @@ def count_clean(recordings: Sequence[Recording], alarming: Alarming, stride: int
         heads = [(recording, alarm, unit) for alarm in alarms if alarm.is_about_heads for unit in alarm.units]
         clean.head_alarms += heads
         clean.run_alarms += [(recording, alarm) for alarm in alarms if not alarm.is_about_heads]
-        clean.head_samples += sum(rows[::stride].size for rows in recording.values["query_rms"].values())
+        for rows in recording.values["query_rms"].values():
+            clean.head_samples += rows[::stride].size
+            clean.watched += rows[::stride][GRACE:].size
         clean.runs += 1
         clean.runs_alarmed += bool(heads)
     return clean

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnmonitor import AttentionMonitor
-from attnmonitor.alerts import DEFAULT_RULES, replay, replay_text
-from benchmarks.collapse_document import publish, table
+from attnmonitor.alerts import DEFAULT_RULES
+from benchmarks.collapse_document import publish, share, table
 from benchmarks.collapse_models import Shape
 from benchmarks.collapse_runs import (
     LEARNED,
@@ -38,7 +38,7 @@ from benchmarks.collapse_runs import (
     recording_of,
     save,
 )
-from benchmarks.collapse_score import by_rules, judge
+from benchmarks.collapse_score import Alarm, alarms_of_fault, by_rules, judge
 from benchmarks.smollm2 import load_smollm2
 
 SAMPLE_EVERY = 2
@@ -181,18 +181,38 @@ def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iter
 
 def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
     """What the default rules say, as Markdown."""
-    rows = []
-    for recording in healthy:
-        events = replay(recording, DEFAULT_RULES)
-        name = f"healthy, learning rate {recording.setting.learning_rate:g}, {recording.steps[-1]} steps"
-        rows.append((name, "", "", replay_text(events) if events else "silent"))
     alarming = by_rules(DEFAULT_RULES)
+    rows: list[tuple[object, ...]] = []
+    for recording in healthy:
+        name = f"healthy, {recording.steps[-1]} steps at {recording.setting.learning_rate:g}"
+        rows.append((name, len(recording.steps), "", "", "", told(alarming(recording))))
     for recording in broken:
         verdict, fault = judge(recording, alarming), recording.fault
-        named = "not named" if verdict.delay is None else f"{verdict.found_by} after {verdict.delay} samples"
-        others = f"{verdict.innocents_named} of {verdict.innocents}"
-        rows.append((f"{fault.kind.replace('_', ' ')}, layer {fault.layer}, head {fault.head}", named, others, ""))
-    return table(("run", "head at fault", "innocents named", "other alarms"), rows)
+        alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if not alarm.is_about_heads]
+        rows.append(
+            (
+                f"{fault.kind.replace('_', ' ')}, layer {fault.layer}, head {fault.head}",
+                len(recording.steps),
+                "no" if verdict.delay is None else f"`{verdict.found_by}` after {verdict.delay} samples",
+                "" if verdict.delay is None else "yes" if verdict.is_first_true else "no",
+                share(verdict.innocents_named, verdict.innocents),
+                told(alarms),
+            )
+        )
+    header = (
+        "run",
+        "samples",
+        "head named",
+        "first alarm true",
+        "innocents named",
+        "all alarms, or those about the run",
+    )
+    return table(header, rows)
+
+
+def told(alarms: list[Alarm]) -> str:
+    """Return rules, steps and how many each names."""
+    return ", ".join(f"`{alarm.rule}` at step {alarm.step} ({len(alarm.units)})" for alarm in alarms) or "none"
 
 
 def main() -> None:

@@ -386,6 +386,19 @@ def test_each_kind_of_fault_names_its_head_within_patience_and_nobody_else(metri
     assert events[-1].severity == "critical"
 
 
+@pytest.mark.parametrize(
+    "moved", [("key_leverage_max",), ("key_incoherence",), ("key_leverage_max", "key_incoherence")]
+)
+def test_a_key_that_takes_over_needs_two_witnesses_and_then_one_sample_is_enough(moved):
+    run = healthy_run(60)
+    for sample in run[40:41]:
+        for metric in moved:
+            # Moderate: a third of the slack 1 - leverage is gone, incoherence is half as large again.
+            sample[metric]["layers.1"][2] = {"key_leverage_max": 0.61, "key_incoherence": 1.5}[metric]
+    began = [(event.rule, event.head, event.global_step) for event in events_of(list(DEFAULT_RULES), run)]
+    assert began[:1] == ([("key_takeover", 2, 400)] if len(moved) == 2 else [])
+
+
 def test_fewer_samples_than_grace_are_silent():
     run = healthy_run(24)
     for sample in run[12:]:
