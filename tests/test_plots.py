@@ -184,6 +184,7 @@ def test_the_overview_leads_with_the_verdict(run: RunRecord, tmp_path: Path) -> 
     figure = overview(run)
     assert figure.get_suptitle().replace("\n", " ") == verdict_of_record(run)
     assert len(figure.axes) == 4 * 3
+    assert not overlaps(figure, figure.axes[0].get_yticklabels())
     figure.savefig(tmp_path / "overview.png", dpi=40)
     assert (tmp_path / "overview.png").stat().st_size > 10_000
 

@@ -135,8 +135,10 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
 
 def _label_cells(ax: Axes, layers: list[str], num_heads: int, metric: str | None, events: Events) -> None:
     short, alarmed = short_layer_names(layers), {event.layer for event in events}
-    spaced = range(0, len(layers), max(1, math.ceil(len(layers) / _MOST_TICKS)))
-    rows = sorted({*spaced, *(row for row, layer in enumerate(layers) if layer in alarmed)})
+    stride = max(1, math.ceil(len(layers) / _MOST_TICKS))
+    named = [row for row, layer in enumerate(layers) if layer in alarmed]
+    spaced = [row for row in range(0, len(layers), stride) if all(abs(row - other) >= stride for other in named)]
+    rows = sorted({*spaced, *named})
     ax.set_yticks([row + 0.5 for row in rows], [short[layers[row]] for row in rows], fontsize=8)
     for row, label in zip(rows, ax.get_yticklabels(), strict=True):
         label.set_color(ALARM_COLOUR if layers[row] in alarmed else INK)
