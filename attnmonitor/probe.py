@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attnmonitor.sharding import back_to_shards, is_sharded, through_wrapper
+from attnmonitor.sharding import is_sharded, kept_shards, through_wrapper
 
 __all__ = ["ForwardFunction", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
 
@@ -61,7 +61,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         restore.enter_context(_kept_random_state())
         restore.enter_context(_kept_modules(model))
         if is_sharded(model):
-            restore.callback(back_to_shards, model)
+            restore.enter_context(kept_shards(model))
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-__all__ = ["Collectives", "HeadSlice", "back_to_shards", "head_slice", "is_sharded", "keep", "through_wrapper"]
+__all__ = ["Collectives", "HeadSlice", "head_slice", "is_sharded", "keep", "kept_shards", "through_wrapper"]
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
 _ALONE = ("wait_tensor", "_wrap_tensor_autograd")  # in that namespace, but done by each process for itself
@@ -64,35 +65,71 @@ def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> No
         put_back()
 
 
-def back_to_shards(model: nn.Module) -> None:
-    """Free what FSDP gathered for a forward without gradients, also for one that broke off.
+@contextmanager
+def kept_shards(model: nn.Module) -> Iterator[None]:
+    """Free what FSDP gathers for forwards in the context, and have it forget them, also one that broke off.
 
-    The root stays gathered after a forward, and an optimizer step would then go past it. After an exception FSDP takes
-    the next forward for the inside of the broken one, which on a GPU would not wait for the optimizer's step.
+    The root stays gathered after a forward without gradients, and an optimizer step would go past it. FSDP also notes
+    the order of a forward's layers for the next backward, and after an exception takes the next forward for the inside
+    of the broken one: a process would then gather what the others do not, or on a GPU not wait for the optimizer.
     """
     first, second = (_loaded("torch.distributed.fsdp", name) for name in ("FullyShardedDataParallel", "FSDPModule"))
-    for module in model.modules():
-        if isinstance(module, second):
-            _end_forward(module._get_fsdp_state())
-            module.reshard()
-        elif isinstance(module, first) and module._handle is not None:
-            from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
-            from torch.distributed.fsdp._runtime_utils import _reshard  # there is no public way
+    put_back = [
+        _as_first_is(module) if isinstance(module, first) else _as_second_is(module)
+        for module in model.modules()
+        if isinstance(module, (first, second))
+    ]
+    try:
+        yield
+    finally:
+        for each in put_back:
+            each()
 
-            module.training_state = TrainingState.IDLE
-            module._handle._training_state = HandleTrainingState.IDLE
-            _reshard(module, module._handle, free_unsharded_flat_param=True)
+
+# Of either FSDP, what a forward leaves behind is in attributes of its own: there is no public way to them, but for
+# `reset_iter_state` of the latest torch, which discards gradients that are being accumulated.
 
 
-def _end_forward(state: Any) -> None:
-    """Put the state of one FSDP2 module to where it is between two forwards; nothing to do after one that ended."""
+def _as_second_is(module: Any) -> Callable[[], None]:
+    """How to put one module under ``fully_shard`` back to where it is now, with sharded weights."""
+    state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    for group in groups:
-        if group is not None:
+    groups = [group for group in groups if group is not None]
+    indices = [list(group._post_forward_indices) for group in groups]
+    order = list(getattr(state._comm_ctx, "post_forward_order", ()))
+
+    def put_back() -> None:
+        for group, kept in zip(groups, indices, strict=True):
             group.wait_for_unshard()  # of weights gathered ahead of time
             group._training_state = type(group._training_state).IDLE
-    state._training_state = type(state._training_state).IDLE
-    state._state_ctx.iter_forward_root = None
+            group._post_forward_indices[:] = kept
+        state._training_state = type(state._training_state).IDLE
+        state._state_ctx.iter_forward_root = None
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        if hasattr(state._comm_ctx, "post_forward_order"):  # there is none before the first forward
+            state._comm_ctx.post_forward_order[:] = order
+        module.reshard()
+
+    return put_back
+
+
+def _as_first_is(module: Any) -> Callable[[], None]:
+    """How to put one ``FullyShardedDataParallel`` module back to where it is now, with sharded weights."""
+    from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    handle, order = module._handle, list(module._exec_order_data.handles_post_forward_order)
+    index = None if handle is None else handle._post_forward_index
+
+    def put_back() -> None:
+        module._exec_order_data.handles_post_forward_order[:] = order
+        module.training_state = TrainingState.IDLE
+        if handle is not None:
+            handle._post_forward_index = index
+            handle._training_state = HandleTrainingState.IDLE
+            _reshard(module, handle, free_unsharded_flat_param=True)
+
+    return put_back
 
 
 @dataclass(frozen=True)

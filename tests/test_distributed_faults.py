@@ -230,7 +230,9 @@ def troubles(case: Case, end: End, bare: End, clean: End) -> list[str]:
                 lost += int(found.isnan().any())
                 if not (torch.equal(found, expected) or found.isnan().any()):
                     wrong.append(f"other numbers at step {step}: {metric} of {layer}")
-        if bool(lost) != (step in BROKEN and not harmless):
+        # A process may hold nothing of a weight, or one that no attention comes after.
+        may_lose = step in BROKEN and not harmless
+        if lost > 0 if not may_lose else lost == 0 and case.stage != "weights that are NaN":
             wrong.append(f"{lost} layers without numbers at step {step}, {sample.failure=}")
         reasons = [sample.failure, *(layer.reason for layer in sample.coverage.values())]
         if lost and case.stage != "weights that are NaN" and not any(reasons):
