@@ -360,6 +360,7 @@ def measured_section(runs: Runs, name: str, images: Path) -> str:
         "### Ablations",
         ablation_table(runs),
         "### Pictures",
+        "Red is what is at fault, grey every other head. Below, the loss of the same run.",
         *draw(runs, with_learned, images),
     ]
     return "\n\n".join(parts)
