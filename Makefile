@@ -7,7 +7,7 @@ READY_FOR_DEMO := $(VENV)/.ready-for-demo
 # Without compiling: that is done when a module is first imported, and most never are.
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: demo test check bench soak fuzz clean
+.PHONY: demo test check bench soak fuzz docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -45,5 +45,9 @@ soak: $(READY)  ## proofs that take longer than a test may
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes
 	$(RUN) -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py
 
+docs: $(READY)  ## the pages and the reference as one site, in docs/_build
+	$(INSTALL) --editable '.[docs]'
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning docs docs/_build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) build dist *.egg-info demo_output docs/_build

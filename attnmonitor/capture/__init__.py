@@ -1,4 +1,4 @@
-"""q, k and s of every attention layer during one forward of any model, each verified against what the layer produced.
+"""q, k and s of every attention layer during one forward of any model, each verified against what the layer produced::
 
     with capture_attention(model, emit) as report:
         model(**batch)
