@@ -275,7 +275,16 @@ class AttentionMonitor:
             "probe_fingerprint": self._probe.fingerprint,
             "schedule": self._schedule_text,
             "metrics": list(self._metrics),
+            "weights_every": self._weights_every,
+            "strict": self.strict,
             "alerts": [rule.name for rule in self._alerts.rules],
+            "actions": {
+                key: [
+                    action if isinstance(action, str) else getattr(action, "__qualname__", repr(action))
+                    for action in due
+                ]
+                for key, due in self._actions.items()
+            },
             "layers": [asdict(layer) for layer in self.coverage.values()],
         }
 

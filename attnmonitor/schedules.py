@@ -7,12 +7,27 @@ resumed run samples at the same steps as one that was never interrupted. Any fun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from math import floor, log10
 
 __all__ = ["Schedule", "as_schedule", "at_steps", "every", "logarithmic", "one_schedule"]
 
 Schedule = Callable[[int], bool]
 """``schedule(global_step)`` says whether to sample after that many optimizer steps."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A schedule that says in a run's configuration what it is."""
+
+    text: str
+    due: Schedule
+
+    def __call__(self, global_step: int) -> bool:
+        return self.due(global_step)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def every(num_steps: int) -> Schedule:
@@ -30,7 +45,7 @@ def every(num_steps: int) -> Schedule:
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"schedule: every({num_steps!r}) needs a whole number of optimizer steps, 1 or more")
-    return lambda global_step: global_step % num_steps == 0
+    return _Named(f"every({num_steps})", lambda global_step: global_step % num_steps == 0)
 
 
 def at_steps(steps: Iterable[int]) -> Schedule:
@@ -52,7 +67,7 @@ def at_steps(steps: Iterable[int]) -> Schedule:
         arrived = f"{wrong[0]!r} among them" if wrong else "none"
         raise ValueError(f"schedule: at_steps(...) got {arrived}; give one or more whole step numbers, 0 or more")
     wanted = frozenset(chosen)
-    return lambda global_step: global_step in wanted
+    return _Named(f"at_steps({chosen})", lambda global_step: global_step in wanted)
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
@@ -75,7 +90,10 @@ def logarithmic(per_decade: int = 10) -> Schedule:
         # The small addend keeps exact powers of ten on their own mark: log10(1000) * 3 may round to just below 9.
         return floor(log10(step) * per_decade + 1e-9)
 
-    return lambda global_step: global_step < 2 or bucket(global_step) > bucket(global_step - 1)
+    def due(global_step: int) -> bool:
+        return global_step < 2 or bucket(global_step) > bucket(global_step - 1)
+
+    return _Named(f"logarithmic({per_decade})", due)
 
 
 def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:

@@ -31,7 +31,8 @@ def attached(model: TinyGPT, run: Any, **settings: Any) -> tuple[AttentionMonito
 
 
 def test_the_run_file_holds_every_heads_trajectory_on_the_monitors_own_x_axis(run: Any, in_own_folder: Path) -> None:
-    monitor, optimizer = attached(TinyGPT(num_kv_heads=2), run)
+    actions = {"critical": ["checkpoint", print]}
+    monitor, optimizer = attached(TinyGPT(num_kv_heads=2), run, actions=actions)
     train(monitor.model, optimizer, 6)
     monitor.close()
     run.finish()
@@ -53,7 +54,11 @@ def test_the_run_file_holds_every_heads_trajectory_on_the_monitors_own_x_axis(ru
             found = curve(logged, f"attention/{metric}/{name}")
             assert found == pytest.approx(dict(zip([0, 2, 4, 6], expected.tolist(), strict=True)), rel=1e-5)
             assert logged["metrics"][f"attention/{metric}/{name}"] == ("attention/global_step", False)
-    assert logged["config"]["attention"]["default"]["probe_fingerprint"] == monitor.describe()["probe_fingerprint"]
+    config = logged["config"]["attention"]["default"]
+    told = {name: value for name, value in monitor.describe().items() if name != "layers"}
+    assert {name: config[name] for name in told} == told
+    assert config["actions"] == {"critical": ["checkpoint", "print"]}
+    assert (config["weights_every"], config["schedule"]) == (10, "every(2)")
     assert [layer["layer"] for layer in logged["config"]["attention"]["default"]["layers"]] == list(monitor.coverage)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
@@ -96,7 +97,8 @@ class WandbLogger:
             self._send({step_key(sample): sample.global_step, **self._drawn(sample, with_layers=True)})
 
     def _charted(self, key: str) -> bool:
-        return bool(self._budget) and self._history is not None and key.endswith(BAND_KEYS)
+        drawn = bool(self._budget) and self._history is not None and find_spec("plotly") is not None
+        return drawn and key.endswith(BAND_KEYS)
 
     def _define(self, x_axis: str, row: Mapping[str, Any], hidden: set[str]) -> None:
         if x_axis not in self._defined:
@@ -154,9 +156,9 @@ def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
     """The charts as W&B takes them; none where plotly is missing."""
     import wandb
 
-    try:
-        from plotly.graph_objects import Figure
-    except ModuleNotFoundError:
+    if find_spec("plotly") is None:
         _logger.info("no charts of curves: they need plotly (pip install 'attnmonitor[wandb]')")
         return {}
+    from plotly.graph_objects import Figure
+
     return {key: wandb.Plotly(Figure(chart)) for key, chart in charts.items()}
