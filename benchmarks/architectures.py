@@ -74,15 +74,22 @@ run; each row is a tiny random model of that library's own classes, with two seq
   the energy field.
 * **worst error**: largest deviation of rebuilt output rows from what the layer produced, relative to their largest
   entry, in float32, over layers, padded and unpadded; 0 where the rebuilt rows are bitwise the same.
-* **metrics**: largest relative deviation of the scale and of every default metric, over layers and heads, from a float64
-  computation that knows nothing of capture (`tests/independent.py`): among all products of the forward it takes the one
-  that explains the logarithm of the model's own eager attention weights, forms the dense field and takes full SVDs.
-  Every row is compared. What had to be done for that, by name: a position bias is removed by the difference of two
-  sequences; gemma2's soft-cap is undone; deberta_v2's bias is made of queries and keys, so it is compared with that bias
-  silenced; gpt2 upcast runs in float32 only; falcon alibi has other logits under sdpa than under eager, so it is its own
-  reference there; models that return no weights (all but transformers) are read where their softmax leaves them;
-  nn.Transformer is compared without padding.
+* **metrics**: largest relative deviation of the scale and of every default metric, over layers and heads, from a
+  float64 computation that knows nothing of capture (`tests/independent.py`): among all products of the forward it
+  takes the one that explains the logarithm of the model's own eager attention weights, forms the dense field and
+  takes full SVDs. Every row that runs is compared. What had to be done for that, by name: a position bias is
+  removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is made of queries and
+  keys, so it is compared with that bias silenced; gpt2 upcast runs in float32 only; falcon alibi has other logits
+  under sdpa than under eager, so it is its own reference there; models that return no weights (all but
+  transformers) are read where their softmax leaves them; the x-transformers flash rows are compared with their
+  unfused twins of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
+
+Known not to be seen, each named in a warning and in `coverage` with its reason: a softmax written as `exp / sum` or as
+`log_softmax` and `exp`; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention
+whose softmax does not run over the positions its values come from (slot attention); products written as a broadcast
+multiplication and a sum. `attnmonitor.capture.capture(...)` hands those over. A layer that works through its queries in
+chunks is measured chunk by chunk, as `name`, `name#2`, ...
 """
 
 
