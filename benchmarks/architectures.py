@@ -85,10 +85,11 @@ run; each row is a tiny random model of that library's own classes, with two seq
   unfused twins of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 
-Known not to be seen, each named in a warning and in `coverage` with its reason: a softmax written as `exp / sum` or as
-`log_softmax` and `exp`; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention
-whose softmax does not run over the positions its values come from (slot attention); products written as a broadcast
-multiplication and a sum. `attnmonitor.capture.capture(...)` hands those over. A layer that works through its queries in
+Known not to be seen: a softmax written as `exp / sum` or as `log_softmax` and `exp`; scripted modules; logits that
+are the sum of two query-key products (Transformer-XL); attention whose softmax does not run over the positions its
+values come from (slot attention); products written as a broadcast multiplication and a sum. A module that looks like
+attention, by its own name or that of its projections, and gave no record is named in a warning and in `coverage` with
+the reason; `attnmonitor.capture.capture(...)` hands its tensors over. A layer that works through its queries in
 chunks is measured chunk by chunk, as `name`, `name#2`, ...
 """
 
