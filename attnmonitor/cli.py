@@ -177,7 +177,8 @@ def _put_out(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
 
 def _print_scan(found: Scan) -> None:
-    from attnmonitor.verdict import layer_table, outstanding_heads, short_layer_names
+    from attnmonitor.outstanding import outstanding_heads, short_layer_names
+    from attnmonitor.verdict import layer_table
 
     measured = [layer for layer in found.coverage.values() if layer.measured]
     kinds = {layer.heads: sum(other.heads == layer.heads for other in measured) for layer in measured}

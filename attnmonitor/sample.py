@@ -99,6 +99,11 @@ class AlertEvent:
     since_step: int | None = None
     message: str = ""
 
+    @property
+    def began(self) -> int:
+        """Step at which the alarm began; that of the event itself where nothing else is known."""
+        return self.global_step if self.since_step is None else self.since_step
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -14,7 +14,7 @@ from reference import layer_statistics
 from torch import Tensor, nn
 
 from attnmonitor import AlertEvent, AttentionMonitor, LayerCoverage
-from attnmonitor.verdict import heads_concerned
+from attnmonitor.outstanding import heads_concerned
 
 Repeat = Callable[[Tensor, int], Tensor]
 

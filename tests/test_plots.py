@@ -16,10 +16,11 @@ from matplotlib.patches import Rectangle
 from synthetic_runs import SyntheticRun
 
 from attnmonitor.chart_style import ALARM_COLOUR
+from attnmonitor.outstanding import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.verdict import still_firing, verdict_of_record
+from attnmonitor.verdict import verdict_of_record
 
 SIZES = {"12 heads": (2, 6, 1), "144 heads": (12, 12, 1), "1024 heads": (32, 32, 4), "uneven": (4, [4, 12, 8, 2], 1)}
 

@@ -14,17 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_runs import SyntheticRun
 
+from attnmonitor.outstanding import outstanding_heads, short_layer_names, still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
-from attnmonitor.verdict import (
-    layer_table,
-    outstanding_heads,
-    print_layer_table,
-    short_layer_names,
-    still_firing,
-    verdict,
-    verdict_of_record,
-)
+from attnmonitor.verdict import layer_table, print_layer_table, verdict, verdict_of_record
 
 
 def coverage(num_layers: int = 2, num_heads: int = 4) -> dict[str, LayerCoverage]:

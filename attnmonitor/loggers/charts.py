@@ -32,8 +32,8 @@ from attnmonitor.chart_style import (
 )
 from attnmonitor.functional import NULL_METRICS, null_statistics
 from attnmonitor.history import History
+from attnmonitor.outstanding import heads_concerned, short_layer_names
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
-from attnmonitor.verdict import heads_concerned, short_layer_names
 
 __all__ = ["Chart", "layers_chart", "model_chart", "rank_chart"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnmonitor.catalog import METRICS
+from attnmonitor.outstanding import outstanding_heads
 from attnmonitor.sample import Sample
-from attnmonitor.verdict import outstanding_heads
 
 __all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", "summary_scalars"]
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.chart_style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
+from attnmonitor.outstanding import heads_concerned, outstanding_heads, short_layer_names
 from attnmonitor.plots.style import (
     figure_of,
     head_noun,
@@ -30,7 +31,6 @@ from attnmonitor.plots.style import (
     title,
 )
 from attnmonitor.sample import AlertEvent, LayerCoverage
-from attnmonitor.verdict import heads_concerned, outstanding_heads, short_layer_names
 
 __all__ = ["bands", "measured_samples", "trajectories"]
 

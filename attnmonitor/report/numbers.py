@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnmonitor.catalog import METRICS
+from attnmonitor.outstanding import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.verdict import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 
@@ -40,12 +40,11 @@ class AlarmSpan:
 
 
 def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
-    """Join the events of each alarm, in the order in which alarms began."""
+    """Join the events of each alarm, in the order in which alarms event.began."""
     spans: list[AlarmSpan] = []
     running: dict[tuple[str, str | None, str, int | None], int] = {}
     for event in events:
         key = (event.rule, event.layer, event.scope, event.head)
-        began = event.global_step if event.since_step is None else event.since_step
         if key in running:
             at = running[key]
             ended = event.global_step if event.state == "cleared" else None
@@ -55,7 +54,7 @@ def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
         else:
             if event.state == "firing":
                 running[key] = len(spans)
-            spans.append(AlarmSpan(event, began, None if event.state == "firing" else event.global_step))
+            spans.append(AlarmSpan(event, event.began, None if event.state == "firing" else event.global_step))
     return spans
 
 

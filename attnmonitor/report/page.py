@@ -13,9 +13,10 @@ from string import Template
 from typing import Any
 
 from attnmonitor.alerts.digest import ADVICE
+from attnmonitor.outstanding import head_name, short_layer_names, still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
-from attnmonitor.verdict import head_name, short_layer_names, still_firing, verdict_of_record
+from attnmonitor.verdict import verdict_of_record
 
 __all__ = ["write_report"]
 
