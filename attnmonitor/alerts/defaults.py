@@ -85,7 +85,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "kv_head",
         AnyOf(
             _left_the_others("key_leverage_max", -0.4, -2.2, "log_slack"),
-            _left_the_others("key_incoherence", 0.6, 3.2),
+            _left_the_others("key_incoherence", 0.4, 3.2),
         ),
     ),
     # Each is restless for reasons of its own; a few keys that take over move both. Two witnesses in one sample stand
