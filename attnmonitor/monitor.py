@@ -32,7 +32,7 @@ from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.schedules import Schedule, as_schedule
-from attnmonitor.sharding import is_sharded
+from attnmonitor.sharding import check_known_sharding, is_sharded
 from attnmonitor.together import SharedMeasurement
 from attnmonitor.verdict import coverage_table, verdict
 
@@ -138,6 +138,7 @@ class AttentionMonitor:
         with own_surroundings():
             self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
+        check_known_sharding(self.model)
         self._probe = Probe(self.model, probe, forward=forward)
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
         # Where weights are sharded a forward needs every process, so all measure, and the first writes and logs.

@@ -24,7 +24,16 @@ from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-__all__ = ["Collectives", "HeadSlice", "head_slice", "is_sharded", "keep", "kept_shards", "through_wrapper"]
+__all__ = [
+    "Collectives",
+    "HeadSlice",
+    "check_known_sharding",
+    "head_slice",
+    "is_sharded",
+    "keep",
+    "kept_shards",
+    "through_wrapper",
+]
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
 _ALONE = ("wait_tensor", "_wrap_tensor_autograd")  # in that namespace, but done by each process for itself
@@ -38,6 +47,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, wrapper) for module in model.modules()) or any(
         isinstance(parameter, sharded) for parameter in model.parameters()
     )
+
+
+def check_known_sharding(model: nn.Module) -> None:
+    """Raise ValueError where weights are spread in a way that is not supported: one process would wait for the others.
+
+    DeepSpeed's ZeRO-3 marks each parameter it has partitioned with an id of its own.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"model={type(model).__qualname__}: {name} is partitioned by DeepSpeed ZeRO-3, whose forward needs every "
+                "process at once in a way this monitor does not know; train with ZeRO-1, ZeRO-2 or FSDP, or audit its "
+                "checkpoints with `attnmonitor scan`"
+            )
 
 
 def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> None:

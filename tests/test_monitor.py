@@ -310,6 +310,13 @@ def test_bad_input_is_refused_at_attach_with_what_arrived(arguments: dict[str, A
 # State
 
 
+def test_weights_partitioned_in_an_unknown_way_are_refused_before_anybody_waits() -> None:
+    model = TinyGPT()
+    model.head.weight.ds_id = 7  # as DeepSpeed ZeRO-3 marks them
+    with pytest.raises(ValueError, match=r"model=TinyGPT: head.weight is partitioned by DeepSpeed ZeRO-3"):
+        monitor_of(model)
+
+
 def test_a_resumed_run_goes_on_with_history_steps_and_record_without_duplicates() -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
