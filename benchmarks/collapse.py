@@ -186,10 +186,9 @@ def verdict_cells(verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     found = [verdict for verdict in verdicts if verdict.delay is not None]
     named, innocents = sum(v.innocents_named for v in verdicts), sum(v.innocents for v in verdicts)
     rules = ", ".join(f"{rule} {count}" for rule, count in Counter(v.found_by for v in found).most_common())
-    worst = max((v.delay for v in found), default=float("nan"))
     return (
         share(len(found), len(verdicts)),
-        f"{median_delay(found):.0f} / {worst:.0f}",
+        f"{median_delay(found):.0f} / {max(v.delay for v in found)}" if found else "",
         share(sum(v.is_first_true for v in found), len(found)),
         share(named, innocents),
         rules,
