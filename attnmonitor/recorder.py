@@ -49,6 +49,9 @@ BUSY_TIMEOUT_SECONDS = 5.0
 _PAGE_SIZE_BYTES = 32768
 _PAGES_BETWEEN_MERGES = 64
 
+# What is written is not read again: on its default SQLite keeps every page, some megabytes in a run.
+_CACHE_KIB = 512
+
 # As many as `History` keeps: about 90 MB where 1,024 heads are watched.
 _MAX_WAITING = 1000
 
@@ -158,6 +161,7 @@ class RecordWriter:
             _lock(self.path, held)
             db = held.enter_context(contextlib.closing(_connect(self.path)))
             _lay_out(db, self.path)
+            db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")  # now: laying out begins anew with the default
             with _transaction(db):
                 self._segment_id = _segment_for(db, self._run, self.path)
             # However the writer ends (closed, forgotten, at exit), the file is merged and the lock is gone.
