@@ -6,10 +6,14 @@ their kinds of run (dropout, layer drop, BatchNorm, Lightning, DDP, FSDP2) is no
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.record import RunRecord
 
 NUM_STEPS = 6
 LENGTH = 16
@@ -373,12 +378,16 @@ def test_two_models_with_two_optimizers_are_watched_apart_as_each_alone() -> Non
     for end, watched_end in zip(ends, both_ends, strict=True):
         assert same_bits(end, watched_end)
     for together, alone in zip(both, (first[0], second[1]), strict=True):
-        assert together is not None
-        assert alone is not None
-        assert together.history.steps == alone.history.steps
-        for metric in together.history:
-            for layer, trajectory in together.history[metric].items():
-                assert torch.equal(trajectory, alone.history[metric][layer])
+        assert_same_history(together, alone)
+
+
+def assert_same_history(one: AttentionMonitor | None, other: AttentionMonitor | None) -> None:
+    assert one is not None
+    assert other is not None
+    assert one.history.steps == other.history.steps
+    for metric in one.history:
+        for layer, trajectory in one.history[metric].items():
+            assert torch.equal(trajectory, other.history[metric][layer])
 
 
 def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_alone() -> None:
@@ -399,6 +408,106 @@ def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_a
             for metric, layers in expected.values.items():
                 for layer, values in layers.items():
                     assert torch.equal(sample.values[metric][layer], values)
+
+
+def test_workers_forked_by_the_loader_train_the_same_run_and_leave_the_record_alone(tmp_path: Path) -> None:
+    """The workers inherit the monitor, its hooks and the open record, and end before the run does."""
+
+    def run(watched: bool) -> tuple[list[Tensor], AttentionMonitor | None]:
+        torch.manual_seed(0)
+        model = TinyGPT(dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        data = TensorDataset(token_batch(batch=8, length=LENGTH))
+        loader = DataLoader(data, batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork")
+        monitor = attach(model, optimizer, loader, every_n_steps=1, record=tmp_path / "run.sqlite") if watched else None
+        seed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
+            for _ in range(2):
+                for (token_ids,) in loader:
+                    loss_of(model, token_ids).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return everything(model, optimizer), monitor
+
+    (alone, _), (watched, monitor) = run(False), run(True)
+    assert same_bits(alone, watched)
+    assert monitor is not None
+    monitor.close()
+    assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == list(range(9))
+
+
+def test_a_cell_run_again_watches_the_new_run_and_frees_the_one_before(tmp_path: Path) -> None:
+    names, before = {}, []
+    for _ in range(3):
+        torch.manual_seed(0)
+        names["model"] = TinyGPT()
+        names["optimizer"] = torch.optim.SGD(names["model"].parameters(), 0.1)
+        names["monitor"] = attach(names["model"], names["optimizer"], token_batch(), every_n_steps=1, record=tmp_path)
+        train(names["model"], names["optimizer"], 2)
+        gc.collect()
+        assert all(model() is None for model in before)
+        before.append(weakref.ref(names["model"]))
+    names["monitor"].close()
+    records = [RunRecord.open(path) for path in tmp_path.glob("*.sqlite")]
+    assert [record.steps.tolist() for record in records] == [[0, 1, 2]] * 3
+    assert not list(tmp_path.glob("*-lock"))
+
+
+def test_attaching_again_to_the_same_optimizer_changes_no_number() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitors = [attach(model, optimizer, token_batch(), every_n_steps=1, record=None) for _ in range(2)]
+    train(model, optimizer, 2)
+    assert_same_history(*monitors)
+
+
+def test_monitors_nest_in_a_forward_and_in_what_is_done_with_a_sample() -> None:
+    """A teacher that is sampled while its student's probe runs, and again when the student's sample is logged."""
+    student, teacher = TinyGPT(), TinyGPT(num_layers=1, num_query_heads=2)
+    inner = AttentionMonitor(teacher, token_batch(), record=None, strict=True)
+    alone = [AttentionMonitor(model, token_batch(), record=None).sample(0) for model in (student, teacher)]
+    logger = Disturbing(lambda: inner.sample(1))
+    outer = AttentionMonitor(student, token_batch(), record=None, strict=True, loggers=[logger])
+    handle = student.blocks[0].register_forward_hook(lambda *_: inner.sample(0) and None)
+    found = outer.sample(0)
+    handle.remove()
+    for sample, expected in ((found, alone[0]), (inner.last_sample, alone[1])):
+        assert sample is not None
+        for metric, layers in expected.values.items():
+            for layer, values in layers.items():
+                assert torch.equal(sample.values[metric][layer], values)
+    assert inner.history.steps == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # what torch says of attention under vmap
+def test_a_run_of_torch_func_transforms_is_watched_as_any_other() -> None:
+    """Gradients per example by ``vmap`` over ``grad``; the weights live in the model between the steps."""
+
+    def run(every_n_steps: int | None) -> tuple[list[Tensor], Any]:
+        torch.manual_seed(0)
+        model, token_ids = TinyGPT(num_layers=1), token_batch(length=LENGTH)
+        monitor = (
+            AttentionMonitor(model, token_batch(), every_n_steps, record=None, strict=True) if every_n_steps else None
+        )
+
+        def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+            return language_loss(torch.func.functional_call(model, weights, row[None]), row[None])
+
+        for step in range(4):
+            weights = dict(model.named_parameters())
+            per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, token_ids)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight -= 0.1 * per_example[name].mean(0)
+            if monitor is not None:
+                monitor.on_step(step + 1)
+        return list(model.state_dict().values()), monitor
+
+    (alone, _), (watched, monitor) = run(None), run(1)
+    assert same_bits(alone, watched)
+    assert monitor.history.steps == [1, 2, 3, 4]
+    assert not any(values.isnan().any() for values in monitor.history["energy_rms"].values())
 
 
 def test_a_users_own_hooks_see_the_probes_forwards_and_keep_what_they_return() -> None:
