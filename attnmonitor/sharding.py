@@ -57,8 +57,8 @@ def check_known_sharding(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"model={type(model).__qualname__}: {name} is partitioned by DeepSpeed ZeRO-3, whose forward needs all "
-                "processes at once in a way this monitor does not know; train with ZeRO-1, ZeRO-2 or FSDP, or audit its "
+                f"model={type(model).__qualname__}: {name} is partitioned by DeepSpeed ZeRO-3, whose forwards need "
+                "every process in a way this monitor does not know; train with ZeRO-1, ZeRO-2 or FSDP, or audit its "
                 "checkpoints with `attnmonitor scan`"
             )
 
