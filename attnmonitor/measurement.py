@@ -269,6 +269,7 @@ class Measurement:
                 call.logit_rows,
                 call.query.shape[2],
                 query_mask=call.query_mask,
+                key_mask=call.key_mask,
                 metrics=by_rows,
                 device=call.query.device,
             )

@@ -373,7 +373,7 @@ def test_attention_rows_equal_dense_attention_when_every_row_is_looked_at(paddin
     query, key = draw((2, 4, 2, 50, 8), key_offset=0.0)
     mask = padding(2, 50)
     logits, query_mask = row_logits(query, key, mask=mask)
-    found = attention_row_statistics(logits, 50, query_mask=query_mask)
+    found = attention_row_statistics(logits, 50, query_mask=query_mask, key_mask=mask)
     expected = dense_attention_rows(query, key, 8**-0.5, torch.ones(2, 50).bool() if mask is None else mask)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -21,7 +21,8 @@ def measure_everything(query, key, mask, method):
     cores = head_cores(query, key, scale=0.25, query_mask=mask, key_mask=mask, metrics=DEFAULT_METRICS)
     statistics = head_statistics([cores, cores], method=method)
     logits, query_mask = row_logits(query, key, mask=mask)
-    rows = attention_row_statistics(logits, query.shape[2], query_mask=query_mask, device=query.device)
+    masks = {"query_mask": query_mask, "key_mask": mask}
+    rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
     return {**statistics[0].values, **rows, "certified": statistics[1].certified}
 
 

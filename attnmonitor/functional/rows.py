@@ -27,6 +27,7 @@ def attention_row_statistics(
     num_queries: int,
     *,
     query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     num_rows: int = 64,
     metrics: Sequence[str] = ("attention_entropy", "max_logit", "sink_mass"),
     device: torch.device | None = None,
@@ -36,12 +37,13 @@ def attention_row_statistics(
     .. math:: \bar H = \frac1R \sum_i \Big(-\sum_j p_{ij} \ln p_{ij}\Big), \quad \max_{ij} z_{ij}, \quad
         \frac1R \sum_i p_{i0}, \qquad p_i = \mathrm{softmax}(z_i)
 
-    Rows at padding and rows that see no key are left out. Position 0 is the first that is not padding.
+    Rows at padding and rows that see no key are left out. Position 0 is the first key that is not padding.
 
     Args:
         logit_rows: Row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)``, -inf where masked.
         num_queries: Lq.
         query_mask: ``(B, Lq)`` bool, True where the query is not padding; None where all are.
+        key_mask: ``(B, Lk)`` bool, True where the key is not padding; None where all are.
         num_rows: Rows to look at; all of them where there are no more.
         metrics: Which of the three.
         device: Where the rows are; that of ``query_mask`` (or the CPU) by default.
@@ -68,8 +70,8 @@ def attention_row_statistics(
         logits = torch.where(sees[..., None], logits, 0)
         probability = logits.softmax(-1)
         first = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        if query_mask is not None and query_mask.shape[-1] == logits.shape[-1]:
-            first = query_mask.long().argmax(-1)
+        if key_mask is not None:
+            first = key_mask.long().argmax(-1)
         on_first = probability.gather(-1, first[:, None, None, None].expand(*logits.shape[:-1], 1))[..., 0]
         entropy = torch.special.entr(probability).sum(-1)
         counted = torch.stack([entropy, on_first, torch.ones_like(entropy)]) * sees

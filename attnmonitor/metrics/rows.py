@@ -33,6 +33,7 @@ class _RowMetric(HeadMetric):
             rows,
             query.shape[2],
             query_mask=query_mask,
+            key_mask=mask,
             num_rows=self.num_rows,
             metrics=[self.name],
             device=query.device,
