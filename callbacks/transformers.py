@@ -128,7 +128,9 @@ class AttentionMonitorCallback(TrainerCallback):
         if self.monitor is None or not state.is_world_process_zero or not folder.is_dir():
             return
         try:
-            torch.save(self.monitor.state_dict(), folder / self._state_file)
+            unfinished = folder / f"{self._state_file}.unfinished"
+            torch.save(self.monitor.state_dict(), unfinished)
+            unfinished.replace(folder / self._state_file)  # at once: a kill leaves the whole state or none
         except (OSError, RuntimeError) as error:  # a full disk must not end the run for the sake of its monitor
             _logger.warning("the monitor's state is not in %s: %s", folder, error)
 
