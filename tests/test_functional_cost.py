@@ -78,7 +78,7 @@ def test_the_watch_sees_a_wait():
 
 
 class IndexByOperations(TorchFunctionMode):
-    """Indexing written as operations: a torch built without CUDA cannot index even a fake CUDA tensor."""
+    """Indexing and copying written as operations: a torch built without CUDA can do neither, even to fake tensors."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__:
@@ -88,6 +88,8 @@ class IndexByOperations(TorchFunctionMode):
             tensor, key, value = args
             view, tensors = self._narrowed(tensor, key)
             return torch.ops.aten.index_put_(view, tensors, value)
+        if function is torch.Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
         return function(*args, **(kwargs or {}))
 
     @staticmethod

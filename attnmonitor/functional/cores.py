@@ -97,7 +97,7 @@ def field_cores(
         num_queries = query_mask.sum(-1, keepdim=True, dtype=torch.float64)
     gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=query.device)
     for _, block in position_blocks(query, query_mask):
-        flat = block.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
+        flat = block.flatten(0, 1)
         gram.baddbmm_(flat.mT, flat)
     query_energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(num_sequences, num_heads)
     query_energy = torch.where(query_energy.isfinite(), query_energy, torch.nan)

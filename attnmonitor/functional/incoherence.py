@@ -144,8 +144,8 @@ class KeyBasis:
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
         to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan).to(work)
         mean = self.keys.mean.to(work)
-        for positions, block in position_blocks(self.keys.key, self.keys.key_mask):
-            centered = block.to(work) - mean
+        for positions, block in position_blocks(self.keys.key, self.keys.key_mask, work):
+            centered = block.sub_(mean)
             if self.keys.key_mask is not None:
                 centered = torch.where(self.keys.key_mask[:, None, positions, None], centered, 0)
             yield centered @ to_left
@@ -174,11 +174,11 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
         num_keys = key_mask.sum(-1, keepdim=True, dtype=torch.float64)
     total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
     for _, block in position_blocks(key, key_mask):
-        total += block.to(torch.float64).sum(-2, keepdim=True)
+        total += block.sum(-2, keepdim=True)
     mean = total / num_keys[..., None, None]
     gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=key.device)
     for positions, block in position_blocks(key, key_mask):
-        centered = block - mean
+        centered = block.sub_(mean)
         if key_mask is not None:
             centered = torch.where(key_mask[:, None, positions, None], centered, 0)
         flat = centered.flatten(0, 1)

@@ -319,6 +319,6 @@ def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
     num_queries = query.shape[2] if mask is None else mask.sum(-1, keepdim=True)
     total = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
     for _, block in position_blocks(query, mask):
-        total += block.to(torch.float64).square().sum((-2, -1))
+        total += block.square_().sum((-2, -1))
     rms = (total / (num_queries * query.shape[-1])).sqrt()
     return torch.where(rms.isfinite(), rms, torch.nan)
