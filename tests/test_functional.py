@@ -369,6 +369,21 @@ def dense_attention_rows(query, key, scale, mask):
     return {name: torch.stack(values).float() for name, values in found.items()}
 
 
+def test_leverage_is_right_in_directions_close_to_the_cut():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(1, 1, 64, 8, generator=generator, dtype=torch.float64)
+    left = torch.linalg.qr(left - left.mean(-2, keepdim=True)).Q
+    cut = 64 * torch.finfo(torch.float32).eps
+    sizes = torch.tensor([1.0, 0.5, 0.2, 0.1, 3 * cut, 2 * cut, 1.5 * cut, 1.2 * cut], dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    key = ((left * sizes) @ turned).float()
+    centered = (key - key.double().mean(-2, keepdim=True)).double()
+    kept = torch.linalg.svd(centered, full_matrices=False)
+    inside = cut * kept.S[..., :1] < kept.S
+    expected = (kept.U.square() * inside[..., None, :]).sum(-1)
+    torch.testing.assert_close(leverage_scores(key).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_attention_rows_equal_dense_attention_when_every_row_is_looked_at(padding):
     query, key = draw((2, 4, 2, 50, 8), key_offset=0.0)
     mask = padding(2, 50)

@@ -222,6 +222,7 @@ def _relative_cores(core: Tensor, dtype: torch.dtype) -> Tensor:
 def _shares(relative: Tensor, left: Tensor) -> Tensor:
     """u_jᵀ (M / tr M) u_j, ``(B, Hq, d, d), (B, Hkv, block, d) -> (B, Hq, block)``."""
     num_sequences, num_kv_heads, _, head_dim = left.shape
+    left = left.to(relative.dtype)
     stacked = relative.view(num_sequences, num_kv_heads, -1, head_dim, head_dim).transpose(2, 3).flatten(3)
     images = (left @ stacked).unflatten(-1, (-1, head_dim))  # (B, Hkv, block, G, d): one product per key head
     shares: Tensor = images.mul_(left[..., None, :]).sum(-1)

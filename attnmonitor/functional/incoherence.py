@@ -13,8 +13,7 @@ float64: products of float32 entries are exact in it, it keeps singular values d
 what float32 keys can mean, and nothing that float16 or float32 can hold overflows in it. (In float32 it would lose
 everything below :math:`3 \cdot 10^{-4} \sigma_1`, and full-rank leverage with it.) The keys are centred before the
 product: the shortcut :math:`k^\top k - n \bar k \bar k^\top` cancels when the mean dominates, as it does in trained
-models. U itself is
-float32: its entries are of order one.
+models.
 
 Letters: B sequences, Hkv key heads, L positions, n valid ones, d head size.
 
@@ -138,22 +137,25 @@ class KeyBasis:
         return self.eigenvalues / self.energy[..., None]
 
     def left_blocks(self) -> Iterator[Tensor]:
-        """Read U in blocks of positions, ``(B, Hkv, block, d)``: zero rows at padding, zero columns below the rank."""
-        work = torch.promote_types(self.keys.key.dtype, torch.float32)
+        """Read U in blocks of positions, ``(B, Hkv, block, d)`` float64.
+
+        Rows are zero at padding, columns below the rank. A direction near the cut is a ten-millionth of the keys: in
+        float32 its rows would be rounding, divided by it.
+        """
         kept = self.leading(self.numerical_rank())
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
-        to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan).to(work)
-        mean = self.keys.mean.to(work)
-        for positions, block in position_blocks(self.keys.key, self.keys.key_mask, work):
-            centered = block.sub_(mean)
+        to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan)
+        for positions, block in position_blocks(self.keys.key, self.keys.key_mask):
+            centered = block.sub_(self.keys.mean)
             if self.keys.key_mask is not None:
                 centered = torch.where(self.keys.key_mask[:, None, positions, None], centered, 0)
             yield centered @ to_left
 
     def weighted_rows(self, weights: Tensor) -> Tensor:
-        r""":math:`\sum_i w_i U_{ji}^2` for every position j, ``(B, Hkv, d) -> (B, Hkv, L)``."""
-        columns = weights[..., None]
-        return torch.cat([left.square() @ columns.to(left.dtype) for left in self.left_blocks()], 2).squeeze(-1)
+        r""":math:`\sum_i w_i U_{ji}^2` of every position j, ``(B, Hkv, d) -> (B, Hkv, L)``, not below float32."""
+        columns = weights[..., None].to(torch.float64)
+        rows = torch.cat([left.square() @ columns for left in self.left_blocks()], 2).squeeze(-1)
+        return rows.to(torch.promote_types(self.keys.key.dtype, torch.float32))
 
 
 def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
