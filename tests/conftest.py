@@ -9,7 +9,9 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 # Where a test does not say how many examples it needs. `--hypothesis-profile=fuzz` overrules what is loaded here.
-settings.register_profile("short", max_examples=25, deadline=None)
+settings.register_profile(
+    "short", max_examples=25, deadline=None, derandomize=True
+)  # `make fuzz` looks for what is new
 settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("short")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,22 @@ class Latest:
         self.num_keys = [*self.num_keys[-1:], len(self.head_scalars(sample))]
 
 
+def in_a_process_of_its_own(work: Callable[..., None], *arguments: Any) -> None:
+    """What other tests left behind is freed at any time, and would be counted."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "what is wrong stands in the captured output"
+
+
 @pytest.mark.parametrize("num_samples", [300, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_samples_leave_memory_hooks_files_threads_and_their_own_cost_as_they_were(
     num_samples: int, tmp_path: Path
 ) -> None:
+    in_a_process_of_its_own(take_samples, num_samples, tmp_path)
+
+
+def take_samples(num_samples: int, tmp_path: Path) -> None:
     model, logger = TinyGPT(num_layers=1, width=16, num_query_heads=2), Latest()
     monitor = AttentionMonitor(model, token_batch(batch=1, length=8), 1, record=tmp_path / "run.sqlite", loggers=logger)
     # History keeps its latest 1,000 samples: until it is full it may grow, by what its rows hold.
@@ -87,7 +101,12 @@ def test_samples_leave_memory_hooks_files_threads_and_their_own_cost_as_they_wer
 
 
 @pytest.mark.parametrize("num_times", [40, pytest.param(1000, marks=pytest.mark.soak)])
-def test_attaching_and_closing_again_and_again_leaves_nothing(num_times: int) -> None:
+def test_attaching_and_closing_again_and_again_leaves_nothing(num_times: int, tmp_path: Path) -> None:
+    in_a_process_of_its_own(attach_and_close, num_times, tmp_path)
+
+
+def attach_and_close(num_times: int, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
     model = TinyGPT(num_layers=1, width=16, num_query_heads=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitors: list[weakref.ref[AttentionMonitor]] = []
