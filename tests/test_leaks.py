@@ -23,6 +23,9 @@ from attnmonitor.loggers.keys import HeadScalars
 from attnmonitor.record import RunRecord
 
 
+torch.set_num_threads(1)  # as in conftest.py, for the processes that import this file alone
+
+
 def resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
