@@ -22,7 +22,6 @@ from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers.keys import HeadScalars
 from attnmonitor.record import RunRecord
 
-
 torch.set_num_threads(1)  # as in conftest.py, for the processes that import this file alone
 
 
