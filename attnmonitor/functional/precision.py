@@ -32,17 +32,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def position_blocks(
-    heads: Tensor, valid: Tensor | None = None, dtype: torch.dtype = torch.float64
-) -> Iterator[tuple[slice, Tensor]]:
-    """Read ``(B, H, L, d)`` in blocks of positions, each into the same memory.
+def position_blocks(heads: Tensor, valid: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Read ``(B, H, L, d)`` in float64 in blocks of positions, each into the same memory.
 
     Fresh memory for every block would cost more than reading it: the system clears each page when it is first touched.
 
     Args:
         heads: ``(B, H, L, d)``.
         valid: ``(B, L)`` bool; positions that are not valid read as zero, whatever they hold. None where all are.
-        dtype: Type to read them in.
 
     Yields:
         The block's positions as a slice of L, and the block: the caller's to change, and gone with the next one.
@@ -51,7 +48,7 @@ def position_blocks(
     entries = _ENTRIES_PER_BLOCK.get(heads.device.type, _ENTRIES_PER_BLOCK_ELSEWHERE)
     largest = max(64, entries // (num_sequences * num_heads * head_dim))
     size = -(-length // -(-length // largest))  # blocks of one size, none of them a small remainder
-    memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=dtype, device=heads.device)
+    memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=torch.float64, device=heads.device)
     for start in range(0, length, size):
         positions = slice(start, min(start + size, length))
         block = heads[:, :, positions]
