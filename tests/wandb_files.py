@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ def _records(content: bytes) -> Iterator[Record]:
         if left_in_block < _CHUNK.size:
             at += left_in_block
             continue
-        _, length, kind = _CHUNK.unpack_from(content, at)
+        checksum, length, kind = _CHUNK.unpack_from(content, at)
+        end = at + _CHUNK.size + length
+        if zlib.crc32(content[at + _CHUNK.size - 1 : end]) != checksum:  # of kind and contents
+            return  # the client is still writing, or was killed while it did
         if kind in (_WHOLE, _FIRST):
             pending.clear()
-        pending += content[at + _CHUNK.size : at + _CHUNK.size + length]
-        at += _CHUNK.size + length
+        pending += content[at + _CHUNK.size : end]
+        at = end
         if kind in (_WHOLE, _LAST):
             yield Record.FromString(bytes(pending))
 
