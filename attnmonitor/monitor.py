@@ -10,8 +10,8 @@ from __future__ import annotations
 import string
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -23,11 +23,11 @@ from attnmonitor._version import __version__
 from attnmonitor.actions import Action, calls_of, check_actions, requests_of
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, log_events
 from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
+from attnmonitor.failures import Failures
 from attnmonitor.history import History
 from attnmonitor.loggers import as_logger
-from attnmonitor.measurement import Measured, Measurement
-from attnmonitor.notice import warn
-from attnmonitor.probe import ForwardFunction, Probe, own_surroundings, unwrap
+from attnmonitor.measurement import Measurement
+from attnmonitor.probe import ForwardFunction, HookFilter, Probe, own_surroundings, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["AttentionMonitor"]
 
 _STATE_FORMAT = 1
-_PAUSE_AFTER = 5  # samples in a row that measured nothing
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
 
 
@@ -63,6 +62,9 @@ class AttentionMonitor:
         name: Set it when several monitors watch side by side: keys become ``attention/<name>/…``.
         strict: Raise what goes wrong while sampling instead of containing it; for tests.
         forward: ``forward(model, batch)``, where the default call of the model does not fit.
+        skip_hooks: Which of the model's forward hooks the probe's forward leaves out, asked of each hook function: for
+            hooks of your own that count forwards or collect outputs, ``lambda hook: hook is count``. Hooks that a
+            model needs to run (FSDP's, a parametrization's) have to stay. By default none is left out.
         weights_every: The metrics of the weights, where ``metrics`` names some, are measured with every so many-th
             sample.
         actions: What to do when an alert begins or grows critical: from a rule's name, a fault kind or
@@ -74,8 +76,6 @@ class AttentionMonitor:
         history: Trajectories per metric and layer; ``history.steps``.
         coverage: How each attention layer is captured, verified to what error, or why it is not measured;
             ``print(monitor)`` shows it as a table.
-        failures: How often something failed and was passed over so far: a sample, as a whole or in layers that were
-            measured at attach, and what is done with samples (alerts, record, loggers, actions).
         should_stop: Whether an alert has asked to stop; a loop of your own looks at it.
         global_step: The optimizer step last heard of; -1 before the first.
         last_sample: The latest sample, on the process that writes; None before the first.
@@ -108,6 +108,7 @@ class AttentionMonitor:
         name: str | None = None,
         strict: bool = False,
         forward: ForwardFunction | None = None,
+        skip_hooks: HookFilter | None = None,
         weights_every: int = 10,
         actions: Mapping[str, Action | Sequence[Action]] | None = None,
     ) -> None:
@@ -120,7 +121,6 @@ class AttentionMonitor:
         self.model = unwrap(model)
         self.name = name
         self.strict = strict
-        self.failures = 0
         self.should_stop = False
         self.global_step = -1
         self.last_sample: Sample | None = None
@@ -139,7 +139,7 @@ class AttentionMonitor:
             self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
-        self._probe = Probe(self.model, probe, forward=forward)
+        self._probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks)
         # Under data parallelism every process has the same weights: the first one measures, writes and logs for all.
         # Where weights are sharded a forward needs every process, so all measure, and the first writes and logs.
         self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -147,7 +147,7 @@ class AttentionMonitor:
         self._measures = self._is_main or shares_forward
         measurement = SharedMeasurement if shares_forward else Measurement
         self._measurement = measurement(self.model, self._probe, self._metrics, strict=strict)
-        self._failed_in_a_row = 0
+        self._failures = Failures(name, strict=strict, silent=not self._is_main)
         if not self._is_main:
             loggers, record = [], None
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
@@ -156,11 +156,10 @@ class AttentionMonitor:
         self._record_path, self._record_in_folder = _record_path(record, name)
         self._record: RecordWriter | None = None
         self.attached_at = self._last_sample_ended = time.perf_counter()
-        self._warned: set[str] = set()
         self._on_close = ExitStack()
         for layer in self.coverage.values():
             if not layer.measured:
-                self._warn(f"{layer.layer} is not measured: {layer.reason}")
+                self._failures.tell(f"{layer.layer} is not measured: {layer.reason}")
         for logger in self._loggers:
             if callable(log_run := getattr(logger, "log_run", None)):
                 log_run(self.describe())
@@ -187,7 +186,7 @@ class AttentionMonitor:
             if not any(map(self._schedule, range(first, global_step + 1))):
                 return None
         except Exception as error:
-            self._pass_over("the schedule", error)
+            self._failures.pass_over("the schedule", error)
             return None
         if self.paused:
             # Where several processes train, adapters tell all of them what a sample asks for: each has to have one.
@@ -195,13 +194,22 @@ class AttentionMonitor:
         return self.sample(global_step)
 
     @property
+    def failures(self) -> int:
+        """How often something failed and was passed over so far.
+
+        A sample, as a whole or in layers that were measured at attach, and what is done with samples (alerts, record,
+        loggers, actions).
+        """
+        return self._failures.count
+
+    @property
     def paused(self) -> bool:
         """Whether `on_step` takes no samples: several in a row measured nothing. `sample` still tries."""
-        return self._failed_in_a_row >= _PAUSE_AFTER
+        return self._failures.paused
 
     def resume(self) -> None:
         """End a pause."""
-        self._failed_in_a_row = 0
+        self._failures.resume()
 
     def sample(self, global_step: int) -> Sample:
         """Take a sample now, whatever the schedule says, and hand it to history, record, loggers and alerts.
@@ -222,11 +230,11 @@ class AttentionMonitor:
             failure = f"{type(error).__name__}: {error}"
             measured = self._measurement.nothing(failure)
         self.coverage = measured.coverage
-        self._look_for_failures(measured, failure, global_step)
+        self._failures.of_a_sample(measured, self._measurement.layers, failure, global_step)
         if not self._is_main:
             return Sample(global_step, values={}, failure=failure, name=self.name)
         events: list[AlertEvent] = []
-        with self._contained("alerts"), own_surroundings():
+        with self._failures.contained("alerts"), own_surroundings():
             events = self._alerts.observe(measured.trusted_values(), global_step)
         self._num_cleared += sum(event.state == "cleared" for event in events)
         self._num_failed += failure is not None
@@ -261,7 +269,7 @@ class AttentionMonitor:
         self._hand_out(sample)
         self.should_stop |= "stop" in sample.requests
         for event, action in calls_of(events, self._actions):
-            with self._contained(f"action {getattr(action, '__qualname__', action)}"):
+            with self._failures.contained(f"action {getattr(action, '__qualname__', action)}"):
                 action(event, sample)
         return sample
 
@@ -321,7 +329,7 @@ class AttentionMonitor:
         self.global_step = state["global_step"]
         if not self._measures:
             return
-        self.failures = state["failures"]
+        self._failures.count = state["failures"]
         self._num_samples = state["num_samples"]
         self._num_cleared, self._num_failed = state["num_cleared"], state["num_failed"]
         if self._record_in_folder and state["record"] is not None and Path(state["record"]).exists():
@@ -335,7 +343,7 @@ class AttentionMonitor:
             if state[key] != now
         ]
         if changed:
-            self._warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
+            self._failures.tell(f"{'; '.join(changed)}: history and alert baselines begin anew")
             return
         with own_surroundings():
             self.history.load_state_dict(state["history"])
@@ -369,72 +377,24 @@ class AttentionMonitor:
     def _no_sample(self, global_step: int) -> Sample:
         return Sample(global_step, values={}, name=self.name)
 
-    def _look_for_failures(self, measured: Measured, failure: str | None, global_step: int) -> None:
-        """Count and tell what failed in a sample; begin a pause where nothing was measured for too long."""
-        at_attach = self._measurement.layers
-        lost = [layer for name, layer in at_attach.items() if layer.measured and not measured.coverage[name].measured]
-        self.failures += bool(lost)
-        anything = any(layer.measured for layer in measured.coverage.values())
-        self._failed_in_a_row = 0 if anything else self._failed_in_a_row + 1
-        if failure is not None:
-            self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
-        elif new := [layer.layer for layer in lost if layer.layer not in self._warned]:
-            self._warned.update(new)
-            reason = measured.coverage[new[0]].reason
-            self._warn(f"not measured at step {global_step}, and NaN: {', '.join(new)} ({reason})")
-        if "halved_probe" in measured.diagnostics:
-            self._warn_once(
-                "memory",
-                f"the sample at step {global_step} ran out of memory and measured the first half of the probe's "
-                "sequences; give a smaller probe",
-            )
-        if self._failed_in_a_row == _PAUSE_AFTER:
-            self._warn(
-                f"nothing was measured in {_PAUSE_AFTER} samples in a row, the last at step {global_step}: no "
-                "more are taken until monitor.resume()"
-            )
-
     def _hand_out(self, sample: Sample) -> None:
         with own_surroundings():
             self.history.append(sample)
-        with self._contained("record"):
+        with self._failures.contained("record"):
             if self._record is None and self._record_path is not None:
                 self._record = RunRecord.create(self._record_path, run=self.describe())
                 self.on_close(self._record.close)
             if self._record is not None:
                 self._record.append(sample)
-        with self._contained("logging of alerts"):
+        with self._failures.contained("logging of alerts"):
             log_events(sample.events)
         for logger in self._loggers:
-            with self._contained(type(logger).__name__):
+            with self._failures.contained(type(logger).__name__):
                 logger.log_sample(sample)
 
     def _quietly(self, action: Callable[[], object]) -> None:
-        with self._contained(getattr(action, "__qualname__", "closing")):
+        with self._failures.contained(getattr(action, "__qualname__", "closing")):
             action()
-
-    @contextmanager
-    def _contained(self, what: str) -> Iterator[None]:
-        """Keep what goes wrong in a consumer of samples from the training loop."""
-        try:
-            yield
-        except Exception as error:
-            self._pass_over(what, error)
-
-    def _pass_over(self, what: str, error: Exception) -> None:
-        if self.strict:
-            raise error
-        self.failures += 1
-        self._warn_once(what, f"{what} failed and is passed over: {type(error).__name__}: {error}")
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            self._warn(message)
-
-    def _warn(self, message: str) -> None:
-        if self._is_main:  # the others would say the same
-            warn(f"attnmonitor{f' {self.name!r}' if self.name else ''}: {message}")
 
 
 def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:

@@ -13,8 +13,9 @@ import hashlib
 import inspect
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch.utils.data import DataLoader
 
 from attnmonitor.sharding import is_sharded, kept_shards, through_wrapper
 
-__all__ = ["ForwardFunction", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
+__all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
+HookFilter = Callable[[Callable[..., Any]], bool]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -70,6 +72,24 @@ def quiet(model: nn.Module) -> Iterator[None]:
             restore.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
         yield
+
+
+@contextmanager
+def _without_hooks(model: nn.Module, skipped: HookFilter) -> Iterator[None]:
+    """Leave out the forward hooks and pre-hooks that ``skipped`` picks; handles that remove hooks go on working."""
+    kept: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in model.modules():
+            for kind in ("_forward_pre_hooks", "_forward_hooks"):
+                hooks = getattr(module, kind)
+                others = OrderedDict((key, hook) for key, hook in hooks.items() if not skipped(hook))
+                if len(others) < len(hooks):
+                    kept.append((module, kind, hooks))
+                    setattr(module, kind, others)
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
 
 
 @contextmanager
@@ -152,6 +172,8 @@ class Probe:
             argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
             tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
             one.
+        skip_hooks: Asked for every forward hook and pre-hook of the model's modules: True for one that the probe's
+            forward shall not call. None calls all of them.
 
     Attributes:
         batch: The batch, detached from the user's own.
@@ -162,9 +184,20 @@ class Probe:
             the model's configuration allows.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, *, forward: ForwardFunction | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        forward: ForwardFunction | None = None,
+        skip_hooks: HookFilter | None = None,
+    ) -> None:
         if forward is not None and not callable(forward):
             raise ValueError(f"forward={forward!r} is not callable; give a function forward(model, batch)")
+        if skip_hooks is not None and not callable(skip_hooks):
+            raise ValueError(
+                f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
+            )
         device = _device(model)
         if isinstance(batch, DataLoader):
             batch = _to(_first_batch(batch), device)
@@ -185,11 +218,13 @@ class Probe:
         self.batch = _map(batch, lambda tensor: tensor.detach().clone())
         self.fingerprint = _fingerprint(self.batch)
         self._forward = forward if forward is not None else default_forward
+        self._skip_hooks = skip_hooks
 
     def run(self, model: nn.Module) -> None:
         """Run the model once on the batch, moved to where the model is now; the output is dropped."""
         batch = _to(self.batch, _device(model))
-        through_wrapper(model, lambda inner: self._forward(inner, batch))
+        with nullcontext() if self._skip_hooks is None else _without_hooks(model, self._skip_hooks):
+            through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def half(self) -> Probe | None:
         """Return the first half of the batch's sequences as a probe of its own; None where there is only one.

@@ -516,3 +516,33 @@ def test_a_users_own_hooks_see_the_probes_forwards_and_keep_what_they_return() -
     model.register_forward_hook(lambda module, args, output: seen.append((module.training, output.requires_grad)))
     AttentionMonitor(model, token_batch(), record=None).sample(0)
     assert seen == [(False, False)] * 2
+
+
+def test_hooks_that_are_to_be_skipped_are_not_called_and_stay_where_they_were() -> None:
+    model, called = TinyGPT(), []
+
+    def count(*_: Any) -> None:
+        called.append("count")
+
+    def also(*_: Any) -> None:
+        called.append("also")
+
+    modules = (model, model.blocks[0].attn)
+    handles = [module.register_forward_hook(hook) for module in modules for hook in (count, also)]
+    handles += [module.register_forward_pre_hook(count) for module in modules]
+    expected = AttentionMonitor(model, token_batch(), record=None).sample(0)
+    monitor = AttentionMonitor(model, token_batch(), record=None, skip_hooks=lambda hook: hook is count)
+    called.clear()
+    sample = monitor.sample(0)
+    assert called == ["also"] * 2
+    assert torch.equal(sample.values["energy_rms"]["blocks.0.attn"], expected.values["energy_rms"]["blocks.0.attn"])
+    called.clear()
+    model(token_batch())
+    assert called == ["count", "count", "count", "also", "count", "also"]
+    for handle in handles:
+        handle.remove()
+    called.clear()
+    model(token_batch())
+    assert called == []
+    with pytest.raises(ValueError, match=r"skip_hooks=\[\].*lambda hook"):
+        AttentionMonitor(model, token_batch(), record=None, skip_hooks=[])
