@@ -57,6 +57,11 @@ class Checkpoint:
         try:
             self._config = transformers.AutoConfig.from_pretrained(self._folder, **self._where)
         except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"model={self.name!r} comes with code of its own, which is not run unless asked for; read it, then "
+                    "set trust_remote_code=True (--trust-remote-code)"
+                ) from error
             raise ValueError(
                 f"model={self.name!r} cannot be loaded: {_first_line(error)} (a model is a folder with config.json and "
                 "weights, a Hugging Face id or a .gguf file)"

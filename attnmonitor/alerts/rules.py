@@ -267,7 +267,7 @@ def load_rules(path: str | PathLike[str]) -> tuple[Rule, ...]:
     """
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"rules file {path}: not JSON: {error}") from None
     if not isinstance(plain, list):
         raise ValueError(f"rules file {path}: expected a list of rules, got {type(plain).__name__}")
