@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins import MixedPrecision
 from models import TinyGPT, everything, language_loss, token_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,6 +39,7 @@ class Module(lightning.LightningModule):
         super().__init__()
         self.gpt = TinyGPT(**size)
         self.losses: list[float] = []
+        self.seen: list[int] = []
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.gpt(token_ids)
@@ -45,6 +47,7 @@ class Module(lightning.LightningModule):
     def training_step(self, token_ids: Tensor, index: int) -> Tensor:
         loss = language_loss(self(token_ids), token_ids)
         self.losses.append(loss.item())
+        self.seen.append(int(token_ids.sum()))
         return loss
 
     def validation_step(self, token_ids: Tensor, index: int) -> None:
@@ -105,28 +108,53 @@ def test_lightning_raw_pytorch_and_a_direct_sample_give_identical_numbers() -> N
     raw.close()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("every_n_steps", [1, 3])
-def test_a_seeded_run_with_dropout_ends_bit_identical_with_and_without_the_callback(
-    every_n_steps: int, precision: Any
-) -> None:
-    ends = []
-    for callbacks in ([], [AttentionMonitorCallback(every_n_steps=every_n_steps, strict=True)]):
+def float16_with_a_scaler() -> dict[str, Any]:
+    """Float16 on a CPU, scaled so far up at first that steps are skipped; Lightning itself offers it on CUDA only."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+def compiled() -> Module:
+    module = Module(dropout=0.2)
+    module.gpt = torch.compile(module.gpt, backend="aot_eager")
+    return module
+
+
+FITS: dict[str, tuple[Callable[[], Module], Callable[[], dict[str, Any]]]] = {
+    "float32": (lambda: Module(dropout=0.2, batch_norm=True), lambda: {"precision": "32-true"}),
+    "bfloat16": (lambda: Module(dropout=0.2, batch_norm=True), lambda: {"precision": "bf16-mixed"}),
+    "float16 gradient scaler": (lambda: Module(dropout=0.2), float16_with_a_scaler),
+    "compiled": (compiled, dict),
+}
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_seeded_run_with_dropout_ends_bit_identical_with_and_without_the_callback(kind: str) -> None:
+    build, settings = FITS[kind]
+
+    def end(*callbacks: Callback) -> tuple[list[float], list[Tensor]]:
+        torch._dynamo.reset()
         lightning.seed_everything(0, verbose=False)
-        module = Module(dropout=0.2, batch_norm=True)
+        module = build()
         trainer = fit(
             module,
             *callbacks,
             val=DataLoader(HELD_OUT, batch_size=2),
-            precision=precision,
             accumulate_grad_batches=2,
             max_epochs=3,
             max_steps=-1,
+            **settings(),
         )
-        ends.append((module.losses, everything(module, trainer.optimizers[0])))
-    assert ends[0][0] == ends[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
-    assert callbacks[0].monitor.history.steps == list(range(0, 10, every_n_steps))
+        return [*module.losses, *module.seen], everything(module, trainer.optimizers[0])
+
+    alone = end()
+    assert len(set(alone[0])) > 18  # losses and batches, in an order that is drawn anew in every epoch
+    for every_n_steps in (1, 3):
+        watcher = AttentionMonitorCallback(every_n_steps=every_n_steps, strict=True)
+        watched = end(watcher)
+        assert watched[0] == alone[0]
+        assert all(torch.equal(a, b) for a, b in zip(alone[1], watched[1], strict=True))
+        assert watcher.monitor.history.steps == list(range(0, 10, every_n_steps))
 
 
 def test_accumulated_gradients_count_as_one_step() -> None:

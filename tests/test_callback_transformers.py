@@ -14,6 +14,7 @@ import torch
 import wandb
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from models import everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -225,17 +226,39 @@ def test_a_probe_of_floats_follows_the_forward_it_is_given_with(tmp_path: Path) 
 # The run is not touched
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "bf16": True}])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # in later versions
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "bf16": True},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=lambda settings: " ".join(settings) or "plain",
+)
 def test_a_monitored_run_ends_bitwise_as_one_without(settings: dict[str, Any], tmp_path: Path) -> None:
-    ends = []
-    for callbacks in ([], [AttentionMonitorCallback(every_n_steps=1)]):
-        trainer = trainer_of(tmp_path, *callbacks, **settings)
+    def end(*callbacks: TrainerCallback) -> tuple[list[float], list[Tensor]]:
+        torch._dynamo.reset()
+        model, seen = llama(), []
+        model.model.embed_tokens.register_forward_pre_hook(
+            lambda module, args: seen.append(int(args[0].sum())) if module.training else None
+        )
+        trainer = trainer_of(tmp_path, *callbacks, model=model, **settings)
         trainer.train()
-        losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-        ends.append((losses, [*trainer.model.state_dict().values(), torch.get_rng_state()]))
-    assert ends[0][0] == ends[1][0]
-    assert len(ends[0][0]) == 4
-    assert identical(ends[0][1], ends[1][1])
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return [*losses, *seen], everything(trainer.model, trainer.optimizer.optimizer)
+
+    alone = end()
+    assert len(set(alone[0])) >= 8  # losses and batches
+    for every_n_steps in (1, 3):
+        callback = AttentionMonitorCallback(every_n_steps=every_n_steps)
+        watched = end(callback)
+        assert watched[0] == alone[0]
+        assert identical(watched[1], alone[1])
+        assert callback.monitor is not None
+        assert callback.monitor.history.steps == list(range(0, 5, every_n_steps))
 
 
 def test_steps_are_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
