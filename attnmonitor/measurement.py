@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.catalog import METRICS, OPT_IN_METRICS, WEIGHT_METRICS
 from attnmonitor.functional import HeadCores, HeadStatistics, attention_row_statistics, head_cores, head_statistics
+from attnmonitor.functional.parallel import kept_cores
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.metrics import METRIC_CLASSES
@@ -245,7 +246,7 @@ class Measurement:
                 forward.layers.pop(call.layer, None), forward.cores.pop(call.layer, None)
                 forward.troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
 
-        with quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
+        with kept_cores(), quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
             probe.run(self._model)
         forward.troubles = {**report.missed, **forward.troubles}
         return forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from attnmonitor.catalog import DEFAULT_METRICS
 from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics
-from attnmonitor.functional.parallel import WORTH_A_THREAD, on_own_cores, pieces
+from attnmonitor.functional.parallel import WORTH_A_THREAD, kept_cores, on_own_cores, pieces
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,27 @@ def test_an_error_in_a_piece_is_the_callers_and_the_threads_are_given_back() -> 
         on_own_cores(lambda piece: 1 / piece, [1, 0, 1])
     assert torch.get_num_threads() == 3
     assert threading.active_count() == before
+
+
+def test_threads_that_are_kept_do_all_calls_one_core_each_and_end_with_the_context() -> None:
+    def work(piece: int) -> tuple[int, int]:
+        time.sleep(0.01)  # so that no thread is idle when the next piece comes
+        torch.zeros(10**6).sum()
+        return threading.get_ident(), torch.get_num_threads()
+
+    before = threading.active_count()
+    with kept_cores():
+        assert threading.active_count() == before
+        found = [on_own_cores(work, range(3)) for _ in range(5)]
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError):
+            on_own_cores(lambda piece: 1 / piece, [0, 1])
+        with kept_cores():
+            assert not {ident for ident, _ in on_own_cores(work, range(3))} & {ident for ident, _ in found[0]}
+    assert {threads for call in found for _, threads in call} == {1}
+    assert len({ident for call in found for ident, _ in call}) == 3
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == 3
 
 
 def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:

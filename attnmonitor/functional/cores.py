@@ -196,9 +196,9 @@ def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple
     relative = _relative_cores(core, basis.keys.key.dtype)
     weighted, shares = [], []
     for left in basis.left_blocks():
-        weighted.append(left.square() @ weights.to(left.dtype))
         if "energy_delocalization" in wanted:
             shares.append(_shares(relative, left))
+        weighted.append(left.square_() @ weights.to(left.dtype))
     full, cut, norms = torch.cat(weighted, 2).unbind(-1)  # (B, Hkv, Lk) each
     values = {
         "key_incoherence": cut.amax(-1) * basis.keys.num_keys / rank,
