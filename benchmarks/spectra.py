@@ -36,6 +36,9 @@ SHAPES = {  # query heads, key heads, head size
 }
 SKETCH = 32  # components asked of svd_lowrank and randomized_svd, the size of our own default sketch
 DENSE_UP_TO = 1024  # beyond, a dense SVD of one head takes many seconds
+# Seconds before each round. The threads of scikit-learn's BLAS, whose route is the last of a round, spin for half a
+# second after it: whichever route came next had a core less, and took up to ten times as long.
+REST = 1.0
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -95,6 +98,7 @@ def interleaved_medians(calls: dict[str, Callable[[], Any]], timer: Timer, repea
     for call in calls.values():
         call()
     for _ in range(repeats):
+        time.sleep(REST)
         for name, call in calls.items():
             times[name].append(timer(call))
     return {name: statistics.median(each) for name, each in times.items()}
