@@ -1,0 +1,63 @@
+"""What the pages point at is there: files, headings and tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks, in which brackets are code."""
+    return re.sub(r"^(```|~~~).*?^\1", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page is called: its words in lower case, joined by hyphens."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dangling(page: Path) -> list[str]:
+    """The links of a page, inside the repository, that lead to no file or no heading."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(page: Path) -> None:
+    assert dangling(page) == []
+
+
+def test_a_link_to_what_is_not_there_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    (tmp_path / "other.md").write_text("# Memory of `q` and k\n")
+    page.write_text(
+        "[a](other.md) [b](other.md#memory-of-q-and-k) [c](https://example.org/x) [d](#here)\n## Here\n"
+        "[e](gone.md) [f](other.md#gone) [g](#gone)\n```\n[h](gone.py)\n```\n"
+    )
+    assert dangling(page) == ["gone.md", "other.md#gone", "#gone"]
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {name for page in PAGES for name in re.findall(r"(test_\w+\.py)::(\w+)", page.read_text())}
+    there = {
+        (file.name, node.name)
+        for file in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 50
+    assert sorted(named - there) == []
