@@ -25,7 +25,7 @@ from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, log_events
 from attnmonitor.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.failures import Failures
 from attnmonitor.history import History
-from attnmonitor.loggers import as_logger
+from attnmonitor.loggers import SampleLogger, as_logger
 from attnmonitor.measurement import Measurement
 from attnmonitor.probe import ForwardFunction, HookFilter, Probe, own_surroundings, unwrap
 from attnmonitor.record import RunRecord
@@ -161,12 +161,7 @@ class AttentionMonitor:
             if not layer.measured:
                 self._failures.tell(f"{layer.layer} is not measured: {layer.reason}")
         for logger in self._loggers:
-            if callable(log_run := getattr(logger, "log_run", None)):
-                log_run(self.describe())
-            if callable(follow := getattr(logger, "follow", None)):
-                follow(self.history)
-            if callable(close := getattr(logger, "close", None)):
-                self.on_close(close)
+            self._introduce(logger)
 
     def __str__(self) -> str:
         """A table of the layers: how each is captured and verified, or why it is not measured."""
@@ -373,6 +368,15 @@ class AttentionMonitor:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _introduce(self, logger: SampleLogger) -> None:
+        """Give a logger what it asks for beside samples: the run's settings, its trajectories, a word at the end."""
+        if callable(log_run := getattr(logger, "log_run", None)):
+            log_run(self.describe())
+        if callable(follow := getattr(logger, "follow", None)):
+            follow(self.history)
+        if callable(close := getattr(logger, "close", None)):
+            self.on_close(close)
 
     def _no_sample(self, global_step: int) -> Sample:
         return Sample(global_step, values={}, name=self.name)
