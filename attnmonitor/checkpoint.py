@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.extras import needed
+
 __all__ = ["Checkpoint", "checkpoints_in", "steps_of"]
 
 
@@ -36,6 +38,7 @@ class Checkpoint:
 
     Raises:
         ValueError: There is no such model, or no tokenizer. The message names the thing and the way out.
+        ModuleNotFoundError: transformers is not installed.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ class Checkpoint:
         tokenizer: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        import transformers
+        with needed(by="scan", extra="transformers"):
+            import transformers
 
         self.name = str(source)
         self._dtype = dtype

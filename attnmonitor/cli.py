@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnmonitor._version import __version__
+from attnmonitor.extras import needed
 
 if TYPE_CHECKING:
     from attnmonitor.scan import Progress, Scan
@@ -374,9 +375,7 @@ def _lines_of_progress(what: str) -> Progress:
 
 def _silence_transformers() -> None:
     """Keep the loader's own progress bars and advice off the screen; its errors arrive as exceptions."""
-    try:
+    with needed(by="scan", extra="transformers"):
         from transformers.utils import logging
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("scan needs transformers: pip install 'attnmonitor[transformers]'") from None
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

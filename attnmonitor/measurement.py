@@ -23,7 +23,6 @@ from attnmonitor.functional import HeadCores, HeadStatistics, attention_row_stat
 from attnmonitor.functional.parallel import kept_cores
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
-from attnmonitor.metrics import METRIC_CLASSES
 from attnmonitor.probe import Probe, own_surroundings, quiet
 from attnmonitor.sample import LayerCoverage
 from attnmonitor.sharding import is_sharded
@@ -368,6 +367,10 @@ def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Ten
 
     Layers that ran on equally many sequences share one metric object; only windowed vision models have several.
     """
+    # torchmetrics imports scipy, matplotlib and transformers where they are installed. Those seconds belong to whoever
+    # attaches a monitor, which measures once, and not to whoever imports the package.
+    from attnmonitor.metrics import METRIC_CLASSES
+
     by_batch: dict[int, dict[str, Tensor]] = {}
     for name, values in per_sequence.items():
         by_batch.setdefault(values.shape[0], {})[name] = values

@@ -11,16 +11,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from attnmonitor.ending import print_ending
+from attnmonitor.extras import needed
 from attnmonitor.loggers import summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
 from attnmonitor.schedules import Schedule, one_schedule
+
+with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["AttentionMonitorCallback"]
 

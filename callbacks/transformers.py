@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations.integration_utils import WandbCallback
 
 from attnmonitor.ending import print_ending
+from attnmonitor.extras import needed
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.probe import ForwardFunction, default_forward
 from attnmonitor.sample import Sample
 from attnmonitor.schedules import Schedule, one_schedule
+
+with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
+    from accelerate.utils import broadcast_object_list, send_to_device  # type: ignore[import-untyped]
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.integrations.integration_utils import WandbCallback
 
 __all__ = ["AttentionMonitorCallback"]
 

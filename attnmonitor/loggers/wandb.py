@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
+from attnmonitor.extras import needed
 from attnmonitor.loggers.charts import Chart, layers_chart, model_chart, rank_chart
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
@@ -47,7 +48,8 @@ class WandbLogger:
     """
 
     def __init__(self, run: Run | None = None, *, max_keys: int = 2000, image_share: float = 0.002) -> None:
-        import wandb
+        with needed(by="WandbLogger", extra="wandb"):
+            import wandb
 
         if run is None:
             run = wandb.run

@@ -4,9 +4,12 @@ Every function draws into the ``ax`` it is given or makes a figure of its own, a
 figure made here is in no list of open figures, needs no display and is gone when nobody holds it.
 """
 
-from attnmonitor.plots.curves import bands, trajectories
-from attnmonitor.plots.heatmap import heatmap
-from attnmonitor.plots.overview import overview
-from attnmonitor.plots.spectrum import spectrum
+from attnmonitor.extras import needed
+
+with needed(by="attnmonitor.plots", extra="plots"):
+    from attnmonitor.plots.curves import bands, trajectories
+    from attnmonitor.plots.heatmap import heatmap
+    from attnmonitor.plots.overview import overview
+    from attnmonitor.plots.spectrum import spectrum
 
 __all__ = ["bands", "heatmap", "overview", "spectrum", "trajectories"]

@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from attnmonitor.alerts.digest import ADVICE
+from attnmonitor.extras import needed
 from attnmonitor.outstanding import head_name, short_layer_names, still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
@@ -39,12 +40,8 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
         RecordError: A file is not a record that this version reads.
         ModuleNotFoundError: plotly is not installed.
     """
-    try:
+    with needed(by="write_report", extra="report"):
         from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            "write_report needs plotly: pip install 'attnmonitor[report]'", name="plotly"
-        ) from missing
     paths = [Path(record_path)] if compare is None else [Path(record_path), Path(compare)]
     records = [RunRecord.open(path) for path in paths]
     numbers = [run_numbers(record) for record in records]
