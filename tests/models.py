@@ -104,15 +104,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, *,
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-    losses = []
-    for _ in range(num_steps):
-        token_ids = torch.randint(50, (4, 24))
-        loss = language_loss(model(token_ids), token_ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return [train_step(model, optimizer, torch.randint(50, (4, 24))).item() for _ in range(num_steps)]
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, token_ids: Tensor) -> Tensor:
+    """One step on one batch; the loss before it."""
+    loss = language_loss(model(token_ids), token_ids)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

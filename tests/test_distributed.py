@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TinyGPT, language_loss, token_batch
+from models import TinyGPT, token_batch, train_step
 from processes import on_processes, spread, tell
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -37,11 +37,7 @@ def _train(rank: int, how: str, watched: bool) -> dict[str, Any]:
     losses = []
     for step in range(5):
         batch = token_batch(seed=10 * step + (0 if "tp" in how else rank))
-        optimizer.zero_grad()
-        loss = language_loss(model(batch), batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
+        losses.append(train_step(model, optimizer, batch))
     state = [value for values in optimizer.state.values() for value in values.values()]
     end: dict[str, Any] = {"tensors": [*map(_local, (*model.parameters(), *model.buffers(), *state)), *losses]}
     end["generator"] = torch.get_rng_state()

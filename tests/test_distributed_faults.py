@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import TinyGPT, language_loss, token_batch
+from models import TinyGPT, token_batch, train_step
 from processes import on_processes, spread, tell
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -199,11 +199,7 @@ def run(case: Case | None, how: str, *, watched: bool = True) -> End:
             if step == BROKEN[-1]:
                 patch.undo()
             batch = token_batch(seed=10 * step + (0 if how == "tp" else dist.get_rank()))
-            optimizer.zero_grad()
-            loss = language_loss(model(batch), batch)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
+            losses.append(train_step(model, optimizer, batch))
     state = [value for values in optimizer.state.values() for value in values.values()]
     trained = [getattr(each, "_local_tensor", each).detach().clone() for each in (*model.parameters(), *state)]
     if monitor is not None:
