@@ -7,7 +7,6 @@ loggers become the monitor's, its checkpoints carry the monitor's state, and who
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from attnmonitor.callbacks.framework import FrameworkCallback
 from attnmonitor.ending import print_ending
 from attnmonitor.extras import needed
 from attnmonitor.loggers import summary_scalars
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.probe import ForwardFunction, default_forward
-from attnmonitor.schedules import Schedule, one_schedule
 
 with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +26,7 @@ with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
 __all__ = ["AttentionMonitorCallback"]
 
 
-class AttentionMonitorCallback(Callback):
+class AttentionMonitorCallback(FrameworkCallback, Callback):
     """Watches every attention head of the module that is trained.
 
     Args:
@@ -50,28 +48,8 @@ class AttentionMonitorCallback(Callback):
             refuses.
     """
 
-    def __init__(
-        self,
-        probe: Any = None,
-        *,
-        every_n_steps: int | None = None,
-        schedule: int | Schedule | Iterable[int] | None = None,
-        loggers: Any = None,
-        record: bool | str | Path | None = True,
-        forward: ForwardFunction | None = None,
-        name: str | None = None,
-        **settings: Any,
-    ) -> None:
-        self.monitor: AttentionMonitor | None = None
-        self._probe = probe
-        self._schedule = one_schedule(every_n_steps, schedule)
-        self._loggers = loggers
-        self._record = record
-        self._forward = forward
-        self._name = name
-        self._settings = settings
-        self._loaded: dict[str, Any] | None = None
-        self._summaries: dict[str, float] = {}
+    _loaded: dict[str, Any] | None = None
+    _summaries: dict[str, float] | None = None
 
     @property
     def state_key(self) -> str:
@@ -91,26 +69,22 @@ class AttentionMonitorCallback(Callback):
         probe = self._probe if self._probe is not None else _first_loader(trainer)
         if not isinstance(probe, DataLoader):
             probe = trainer.strategy.batch_to_device(probe, pl_module.device)
-        forward = self._forward or default_forward
 
         def in_training_precision(model: nn.Module, batch: Any) -> Any:
             with trainer.precision_plugin.forward_context():
-                return forward(model, trainer.precision_plugin.convert_input(batch))
+                return self._forward(model, trainer.precision_plugin.convert_input(batch))
 
-        self.monitor = AttentionMonitor(
+        monitor = self._attach(
             trainer.strategy.model or pl_module,  # with what the strategy wraps around it: FSDP is entered through that
             probe,
-            self._schedule,
             loggers=trainer.loggers if self._loggers is None else self._loggers,
-            record=Path(trainer.default_root_dir) / "attnmonitor_runs" if self._record is True else self._record,
+            folder=trainer.default_root_dir,
             forward=in_training_precision,
-            name=self._name,
-            **self._settings,
         )
         if self._loaded:
-            self.monitor.load_state_dict(self._loaded)
+            monitor.load_state_dict(self._loaded)
             self._loaded = None
-        self._on_step(trainer, self.monitor)
+        self._on_step(trainer, monitor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Sample if an optimizer step was done and one is due; hand new summaries to Lightning."""
@@ -120,7 +94,7 @@ class AttentionMonitorCallback(Callback):
         if self._summaries:
             # Loggers have them already, on the monitor's own x-axis; here they are for callbacks to watch.
             pl_module.log_dict(self._summaries, on_step=True, on_epoch=False, logger=False, batch_size=1)
-            self._summaries = {}
+            self._summaries = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish the record and the loggers and say what the run comes to."""

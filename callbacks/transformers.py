@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from attnmonitor.callbacks.framework import FrameworkCallback
 from attnmonitor.ending import print_ending
 from attnmonitor.extras import needed
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.probe import ForwardFunction, default_forward
 from attnmonitor.sample import Sample
-from attnmonitor.schedules import Schedule, one_schedule
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
     from accelerate.utils import broadcast_object_list, send_to_device  # type: ignore[import-untyped]
@@ -44,7 +42,7 @@ __all__ = ["AttentionMonitorCallback"]
 _logger = logging.getLogger(__name__)
 
 
-class AttentionMonitorCallback(TrainerCallback):
+class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
     """Watches every attention head of the model that is trained.
 
     Args:
@@ -67,27 +65,6 @@ class AttentionMonitorCallback(TrainerCallback):
             refuses.
     """
 
-    def __init__(
-        self,
-        probe: Any = None,
-        *,
-        every_n_steps: int | None = None,
-        schedule: int | Schedule | Iterable[int] | None = None,
-        loggers: Any = None,
-        record: bool | str | Path | None = True,
-        forward: ForwardFunction | None = None,
-        name: str | None = None,
-        **settings: Any,
-    ) -> None:
-        self.monitor: AttentionMonitor | None = None
-        self._probe = probe
-        self._schedule = one_schedule(every_n_steps, schedule)
-        self._loggers = loggers
-        self._record = record
-        self._forward = forward
-        self._name = name
-        self._settings = settings
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -96,25 +73,21 @@ class AttentionMonitorCallback(TrainerCallback):
             self.monitor.close()
         trainer, checkpoint = _train_call()
         probe = _first_rows(trainer, kwargs["train_dataloader"]) if self._probe is None else self._probe
-        forward = self._forward or default_forward
 
         def in_training_precision(model: nn.Module, batch: Any) -> Any:
             with trainer.compute_loss_context_manager():
-                return forward(model, batch)
+                return self._forward(model, batch)
 
-        self.monitor = AttentionMonitor(
+        monitor = self._attach(
             kwargs["model"],
             probe if isinstance(probe, DataLoader) else send_to_device(probe, args.device),
-            self._schedule,
             loggers=self._all_loggers(trainer),
-            record=Path(str(args.output_dir)) / "attnmonitor_runs" if self._record is True else self._record,
+            folder=str(args.output_dir),
             forward=in_training_precision,
-            name=self._name,
-            **self._settings,
         )
         if checkpoint is not None:
-            self._go_on(self.monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
-        self.monitor.on_step(state.global_step)
+            self._go_on(monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
+        monitor.on_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Sample if one is due after this optimizer step, and pass on what its alerts ask for."""
