@@ -140,6 +140,20 @@ def test_an_alarm_that_holds_becomes_critical_once():
     assert told(events_of(plain_rule(patience=1, hold=0), one_head([3] * 9))) == [(0, "firing", "critical")]
 
 
+def test_what_is_firing_is_the_latest_news_of_every_head_that_fired_and_did_not_clear():
+    generator = torch.Generator().manual_seed(0)
+    watch, expected, lengths = Alerts([plain_rule(patience=1, hold=2)]), {}, set()
+    for step in range(80):
+        values = 3 * torch.rand(2, 3, generator=generator).round()
+        for event in watch.observe({"query_rms": {"a": values[0], "b": values[1]}}, step):
+            expected.pop((event.layer, event.head), None)
+            if event.state == "firing":
+                expected[event.layer, event.head] = event
+        assert {(event.layer, event.head): event for event in watch.firing} == expected
+        lengths.add(len(watch.firing))
+    assert lengths >= {0, 1, 2, 3, 4}, "too tame a run"
+
+
 def test_nothing_begins_before_grace_or_after_until():
     assert told(events_of(plain_rule(patience=1, grace=5), one_head([3] * 8)))[0] == (4, "firing", "warning")
     assert events_of(plain_rule(patience=1, until=3), one_head([0, 0, 0, 3, 3])) == []
@@ -279,6 +293,66 @@ def test_rules_about_layers_and_the_run_look_at_quantiles_over_heads():
     assert events_of(run, samples) == []
     [event] = events_of(plain_rule(scope="run", when=replace(threshold, quantile=0.9)), samples)
     assert (event.layer, event.head) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "values", "message"),
+    [
+        ({"signal": "value", "reading": "identity"}, [4.0], "query_rms is 4 (query_rms against a limit of 1)"),
+        ({"signal": "value"}, [8.0], "query_rms is 8 (ln query_rms against a limit of 1)"),
+        ({"signal": "change"}, [2.0, 2.0, 16.0], "query_rms is 16, was 2 (change +2.08 in ln query_rms, limit +1.00)"),
+        (
+            {"signal": "contrast"},
+            [2.0, 2.0, 16.0],
+            "query_rms is 16, was 2 (against the other heads +2.08 in ln query_rms, limit +1.00; own past only, too few "
+            "heads to compare with)",
+        ),
+        (
+            {"signal": "robust_z"},
+            [2.0, 2.0, 16.0],
+            "query_rms is 16, was 2 (robust z +20.79 in ln query_rms, limit +1.00; own past only, too few heads to "
+            "compare with)",
+        ),
+        ({"signal": "non_finite"}, [NAN], "query_rms is not finite"),
+    ],
+)
+def test_a_message_tells_the_value_what_it_was_the_signal_and_the_limit(fields, values, message):
+    level = 0.5 if fields["signal"] == "non_finite" else 1.0
+    threshold = Threshold("query_rms", fire_above=level, clear_below=0.5, window=2, gap=1, **fields)
+    [event] = events_of(plain_rule(when=threshold, patience=1), one_head(values))
+    assert event.message == message
+
+
+def test_a_message_names_the_quantile_and_a_share_its_own_and_what_is_over():
+    threshold = Threshold(**VALUE, reading="identity", fire_above=2.0, clear_below=1.0, quantile=0.75)
+    [began] = events_of(plain_rule(scope="run", when=threshold, patience=1), one_head([4.0]))
+    assert began.message == "the 75% quantile of query_rms is 4 (the 75% quantile of query_rms against a limit of 2)"
+    finite = Threshold("query_rms", "non_finite", fire_above=0.5, clear_below=0.5)
+    assert events_of(plain_rule(when=finite, patience=1), one_head([NAN, 1.0]))[-1].message == "query_rms is finite"
+    mass = Rule("mass", "mass", "run", FiringShare(), patience=1, grace=0)
+    samples = [{"query_rms": {"a": [3.0, 0, 0], "b": [0, value, 0]}} for value in (0, 3.0)]
+    events = events_of([mass, plain_rule(patience=1)], samples)
+    assert [(event.rule, event.layer, event.head) for event in events] == [
+        ("high", "a", 0),
+        ("high", "b", 1),
+        ("mass", None, None),
+    ]
+    assert events[-1].message == "33% of the heads have an alarm of their own (limit 25%)"
+    assert math.isnan(events[-1].baseline)
+
+
+@pytest.mark.parametrize("layers", [2 / 3, 0.7])
+def test_a_share_holds_at_its_levels_and_lets_go_below_its_own(layers):
+    """Three of twelve heads in two of three layers: exactly a quarter, exactly two thirds."""
+    mass = Rule("mass", "mass", "run", FiringShare(layers=layers, clear_heads=1 / 12), patience=1, grace=0)
+    ill = [{0, 1, 4}, {0}, set()]
+    samples = [
+        {"query_rms": {f"layers.{i}": [3.0 * (4 * i + j in heads) for j in range(4)] for i in range(3)}}
+        for heads in ill
+    ]
+    events = [event for event in events_of([plain_rule(patience=1), mass], samples) if event.rule == "mass"]
+    expected = [(0, "firing", "warning"), (2, "cleared", "warning")] if layers < 0.7 else []
+    assert told(events) == expected
 
 
 # -- What is not finite, and what is missing -------------------------------------------------------------------------
@@ -512,6 +586,47 @@ def test_a_senseless_rule_is_an_error_that_names_it(fields, complaint):
         plain_rule(**fields)
 
 
+LEAST = {"patience": 1, "grace": 0, "hold": 0, "least_heads": 1, "until": 1}
+LEAST_OF_THRESHOLD = {"window": 1, "gap": 1}
+
+
+@pytest.mark.parametrize("field", [*LEAST, *LEAST_OF_THRESHOLD])
+def test_a_count_may_be_its_least_and_neither_less_nor_a_truth_value_nor_a_fraction(field):
+    def rule(value):
+        if field in LEAST:
+            return plain_rule(**{field: value})
+        return plain_rule(when=Threshold(**VALUE, fire_above=1.0, clear_below=0.0, **{field: value}))
+
+    least = (LEAST | LEAST_OF_THRESHOLD)[field]
+    rule(least)
+    for value in (least - 1, True, float(least)):
+        with pytest.raises(ValueError, match=f"rule 'high': {field}={value!r}: must be an integer of at least {least}"):
+            rule(value)
+
+
+def test_levels_may_meet_and_quantiles_and_shares_may_be_their_ends():
+    Threshold(**VALUE, fire_above=1.0, clear_below=1.0).check("query_head")
+    Threshold(**VALUE, fire_below=1.0, clear_above=1.0).check("query_head")
+    for quantile in (0.0, 1.0):
+        Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=quantile).check("run")
+    for quantile in (-0.1, 1.1, None):
+        with pytest.raises(ValueError, match=f"quantile={quantile}"):
+            Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=quantile).check("layer")
+    with pytest.raises(ValueError, match="only rules of scope 'layer' or 'run' take a quantile"):
+        Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=0.5).check("query_head")
+    FiringShare(heads=1.0, layers=1.0, clear_heads=1.0).check("run")
+    for name in ("heads", "layers", "clear_heads"):
+        for share in (0.0, 1.01):
+            with pytest.raises(ValueError, match=f"{name}={share}: a share must be in"):
+                replace(FiringShare(heads=1.0), **{name: share}).check("run")
+    with pytest.raises(ValueError, match="clear_heads=0.3 must not exceed heads=0.25"):
+        FiringShare(clear_heads=0.3).check("run")
+    with pytest.raises(ValueError, match="AnyOf combines two"):
+        Threshold(**VALUE, fire_above=3.0, clear_below=2.0, fire_below=1.0, clear_above=1.5).check("query_head")
+    with pytest.raises(ValueError, match="only rules about heads have a source"):
+        plain_rule(scope="run", source_only=True, when=FiringShare())
+
+
 def test_two_rules_of_one_name_and_things_that_are_no_rules_are_errors():
     with pytest.raises(ValueError, match="rule 'high': the name is used twice"):
         Alerts([plain_rule(), plain_rule()])
@@ -522,6 +637,21 @@ def test_two_rules_of_one_name_and_things_that_are_no_rules_are_errors():
 def test_rules_survive_a_file(tmp_path):
     save_rules(DEFAULT_RULES, tmp_path / "rules.json")
     assert load_rules(tmp_path / "rules.json") == DEFAULT_RULES
+
+
+def test_a_rule_in_a_file_is_what_was_said_of_it_and_no_more(tmp_path):
+    when = AnyOf(Threshold(**VALUE, fire_above=1.0, clear_below=0.5, quantile=0.5), FiringShare(heads=0.5))
+    save_rules([Rule("mine", "test", "run", when, grace=3)], tmp_path / "rules.json")
+    value = {"metric": "query_rms", "signal": "value", "fire_above": 1.0, "clear_below": 0.5, "quantile": 0.5}
+    assert json.loads((tmp_path / "rules.json").read_text()) == [
+        {
+            "name": "mine",
+            "kind": "test",
+            "scope": "run",
+            "when": {"any_of": [value, {"firing_share": {"heads": 0.5}}]},
+            "grace": 3,
+        }
+    ]
 
 
 @pytest.mark.parametrize(
@@ -573,11 +703,59 @@ def test_one_notification_per_rule_however_many_heads():
     assert notification.level == "warning"
 
 
+def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_leaves_out():
+    began = [event(head=head, message="m") for head in range(9)]
+    over = [event(head=head, message="m", state="cleared") for head in range(10)]
+    [notification] = digest([*began, *over])
+    lines = notification.text.splitlines()
+    assert lines[0] == "step 50, l query head 0: alarm: m, since step 40"
+    assert lines[8] == "... and 1 more"
+    assert lines[9] == "step 50, l query head 0: recovered: m, since step 40"
+    assert lines[17] == "... and 2 more recovered"
+    assert [line.split(":")[0] for line in lines[18:]] == ["Usually", "Try"]
+    [short] = digest([*began[:8], *over[:8]])
+    assert "more" not in short.text.replace("gradient", "")
+    [recovered] = digest(over[:1])
+    assert recovered.text == "step 50, l query head 0: recovered: m, since step 40"
+    assert recovered.level == "info"
+    [own] = digest([event(kind="mine", rule="r", message="m")])
+    assert (own.title, own.text) == ("mine (r)", "step 50, l query head 0: alarm: m, since step 40")
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"scope": "kv_head"}, "step 50, l KV head 0: alarm: m, since step 40"),
+        ({"scope": "layer", "head": None}, "step 50, l: alarm: m, since step 40"),
+        ({"scope": "run", "layer": None, "head": None}, "step 50, run: alarm: m, since step 40"),
+        ({"severity": "critical"}, "step 50, l query head 0: still: m, since step 40"),
+        ({"severity": "critical", "state": "cleared"}, "step 50, l query head 0: recovered: m, since step 40"),
+    ],
+)
+def test_a_line_names_the_head_the_layer_or_the_run(fields, line):
+    assert digest([event(kind="mine", message="m", **fields)])[0].text == line
+
+
+def test_a_fault_of_the_run_comes_first_and_takes_its_symptoms_in_but_nothing_else():
+    mass = event(rule="mass", kind="mass", scope="run", layer=None, head=None)
+    symptom, held = event(head=1), event(rule="key_sink", head=2, severity="critical")
+    over = event(rule="key_faded", head=3, state="cleared")
+    sent = digest([symptom, held, over, mass])
+    assert [notification.rule for notification in sent] == ["mass", "key_sink", "key_faded"]
+    assert "Head alarms that began with it: 1." in sent[0].text
+    # A run at fault in another way, or one that recovers, explains no head.
+    for other in (replace(mass, kind="broken_start", rule="broken_start"), replace(mass, state="cleared")):
+        first, second = digest([symptom, other])
+        assert (first.rule, second.rule) == (other.rule, "energy_hot")
+        assert "Head alarms" not in first.text
+
+
 @given(st.text(min_size=1, max_size=100), st.sampled_from([*sorted({rule.kind for rule in DEFAULT_RULES}), "x" * 80]))
 def test_titles_are_short_and_the_same_whatever_happened(rule, kind):
     [first] = digest([event(rule=rule, kind=kind)])
     [second] = digest([event(rule=rule, kind=kind, head=7, state="cleared", global_step=999)])
     assert len(first.title) < 64
+    assert first.title.endswith(f"({rule})") or (len(first.title) == 63 and first.title.endswith("..."))
     assert first.title == second.title
     assert second.level == "info"
 

@@ -1,0 +1,168 @@
+"""Alerts against their definitions written the slow way: one head at a time, in plain Python and float64."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnmonitor.alerts import Threshold
+from attnmonitor.alerts.signals import SMALLEST, SPREAD_FLOOR, Heads, Past, Reference, evaluate, read, unread
+from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
+
+NAN = math.nan
+
+# -- The life of one alarm -------------------------------------------------------------------------------------------
+
+
+def life(seen: list[str], patience: int, hold: int) -> list[tuple[int, int, str]]:
+    """Phase, first step and what was told, per sample, of one alarm that sees ill, well, between or nothing."""
+    told, phase, since, streak, held = [], INACTIVE, -1, 0, 0
+    for step, now in enumerate(seen):
+        news = ""
+        if phase == FIRING:
+            if now != "nothing":
+                held += 1
+                streak = streak + 1 if now == "well" else 0
+            if now == "well" and streak == patience:
+                told.append((INACTIVE, -1, "cleared"))
+                phase, since, streak, held = INACTIVE, -1, 0, 0
+                continue
+            if now != "nothing" and held == hold:
+                news = "escalated"
+        elif now == "ill":
+            since = step if phase == INACTIVE else since
+            phase, streak = PENDING, streak + 1
+            if streak == patience:
+                phase, streak, held = FIRING, 0, 0
+                news = "fired and escalated" if hold == 0 else "fired"
+        elif now in ("well", "between"):
+            phase, since, streak = INACTIVE, -1, 0
+        told.append((phase, since, news))
+    return told
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+@pytest.mark.parametrize("hold", [0, 1, 4])
+def test_a_thousand_alarms_live_as_one_alarm_is_defined_to(patience, hold):
+    words = ("ill", "well", "between", "nothing")
+    chance = torch.tensor([0.5, 0.2, 0.1, 0.2])
+    drawn = torch.multinomial(chance.expand(1000, 4), 40, True, generator=torch.Generator().manual_seed(0))
+    expected = [life([words[i] for i in row], patience, hold) for row in drawn.tolist()]
+    states = AlarmStates.inactive(600).followed_by(AlarmStates.inactive(400))
+    assert states.since_step.tolist() == [-1] * 1000
+    for step, now in enumerate(drawn.T):
+        states, changes = advance(
+            states,
+            ill=now == 0,
+            not_ill=(now == 1) | (now == 2),
+            well=now == 1,
+            patience=patience,
+            hold=hold,
+            global_step=step,
+        )
+        news = {(0, 0, 0): "", (1, 0, 0): "fired", (1, 1, 0): "fired and escalated", (0, 1, 0): "escalated"}
+        news[0, 0, 1] = "cleared"
+        changed = torch.stack([changes.fired, changes.escalated, changes.cleared], -1).int().tolist()
+        found = zip(states.phase.tolist(), states.since_step.tolist(), changed, strict=True)
+        assert [(phase, since, news[tuple(flags)]) for phase, since, flags in found] == [row[step] for row in expected]
+
+
+# -- What a threshold sees -------------------------------------------------------------------------------------------
+
+READINGS = {
+    "identity": lambda m: m,
+    "log": lambda m: math.log(max(m, SMALLEST)),
+    "log_slack": lambda m: math.log(max(1 - m, SMALLEST)),
+    "log_excess": lambda m: math.log(max(m - 1, SMALLEST)),
+}
+
+
+def median(values) -> float:
+    """The lower one where there are two, of the values that are known."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median_low(known) if known else NAN
+
+
+def signals(threshold: Threshold, rows, kept: Reference, is_kept, least_heads: int) -> list[float]:
+    """The signal of every head, by the words of `Threshold` and `Reference`."""
+    x = [[READINGS[threshold.reading](m) if math.isfinite(m) else NAN for m in row] for row in rows.tolist()]
+    now, before = x[-1], x[-threshold.window - threshold.gap : -threshold.gap]
+    heads = range(len(now))
+    base = [median(row[head] for row in before) for head in heads]
+    for head in heads:
+        if sum(not math.isnan(row[head]) for row in before) < threshold.window / 2:
+            base[head] = NAN
+    change = [now[head] - base[head] for head in heads]
+    enough = sum(not math.isnan(value) for value in change) >= least_heads
+    crowd = [median(now) - median(change) if enough else NAN] * len(now)
+    for head in heads:
+        if is_kept[head]:
+            base[head], crowd[head] = kept.base[head].item(), kept.crowd[head].item()
+    change = [now[head] - base[head] for head in heads]
+    moved = [0.0 if math.isnan(median(now) - level) else median(now) - level for level in crowd]
+    contrast = [change[head] - moved[head] for head in heads]
+    spread = 1.4826 * median(abs(value - median(contrast)) for value in contrast)
+    z = [contrast[head] / ((0 if math.isnan(crowd[head]) else spread) + SPREAD_FLOOR) for head in heads]
+    return {"value": now, "change": change, "contrast": contrast, "robust_z": z}[threshold.signal]
+
+
+@pytest.mark.parametrize("signal", ["value", "change", "contrast", "robust_z"])
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("least_heads", [5, 9, 10])
+def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, least_heads):
+    generator = torch.Generator().manual_seed(least_heads)
+    threshold = Threshold("query_rms", signal, reading, fire_above=1.0, clear_below=0.5, window=5, gap=3)
+    for _ in range(20):
+        rows = 3 * torch.rand(11, 9, generator=generator)
+        rows[torch.rand(11, 9, generator=generator) < 0.25] = NAN
+        if least_heads > 5:
+            rows[-9:] = rows[-9:].nan_to_num(nan=0.5)
+        past = Past(depth=8)
+        for row in rows:
+            past.append(row, torch.ones(9, dtype=torch.bool))
+        assert past.seen.tolist() == rows.isfinite().sum(0).tolist()
+        kept = Reference(*torch.randn(2, 9, generator=generator))
+        is_kept = torch.rand(9, generator=generator) < 0.3
+        found, used = evaluate(threshold, past, kept=kept, is_kept=is_kept, least_heads=least_heads)
+        expected = torch.tensor(signals(threshold, rows, kept, is_kept, least_heads))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(used.base[is_kept], kept.base[is_kept], rtol=0, atol=0)
+
+
+def test_thresholds_that_differ_in_their_past_alone_are_not_given_each_others():
+    generator = torch.Generator().manual_seed(0)
+    rows = 1 + torch.rand(30, 9, generator=generator)
+    past, unknown, nobody = Past(depth=30), Reference.unknown(9), torch.zeros(9, dtype=torch.bool)
+    for row in rows:
+        past.append(row, ~nobody)
+    first = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=5, gap=3)
+    for other in (first, replace(first, window=9), replace(first, gap=7), replace(first, reading="log_excess")):
+        for least_heads in (5, 10):
+            found, _ = evaluate(other, past, kept=unknown, is_kept=nobody, least_heads=least_heads)
+            expected = torch.tensor(signals(other, rows, unknown, nobody, least_heads))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_is_non_finite_only_where_it_was_measured():
+    threshold = Threshold("query_rms", "non_finite", fire_above=0.5, clear_below=0.5)
+    heads = Heads({"a": 2, "b": 1})
+    row, is_measured = heads.flatten({"a": torch.tensor([math.inf, 2.0])})
+    past, unknown = Past(depth=1), Reference.unknown(3)
+    past.append(row, is_measured)
+    found, _ = evaluate(threshold, past, kept=unknown, is_kept=is_measured, least_heads=1)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, NAN]), equal_nan=True)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
+    threshold = Threshold("query_rms", "value", reading, fire_above=1.0, clear_below=0.5)
+    metric = {"log_slack": torch.linspace(0.01, 0.99, 9), "log_excess": torch.linspace(1.01, 9, 9)}.get(
+        reading, torch.linspace(0.1, 5, 9)
+    )
+    torch.testing.assert_close(unread(threshold, read(threshold, metric)), metric)
+    lowest = read(threshold, torch.tensor([{"log_slack": 1.0, "log_excess": 1.0}.get(reading, 0.0)]))
+    assert lowest.item() == pytest.approx(0.0 if reading == "identity" else math.log(SMALLEST))
