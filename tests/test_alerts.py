@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attnmonitor.alerts import (
@@ -28,9 +28,6 @@ from attnmonitor.catalog import DEFAULT_METRICS, METRICS
 from attnmonitor.sample import AlertEvent
 
 NAN = math.nan
-
-settings.register_profile("alerts", max_examples=20, deadline=None)
-settings.load_profile("alerts")
 
 
 def events_of(rule: Rule | list[Rule], samples: list[dict], **alerts) -> list[AlertEvent]:

@@ -32,6 +32,7 @@ from attnmonitor.functional import (
     spectral_gap,
 )
 from attnmonitor.functional.eigenvalues import jacobi_eigenvalues
+from attnmonitor.functional.precision import position_blocks
 
 SHAPES = {
     "one head": (1, 1, 1, 20, 8),
@@ -153,6 +154,33 @@ def test_effective_rank_at_any_fraction(fraction):
     query, key = draw((1, 3, 1, 60, 10), torch.float64)
     expected = [reference.effective_rank(reference.field(query[0, h], key[0, 0], 1.0), fraction) for h in range(3)]
     assert energy_effective_rank(query, key, fraction=fraction)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_a_field_of_three_directions_holds_its_whole_variance_in_three(method):
+    query, key = draw((1, 3, 1, 60, 10), torch.float64)
+    query[..., 3:] = 0
+    assert energy_effective_rank(query, key, fraction=1.0, method=method, target_rank=5).tolist() == [[3, 3, 3]]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 48, 16), (1, 2, 2, 40, 40)])
+def test_energies_are_those_of_the_dense_field_within_the_error_that_field_cores_states(shape, padding):
+    query, key = draw(shape, torch.float64)
+    _, num_heads, _, length, head_dim = shape
+    mask = padding(shape[0], length)
+    spectrum = energy_spectrum(query, key, scale=0.25, mask=mask)
+    expected = reference.layer_statistics(query, key, 0.25, mask, mask)
+    valid = torch.ones(shape[0], length, dtype=torch.bool) if mask is None else mask
+    query, key = (
+        torch.where(valid[:, None, :, None], x, 0) for x in (query, key.repeat_interleave(num_heads // shape[2], 1))
+    )
+    count = valid.sum(-1)[:, None]
+    dense_energy = expected["energy_rms"].square() * count.square()
+    assert ((spectrum.energy - dense_energy).abs() <= spectrum.error).all()
+    centered = torch.where(valid[:, None, :, None], key - key.sum(-2, keepdim=True) / count[..., None, None], 0)
+    query_energy, key_energy, centered_energy = (x.square().sum((-2, -1)) for x in (query, key, centered))
+    bound = 2**-49 * (length + head_dim**2) * 0.25**2 * query_energy * (centered_energy * key_energy).sqrt()
+    torch.testing.assert_close(spectrum.error, bound, rtol=1e-9, atol=0)
 
 
 def test_the_weights_rank_equals_the_svd_of_the_full_interaction_matrix():
@@ -315,6 +343,8 @@ def test_an_exact_tie_counts_as_reaching_the_mark():
         (lambda q, k: energy_spectrum(q, k, method="fast"), "method='fast'"),
         (lambda q, k: energy_spectrum(q, k, per="layer"), "per='layer'"),
         (lambda q, k: energy_spectrum(q[:, :3], k), "multiple of the key heads"),
+        (lambda q, k: energy_spectrum(q, torch.cat([k, k])), "one number of sequences"),
+        (lambda q, k: energy_spectrum(q[..., :4], k), "one head size"),
         (lambda q, k: energy_spectrum(q[0], k), "expected floating"),
         (lambda q, k: key_incoherence(k.long()), "got torch.int64"),
         (lambda q, k: key_incoherence(k, mask=torch.ones(1, 19, dtype=torch.bool)), r"expected bool \(1, 20\)"),
@@ -327,6 +357,27 @@ def test_errors_quote_the_argument_what_arrived_and_the_way_out(call, message):
     query, key = draw((1, 4, 2, 20, 8))
     with pytest.raises(ValueError, match=message):
         call(query, key)
+
+
+# ---- reading in blocks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "blocks"), [((2, 3, 50, 8), 1), ((1, 8, 4097, 32), 5), ((8, 64, 130, 64), 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_are_every_position_once_in_order_in_float64_and_of_one_size(shape, blocks, masked):
+    """A block holds 2^18 numbers, or 64 positions where those are more."""
+    heads = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    valid = torch.rand(shape[0], shape[2]) < 0.8 if masked else None
+    expected = heads.double()
+    if valid is not None:
+        expected = torch.where(valid[:, None, :, None], expected, 0)
+        heads = torch.where(valid[:, None, :, None], heads, torch.nan)
+    read = [(positions, block.clone()) for positions, block in position_blocks(heads, valid)]
+    assert torch.equal(torch.cat([block for _, block in read], 2), expected)
+    assert [position for where, _ in read for position in range(shape[2])[where]] == list(range(shape[2]))
+    lengths = [block.shape[2] for _, block in read]
+    assert len(lengths) == blocks
+    assert max(lengths) - min(lengths) < blocks
 
 
 # ---- many layers --------------------------------------------------------------------------------------------------
@@ -384,6 +435,19 @@ def test_leverage_is_right_in_directions_close_to_the_cut():
     torch.testing.assert_close(leverage_scores(key).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("length", "head_dim"), [(64, 8), (9, 16), (16, 9)])
+def test_directions_count_from_the_longer_side_times_float32s_resolution_on(length, head_dim):
+    """Float64 keys, so that what lies below the cut is exactly what was put there."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(length, 4, generator=generator, dtype=torch.float64)
+    left = torch.linalg.qr(left - left.mean(0)).Q
+    right = torch.linalg.qr(torch.randn(head_dim, 4, generator=generator, dtype=torch.float64)).Q
+    cut = max(length, head_dim) * torch.finfo(torch.float32).eps
+    key = left * torch.tensor([1.0, 1.05 * cut, 0.95 * cut, 0.6 * cut], dtype=torch.float64) @ right.T
+    assert key_rank(key[None, None], energy=1.0).item() == 2
+    torch.testing.assert_close(leverage_scores(key[None, None])[0, 0], left[:, :2].square().sum(-1), rtol=0, atol=1e-4)
+
+
 def test_attention_rows_equal_dense_attention_when_every_row_is_looked_at(padding):
     query, key = draw((2, 4, 2, 50, 8), key_offset=0.0)
     mask = padding(2, 50)
@@ -405,6 +469,7 @@ def test_a_subset_of_rows_stands_for_the_rest():
     attention_row_statistics(lambda rows: asked.append(rows) or logits(rows), 512)
     assert len(torch.cat(asked).unique()) == 64
     assert torch.cat(asked).max() == 511
+    assert torch.cat(asked).diff().unique().tolist() == [8], "evenly spaced"
     assert max(map(len, asked)) <= 16
 
 
