@@ -279,6 +279,7 @@ def test_a_dead_head_has_rank_and_energy_zero_and_no_incoherence(dtype, method):
     for name in ("energy_effective_rank", "energy_participation_ratio", "energy_stable_rank", "energy_rms"):
         assert found.values[name].tolist() == [[0, 0]], name
     assert found.certified.all()
+    assert found.invariant_residual < 1e-4
     assert found.values["energy_delocalization"].isnan().all()
     assert found.values["key_rank"][0, 1] == found.values["key_participation_ratio"][0, 1] == 0
     assert found.values["key_incoherence"][0, 1].isnan()

@@ -139,4 +139,4 @@ def _violation(spectrum: EnergySpectrum) -> Tensor:
     stable, participation = spectrum.stable_rank, spectrum.participation_ratio
     past_trace = spectrum.variances.sum(-1) / spectrum.energy - 1
     worst = torch.stack([1 - stable, stable / participation - 1, participation / spectrum.max_rank - 1, past_trace])
-    return torch.where(worst.isfinite(), worst, 0).amax(0).clamp_min(0)
+    return torch.where(worst.isfinite() & (spectrum.energy > 0), worst, 0).amax(0).clamp_min(0)
