@@ -28,7 +28,7 @@ from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.catalog import METRICS
 from attnmonitor.functional import HeadCores, head_cores, head_statistics
 from attnmonitor.measurement import _LARGEST_BATCH
-from benchmarks.overhead import interleaved
+from benchmarks.overhead import interleaved, ratio
 
 SEQUENCES, LENGTH = 4, 2048
 BF16_PEAK, FLOAT64_PEAK = 989, 67  # TFLOP/s of an H100, dense; its float32 without TF32 is as fast as its float64
@@ -148,7 +148,7 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
         found = {name: figure * shape.num_layers for name, figure in found.items()}
         if real:
             seconds = interleaved({"forward": lambda: layer(x), "sample": sample}, repeats=3)
-            found["share of time"] = seconds["sample"] / seconds["forward"] - 1
+            found["share of time"] = ratio(seconds["sample"], seconds["forward"]) - 1
     return found
 
 
