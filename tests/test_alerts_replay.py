@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, Threshold, replay, replay_text
 from attnmonitor.record import RunRecord
-from attnmonitor.sample import Sample
+from attnmonitor.sample import AlertEvent, Sample
 
 FAINT = Rule(
     "faint", "dead_head", "query_head", Threshold("query_rms", "value", fire_below=-2.0, clear_above=-1.0), grace=0
@@ -67,6 +68,19 @@ def test_a_replay_with_other_rules_needs_no_model(tmp_path):
     assert replay_text(replay(record, [])) == "nothing would have fired"
 
 
+def test_a_line_of_a_replay_names_the_head_the_layer_or_the_run():
+    event = AlertEvent("faint", "x", "kv_head", "a", 3, 1.0, 2.0, 70, "firing", since_step=60, message="m")
+    lines = replay_text(
+        [event, replace(event, scope="layer", head=None), replace(event, layer=None, head=None, value=math.nan)]
+    ).splitlines()
+    assert [line.split()[:4] for line in lines] == [["step", "70", "firing", "warning"]] * 3
+    assert [line.split()[4:] for line in lines] == [
+        ["faint", "a", "kv_head", "3", "m"],
+        ["faint", "a", "m"],
+        ["faint", "run"],
+    ]
+
+
 def test_sampling_less_often_finds_it_later(tmp_path):
     record = recorded(tmp_path / "run.sqlite", sick_run())
     assert replay(record, [FAINT], stride=3)[0].global_step == 390
@@ -104,5 +118,7 @@ def test_a_metric_that_was_recorded_seldom_keeps_its_own_pace(tmp_path):
 def test_a_rule_over_what_was_not_recorded_is_an_error_that_names_it(tmp_path):
     record = recorded(tmp_path / "run.sqlite", sick_run(3))
     entropy = Rule("no_focus", "x", "query_head", Threshold("sink_mass", "value", fire_above=1.0, clear_below=0.5))
-    with pytest.raises(ValueError, match="rules no_focus: the run did not record sink_mass"):
-        replay(record, [entropy])
+    rests = replace(entropy, name="rests", optional=True)
+    with pytest.raises(ValueError, match=r"^rules no_focus: the run did not record sink_mass$"):
+        replay(record, [FAINT, entropy, rests])
+    assert replay(record, [rests]) == []

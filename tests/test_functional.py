@@ -472,6 +472,8 @@ def test_a_subset_of_rows_stands_for_the_rest():
     assert torch.cat(asked).max() == 511
     assert torch.cat(asked).diff().unique().tolist() == [8], "evenly spaced"
     assert max(map(len, asked)) <= 16
+    last = attention_row_statistics(logits, 512, num_rows=1)
+    torch.testing.assert_close(last["max_logit"], logits(torch.tensor([511])).amax((-2, -1)))
 
 
 def test_a_head_that_is_not_finite_has_no_row_statistics_and_the_others_do():
