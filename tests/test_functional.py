@@ -31,7 +31,7 @@ from attnmonitor.functional import (
     row_logits,
     spectral_gap,
 )
-from attnmonitor.functional.eigenvalues import jacobi_eigenvalues
+from attnmonitor.functional.eigenvalues import jacobi_eigenvalues, symmetric_eigenvalues
 from attnmonitor.functional.precision import position_blocks
 
 SHAPES = {
@@ -485,6 +485,19 @@ def test_a_head_that_is_not_finite_has_no_row_statistics_and_the_others_do():
 
 
 # ---- the eigensolver that never waits -----------------------------------------------------------------------------
+
+
+def test_eigenvalues_come_largest_first_with_a_bound_on_their_sums_and_nan_where_a_matrix_is_not_finite():
+    rows = torch.randn(5, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices = rows.mT @ rows
+    expected = torch.linalg.eigvalsh(matrices).flip(-1)
+    matrices[1, 2, 3], matrices[3, 0, 0] = torch.nan, torch.inf
+    found, error = symmetric_eigenvalues(matrices)
+    sound = torch.tensor([True, False, True, False, True])
+    assert found.isnan().all(-1).tolist() == error.isnan().tolist() == (~sound).tolist()
+    torch.testing.assert_close(found[sound], expected[sound])
+    assert ((found - expected).abs().sum(-1) <= error)[sound].all()
+    assert (error < 1e-12 * expected[:, 0])[sound].all()
 
 
 @pytest.mark.parametrize("size", [2, 8, 32])
