@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnmonitor.functional import energy_spectrum
+from attnmonitor.functional import energy_spectrum, sketch
 from attnmonitor.functional import spectrum as spectrum_module
 from attnmonitor.functional.cores import FieldCores
 from attnmonitor.functional.sketch import sketched_spectrum
@@ -200,8 +200,6 @@ def test_a_failed_factorisation_certifies_nothing(monkeypatch):
 
 def test_columns_that_are_not_orthonormal_are_noticed(monkeypatch):
     """The proof needs an orthonormal V; how far it is from one is measured, not assumed."""
-    from attnmonitor.functional import sketch
-
     orthonormal = sketch._orthonormal
     monkeypatch.setattr(sketch, "_orthonormal", lambda columns: 0.999 * orthonormal(columns))
     generator = torch.Generator().manual_seed(0)
@@ -212,6 +210,32 @@ def test_columns_that_are_not_orthonormal_are_noticed(monkeypatch):
     found = core_spectrum(fields(core), method="randomized", target_rank=8)
     certified = found.certified()
     assert (found.effective_rank()[certified] == exact_counts(variances)[certified]).all()
+
+
+@pytest.mark.parametrize("family", ["geometric", "random", "condition number 1e12"])
+def test_the_sketch_returns_what_the_proof_names(monkeypatch, family):
+    """θ, and θ₁ + … + θᵢ + ‖R‖² / (θᵢ - γ), written down from the V that the sketch ended with."""
+    made = []
+    orthonormal = sketch._orthonormal
+    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: made.append(orthonormal(columns)) or made[-1])
+    generator = torch.Generator().manual_seed(0)
+    variances = spectra(family, 60, 16, generator)
+    core = rotated(variances / variances.sum(-1, keepdim=True), generator, graded=True)
+    found, bounds, error = sketched_spectrum(core, 6)
+    basis = made[-1]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64).expand(60, 6, 6))
+    theta = torch.linalg.eigvalsh(basis.mT @ core @ basis).flip(-1)
+    residual = core @ basis - basis @ (basis.mT @ core @ basis)
+    outside = torch.eye(16, dtype=torch.float64) - basis @ basis.mT
+    rest = outside @ core @ outside
+    gap = theta - torch.linalg.matrix_norm(rest @ rest).sqrt()[:, None]
+    proved = theta.cumsum(-1) + torch.linalg.matrix_norm(residual).square()[:, None] / gap
+    clear = gap > 1e-9  # elsewhere rounding decides on which side of γ a θ stands
+    torch.testing.assert_close(found, theta.clamp_min(0), rtol=0, atol=1e-13)
+    torch.testing.assert_close(bounds[clear], proved.clamp_max(1)[clear], rtol=0, atol=1e-9)
+    assert (bounds[gap < -1e-9] == 1).all()
+    assert (bounds <= 1).all()
+    assert (error < 1e-11).all()
 
 
 def test_auto_takes_every_eigenvalue_where_heads_are_small_and_sketches_large_ones():

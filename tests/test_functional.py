@@ -183,6 +183,15 @@ def test_energies_are_those_of_the_dense_field_within_the_error_that_field_cores
     torch.testing.assert_close(spectrum.error, bound, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(40, 400), (400, 40)])
+def test_the_error_grows_with_the_longer_of_queries_and_keys(num_queries, num_keys):
+    query, key = (draw((1, 1, 1, length, 4), torch.float64)[0] for length in (num_queries, num_keys))
+    centered = key - key.mean(-2, keepdim=True)
+    size = query.square().sum() * (centered.square().sum() * key.square().sum()).sqrt()
+    error = energy_spectrum(query, key, scale=1.0).error
+    assert error.item() == pytest.approx(2**-49 * (400 + 4**2) * size.item(), rel=1e-9)
+
+
 def test_the_weights_rank_equals_the_svd_of_the_full_interaction_matrix():
     generator = torch.Generator().manual_seed(3)
     w_q, w_k = torch.randn(2, 5, 8, 30, generator=generator) * torch.logspace(0, -1, 8)[:, None]
