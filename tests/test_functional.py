@@ -201,8 +201,22 @@ def test_the_weights_rank_equals_the_svd_of_the_full_interaction_matrix():
     assert interaction_effective_rank(w_q, w_k).tolist() == ranks.tolist()
     torch.testing.assert_close(interaction_participation_ratio(w_q, w_k), ratio, rtol=1e-5, atol=0)
     assert spectral_gap(torch.tensor([40.0]), torch.tensor([8.0])).item() == 5
-    with pytest.raises(ValueError, match="repeat w_k"):
-        interaction_effective_rank(w_q, w_k[:1])
+    for wrong in ((w_q, w_k[:1]), (w_q[0], w_k[0])):
+        with pytest.raises(ValueError, match="repeat w_k"):
+            interaction_effective_rank(*wrong)
+
+
+def test_weights_that_lost_rank_are_counted_and_a_head_that_is_not_finite_is_nan_alone():
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.linalg.qr(torch.randn(2, 6, 8, 2, generator=generator, dtype=torch.float64))[0].unbind()
+    w_q = torch.randn(6, 8, 30, generator=generator, dtype=torch.float64)
+    w_k = left @ right.mT @ w_q  # two directions; the other eigenvalues of its Gram matrix are rounding of either sign
+    variances = torch.linalg.svdvals(w_q.mT @ w_k) ** 2
+    w_q[4, 3, 2], w_k[5, 0, 0] = torch.nan, torch.inf
+    ranks, ratio = interaction_effective_rank(w_q, w_k, fraction=0.999999), interaction_participation_ratio(w_q, w_k)
+    assert ranks[:4].tolist() == [2, 2, 2, 2]
+    torch.testing.assert_close(ratio[:4], (variances.sum(-1) ** 2 / variances.square().sum(-1))[:4])
+    assert ranks.isnan().tolist() == ratio.isnan().tolist() == [False] * 4 + [True] * 2
 
 
 # ---- properties ---------------------------------------------------------------------------------------------------
