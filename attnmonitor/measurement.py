@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import AttentionCall, capture_attention
-from attnmonitor.catalog import METRICS, OPT_IN_METRICS, WEIGHT_METRICS
+from attnmonitor.catalog import METRICS, WEIGHT_METRICS
 from attnmonitor.functional import HeadCores, HeadStatistics, attention_row_statistics, head_cores, head_statistics
 from attnmonitor.functional.parallel import kept_cores
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
@@ -259,7 +259,7 @@ class Measurement:
 
     def _reduce(self, call: AttentionCall) -> tuple[_Reduced, HeadCores]:
         masks = {"query_mask": call.query_mask, "key_mask": call.key_mask}
-        by_rows = [name for name in self._metrics if name in OPT_IN_METRICS]
+        by_rows = [name for name in self._metrics if METRICS[name].source == "rows"]
         # The cores take the query heads that share a key head side by side.
         query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
         cores = head_cores(query, call.key, scale=call.scale, metrics=self._metrics, **masks)

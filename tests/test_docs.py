@@ -5,8 +5,14 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from models import TinyGPT, token_batch
+
+from attnmonitor.alerts import load_rules
+from attnmonitor.catalog import METRICS
+from attnmonitor.metrics import METRIC_CLASSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,3 +67,21 @@ def test_every_test_that_a_page_names_exists() -> None:
     }
     assert len(named) > 50
     assert sorted(named - there) == []
+
+
+def test_every_metric_is_in_the_readme_and_has_its_definition() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "what-is-measured.md"):
+        text = page.read_text()
+        assert [name for name in METRICS if f"`{name}`" not in text] == [], page.name
+
+
+def test_every_metric_has_a_class_but_the_ratio_of_two_others() -> None:
+    assert set(METRICS) - set(METRIC_CLASSES) == {"spectral_gap"}
+    assert set(METRIC_CLASSES) <= set(METRICS)
+
+
+def test_the_rules_that_the_page_on_alerts_shows_can_be_used_as_they_are(in_own_folder: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "alerts.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {"model": TinyGPT(), "probe": token_batch()}
+    exec(snippet, names)
+    assert load_rules("rules.json")[-1] == names["sink"]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,8 @@ def head_cores(
         scale: The softmax scale s.
         query_mask: ``(B, Lq)`` bool, True where valid.
         key_mask: ``(B, Lk)`` bool, True where valid.
-        metrics: Names from the catalog; work per position is done only for those asked for.
+        metrics: Names from the catalog; work per position is done only for those asked for. What follows from the cores
+            alone is there whatever they are.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -177,13 +179,19 @@ def _joined(parts: Sequence[HeadCores]) -> HeadCores:
     """The sequences' cores as those of one layer."""
     if len(parts) == 1:
         return parts[0]
-    layers = [part.fields for part in parts]
     return HeadCores(
-        FieldCores(*(torch.cat([getattr(layer, each.name) for layer in layers]) for each in fields(FieldCores))),
-        torch.cat([part.key_variances for part in parts]),
-        {name: torch.cat([part.per_position[name] for part in parts]) for name in parts[0].per_position},
-        torch.stack([part.share_excess for part in parts]).amax(),
+        **{each.name: _end_to_end([getattr(part, each.name) for part in parts]) for each in fields(HeadCores)}
     )
+
+
+def _end_to_end(parts: list[Any]) -> Any:
+    """What is known of some sequences after what is known of others; the greatest of what has no sequences."""
+    first = parts[0]
+    if isinstance(first, FieldCores):
+        return FieldCores(*(_end_to_end([getattr(part, each.name) for part in parts]) for each in fields(first)))
+    if isinstance(first, dict):
+        return {name: _end_to_end([part[name] for part in parts]) for name in first}
+    return torch.cat(parts) if first.dim() else torch.stack(parts).amax()
 
 
 def _per_position(core: Tensor, basis: KeyBasis, wanted: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:

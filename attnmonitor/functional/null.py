@@ -10,22 +10,13 @@ from functools import cache
 
 import torch
 
+from attnmonitor.catalog import METRICS
 from attnmonitor.functional.cores import head_cores
 from attnmonitor.functional.statistics import head_statistics
 
 __all__ = ["NULL_METRICS", "null_statistics"]
 
-NULL_METRICS = (
-    "energy_effective_rank",
-    "energy_participation_ratio",
-    "energy_stable_rank",
-    "energy_delocalization",
-    "key_incoherence",
-    "key_rank",
-    "key_leverage_max",
-    "key_participation_ratio",
-    "key_norm_participation",
-)
+NULL_METRICS = tuple(name for name, info in METRICS.items() if info.source == "cores" and info.scale_free)
 """Metrics of q and k that no change of their size moves."""
 
 _MOST_HEADS, _MOST_NUMBERS = 16, 2**22  # a long probe needs fewer heads for the same mean, and must not fill the memory
