@@ -458,6 +458,61 @@ def test_each_kind_of_fault_names_its_head_within_patience_and_nobody_else(metri
 
 
 @pytest.mark.parametrize(
+    ("metric", "rate", "rule"),
+    [
+        ("query_rms", 0.022, "query_grown"),
+        ("key_rms", 0.022, "key_grown"),
+        ("query_rms", -0.022, "query_faded"),
+        ("key_rms", -0.022, "key_faded"),
+    ],
+)
+def test_a_drift_too_slow_for_the_short_past_is_found_by_the_long_one(metric, rate, rule):
+    run = healthy_run(125)
+    for index, sample in enumerate(run):
+        sample[metric]["layers.1"][2] *= math.exp(rate * max(0, index - 40))
+    events = events_of(list(DEFAULT_RULES), run)
+    assert {(event.rule, event.layer, event.head) for event in events} == {(rule, "layers.1", 2)}
+    assert abs(math.log(events[0].value / events[0].baseline)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("metric", "sick", "rules"),
+    [
+        ("energy_rms", 6.0, {"mass_shift"}),
+        ("energy_rms", 100.0, {"mass_shift", "broken_start"}),
+        ("key_participation_ratio", 3.0, {"mass_shift"}),
+        ("key_norm_participation", 0.2, {"broken_start"}),
+        ("energy_rms", NAN, {"non_finite_run"}),
+    ],
+)
+def test_what_hits_all_heads_is_the_runs_fault_and_lets_go_when_it_is_over(metric, sick, rules):
+    run = healthy_run(70)
+    for sample in run[40:44]:
+        sample[metric] = {layer: [sick] * len(heads) for layer, heads in sample[metric].items()}
+    events = events_of(list(DEFAULT_RULES), run)
+    news = {(event.rule, event.layer, event.state) for event in events}
+    assert news == {(rule, None, state) for rule in rules for state in ("firing", "cleared")}
+
+
+@pytest.mark.parametrize(
+    ("metric", "sick"),
+    [("energy_rms", 30.0), ("query_rms", 0.1), ("key_rms", 9.0), ("key_leverage_max", 0.98), ("energy_rms", NAN)],
+)
+def test_what_hits_one_head_lets_go_when_it_is_over(metric, sick):
+    """For less than half a baseline: a longer fault is what the head's recovery is compared with."""
+    run, watch = healthy_run(80), Alerts()
+    for sample in run[40:47]:
+        sample[metric]["layers.1"][2] = sick
+    firing = []
+    for index, sample in enumerate(run):
+        watch.observe(tensors(sample), index)
+        firing.append(bool(watch.firing))
+    assert firing[:40] == [False] * 40
+    assert all(firing[41:47])
+    assert not any(firing[50:])
+
+
+@pytest.mark.parametrize(
     "moved", [("key_leverage_max",), ("key_incoherence",), ("key_leverage_max", "key_incoherence")]
 )
 def test_a_key_that_takes_over_needs_two_witnesses_and_then_one_sample_is_enough(moved):
