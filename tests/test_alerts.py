@@ -338,6 +338,11 @@ def test_a_message_names_the_quantile_and_a_share_its_own_and_what_is_over():
     assert math.isnan(events[-1].baseline)
 
 
+def test_a_share_of_no_heads_is_no_share():
+    mass = Rule("mass", "mass", "run", FiringShare(), patience=1, grace=0)
+    assert events_of(mass, one_head([1.0])) == []
+
+
 @pytest.mark.parametrize("layers", [2 / 3, 0.7])
 def test_a_share_holds_at_its_levels_and_lets_go_below_its_own(layers):
     """Three of twelve heads in two of three layers: exactly a quarter, exactly two thirds."""
@@ -510,6 +515,15 @@ def test_what_hits_one_head_lets_go_when_it_is_over(metric, sick):
     assert firing[:40] == [False] * 40
     assert all(firing[41:47])
     assert not any(firing[50:])
+
+
+def test_a_head_that_came_back_less_than_half_way_is_not_healthy_yet():
+    run, watch = healthy_run(50), Alerts()
+    for index, sample in enumerate(run[40:]):
+        sample["query_rms"]["layers.1"][2] *= 0.2 if index < 4 else 0.72
+    for index, sample in enumerate(run):
+        watch.observe(tensors(sample), index)
+        assert [event.rule for event in watch.firing] == (["query_faded"] if index > 40 else [])
 
 
 @pytest.mark.parametrize(
