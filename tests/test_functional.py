@@ -330,6 +330,15 @@ def test_half_precision_inputs_that_overflow_when_squared_are_measured():
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5, msg=f"{dtype} {size} {name}")
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize(
+    "statistic", [key_incoherence, key_leverage_max, key_norm_participation, key_participation_ratio, key_rank]
+)
+def test_the_size_of_float32_keys_does_not_matter_however_far_it_is_from_one(statistic, size):
+    _, key = draw((1, 2, 2, 40, 8))
+    torch.testing.assert_close(statistic(size * key), statistic(key), rtol=1e-4, atol=0)
+
+
 def test_leverage_of_collapsed_keys_counts_directions_not_noise():
     """Rank-4 keys in float32: a plain QR gives a leverage that sums to 32."""
     generator = torch.Generator().manual_seed(0)
