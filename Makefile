@@ -6,8 +6,12 @@ READY := $(VENV)/.ready
 READY_FOR_DEMO := $(VENV)/.ready-for-demo
 # Without compiling: that is done when a module is first imported, and most never are.
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
+LOWEST := .venv-lowest/bin/python
+READY_FOR_LOWEST := .venv-lowest/.ready
+# FSDP2 of torch 2.6 needs a GPU; these try it among other things.
+GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/test_distributed_faults.py --ignore tests/test_distributed_frameworks.py
 
-.PHONY: demo test check bench soak fuzz docs clean
+.PHONY: demo test check bench soak fuzz lowest docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -45,9 +49,17 @@ soak: $(READY)  ## proofs that take longer than a test may
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes
 	$(RUN) -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py
 
+$(READY_FOR_LOWEST): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST) -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[test]'
+	touch $@
+
+lowest: $(READY_FOR_LOWEST)  ## the suite with the lowest supported versions of everything, in .venv-lowest; needs Python 3.10 to 3.12
+	$(LOWEST) -m pytest $(GPU_ONLY_IN_THE_LOWEST_TORCH)
+
 docs: $(READY)  ## the pages and the reference as one site, in docs/_build
 	$(INSTALL) --editable '.[docs]'
 	$(VENV)/bin/sphinx-build --quiet --fail-on-warning docs docs/_build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output docs/_build
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info demo_output docs/_build

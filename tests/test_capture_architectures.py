@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import Architecture, captured, hugging_face_architectures, other_architectures
+from architectures import (
+    Architecture,
+    captured,
+    hugging_face_architectures,
+    other_architectures,
+    otherwise_in_this_transformers,
+)
 from independent import OWN_LOGITS, deviations, explain, explained
 from torch import Tensor
 
@@ -28,6 +34,8 @@ def built(architecture: Architecture, implementation: str) -> torch.nn.Module:
     """The model, or a skip with the library's own reason why it does not exist."""
     if architecture.missing:
         pytest.skip(architecture.missing)
+    if reason := otherwise_in_this_transformers(architecture.name, implementation):
+        pytest.skip(f"transformers 4: {reason}")
     try:
         model = architecture.build(implementation)
         torch.compiler.set_stance("force_eager")

@@ -16,6 +16,7 @@ from architectures import (
     captured,
     hugging_face_architectures,
     other_architectures,
+    otherwise_in_this_transformers,
     sharpen,
 )
 from torch import Tensor, nn
@@ -239,6 +240,8 @@ def test_a_second_sample_never_waits_for_the_device(
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
     if implementation == "sdpa" and name not in ("gpt2", "llama", "mistral", "t5"):
         pytest.skip("no sdpa in the library")
+    if reason := otherwise_in_this_transformers(name, implementation):
+        pytest.skip(f"transformers 4: {reason}")
     model, inputs = architecture.build(implementation), architecture.inputs(True)
     layouts: dict[str, tuple[str, ...]] = {}
     calls: list[AttentionCall] = []

@@ -11,6 +11,7 @@ from architectures import (
     captured,
     hugging_face_architectures,
     other_architectures,
+    otherwise_in_this_transformers,
     sharpen,
 )
 from torch import Tensor, nn
@@ -66,6 +67,8 @@ def test_projections_reproduce_the_captured_queries_and_keys(architecture: Archi
     """At position 0 the difference of two sequences' queries is W_Q times the difference of their inputs."""
     if architecture.missing:
         pytest.skip(architecture.missing)
+    if architecture.name == "t5" and (reason := otherwise_in_this_transformers("t5", "eager")):
+        pytest.skip(f"transformers 4: {reason}")
     model = architecture.build("eager")
     found = discovered(model, **architecture.inputs(False))
     if architecture.name in REFUSED:
