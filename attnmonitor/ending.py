@@ -5,6 +5,8 @@ People who have logged nothing and opened nothing still read the last lines of t
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections import Counter
 
@@ -42,7 +44,8 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
     elapsed = time.perf_counter() - monitor.attached_at
     print(f"  watching took {monitor.seconds:.1f} s, {monitor.seconds / elapsed:.1%} of the time since attach")
     if monitor.record_path is not None:
-        print(f"  record: {monitor.record_path}\n  charts: attnmonitor report {monitor.record_path}")
+        command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
+        print(f"  record: {monitor.record_path}\n  charts: {command} report {monitor.record_path}")
 
 
 def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.catalog import METRICS
-from attnmonitor.sample import Sample
+from attnmonitor.sample import ByLayer, Sample
 
 __all__ = ["History"]
 
@@ -49,12 +49,12 @@ class History:
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
-    def __getitem__(self, metric: str) -> dict[str, Tensor]:
+    def __getitem__(self, metric: str) -> ByLayer[Tensor]:
         """Return the trajectories of a metric: layer name to ``(num_samples, num_heads)``."""
         if metric not in self._rows:
             raise KeyError(f"{metric!r} is not measured by this monitor; it measures {', '.join(self._rows)}")
         stretches = torch.split(self._table(metric), self._widths(metric), dim=1)
-        return dict(zip(self.num_heads, stretches, strict=True))
+        return ByLayer(zip(self.num_heads, stretches, strict=True))
 
     def append(self, sample: Sample) -> None:
         """Add a sample; one taken again at an earlier step replaces what came after it."""

@@ -30,7 +30,7 @@ from attnmonitor.measurement import Measurement
 from attnmonitor.probe import ForwardFunction, HookFilter, Probe, own_surroundings, unwrap
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
 from attnmonitor.schedules import Schedule, as_schedule
 from attnmonitor.sharding import check_known_sharding, is_sharded
 from attnmonitor.together import SharedMeasurement
@@ -151,7 +151,9 @@ class AttentionMonitor:
         if not self._is_main:
             loggers, record = [], None
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
-        self.coverage: Mapping[str, LayerCoverage] = self._measurement.attach().coverage if self._measures else {}
+        self.coverage: Mapping[str, LayerCoverage] = ByLayer(
+            self._measurement.attach().coverage if self._measures else {}
+        )
         self.history = History(self._measurement.num_heads, self._metrics)
         self._record_path, self._record_in_folder = _record_path(record, name)
         self._record: RecordWriter | None = None
@@ -224,7 +226,7 @@ class AttentionMonitor:
                 raise
             failure = f"{type(error).__name__}: {error}"
             measured = self._measurement.nothing(failure)
-        self.coverage = measured.coverage
+        self.coverage = ByLayer(measured.coverage)
         self._failures.of_a_sample(measured, self._measurement.layers, failure, global_step)
         if not self._is_main:
             return Sample(global_step, values={}, failure=failure, name=self.name)
@@ -256,6 +258,7 @@ class AttentionMonitor:
                 num_failed=self._num_failed,
                 failure=failure,
                 watched=bool(self._alerts.rules),
+                grace=self._alerts.grace,
             ),
             name=self.name,
         )
@@ -282,6 +285,7 @@ class AttentionMonitor:
             "weights_every": self._weights_every,
             "strict": self.strict,
             "alerts": [rule.name for rule in self._alerts.rules],
+            "alerts_grace": self._alerts.grace,
             "actions": {
                 key: [
                     action if isinstance(action, str) else getattr(action, "__qualname__", repr(action))

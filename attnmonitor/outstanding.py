@@ -123,14 +123,19 @@ def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
     return list(firing.values())
 
 
-def by_concern(firing: Iterable[AlertEvent]) -> list[list[AlertEvent]]:
+def by_concern(
+    firing: Iterable[AlertEvent], coverage: Mapping[str, LayerCoverage] | None = None
+) -> list[list[AlertEvent]]:
     """Alarms that fire, put together by head, layer or run, in the order in which to look at them.
 
-    The run comes first, then what has a critical alarm, what several rules agree on, and what began earlier.
+    The run comes first, then what has a critical alarm, what several rules agree on, and what began earlier. With the
+    ``coverage`` a query head and the KV head that it alone reads are one.
     """
     by_place: dict[tuple[str | None, str, int | None], list[AlertEvent]] = {}
     for event in firing:
-        by_place.setdefault((event.layer, event.scope, event.head), []).append(event)
+        layer = None if event.layer is None else (coverage or {}).get(event.layer)
+        is_one_head = event.head is not None and layer is not None and layer.num_kv_heads == layer.num_query_heads
+        by_place.setdefault((event.layer, "head" if is_one_head else event.scope, event.head), []).append(event)
 
     def concern(events: list[AlertEvent]) -> tuple[bool, bool, int, int]:
         calm = all(event.severity != "critical" for event in events)

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
-__all__ = ["AlertEvent", "LayerCoverage", "Sample"]
+__all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample"]
+
+_Value = TypeVar("_Value")
+
+
+class ByLayer(dict[str, _Value]):
+    """Something of every layer by its name; asked for another name, it says which there are.
+
+    Example:
+        >>> ByLayer({"blocks.0": 1, "blocks.1": 2})["blocks.1.attn"]
+        Traceback (most recent call last):
+        KeyError: "no layer 'blocks.1.attn'; did you mean 'blocks.1' or 'blocks.0'?"
+    """
+
+    def __missing__(self, layer: str) -> _Value:
+        import difflib
+
+        near = difflib.get_close_matches(str(layer), self, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(self) or 'none'}"
+        raise KeyError(f"no layer {layer!r}; {hint}")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def verdict(
     num_failed: int = 0,
     failure: str | None = None,
     watched: bool = True,
+    grace: int = 0,
 ) -> str:
     """One line for people: whether there is anything to look at, and where.
 
@@ -48,6 +49,7 @@ def verdict(
         num_failed: Samples without values.
         failure: Why the last failed sample failed.
         watched: Whether any alert rule was on; without one nobody can say "healthy".
+        grace: Samples that the slowest rule waits for before it may fire; before that nobody can say it either.
 
     Example:
         >>> coverage = {"h.0.attn": LayerCoverage("h.0.attn", how="sdpa", num_query_heads=12)}
@@ -63,11 +65,11 @@ def verdict(
     if missed and not measured:
         return f"nothing measured in {_count(len(missed), 'attention layer')} ({missed[0].layer}: {missed[0].reason})"
     if firing:
-        line = _complaint(firing, short_layer_names(coverage))
+        line = _complaint(by_concern(firing, coverage), short_layer_names(coverage))
     else:
         heads = _count(sum(entry.num_query_heads for entry in measured), "head")
         over = f"in {_count(len(measured), 'layer')} watched over {_count(num_samples, 'sample')}"
-        line = f"{heads} {over}: {'healthy' if watched else 'no alert rule was on'}"
+        line = f"{heads} {over}: {_nothing_firing(num_samples, watched, grace)}"
     notes = []
     if num_cleared:
         notes.append(f"{_count(num_cleared, 'alarm')} came and went")
@@ -76,6 +78,12 @@ def verdict(
     if missed:
         notes.append(f"{_count(len(missed), 'layer')} not measured")
     return "; ".join([line, *notes])
+
+
+def _nothing_firing(num_samples: int, watched: bool, grace: int) -> str:
+    if not watched:
+        return "no alert rule was on"
+    return "healthy" if num_samples > grace else f"no alarm, but some rules first wait for {grace} samples"
 
 
 def verdict_of_record(record: RunRecord) -> str:
@@ -90,6 +98,7 @@ def verdict_of_record(record: RunRecord) -> str:
         num_failed=len(failed),
         failure=failed[-1].failure if failed else None,
         watched=bool(record.config.get("alerts", True)),
+        grace=record.config.get("alerts_grace", 0),
     )
 
 
@@ -188,7 +197,7 @@ def _table(
         cells = [_range_text(values[name].get(layer)) for name in shown]
         alarms = [
             f"{head_name(events[0], {layer: ''})}: {_kinds_text(events)}".removeprefix(": ").strip()
-            for events in by_concern(event for event in firing if event.layer == layer)
+            for events in by_concern((event for event in firing if event.layer == layer), coverage)
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
@@ -207,8 +216,7 @@ def _range_text(heads: ArrayLike | None) -> str:
     return f"{middle} ({least}–{most})"
 
 
-def _complaint(firing: Sequence[AlertEvent], short: Mapping[str, str]) -> str:
-    groups = by_concern(firing)
+def _complaint(groups: Sequence[Sequence[AlertEvent]], short: Mapping[str, str]) -> str:
     of_run = [events for events in groups if events[0].layer is None]
     others = [events for events in groups if events[0].layer is not None]
     nouns = {"layer" if events[0].head is None else "head" for events in others}

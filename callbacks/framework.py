@@ -1,18 +1,38 @@
-"""What a callback of a training framework is told when it is made, and attaches with when training begins."""
+"""What an adapter is told when it is made; a framework's callback attaches with it when training begins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from attnmonitor import AttentionMonitor
+from attnmonitor.catalog import check_metric_names
 from attnmonitor.probe import ForwardFunction, default_forward
 from attnmonitor.schedules import Schedule, one_schedule
 
-__all__ = ["FrameworkCallback"]
+__all__ = ["FrameworkCallback", "check_settings"]
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse keywords for `AttentionMonitor` that it does not take, and metrics there are not, before training begins.
+
+    Raises:
+        TypeError: A keyword is unknown; the message quotes it and the nearest known ones.
+        ValueError: A metric is unknown.
+    """
+    known = [*inspect.signature(AttentionMonitor).parameters, "every_n_steps"]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[2:])}"
+            raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
+    if isinstance(metrics := settings.get("metrics"), Sequence):
+        check_metric_names(metrics)
 
 
 class FrameworkCallback:
@@ -34,6 +54,7 @@ class FrameworkCallback:
         name: str | None = None,
         **settings: Any,
     ) -> None:
+        check_settings(settings)
         self.monitor: AttentionMonitor | None = None
         self._probe = probe
         self._schedule = one_schedule(every_n_steps, schedule)

@@ -6,12 +6,17 @@ the loop does around them: accumulated gradients count once, a step that a gradi
 
 from __future__ import annotations
 
+import atexit
+import os
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from attnmonitor.callbacks.framework import check_settings
+from attnmonitor.ending import print_ending
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.schedules import Schedule, one_schedule
 
@@ -29,6 +34,8 @@ def attach(
 ) -> AttentionMonitor:
     """Watch a model from its optimizer's steps; the baseline is sampled right before the first one.
 
+    When the monitor is closed, or at the end of the program, it prints what the run comes to.
+
     Args:
         model: The model that is trained.
         optimizer: The optimizer whose steps are counted.
@@ -43,6 +50,7 @@ def attach(
 
     Raises:
         ValueError: Both ``every_n_steps`` and ``schedule`` are given, or `AttentionMonitor` refuses an argument.
+        TypeError: It has no keyword of such a name.
 
     Example:
         >>> model = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
@@ -53,12 +61,16 @@ def attach(
         >>> optimizer.step()
         >>> monitor.history.steps
         [0, 1]
-        >>> monitor.close()
+        >>> monitor.close()  # doctest: +ELLIPSIS
+        <BLANKLINE>
+        attnmonitor: 2 heads in 1 layer watched over 2 samples: no alarm, but some rules first wait for 25 samples
+        ...
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer; give the one whose steps count"
         )
+    check_settings(settings)
     monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
 
     # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
@@ -70,4 +82,18 @@ def attach(
 
     monitor.on_close(optimizer.register_step_pre_hook(before_step).remove)
     monitor.on_close(optimizer.register_step_post_hook(after_step).remove)
+    _close_at_exit(monitor)
     return monitor
+
+
+def _close_at_exit(monitor: AttentionMonitor) -> None:
+    """Close a monitor that is still there, and not closed, when this process ends; and say what the run came to."""
+    monitor.on_close(lambda: print_ending(monitor))
+    process, watching = os.getpid(), weakref.ref(monitor)
+
+    def close() -> None:
+        if (left := watching()) is not None and os.getpid() == process:
+            left.close()
+
+    atexit.register(close)
+    monitor.on_close(lambda: atexit.unregister(close))

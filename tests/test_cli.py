@@ -210,6 +210,7 @@ def test_bad_input_ends_with_a_message_and_code_2_and_leaves_no_file(
         (tmp_path / name).write_text("short", encoding="utf-8")
     with attach_to_tiny(record=tmp_path / "RECORD.sqlite") as monitor:
         monitor.sample(0)
+    capsys.readouterr()
     before = files_in(tmp_path)
     stand_in = {"MODEL": checkpoint, "TEXT": text, "RECORD": tmp_path / "RECORD.sqlite"}
     output = [] if "--json" in arguments or arguments[0] != "scan" else ["--json", "out.json"]

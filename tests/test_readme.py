@@ -70,15 +70,15 @@ def test_the_transformers_snippet(in_own_folder: Path) -> None:
     assert any("attention/energy_rms/median" in row for row in names["trainer"].state.log_history)
 
 
-def test_the_raw_snippet_and_what_one_asks_afterwards() -> None:
+def test_the_raw_snippet_and_what_one_asks_afterwards(in_own_folder: Path) -> None:
     model = TinyGPT(num_layers=4)
     names: dict[str, Any] = {"model": model, "probe": HELD_OUT, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
     exec(snippet("attach(model, optimizer"), names)
     train(model, names["optimizer"], 2)
     exec(snippet("monitor.history"), names)
     names["monitor"].close()
-    names["path"] = names["monitor"].record_path
-    exec(snippet("RunRecord.open(path)"), names)
+    exec(snippet("RunRecord.open(monitor"), names)
+    assert Path("heads.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

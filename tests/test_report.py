@@ -139,6 +139,20 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
         write_report(tmp_path / "none.sqlite")
 
 
+def test_the_page_opens_on_the_metric_that_the_worst_alarm_speaks_of(tmp_path: Path) -> None:
+    run = SyntheticRun(2, 3, 30, sick=(1, 2))
+    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+        for sample in run.samples():
+            told = [replace(event, message="+2.9 in ln energy_rms, limit +0.6") for event in sample.events]
+            record.append(replace(sample, events=told))
+    assert run_numbers(RunRecord.open(tmp_path / "run.sqlite"))["first_look"] == {
+        "layer": 1,
+        "head": 2,
+        "scope": "kv_head",
+        "metric": "energy_rms",
+    }
+
+
 def test_nothing_on_the_page_comes_from_elsewhere(tmp_path: Path) -> None:
     page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(1, 2, 3))).read_text()
     assert "default-src 'none'" in page

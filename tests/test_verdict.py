@@ -89,6 +89,13 @@ def test_the_line_says_healthy_only_where_somebody_watched() -> None:
     assert unwatched == "8 heads in 2 layers watched over 3 samples: no alert rule was on"
 
 
+def test_the_line_does_not_say_healthy_while_rules_still_wait() -> None:
+    early = "8 heads in 2 layers watched over 25 samples: no alarm, but some rules first wait for 25 samples"
+    assert verdict(coverage(), num_samples=25, firing=[], grace=25) == early
+    assert verdict(coverage(), num_samples=26, firing=[], grace=25).endswith("26 samples: healthy")
+    assert verdict(coverage(), num_samples=3, firing=[event()], grace=25).startswith("1 head needs a look")
+
+
 def test_the_line_names_who_what_and_since_when() -> None:
     both = [
         event(),
@@ -116,6 +123,15 @@ def test_the_line_stays_a_line_when_everything_fires_and_names_the_worst() -> No
         verdict(coverage(), num_samples=9, firing=alone[1:])
         == "1 layer needs a look: layers.1 (key sink since step 400)"
     )
+
+
+def test_a_query_head_and_the_kv_head_that_it_alone_reads_are_one_head() -> None:
+    both = [event(scope="kv_head"), event(rule="energy_hot", kind="logit_blowup", since_step=450)]
+    assert verdict(coverage(), num_samples=9, firing=both) == (
+        "1 head needs a look: layers.0 KV head 1 (key sink since step 400, logit blowup since step 450)"
+    )
+    shared = {name: replace(layer, num_kv_heads=2) for name, layer in coverage().items()}
+    assert verdict(shared, num_samples=9, firing=both).startswith("2 heads need a look")
 
 
 def test_what_several_rules_agree_on_comes_first_and_each_fault_is_named_once() -> None:

@@ -54,6 +54,11 @@ class Alerts:
         return frozenset[str]().union(*(rule.metrics for rule in self.rules if not rule.optional))
 
     @property
+    def grace(self) -> int:
+        """Samples that the slowest rule waits for before it may fire."""
+        return max((rule.grace for rule in self.rules), default=0)
+
+    @property
     def firing(self) -> list[AlertEvent]:
         """The latest event of everything that is firing now, in order of rules."""
         return [event for watch in self._watches for event in watch.firing.values()]

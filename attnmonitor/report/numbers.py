@@ -8,6 +8,7 @@ them), the same for all heads; bands are quantiles over all heads at up to 1,000
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
         ``steps``, ``short`` names of the layers, ``kv_heads`` that their query heads read, ``metrics`` (per metric
         ``frames``, indices into ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``),
         ``alarms``, ``seconds``,
-        ``segments``, and ``first_look``: the layer, head and scope to open the page with.
+        ``segments``, and ``first_look``: the layer, head and scope to open the page with, and the metric that
+        the alarm there speaks of.
     """
     spans, steps = alarm_spans(record.events), record.steps
     trajectories = {name: record.trajectories(name) for name in record.metrics}
@@ -151,7 +153,13 @@ def _kv_heads(record: RunRecord, layer: str) -> list[int]:
 def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
     for event, *_ in by_concern(still_firing(record.events)):
         if event.layer in layers and event.head is not None:
-            return {"layer": layers.index(event.layer), "head": event.head, "scope": event.scope}
+            told_of = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
+            return {
+                "layer": layers.index(event.layer),
+                "head": event.head,
+                "scope": event.scope,
+                "metric": next(told_of, None),
+            }
     return None
 
 

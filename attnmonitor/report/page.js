@@ -274,7 +274,7 @@ draw([drawTimeline, drawCost]);
 if (names.length) {
   const worst = runs.map(run => run.first_look).find(found => found);
   state.step = Math.max(...runs.map(run => run.steps.at(-1) ?? 0));
-  picker.value = names.includes("key_incoherence") ? "key_incoherence" : names[0];
+  picker.value = [worst?.metric, "key_incoherence", names[0]].find(name => names.includes(name));
   setMetric(picker.value);
   worst ? choose(worst.layer, worst.head, worst.scope) : draw([drawMetrics]);
 }
