@@ -17,6 +17,7 @@ from attnmonitor.metrics import (
     EnergyEffectiveRank,
     EnergyParticipationRatio,
     InteractionEffectiveRank,
+    InteractionParticipationRatio,
     KeyIncoherence,
     KeyRank,
     MaxLogit,
@@ -117,9 +118,9 @@ def test_arguments_reach_the_functions():
 
 
 def test_weights_are_measured_once_per_update():
-    metric = InteractionEffectiveRank(num_heads=3)
-    metric.update(torch.eye(6).expand(3, 6, 6), torch.eye(6).expand(3, 6, 6))
-    assert metric.compute().tolist() == [6, 6, 6]
+    for metric in (InteractionEffectiveRank(num_heads=3), InteractionParticipationRatio(num_heads=3)):
+        metric.update(torch.eye(6).expand(3, 6, 6), torch.eye(6).expand(3, 6, 6))
+        assert metric.compute().tolist() == [6, 6, 6]
 
 
 def test_a_nan_head_makes_that_head_nan_only():
