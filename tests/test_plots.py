@@ -129,6 +129,13 @@ def test_trajectories_draw_every_head_and_name_few(run: RunRecord) -> None:
     assert ax.get_legend() is None
 
 
+def test_a_logarithmic_ordinate_spans_all_curves_and_little_more() -> None:
+    curves = np.array([[20.0, np.nan], [500.0, 40.0]])
+    low, high = trajectories({"a": curves}, [0, 1], metric="energy_rms", num_named=0).axes[0].get_ylim()
+    assert 10 < low < 20
+    assert 500 < high < 1000
+
+
 def test_names_stand_at_the_height_where_their_curves_end() -> None:
     steps = np.arange(5)
     curves = {"a": np.stack([steps * 0.0, steps * 10.0, steps * 25.0], axis=1)}
