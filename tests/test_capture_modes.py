@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -389,6 +390,8 @@ def test_a_decoder_gives_its_padding_to_the_queries_of_its_cross_attention() -> 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "vit", "matmul", "einsum bthd", "baddbmm (B·H, L, d)"])
 def test_a_second_sample_makes_nothing_on_another_device(name: str) -> None:
     """On a device that holds no values, any tensor made on the host would not fit and any value read would fail."""
+    if name == "falcon" and importlib.metadata.version("transformers").startswith("4."):
+        pytest.skip("transformers 4: its rotary embedding asks for autocast on the meta device, which has none")
     (architecture,) = (each for each in ALL if each.name == name)
     layouts: dict[str, tuple[str, ...]] = {}
     here: list[AttentionCall] = []
