@@ -11,7 +11,7 @@ READY_FOR_LOWEST := .venv-lowest/.ready
 # FSDP2 of torch 2.6 needs a GPU; these try it among other things.
 GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/test_distributed_faults.py --ignore tests/test_distributed_frameworks.py
 
-.PHONY: demo test check bench soak fuzz lowest docs clean
+.PHONY: demo test check bench soak fuzz lowest mutants docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -56,6 +56,13 @@ $(READY_FOR_LOWEST): pyproject.toml constraints-lowest.txt
 
 lowest: $(READY_FOR_LOWEST)  ## the suite with the lowest supported versions of everything, in .venv-lowest; needs Python 3.10 to 3.12
 	$(LOWEST) -m pytest $(GPU_ONLY_IN_THE_LOWEST_TORCH)
+
+mutants: $(READY)  ## mutation testing of functional/ and alerts/, in a clone, which it edits; hours
+	$(INSTALL) cosmic-ray
+	rm -rf build/mutants && git clone --quiet . build/mutants
+	cd build/mutants && export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH=. \
+	    && cosmic-ray init cosmic-ray.toml mutants.sqlite && cr-filter-operators mutants.sqlite cosmic-ray.toml \
+	    && cosmic-ray exec cosmic-ray.toml mutants.sqlite && cr-report mutants.sqlite
 
 docs: $(READY)  ## the pages and the reference as one site, in docs/_build
 	$(INSTALL) --editable '.[docs]'
