@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
     if rank == 0:
         print(f"{len(monitor.history.steps)} samples of a model on {num_processes} processes: {monitor.record_path}")
+    dist.barrier()  # the first process has more to finish: leave together
     dist.destroy_process_group()
 
 

@@ -70,9 +70,7 @@ def trajectories(
         lines = LineCollection(list(points.swapaxes(0, 1)), colors=CROWD_COLOUR, linewidths=0.6, rasterized=True)
         lines.set_alpha(max(0.12, min(0.6, 30 / num_curves)))
         ax.add_collection(lines, autolim=False)
-        ax.update_datalim(
-            points.reshape(-1, 2)
-        )  # autolim of matplotlib 3.10 takes logarithms for limits on a log scale
+        ax.update_datalim(points.reshape(-1, 2))  # autolim of matplotlib 3.10 takes their logarithms on a log scale
     title(ax, metric_title(metric), f"each of {num_curves:,} heads")
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
