@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from attnmonitor.notice import did_you_mean
+
 __all__ = ["DEFAULT_METRICS", "METRICS", "OPT_IN_METRICS", "WEIGHT_METRICS", "MetricInfo", "check_metric_names"]
 
 Scope = Literal["query_head", "kv_head"]
@@ -193,12 +195,8 @@ def check_metric_names(names: Iterable[str], *, argument: str = "metrics") -> tu
     Raises:
         ValueError: A name is not in `METRICS`; the message quotes it and the nearest known names.
     """
-    import difflib
-
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         if name not in METRICS:
-            near = difflib.get_close_matches(str(name), METRICS, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(METRICS)}"
-            raise ValueError(f"{argument}: unknown metric {name!r}; {hint}")
+            raise ValueError(f"{argument}: unknown metric {name!r}; {did_you_mean(name, METRICS, otherwise='known:')}")
     return tuple(name for name in METRICS if name in wanted)

@@ -1,11 +1,12 @@
-"""Telling the user something without ever raising into the training step."""
+"""Telling the user something: without ever raising into the training step, and with the way out."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Collection
 
-__all__ = ["AttentionMonitorWarning", "warn"]
+__all__ = ["AttentionMonitorWarning", "did_you_mean", "warn"]
 
 _logger = logging.getLogger("attnmonitor")
 
@@ -20,3 +21,13 @@ def warn(message: str) -> None:
         warnings.warn(message, AttentionMonitorWarning, stacklevel=3)
     except AttentionMonitorWarning:
         _logger.warning(message)
+
+
+def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str:
+    """The known names nearest to an unknown one, as a question; ``otherwise`` and all of them if none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"{otherwise} {', '.join(known) or 'none'}"

@@ -8,6 +8,8 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from attnmonitor.notice import did_you_mean
+
 __all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample"]
 
 _Value = TypeVar("_Value")
@@ -23,11 +25,7 @@ class ByLayer(dict[str, _Value]):
     """
 
     def __missing__(self, layer: str) -> _Value:
-        import difflib
-
-        near = difflib.get_close_matches(str(layer), self, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(self) or 'none'}"
-        raise KeyError(f"no layer {layer!r}; {hint}")
+        raise KeyError(f"no layer {layer!r}; {did_you_mean(layer, self, otherwise='there are')}")
 
 
 @dataclass(frozen=True)

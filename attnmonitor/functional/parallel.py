@@ -67,7 +67,7 @@ def on_own_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) ->
 def kept_cores() -> Iterator[None]:
     """Keep the threads of `on_own_cores` from call to call while the context is open.
 
-    A thread's first products clear megabytes of scratch memory, a quarter of what a layer takes on 2 cores.
+    New threads for every layer are work that a forward of thirty layers need not do thirty times.
     """
     with _cores(torch.get_num_threads()) as cores:  # none starts before it has work
         before = _kept.set(cores)
