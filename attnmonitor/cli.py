@@ -351,13 +351,16 @@ def _whole_file(target: Path) -> Iterator[Path]:
 @contextmanager
 def _progress_bar(what: str) -> Iterator[Progress]:
     """Show progress on stderr while it is a terminal: a bar where ``rich`` is installed, else a line per stage."""
+    if not sys.stderr.isatty():  # even a disabled bar may end with an empty line there
+        yield lambda doing, fraction: None
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
         yield _lines_of_progress(what)
         return
-    with Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda doing, fraction: bar.update(task, description=f"{doing} {what}", completed=fraction)
 
@@ -366,7 +369,7 @@ def _lines_of_progress(what: str) -> Progress:
     told = set[str]()
 
     def tell(doing: str, fraction: float) -> None:
-        if doing not in told and sys.stderr.isatty():
+        if doing not in told:
             told.add(doing)
             print(f"{doing} {what} ...", file=sys.stderr)
 

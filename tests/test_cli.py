@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import runpy
 import sys
@@ -65,6 +66,19 @@ def test_scan_prints_a_table_with_a_row_per_layer_and_a_line_beside_the_publishe
     assert sum(line.startswith("layers.0") for line in lines) == 1
     assert lines[-1].startswith("r90 of the energy field")
     assert "published: 2–11" in lines[-1]
+
+
+@pytest.mark.parametrize("without", [[], ["rich.console"]])
+def test_a_terminal_sees_what_scan_is_doing_with_rich_and_without(
+    without: list[str], checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    for module in without:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert command("scan", checkpoint, "--text", text, "--length", 32) == 0
+    assert "measuring checkpoint-40" in terminal.getvalue()
 
 
 def test_scan_as_json_on_the_screen_is_json_and_nothing_else(
