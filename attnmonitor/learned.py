@@ -16,6 +16,7 @@ from attnmonitor.functional import interaction_effective_rank, interaction_parti
 from attnmonitor.probe import Probe, quiet
 from attnmonitor.projections import HeadProjections, discover_projections
 from attnmonitor.sample import LayerCoverage
+from attnmonitor.sharding import is_sharded
 
 __all__ = ["LearnedSide"]
 
@@ -23,6 +24,8 @@ _OF_WEIGHTS = {
     "interaction_effective_rank": interaction_effective_rank,
     "interaction_participation_ratio": interaction_participation_ratio,
 }
+
+_SHARDED = "the model's weights are spread over processes, and outside of a forward none of them has a layer's whole"
 
 
 class LearnedSide:
@@ -43,8 +46,10 @@ class LearnedSide:
     ) -> None:
         self._num_heads = {name: layer.num_query_heads for name, layer in layers.items() if layer.num_query_heads}
         self._metrics = tuple(metrics)
-        with quiet(model):
-            found = discover_projections(model, lambda: probe.run(model), list(self._num_heads))
+        found: Mapping[str, HeadProjections | str] = dict.fromkeys(self._num_heads, _SHARDED)
+        if not is_sharded(model):
+            with quiet(model):
+                found = discover_projections(model, lambda: probe.run(model), list(self._num_heads))
         self._projections = {name: one for name, one in found.items() if isinstance(one, HeadProjections)}
         self.reasons = {name: one for name, one in found.items() if isinstance(one, str)}
 

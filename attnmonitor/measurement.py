@@ -25,7 +25,6 @@ from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.probe import Probe, own_surroundings, quiet
 from attnmonitor.sample import LayerCoverage
-from attnmonitor.sharding import is_sharded
 
 __all__ = ["Measured", "Measurement"]
 
@@ -125,6 +124,7 @@ class Measurement:
     def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
         self._model = model
         self._probe = probe
+        self._half = probe.half()
         self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
         self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
         self._learned: LearnedSide | None = None
@@ -189,19 +189,21 @@ class Measurement:
     def take(self, *, with_weights: bool = False) -> Measured:
         """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked.
 
-        Where memory does not suffice, once more with half of the probe's sequences. Not where weights are sharded:
-        the other processes are not in that second forward.
+        Where memory does not suffice, once more with half of the probe's sequences.
         """
-        half = None
         try:
-            measured = self._measure(self._probe)
+            return self._attempt(self._probe, with_weights)
         except torch.OutOfMemoryError:
-            half = None if is_sharded(self._model) else self._probe.half()
-            if half is None:
+            if self._half is None:
                 raise
-        if half is not None:  # out of the handler, where the exception would keep the failed forward's tensors alive
-            measured = self._measure(half)
-            measured = replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
+        # Out of the handler, where the exception would keep the failed forward's tensors alive.
+        measured = self._attempt(self._half, with_weights)
+        return replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
+
+    def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
+        forward = self._forward(probe)
+        with own_surroundings():
+            measured = self._on_host(forward)
         if self._learned is None or not with_weights:
             return measured
         return self._with_weights(measured, self._learned)
@@ -214,11 +216,6 @@ class Measurement:
                 for metric, layers in values.items()
             }
         return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **unvarying})
-
-    def _measure(self, probe: Probe) -> Measured:
-        forward = self._forward(probe)
-        with own_surroundings():
-            return self._on_host(forward)
 
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 __all__ = [
+    "Collective",
     "Collectives",
     "HeadSlice",
     "check_known_sharding",
@@ -123,7 +124,7 @@ def _as_second_is(module: Any) -> Callable[[], None]:
 
     def put_back() -> None:
         for group, kept in zip(groups, indices, strict=True):
-            group.wait_for_unshard()  # of weights gathered ahead of time
+            _drop_gathered(group)
             group._training_state = type(group._training_state).IDLE
             group._post_forward_indices[:] = kept
         state._training_state = type(state._training_state).IDLE
@@ -134,6 +135,17 @@ def _as_second_is(module: Any) -> Callable[[], None]:
         module.reshard()
 
     return put_back
+
+
+def _drop_gathered(group: Any) -> None:
+    """Wait for weights that are being gathered, and forget them: to unpack them would take memory that may be short."""
+    gathered = group._all_gather_result
+    if gathered is not None:
+        if gathered.all_gather_work is not None:
+            gathered.all_gather_work.wait()
+        if gathered.all_gather_event is not None:
+            group._wait_all_gather_streams_on_event(gathered.all_gather_event)
+        group._all_gather_result = None
 
 
 def _as_first_is(module: Any) -> Callable[[], None]:
@@ -167,11 +179,13 @@ class _Blank:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
-_Call = tuple[Any, Any, Any]  # operation, arguments, keyword arguments; tensors left blank
+Collective = tuple[Any, Any, Any]  # operation, arguments, keyword arguments; tensors left blank
 
 
 class Collectives(TorchDispatchMode):
     """Notes every collective that this process starts while the context is open.
+
+    One that fails has not been started: on a GPU it is memory for its outcome that is short.
 
     Attributes:
         calls: What `keep` takes, in order.
@@ -179,19 +193,20 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
+        self.calls: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(each, _dtensor()) for each in types):
             return NotImplemented  # it comes back in pieces that are plain tensors and collectives
+        result = func(*args, **kwargs)
         if func.namespace in _COLLECTIVES and func._opname not in _ALONE:
             blank = tree_map_only(Tensor, lambda x: _Blank(x.shape, x.dtype, x.device), (args, kwargs))
             self.calls.append((func, *blank))
-        return func(*args, **kwargs)
+        return result
 
 
-def keep(calls: Sequence[_Call]) -> None:
+def keep(calls: Sequence[Collective]) -> None:
     """Take part in these collectives with zeros, so that nobody waits; what comes of it is good for nothing."""
     for func, args, kwargs in calls:
         args, kwargs = tree_map_only(_Blank, _Blank.filled, (args, kwargs))

@@ -1,15 +1,17 @@
 """One measurement by all processes that share a model's weights.
 
 Every process measures what it holds. Then they agree, with one gather of a few bytes: what failed on one of them has
-failed for all, so that all of them know the same of a sample and none waits for another, now or at the next one. Where
-the heads of a layer are dealt out to processes, those that share it put its heads together, once per sample.
+failed for all, so that all of them know the same of a sample and none waits for another, now or at the next one; and
+where memory was short, all of them try again with half of the probe. Where the heads of a layer are dealt out to
+processes, those that share it put its heads together, once per sample.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from attnmonitor.catalog import METRICS
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.probe import Probe, own_surroundings
 from attnmonitor.sample import LayerCoverage
-from attnmonitor.sharding import Collectives, HeadSlice, head_slice, keep
+from attnmonitor.sharding import Collective, Collectives, HeadSlice, head_slice, keep
 
 __all__ = ["SharedMeasurement"]
 
@@ -42,56 +44,58 @@ class SharedMeasurement(Measurement):
         self._own = Measurement(model, probe, metrics, strict=strict)
         self._slices: dict[str, HeadSlice] = {}
         self._unattributed: dict[str, str] = {}
-        self._collectives: dict[bool, Collectives] = {}
+        self._due: dict[Probe, Sequence[Collective]] = {}  # in a forward of each
 
     def attach(self) -> Measured:
         """Measure once, learn which heads this process holds, and put the layers together.
+
+        The collectives of a forward are noted in one with the whole probe and one with half of it, which is what this
+        costs beside the first.
 
         Raises:
             ValueError: As for one process; or processes that share a layer's heads have different probes.
         """
         self._own.attach()
-        with _inside_forwards(self._model, self._find_slice):
-            for with_weights in {False, bool(self._weight_metrics)}:
-                with Collectives() as self._collectives[with_weights]:
-                    measured = self._own.take(with_weights=with_weights)
+        if not all(_gather(self._half is not None)):
+            self._half = None
+        with _inside_forwards(self._model, self._find_slice), Collectives() as whole:
+            measured = self._own._attempt(self._probe, False)
+        self._due[self._probe] = whole.calls
+        if self._half is not None:
+            with Collectives() as half:
+                self._own._attempt(self._half, False)
+            self._due[self._half] = half.calls
         for group in self._groups():
             if len(prints := set(_gather(self._probe.fingerprint, group))) > 1:
                 raise ValueError(
                     f"probe: processes that share the heads of a layer have {len(prints)} different probes; give them "
                     "the same batch"
                 )
-        measured = self._put_together(measured, _gather(_lost(measured)))
+        measured = self._put_together(measured, [each.lost for each in _gather(_Told.of(measured))])
         self.layers = measured.coverage
         return measured
 
-    def take(self, *, with_weights: bool = False) -> Measured:
-        """Measure once, with all processes; see `Measurement.take`.
+    def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
+        """Measure once, with all processes.
 
         Raises:
+            torch.OutOfMemoryError: Memory did not suffice on one process: then on all, for all to try again, or none.
             RuntimeError: It failed on another process.
         """
-        with_weights = with_weights and bool(self._weight_metrics)
-        failure: Exception | None = None
-        collectives = Collectives()
-        try:
-            with collectives:
-                measured = self._own.take(with_weights=with_weights)
-        except Exception as error:
-            failure = error
-        told: str | Mapping[str, str]
-        if failure is not None:
-            keep(self._collectives[with_weights].calls[len(collectives.calls) :])
-            told = f"{type(failure).__name__}: {failure}"[:_REASON_LENGTH]
-        else:
-            told = _lost(measured)
-        of_all = _gather(told)
-        if failure is not None:
-            raise failure
-        for process, outcome in enumerate(of_all):
-            if isinstance(outcome, str):
-                raise RuntimeError(f"process {process}: {outcome}")
-        return self._put_together(measured, of_all)
+        outcome: Measured | Exception
+        with Collectives() as done:
+            try:
+                outcome = self._own._attempt(probe, with_weights)
+            except Exception as error:
+                outcome = error
+        if isinstance(outcome, Exception):
+            if isinstance(outcome, torch.OutOfMemoryError):
+                _let_go(outcome)
+            keep(self._due[probe][len(done.calls) :])
+        told = _gather(_Told.of(outcome))
+        if isinstance(outcome, Exception) or any(each.failure for each in told):
+            raise _failure_of_all(told, outcome)
+        return self._put_together(outcome, [each.lost for each in told])
 
     def _find_slice(self, name: str, module: nn.Module) -> None:
         for layer, coverage in self._own.layers.items():
@@ -145,8 +149,51 @@ class SharedMeasurement(Measurement):
         return Measured(values, spread, coverage, diagnostics)
 
 
-def _lost(measured: Measured) -> dict[str, str]:
-    return {name: layer.reason[:_REASON_LENGTH] for name, layer in measured.coverage.items() if not layer.measured}
+@dataclass(frozen=True)
+class _Told:
+    """What processes tell each other of an attempt.
+
+    Attributes:
+        lost: Layers without numbers, and why.
+        failure: What went wrong with all of it; ``""`` where nothing did.
+        out_of_memory: Whether that was memory, and less of it may suffice.
+    """
+
+    lost: Mapping[str, str]
+    failure: str = ""
+    out_of_memory: bool = False
+
+    @classmethod
+    def of(cls, outcome: Measured | Exception) -> _Told:
+        if isinstance(outcome, Exception):
+            failure = f"{type(outcome).__name__}: {outcome}"[:_REASON_LENGTH]
+            return cls({}, failure, isinstance(outcome, torch.OutOfMemoryError))
+        lost = {name: layer for name, layer in outcome.coverage.items() if not layer.measured}
+        return cls({name: layer.reason[:_REASON_LENGTH] for name, layer in lost.items()})
+
+
+def _failure_of_all(told: Sequence[_Told], outcome: Measured | Exception) -> Exception:
+    """What to raise on this process where one has failed; where memory was short on one, that on all of them."""
+    short = any(each.out_of_memory for each in told)
+    kind = torch.OutOfMemoryError if short else RuntimeError
+    if isinstance(outcome, kind if short else Exception):
+        return outcome
+    process = next(process for process, each in enumerate(told) if each.failure and each.out_of_memory is short)
+    failure = kind(f"process {process}: {told[process].failure}")
+    failure.__cause__ = outcome if isinstance(outcome, Exception) else None
+    return failure
+
+
+def _let_go(failure: Exception) -> None:
+    """Drop the frames of an exception that is kept, and with them the tensors of the forward it broke off."""
+    passed = {id(None), id(sys.exc_info()[1])}  # what the caller is handling has frames that are the caller's
+    waiting: list[Any] = [failure]
+    while waiting:
+        error = waiting.pop()
+        if id(error) not in passed:
+            passed.add(id(error))
+            error.__traceback__ = None
+            waiting += [error.__cause__, error.__context__]
 
 
 def _gather(told: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:

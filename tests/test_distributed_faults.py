@@ -29,6 +29,7 @@ from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.capture.frames import own_name
 from attnmonitor.capture.mode import AttentionMode
 from attnmonitor.notice import AttentionMonitorWarning
+from attnmonitor.probe import Probe
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
 
@@ -135,7 +136,7 @@ def _act(event: Any, sample: Sample) -> None:
 
 STAGES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "the probe": (
-        lambda monitor, model, case, patch: patch.setattr(monitor._probe, "run", raising(case.error)), ("",)
+        lambda monitor, model, case, patch: patch.setattr(Probe, "run", raising(case.error)), ("",)
     ),
     "eval": (lambda monitor, model, case, patch: patch.setattr(monitor.model, "eval", raising(case.error)), ("",)),
     "a module's forward": (_in_a_module, MODULES),
