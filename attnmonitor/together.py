@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,15 +56,10 @@ class SharedMeasurement(Measurement):
             ValueError: As for one process; or processes that share a layer's heads have different probes.
         """
         self._own.attach()
-        if not all(_gather(self._half is not None)):
-            self._half = None
         with _inside_forwards(self._model, self._find_slice), Collectives() as whole:
             measured = self._own._attempt(self._probe, False)
         self._due[self._probe] = whole.calls
-        if self._half is not None:
-            with Collectives() as half:
-                self._own._attempt(self._half, False)
-            self._due[self._half] = half.calls
+        self._try_half()
         for group in self._groups():
             if len(prints := set(_gather(self._probe.fingerprint, group))) > 1:
                 raise ValueError(
@@ -74,6 +69,17 @@ class SharedMeasurement(Measurement):
         measured = self._put_together(measured, [each.lost for each in _gather(_Told.of(measured))])
         self.layers = measured.coverage
         return measured
+
+    def _try_half(self) -> None:
+        """Note the collectives of half of the probe; none has a half where one has none, or the model rejects one."""
+        all_can = all(_gather(self._half is not None))
+        if self._half is not None and all_can:
+            with Collectives() as half, suppress(Exception):
+                self._own._attempt(self._half, False)
+                self._due[self._half] = half.calls
+            all_can = all(_gather(self._half in self._due))
+        if not all_can:
+            self._half = None
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
         """Measure once, with all processes.
@@ -93,9 +99,12 @@ class SharedMeasurement(Measurement):
                 _let_go(outcome)
             keep(self._due[probe][len(done.calls) :])
         told = _gather(_Told.of(outcome))
-        if isinstance(outcome, Exception) or any(each.failure for each in told):
-            raise _failure_of_all(told, outcome)
-        return self._put_together(outcome, [each.lost for each in told])
+        try:
+            if isinstance(outcome, Exception) or any(each.failure for each in told):
+                raise _failure_of_all(told, outcome)
+            return self._put_together(outcome, [each.lost for each in told])
+        finally:
+            del outcome  # a frame that holds what is raised in it would keep the broken forward's tensors
 
     def _find_slice(self, name: str, module: nn.Module) -> None:
         for layer, coverage in self._own.layers.items():

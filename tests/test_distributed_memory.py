@@ -53,12 +53,14 @@ class Memory:
 
     Attributes:
         room: How many.
+        error: What is raised where that is not enough.
         seen: The sequences of each such forward.
         kept: A tensor of the latest.
     """
 
     def __init__(self, model: TinyGPT) -> None:
         self.room, self.seen = ENOUGH, list[int]()
+        self.error: type[Exception] = torch.OutOfMemoryError
         self.kept: Callable[[], Tensor | None] = lambda: None
         model.tokens.register_forward_pre_hook(self._note)
         model.blocks[1].attn.register_forward_pre_hook(self._check)
@@ -70,7 +72,7 @@ class Memory:
     def _check(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not torch.is_grad_enabled() and len(args[0]) > self.room:
             self.kept = weakref.ref(args[0])
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error("CUDA out of memory")
 
 
 def _model(how: str) -> tuple[nn.Module, Memory]:
@@ -144,12 +146,32 @@ def _no_convergence(*_: Any, **__: Any) -> None:
     raise torch.linalg.LinAlgError("no convergence")
 
 
-def _what_is_kept(rank: int) -> list[bool]:
-    """Whether a tensor of the broken forward is there when the rest of its collectives is kept."""
+def _rejected_half(rank: int) -> tuple[list[int], list[int]]:
+    """A model that takes batches of four only."""
+    tell("rejected half")
+    model, memory = _model("fsdp1")
+
+    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert len(args[0]) == 4
+
+    inner = next(module for module in model.modules() if isinstance(module, TinyGPT))
+    inner.blocks[0].register_forward_pre_hook(check)
+    monitor = AttentionMonitor(model, token_batch(batch=4), record=None)
+    at_attach = list(memory.seen)
+    memory.seen.clear()
+    memory.room = 0 if rank else ENOUGH
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttentionMonitorWarning)
+        assert "OutOfMemoryError" in (monitor.sample(0).failure or "")
+    return at_attach, list(memory.seen)
+
+
+def _what_is_kept(rank: int, error: type[Exception]) -> dict[str, Any]:
+    """Whether a tensor of the broken forward is there when its other collectives are kept, and after the sample."""
     tell("what is kept")
     model, memory = _model("tp")
     monitor = AttentionMonitor(model, token_batch(batch=4), record=None)
-    memory.room = ENOUGH if rank == 0 else 2
+    memory.error, memory.room = error, ENOUGH if rank == 0 else 2
     there = []
 
     def looking(calls: Any) -> None:
@@ -161,9 +183,9 @@ def _what_is_kept(rank: int) -> list[bool]:
         patch.setattr("attnmonitor.together.keep", looking)
         gc.disable()
         sample = monitor.sample(0)
+        after = memory.kept() is not None
         gc.enable()
-    assert sample.failure is None
-    return there
+    return {"failed": sample.failure is not None, "when kept": there, "after": after}
 
 
 def _while_unpacking(rank: int) -> dict[str, Any]:
@@ -207,7 +229,8 @@ def _everything(rank: int) -> dict[str, Any]:
         "cases": {case: _run(rank, case.how, case) for case in CASES},
         "only one can halve": _only_one_can_halve(rank),
         "other failure": _other_failure(rank),
-        "what is kept": _what_is_kept(rank),
+        "rejected half": _rejected_half(rank),
+        "what is kept": {error: _what_is_kept(rank, error) for error in (torch.OutOfMemoryError, ValueError)},
         **({"while unpacking": _while_unpacking(rank)} if FSDP2 else {}),
     }
 
@@ -281,8 +304,20 @@ def test_strict_raises_what_is_left_when_all_have_tried_again(processes: Found) 
     assert processes[1]["other failure"] == ("RuntimeError: process 0: _LinAlgError: no convergence", [4, 2])
 
 
+def test_where_the_model_rejects_half_of_the_probe_none_tries_it_after_attach(processes: Found) -> None:
+    assert [found["rejected half"] for found in processes] == [([4, 4, 2], [4])] * 2
+
+
 def test_a_broken_forwards_tensors_are_gone_before_its_collectives_are_kept(processes: Found) -> None:
-    assert [found["what is kept"] for found in processes] == [[], [False]]
+    short = [found["what is kept"][torch.OutOfMemoryError] for found in processes]
+    assert short[0] == {"failed": False, "when kept": [], "after": False}
+    assert short[1] == {"failed": False, "when kept": [False], "after": False}
+
+
+def test_a_broken_forwards_tensors_are_gone_after_the_sample_whatever_broke_it(processes: Found) -> None:
+    broken = [found["what is kept"][ValueError] for found in processes]
+    assert broken[1]["failed"]
+    assert not broken[1]["after"]
 
 
 @pytest.mark.skipif(not FSDP2, reason="FSDP2 of torch 2.6 runs on GPUs only")
