@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import attnmonitor.metrics  # noqa: F401  # what the first attach would import, for a minute on a busy machine
+
 PATIENCE = 60.0  # seconds without a sign of life
 TO_START = 180.0  # seconds until the first one: a busy machine imports torch slowly
 
