@@ -1,9 +1,8 @@
 """One measurement: a quiet probe forward, reduced to numbers per head, brought to the host in one transfer.
 
-Each layer is reduced to its cores the moment its attention runs, so that no more than one layer's queries and keys
-are alive at a time. Everything stays on the device, without a wait, until all layers are through; then one vector
-carries all values, their verification errors and the self-checks to the host. Only there is it decided what may be
-shown: a layer whose capture does not rebuild what the layer really produced is NaN, with the reason in its coverage.
+Everything stays on the device, without a wait, until all layers are reduced; then one vector carries all values, their
+verification errors and the self-checks to the host. Only there is it decided what may be shown: a layer whose capture
+does not rebuild what the layer really produced is NaN, with the reason in its coverage.
 """
 
 from __future__ import annotations
@@ -12,18 +11,17 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture import AttentionCall, capture_attention
+from attnmonitor.capture import capture_attention
 from attnmonitor.catalog import METRICS, WEIGHT_METRICS
-from attnmonitor.functional import HeadCores, HeadStatistics, attention_row_statistics, head_cores, head_statistics
-from attnmonitor.functional.parallel import kept_cores
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.learned import LearnedSide
 from attnmonitor.probe import Probe, own_surroundings, quiet
+from attnmonitor.reduction import ReducedLayer, Reduction
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Measured", "Measurement"]
@@ -34,11 +32,6 @@ LayerValues = Mapping[str, Mapping[str, Tensor]]
 # Rebuilding attention in float32 from tensors of these types and comparing with the layer's own output: what rounding
 # alone gives stays an order of magnitude below, a wrong scale or mask lies orders of magnitude above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
-# Small eigenproblems of many layers go in one batch, but at 1,024 heads of d = 128 and 4 sequences the cores of all
-# layers would take 0.5 GB: the statistics of the layers so far are taken when their cores reach this many bytes.
-_LARGEST_BATCH = 2**27
 
 
 @dataclass(frozen=True)
@@ -65,45 +58,6 @@ class Measured:
             for metric, layers in self.values.items()
             if (trusted := {name: heads for name, heads in layers.items() if self.coverage[name].measured})
         }
-
-
-@dataclass(eq=False)
-class _Reduced:
-    """One layer's attention after its queries and keys are gone."""
-
-    coverage: LayerCoverage
-    precision: torch.dtype
-    error: Tensor | None
-    num_keys: Tensor
-    rows: dict[str, Tensor]
-
-    def in_the_models_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Statistics of the cores, ``(B, H)``, with the query heads as the model counts them."""
-        if not self.coverage.tiled:
-            return values
-        return {
-            metric: _regrouped(heads, self.coverage.num_kv_heads) if METRICS[metric].scope == "query_head" else heads
-            for metric, heads in values.items()
-        }
-
-
-def _regrouped(x: Tensor, num_groups: int) -> Tensor:
-    """Heads ``(B, H, ...)`` in equal groups: first the first of every group, then the second of every group, ..."""
-    regrouped: Tensor = x.unflatten(1, (num_groups, -1)).transpose(1, 2).flatten(1, 2)
-    return regrouped
-
-
-@dataclass(eq=False)
-class _Forward:
-    """One forward of the probe, layer by layer: what is left of each, or the reason why nothing is.
-
-    A layer's cores are here until its statistics are.
-    """
-
-    layers: dict[str, _Reduced] = field(default_factory=dict)
-    cores: dict[str, HeadCores] = field(default_factory=dict)
-    statistics: dict[str, HeadStatistics] = field(default_factory=dict)
-    troubles: dict[str, str] = field(default_factory=dict)
 
 
 class Measurement:
@@ -225,68 +179,18 @@ class Measurement:
         coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
         return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
 
-    def _forward(self, probe: Probe) -> _Forward:
+    def _forward(self, probe: Probe) -> Reduction:
         """Run the probe."""
-        forward = _Forward()
-
-        def emit(call: AttentionCall) -> None:
-            try:
-                forward.layers[call.layer], forward.cores[call.layer] = self._reduce(call)
-                if sum(layer.fields.core.nbytes for layer in forward.cores.values()) > _LARGEST_BATCH:
-                    self._take_statistics(forward)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if self._strict:
-                    raise
-                forward.layers.pop(call.layer, None), forward.cores.pop(call.layer, None)
-                forward.troubles[call.layer] = f"measuring failed: {type(error).__name__}: {error}"
-
-        with kept_cores(), quiet(self._model), capture_attention(self._model, emit, layouts=self._layouts) as report:
+        reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
+        with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
             probe.run(self._model)
-        forward.troubles = {**report.missed, **forward.troubles}
-        return forward
+        reduction.troubles = {**report.missed, **reduction.troubles}
+        with own_surroundings():
+            reduction.finish()
+        return reduction
 
-    def _take_statistics(self, forward: _Forward) -> None:
-        """Turn the cores that wait into statistics, each layer's with the columns that sufficed for it."""
-        target_ranks = [self._target_ranks.get(name) for name in forward.cores]
-        found = head_statistics(list(forward.cores.values()), target_rank=target_ranks)
-        forward.statistics.update(zip(forward.cores, found, strict=True))
-        forward.cores.clear()
-
-    def _reduce(self, call: AttentionCall) -> tuple[_Reduced, HeadCores]:
-        masks = {"query_mask": call.query_mask, "key_mask": call.key_mask}
-        by_rows = [name for name in self._metrics if METRICS[name].source == "rows"]
-        # The cores take the query heads that share a key head side by side.
-        query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
-        cores = head_cores(query, call.key, scale=call.scale, metrics=self._metrics, **masks)
-        rows: dict[str, Tensor] = {}
-        if by_rows:
-            rows = attention_row_statistics(
-                call.logit_rows,
-                call.query.shape[2],
-                query_mask=call.query_mask,
-                key_mask=call.key_mask,
-                metrics=by_rows,
-                device=call.query.device,
-            )
-        coverage = LayerCoverage(
-            layer=call.layer,
-            how=call.how,
-            kind=call.kind,
-            num_query_heads=call.query.shape[1],
-            num_kv_heads=call.key.shape[1],
-            head_dim=call.query.shape[3],
-            scale=call.scale,
-            outside=call.outside,
-            num_keys=call.key.shape[2],
-            tiled=call.tiled,
-        )
-        return _Reduced(coverage, call.precision, call.error, cores.fields.num_keys, rows), cores
-
-    def _on_host(self, forward: _Forward) -> Measured:
+    def _on_host(self, forward: Reduction) -> Measured:
         """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
-        self._take_statistics(forward)
         waiting: dict[tuple[str, ...], Tensor] = {}
         by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
         for name, layer in forward.layers.items():
@@ -337,7 +241,9 @@ class Measurement:
             for metric in self._metrics
         }
 
-    def _judged(self, name: str, layer: _Reduced | None, trouble: str, arrived: Mapping[_Key, Tensor]) -> LayerCoverage:
+    def _judged(
+        self, name: str, layer: ReducedLayer | None, trouble: str, arrived: Mapping[_Key, Tensor]
+    ) -> LayerCoverage:
         """Say how a layer was measured, or why its numbers may not be shown."""
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
         if layer is None:

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.catalog import METRICS
-from attnmonitor.functional import HeadCores, head_cores, head_statistics
-from attnmonitor.measurement import _LARGEST_BATCH
+from attnmonitor.functional import HeadCores, head_cores, head_statistics, query_gram
+from attnmonitor.reduction import LARGEST_BATCH
 from benchmarks.overhead import interleaved, ratio
 
 SEQUENCES, LENGTH = 4, 2048
@@ -90,7 +90,7 @@ def core_bytes(shape: Shape) -> float:
 def waiting_bytes(shape: Shape) -> float:
     """The most cores that wait on one process: those of all its layers, or a full batch and one layer's."""
     everything = core_bytes(shape) / shape.tensor_parallel
-    return min(everything, _LARGEST_BATCH + everything / shape.num_layers)
+    return min(everything, LARGEST_BATCH + everything / shape.num_layers)
 
 
 # The count: the real code on models of the real shapes.
@@ -136,7 +136,7 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
         kept: list[HeadCores] = []
 
         def emit(call: AttentionCall) -> None:
-            kept[:] = [head_cores(call.query, call.key, scale=call.scale, metrics=DEFAULT_METRICS)]
+            kept[:] = [head_cores(query_gram(call.query), call.key, scale=call.scale, metrics=DEFAULT_METRICS)]
 
         def sample() -> None:
             with capture_attention(layer, emit, layouts=Known()):

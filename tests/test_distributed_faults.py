@@ -32,6 +32,7 @@ from attnmonitor.notice import AttentionMonitorWarning
 from attnmonitor.probe import Probe
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
+from attnmonitor.reduction import Reduction
 
 NUM_STEPS, BROKEN = 5, (2, 3)
 LAYERS = ("blocks.0.attn", "blocks.1.attn")
@@ -89,9 +90,7 @@ def _in_a_layer(name: str, layer_of: Callable[..., str]) -> Callable[..., None]:
     """A method fails for one layer only."""
 
     def breaks(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
-        from attnmonitor.measurement import Measurement
-
-        owner = AttentionMode if name == "_verified" else Measurement
+        owner = AttentionMode if name == "_verified" else Reduction
         works = getattr(owner, name)
 
         def stumbling(self: Any, *args: Any) -> Any:
@@ -141,9 +140,9 @@ STAGES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "eval": (lambda monitor, model, case, patch: patch.setattr(monitor.model, "eval", raising(case.error)), ("",)),
     "a module's forward": (_in_a_module, MODULES),
     "a layer's capture": (_in_a_layer("_verified", lambda layer, *_: layer), LAYERS),
-    "a layer's reduction": (_in_a_layer("_reduce", lambda call: call.layer), LAYERS),
+    "a layer's reduction": (_in_a_layer("_reduced", lambda call: call.layer), LAYERS),
     "the eigenvectors": (_in_function("torch.linalg.eigh"), ("",)),
-    "the statistics": (_in_function("attnmonitor.measurement.head_statistics"), ("",)),
+    "the statistics": (_in_function("attnmonitor.reduction.head_statistics"), ("",)),
     "the transfer": (_in_function("attnmonitor.measurement._to_host"), ("",)),
     "weights that are NaN": (_nan_in_weights, WEIGHTS),
     "the alerts": (

@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from wandb_files import curve, offline_run
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.capture import AttentionCall
 from attnmonitor.capture.mode import AttentionMode
 from attnmonitor.loggers import WandbLogger
 from attnmonitor.notice import AttentionMonitorWarning
 from attnmonitor.record import RunRecord
 from attnmonitor.recorder import RecordWriter
+from attnmonitor.reduction import Reduction
 
 ALWAYS = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 ALWAYS_FIRING = Rule("always", "test", "run", ALWAYS, patience=1, grace=0)
@@ -93,11 +95,26 @@ def in_nth_layer(index: int, error: BaseException) -> Callable[..., object]:
     """The reduction of one layer fails."""
 
     def breaks(monitor: AttentionMonitor, model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-        reduce = monitor._measurement._reduce
+        reduced = Reduction._reduced
         layer = f"blocks.{index}.attn"
         patch.setattr(
-            monitor._measurement, "_reduce", lambda call: raising(error)() if call.layer == layer else reduce(call)
+            Reduction, "_reduced", lambda self, call: raising(error)() if call.layer == layer else reduced(self, call)
         )
+
+    return breaks
+
+
+def in_the_cores_of(layer: str, error: BaseException) -> Callable[..., object]:
+    """What waits of one layer cannot be finished."""
+
+    def breaks(monitor: AttentionMonitor, model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+        waits = Reduction._waits
+
+        def broken(self: Reduction, call: AttentionCall) -> object:
+            found = waits(self, call)
+            return replace(found, cores=raising(error)) if call.layer == layer else found
+
+        patch.setattr(Reduction, "_waits", broken)
 
     return breaks
 
@@ -217,6 +234,12 @@ FAULTS: dict[str, Fault] = {
         for index in (0, 1)
     },
     "out of memory in the reduction of a layer": Fault(in_nth_layer(1, OOM), WHOLE + "OutOfMemoryError"),
+    "the cores of one layer": Fault(
+        in_the_cores_of("blocks.0.attn", LINALG),
+        SOME + r"blocks\.0\.attn \(measuring failed: .*LinAlg",
+        {"blocks.0.attn"},
+    ),
+    "out of memory in the cores of a layer": Fault(in_the_cores_of("blocks.0.attn", OOM), WHOLE + "OutOfMemoryError"),
     "the leverage's eigenvectors do not converge": Fault(
         in_function("torch.linalg.eigh", LINALG), SOME + r"blocks\.0\.attn, blocks\.1\.attn \(.*LinAlg"
     ),
@@ -234,7 +257,7 @@ FAULTS: dict[str, Fault] = {
     # The numbers
     "the eigenvalues do not converge": Fault(in_function("torch.linalg.eigvalsh", LINALG), WHOLE + ".*LinAlg"),
     "the statistics": Fault(
-        in_function("attnmonitor.measurement.head_statistics", ArithmeticError("statistics")), WHOLE + "ArithmeticError"
+        in_function("attnmonitor.reduction.head_statistics", ArithmeticError("statistics")), WHOLE + "ArithmeticError"
     ),
     "the mean over sequences": Fault(
         in_function("attnmonitor.metrics.heads.HeadMetric.accumulate", RuntimeError("sum")), WHOLE + "RuntimeError: sum"
@@ -250,7 +273,7 @@ FAULTS: dict[str, Fault] = {
         settings={"metrics": ["energy_effective_rank", "interaction_effective_rank"], "weights_every": 1},
     ),
     "the metrics of attention rows": Fault(
-        in_function("attnmonitor.measurement.attention_row_statistics", RuntimeError("rows")),
+        in_function("attnmonitor.reduction.attention_row_statistics", RuntimeError("rows")),
         SOME + r"blocks\.0\.attn, blocks\.1\.attn \(measuring failed: RuntimeError: rows",
         settings={"metrics": ["energy_effective_rank", "attention_entropy"], "alerts": False},
     ),

@@ -27,6 +27,7 @@ from attnmonitor.functional import (
     key_rank,
     key_rms,
     leverage_scores,
+    query_gram,
     query_rms,
     row_logits,
     spectral_gap,
@@ -55,7 +56,7 @@ def draw(shape, dtype=torch.float32, seed=0, key_offset=2.0):
 
 
 def measure(query, key, scale=0.25, mask=None, metrics=DEFAULT_METRICS, **keywords):
-    cores = head_cores(query, key, scale=scale, query_mask=mask, key_mask=mask, metrics=metrics)
+    cores = head_cores(query_gram(query, mask), key, scale=scale, key_mask=mask, metrics=metrics)
     return head_statistics([cores], **keywords)[0]
 
 
@@ -421,7 +422,7 @@ def test_blocks_are_every_position_once_in_order_in_float64_and_of_one_size(shap
 def test_layers_of_different_sizes_come_back_in_order(method):
     shapes = [(2, 4, 2, 30, 8), (2, 4, 4, 30, 16), (2, 2, 1, 30, 8)]
     drawn = [draw(shape, seed=index) for index, shape in enumerate(shapes)]
-    cores = [head_cores(query, key, scale=0.5, metrics=DEFAULT_METRICS) for query, key in drawn]
+    cores = [head_cores(query_gram(query), key, scale=0.5, metrics=DEFAULT_METRICS) for query, key in drawn]
     together = head_statistics(cores, method=method, target_rank=[6, 12, 64])
     for layer, (query, key), columns in zip(together, drawn, (6, 12, 8), strict=True):
         alone = measure(query, key, scale=0.5, method=method, target_rank=columns)
@@ -432,7 +433,7 @@ def test_layers_of_different_sizes_come_back_in_order(method):
 
 def test_only_the_metrics_asked_for_look_at_positions():
     query, key = draw((1, 2, 1, 20, 4))
-    cores = head_cores(query, key, scale=1.0, metrics=["energy_effective_rank", "key_leverage_max"])
+    cores = head_cores(query_gram(query), key, scale=1.0, metrics=["energy_effective_rank", "key_leverage_max"])
     assert set(cores.per_position) == {"key_leverage_max"}
 
 

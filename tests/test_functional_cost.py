@@ -11,14 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.catalog import DEFAULT_METRICS, OPT_IN_METRICS
-from attnmonitor.functional import attention_row_statistics, head_cores, head_statistics, row_logits
+from attnmonitor.functional import attention_row_statistics, head_cores, head_statistics, query_gram, row_logits
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique", "_to_cpu")
 
 
 def measure_everything(query, key, mask, method):
     """The whole way from one layer's queries and keys to every statistic."""
-    cores = head_cores(query, key, scale=0.25, query_mask=mask, key_mask=mask, metrics=DEFAULT_METRICS)
+    cores = head_cores(query_gram(query, mask), key, scale=0.25, key_mask=mask, metrics=DEFAULT_METRICS)
     statistics = head_statistics([cores, cores], method=method)
     logits, query_mask = row_logits(query, key, mask=mask)
     masks = {"query_mask": query_mask, "key_mask": mask}
@@ -130,7 +130,7 @@ def peak_bytes(length: int) -> int:
     """Most memory held at once beyond the inputs, as the CPU allocator saw it."""
     query, key = torch.randn(1, 8, length, 32), torch.randn(1, 8, length, 32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        head_statistics([head_cores(query, key, scale=0.2, metrics=DEFAULT_METRICS)])
+        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
     held = highest = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -150,14 +150,14 @@ def test_memory_grows_no_faster_than_the_layers_own_queries_and_keys():
 def test_no_tensor_is_larger_than_a_block_or_the_inputs():
     query, key = torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)
     with Watch() as watch:
-        head_statistics([head_cores(query, key, scale=0.2, metrics=DEFAULT_METRICS)])
+        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
     assert watch.largest <= max(2**18 * 8, query.nbytes)
 
 
 def test_cores_hold_no_reference_to_queries_or_keys():
     query, key = inputs()
     held = {query.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()}
-    cores = head_cores(query, key, scale=0.25, metrics=DEFAULT_METRICS)
+    cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
     kept = [*vars(cores.fields).values(), cores.key_variances, cores.share_excess, *cores.per_position.values()]
     assert all(each.untyped_storage().data_ptr() not in held for each in kept)
     assert all(64 not in each.shape for each in kept), "nothing kept may have the length of the sequence"
@@ -182,11 +182,11 @@ def test_products_are_in_full_precision_and_the_callers_setting_comes_back(tf32,
             return operation(*args, **(kwargs or {}))
 
     with Precision():
-        cores = head_cores(query, key, scale=0.25, metrics=DEFAULT_METRICS)
+        cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
     assert seen == {"highest"}
     assert torch.get_float32_matmul_precision() == "medium"
     with pytest.raises(ValueError, match="multiple"):
-        head_cores(query[:, :3], key, scale=0.25, metrics=DEFAULT_METRICS)
+        head_cores(query_gram(query[:, :3]), key, scale=0.25, metrics=DEFAULT_METRICS)
     assert torch.get_float32_matmul_precision() == "medium", "restored after an error too"
     assert cores.per_position["energy_delocalization"].isfinite().all()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnmonitor.catalog import DEFAULT_METRICS
-from attnmonitor.functional import EnergySpectrum, head_cores, head_statistics
+from attnmonitor.functional import EnergySpectrum, head_cores, head_statistics, query_gram
 from attnmonitor.functional.cores import _per_position
 from attnmonitor.functional.incoherence import key_basis
 from attnmonitor.functional.statistics import _violation
@@ -42,7 +42,7 @@ def layer(seed=0):
 
 def test_a_layer_tells_the_worst_of_its_heads_and_of_its_positions():
     query, key = layer()
-    cores = head_cores(query, key, scale=1.0, metrics=DEFAULT_METRICS)
+    cores = head_cores(query_gram(query), key, scale=1.0, metrics=DEFAULT_METRICS)
     [sound] = head_statistics([cores])
     assert 0 <= sound.invariant_residual < 1e-6
     [seen, still_sound] = head_statistics([replace(cores, share_excess=torch.tensor(0.3)), cores])

@@ -11,7 +11,14 @@ import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
 
 from attnmonitor.catalog import METRICS
-from attnmonitor.functional import energy_effective_rank, energy_spectrum, head_cores, head_statistics, key_incoherence
+from attnmonitor.functional import (
+    energy_effective_rank,
+    energy_spectrum,
+    head_cores,
+    head_statistics,
+    key_incoherence,
+    query_gram,
+)
 from attnmonitor.metrics import (
     METRIC_CLASSES,
     EnergyEffectiveRank,
@@ -78,7 +85,7 @@ def test_padding_is_left_out(name):
 
 def test_accumulating_the_monitors_values_gives_what_updating_gives():
     tensors = layer()
-    cores = head_cores(tensors["query"], tensors["key"], scale=8**-0.5, metrics=LAYER_METRICS)
+    cores = head_cores(query_gram(tensors["query"]), tensors["key"], scale=8**-0.5, metrics=LAYER_METRICS)
     statistics = head_statistics([cores])[0]
     for name, values in statistics.values.items():
         metric = metric_of(name)

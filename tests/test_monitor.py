@@ -84,7 +84,7 @@ def test_the_numbers_do_not_depend_on_who_asks_or_how_often() -> None:
             assert torch.equal(values, other.values[metric][layer])
 
 
-def test_cores_are_not_kept_past_a_bound_and_the_numbers_stay_those_of_one_batch(
+def test_layers_do_not_wait_past_a_bound_and_the_numbers_stay_those_of_one_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monitor = monitor_of(TinyGPT(num_layers=5))
@@ -95,14 +95,40 @@ def test_cores_are_not_kept_past_a_bound_and_the_numbers_stay_those_of_one_batch
         batches.append(len(cores))
         return head_statistics(cores, **settings)
 
-    one_layer = 3 * 4 * 8 * 8 * 8  # sequences, heads, d, d, bytes of a float64
-    monkeypatch.setattr("attnmonitor.measurement._LARGEST_BATCH", one_layer)
-    monkeypatch.setattr("attnmonitor.measurement.head_statistics", counted)
+    one_layer = 3 * 4 * (8 * 8 * 8 + 24 * 8 * 4)  # a float64 matrix and float32 keys of 3 sequences and 4 heads
+    monkeypatch.setattr("attnmonitor.reduction.LARGEST_BATCH", one_layer)
+    monkeypatch.setattr("attnmonitor.reduction.head_statistics", counted)
     in_batches = monitor.sample(1)
     assert batches == [2, 2, 1]
     for metric, layers in together.values.items():
         for name, values in layers.items():
             assert torch.equal(values, in_batches.values[metric][name])
+
+
+class Overwriting(nn.Module):
+    """Attention that uses the memory of its queries and keys again as soon as it is done with them."""
+
+    def __init__(self, *, overwrites: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.overwrites = overwrites
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.overwrites:
+            query.zero_(), key.fill_(torch.nan)
+        return mixed
+
+
+def test_a_model_may_write_into_its_queries_and_keys_after_its_attention() -> None:
+    model, careless = Overwriting(overwrites=False), Overwriting(overwrites=True)
+    careless.load_state_dict(model.state_dict())
+    probe = torch.randn(2, 20, 16)
+    expected, found = (AttentionMonitor(each, probe, record=None).sample(0) for each in (model, careless))
+    for metric, layers in expected.values.items():
+        for name, values in layers.items():
+            assert torch.equal(found.values[metric][name], values)
 
 
 def test_a_head_with_nan_weights_is_nan_and_the_other_heads_keep_their_numbers() -> None:

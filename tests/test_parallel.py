@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from attnmonitor.catalog import DEFAULT_METRICS
-from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics
-from attnmonitor.functional.parallel import WORTH_A_THREAD, kept_cores, on_own_cores, pieces
+from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics, query_gram
+from attnmonitor.functional.parallel import WORTH_A_THREAD, on_own_cores, pieces
 
 CPU = torch.device("cpu")
 
@@ -58,27 +57,6 @@ def test_an_error_in_a_piece_is_the_callers_and_the_threads_are_given_back() -> 
     assert threading.active_count() == before
 
 
-def test_threads_that_are_kept_do_all_calls_one_core_each_and_end_with_the_context() -> None:
-    def work(piece: int) -> tuple[int, int]:
-        time.sleep(0.01)  # so that no thread is idle when the next piece comes
-        torch.zeros(10**6).sum()
-        return threading.get_ident(), torch.get_num_threads()
-
-    before = threading.active_count()
-    with kept_cores():
-        assert threading.active_count() == before
-        found = [on_own_cores(work, range(3)) for _ in range(5)]
-        assert torch.get_num_threads() == 3
-        with pytest.raises(ZeroDivisionError):
-            on_own_cores(lambda piece: 1 / piece, [0, 1])
-        with kept_cores():
-            assert not {ident for ident, _ in on_own_cores(work, range(3))} & {ident for ident, _ in found[0]}
-    assert {threads for call in found for _, threads in call} == {1}
-    assert len({ident for call in found for ident, _ in call}) == 3
-    assert threading.active_count() == before
-    assert torch.get_num_threads() == 3
-
-
 def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:
     on_own_cores(lambda piece: piece, range(3))
     child = os.fork()
@@ -95,7 +73,7 @@ def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(padded: bool
     mask = torch.arange(256) < 256 - 20 * torch.arange(5)[:, None] if padded else None
 
     def measured() -> tuple[HeadCores, HeadStatistics]:
-        cores = head_cores(query, key, scale=0.125, query_mask=mask, key_mask=mask, metrics=DEFAULT_METRICS)
+        cores = head_cores(query_gram(query, mask), key, scale=0.125, key_mask=mask, metrics=DEFAULT_METRICS)
         return cores, head_statistics([cores] * 4)[-1]
 
     assert len(pieces(5, query.numel() * 64, CPU)) == 3, "too little work to be cut"

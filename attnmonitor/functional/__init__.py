@@ -16,13 +16,13 @@ from attnmonitor.functional.interaction import (
     spectral_gap,
 )
 from attnmonitor.functional.null import NULL_METRICS, null_statistics
+from attnmonitor.functional.queries import QueryGram, query_gram, query_rms
 from attnmonitor.functional.rows import attention_row_statistics, row_logits
 from attnmonitor.functional.spectrum import (
     EnergySpectrum,
     energy_delocalization,
     energy_effective_rank,
     energy_spectrum,
-    query_rms,
 )
 from attnmonitor.functional.statistics import HeadStatistics, head_statistics
 
@@ -31,6 +31,7 @@ __all__ = [
     "EnergySpectrum",
     "HeadCores",
     "HeadStatistics",
+    "QueryGram",
     "attention_row_statistics",
     "energy_delocalization",
     "energy_effective_rank",
@@ -47,6 +48,7 @@ __all__ = [
     "key_rms",
     "leverage_scores",
     "null_statistics",
+    "query_gram",
     "query_rms",
     "row_logits",
     "spectral_gap",

@@ -9,7 +9,7 @@ Row-centring the logits *is* centring the keys, so the energy field of a head is
 has the squared singular values of :math:`\tilde E` as its eigenvalues. With :math:`B = W \Lambda W^\top` and
 :math:`C = W \Lambda^{1/2}` it lives in the keys' sorted singular basis, where it is graded (large entries lead) and
 where a key position is a row u of U, with share :math:`u^\top M u / \operatorname{tr} M` of the field's energy. No
-L×L matrix is formed, and q and k may go as soon as `head_cores` returns.
+L×L matrix is formed. q may go as soon as `query_gram` returns, and k when `head_cores` does.
 
 Letters: B sequences, Hq query heads, Hkv key heads, G = Hq / Hkv query heads that share a key head, Lq and Lk
 positions, d head size.
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from attnmonitor.functional.incoherence import KeyBasis, KeyGram, key_basis, spread_over_positions
 from attnmonitor.functional.parallel import on_own_cores, pieces
-from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.shapes import check_heads, check_query_and_key
 
 __all__ = ["FieldCores", "HeadCores", "energy_shares", "field_cores", "head_cores"]
@@ -65,9 +66,7 @@ class FieldCores:
         )
 
 
-def field_cores(
-    query: Tensor, keys: KeyGram, root: Tensor, *, scale: float, query_mask: Tensor | None = None
-) -> FieldCores:
+def field_cores(queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float) -> FieldCores:
     r"""Cores :math:`M = s^2\, C^\top q^\top q\, C` of a layer's energy fields.
 
     Rounding. A float64 product of n terms errs by at most :math:`n u / (1 - n u)` of the product of absolute values,
@@ -79,40 +78,28 @@ def field_cores(
     .. math:: 16\,u\,(L + d^2)\; s^2 \|q\|_F^2\, \|\tilde k\|_F \|k\|_F .
 
     Args:
-        query: ``(B, Hq, Lq, d)``.
-        keys: The keys; query head h shares key head ``h // G``.
+        queries: q; query head h shares key head ``h // G``.
+        keys: The keys.
         root: C with :math:`C C^\top = \tilde k^\top \tilde k`, ``(B, Hkv, d, d)``: of `KeyBasis` or `KeyGram`.
         scale: The softmax scale s.
-        query_mask: ``(B, Lq)`` bool, True where the position is not padding; None where all are.
 
     Raises:
         ValueError: The shapes do not fit.
     """
-    check_heads("query", query, query_mask)
-    check_query_and_key(query, keys.key)
-    num_sequences, num_heads, length, head_dim = query.shape
+    check_query_and_key(queries.shape, keys.key.shape)
+    num_sequences, num_heads, length, head_dim = queries.shape
     num_kv_heads = keys.key.shape[1]
-    if query_mask is None:
-        num_queries = torch.full((num_sequences, 1), float(length), dtype=torch.float64, device=query.device)
-    else:
-        num_queries = query_mask.sum(-1, keepdim=True, dtype=torch.float64)
-    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=query.device)
-    for _, block in position_blocks(query, query_mask):
-        flat = block.flatten(0, 1)
-        gram.baddbmm_(flat.mT, flat)
-    query_energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(num_sequences, num_heads)
-    query_energy = torch.where(query_energy.isfinite(), query_energy, torch.nan)
     root = (scale * root)[:, :, None]
-    core = root.mT @ gram.view(num_sequences, num_kv_heads, -1, head_dim, head_dim) @ root
+    core = root.mT @ queries.gram.view(num_sequences, num_kv_heads, -1, head_dim, head_dim) @ root
     key_energy = keys.energy + keys.num_keys * keys.mean.square().sum((-2, -1))
     size = (keys.energy * key_energy).sqrt().repeat_interleave(num_heads // num_kv_heads, 1)
     unit_roundoff = torch.finfo(torch.float64).eps / 2
     terms = max(length, keys.key.shape[2]) + head_dim**2
     return FieldCores(
         core.view(num_sequences, num_heads, head_dim, head_dim),
-        16 * unit_roundoff * terms * scale**2 * query_energy * size,
-        query_energy,
-        num_queries,
+        16 * unit_roundoff * terms * scale**2 * queries.energy * size,
+        queries.energy,
+        queries.num_queries,
         keys.num_keys,
     )
 
@@ -136,23 +123,16 @@ class HeadCores:
 
 
 def head_cores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    query_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    metrics: Sequence[str],
+    queries: QueryGram, key: Tensor, *, scale: float, key_mask: Tensor | None = None, metrics: Sequence[str]
 ) -> HeadCores:
     """Reduce one layer's queries and keys to what ``metrics`` need of them.
 
-    Keeps no reference to q or k, and beside them needs memory for one block of positions.
+    Keeps no reference to k, and beside it needs memory for one block of positions.
 
     Args:
-        query: ``(B, Hq, Lq, d)``, as softmax sees it.
+        queries: Of q as softmax sees it, from `query_gram`.
         key: ``(B, Hkv, Lk, d)``, never repeated per query head.
         scale: The softmax scale s.
-        query_mask: ``(B, Lq)`` bool, True where valid.
         key_mask: ``(B, Lk)`` bool, True where valid.
         metrics: Names from the catalog; work per position is done only for those asked for. What follows from the cores
             alone is there whatever they are.
@@ -160,19 +140,17 @@ def head_cores(
     Raises:
         ValueError: The shapes do not fit.
     """
-    check_heads("query", query, query_mask)
     check_heads("key", key, key_mask)
-    check_query_and_key(query, key)
+    check_query_and_key(queries.shape, key.shape)
     wanted = [name for name in _PER_POSITION if name in metrics]
 
     def of(sequences: slice) -> HeadCores:
-        masks = [mask if mask is None else mask[sequences] for mask in (query_mask, key_mask)]
-        basis = key_basis(key[sequences], masks[1])
-        energy = field_cores(query[sequences], basis.keys, basis.root(), scale=scale, query_mask=masks[0])
+        basis = key_basis(key[sequences], None if key_mask is None else key_mask[sequences])
+        energy = field_cores(queries.of(sequences), basis.keys, basis.root(), scale=scale)
         return HeadCores(energy, basis.eigenvalues, *_per_position(energy.core, basis, wanted))
 
-    with full_precision(query.device):
-        return _joined(on_own_cores(of, pieces(len(query), query.numel() * query.shape[-1], query.device)))
+    with full_precision(key.device):
+        return _joined(on_own_cores(of, pieces(len(key), queries.shape.numel() * key.shape[-1], key.device)))
 
 
 def _joined(parts: Sequence[HeadCores]) -> HeadCores:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from attnmonitor.functional.counting import check_fraction, effective_rank
 from attnmonitor.functional.precision import full_precision, position_blocks
-from attnmonitor.functional.shapes import check_heads
+from attnmonitor.functional.shapes import check_heads, num_positions
 
 __all__ = [
     "KeyBasis",
@@ -169,11 +169,8 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
         ValueError: The shapes do not fit.
     """
     check_heads("key", key, key_mask)
-    num_sequences, num_heads, length, head_dim = key.shape
-    if key_mask is None:
-        num_keys = torch.full((num_sequences, 1), float(length), dtype=torch.float64, device=key.device)
-    else:
-        num_keys = key_mask.sum(-1, keepdim=True, dtype=torch.float64)
+    num_sequences, num_heads, _, head_dim = key.shape
+    num_keys = num_positions(key, key_mask)
     total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
     for _, block in position_blocks(key, key_mask):
         total += block.sum(-2, keepdim=True)

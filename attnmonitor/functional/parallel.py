@@ -8,20 +8,16 @@ long. A core per piece has one barrier, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
-__all__ = ["kept_cores", "on_own_cores", "pieces"]
+__all__ = ["on_own_cores", "pieces"]
 
 WORTH_A_THREAD = 2**22
 """Multiplications below which a piece does not repay the tenth of a millisecond that its thread takes to start."""
-
-_kept: ContextVar[ThreadPoolExecutor | None] = ContextVar("attnmonitor_kept_cores", default=None)
 
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
@@ -43,8 +39,7 @@ def pieces(count: int, multiplications: int, device: torch.device) -> list[slice
 def on_own_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
     """Do ``work`` on every piece, as many at a time as torch may use threads, and return the results in order.
 
-    The threads end with the call, or with the `kept_cores` around it: a pool that outlived that would be dead, and
-    hang, in a process forked later.
+    The threads end with the call: a pool that outlived it would be dead, and hang, in a process forked later.
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1 or len(pieces) == 1:
@@ -55,30 +50,13 @@ def on_own_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) ->
         with torch.set_grad_enabled(with_gradients):
             return work(piece)
 
-    kept = _kept.get()
     try:
-        with _cores(min(num_threads, len(pieces))) if kept is None else nullcontext(kept) as cores:
+        with ThreadPoolExecutor(
+            min(num_threads, len(pieces)), thread_name_prefix="attnmonitor", initializer=_take_one_core
+        ) as cores:
             return list(cores.map(alone, pieces))
     finally:
         torch.set_num_threads(num_threads)
-
-
-@contextmanager
-def kept_cores() -> Iterator[None]:
-    """Keep the threads of `on_own_cores` from call to call while the context is open.
-
-    New threads for every layer are work that a forward of thirty layers need not do thirty times.
-    """
-    with _cores(torch.get_num_threads()) as cores:  # none starts before it has work
-        before = _kept.set(cores)
-        try:
-            yield
-        finally:
-            _kept.reset(before)
-
-
-def _cores(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="attnmonitor", initializer=_take_one_core)
 
 
 def _take_one_core() -> None:

@@ -111,7 +111,7 @@ def row_logits(
     query_mask = query_padding(query, mask, query_mask)
     check_heads("query", query, query_mask)
     check_heads("key", key, mask)
-    check_query_and_key(query, key)
+    check_query_and_key(query.shape, key.shape)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     past = num_keys - query.shape[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_heads", "check_query_and_key", "query_padding"]
+__all__ = ["check_heads", "check_query_and_key", "num_positions", "query_padding"]
 
 
 def check_heads(argument: str, heads: Tensor, mask: Tensor | None) -> None:
@@ -23,14 +23,21 @@ def check_heads(argument: str, heads: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def check_query_and_key(query: Tensor, key: Tensor) -> None:
+def check_query_and_key(query: torch.Size, key: torch.Size) -> None:
     """Raise unless queries and keys have one batch and head size and the key heads divide the query heads."""
-    fits = query.ndim == key.ndim and query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1]
-    if not fits or query.shape[1] % key.shape[1]:
+    fits = len(query) == len(key) and query[0] == key[0] and query[-1] == key[-1]
+    if not fits or query[1] % key[1]:
         raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)}: expected one number of sequences, one head size "
-            "and query heads that are a multiple of the key heads"
+            f"query {tuple(query)} and key {tuple(key)}: expected one number of sequences, one head size and query "
+            "heads that are a multiple of the key heads"
         )
+
+
+def num_positions(heads: Tensor, mask: Tensor | None) -> Tensor:
+    """How many positions of each sequence are not padding, ``(B, 1)`` float64."""
+    if mask is None:
+        return torch.full((heads.shape[0], 1), float(heads.shape[2]), dtype=torch.float64, device=heads.device)
+    return mask.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def query_padding(query: Tensor, mask: Tensor | None, query_mask: Tensor | None) -> Tensor | None:

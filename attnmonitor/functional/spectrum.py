@@ -23,7 +23,8 @@ from torch import Tensor
 from attnmonitor.functional.cores import FieldCores, energy_shares, field_cores
 from attnmonitor.functional.counting import TIE, check_fraction, count_to_fraction
 from attnmonitor.functional.incoherence import key_basis, key_gram, spread_over_positions
-from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.queries import query_gram
 from attnmonitor.functional.shapes import check_heads, query_padding
 from attnmonitor.functional.sketch import sketched_spectrum
 
@@ -36,7 +37,6 @@ __all__ = [
     "energy_delocalization",
     "energy_effective_rank",
     "energy_spectrum",
-    "query_rms",
 ]
 
 Method = Literal["auto", "randomized", "exact"]
@@ -231,7 +231,7 @@ def energy_spectrum(
     with full_precision(query.device):
         keys = key_gram(key, mask)
         root = keys.cholesky_root()  # the spectrum is that of any root; this one costs a tenth of an eigenbasis
-        fields = field_cores(query, keys, root, scale=scale, query_mask=query_mask)
+        fields = field_cores(query_gram(query, query_mask), keys, root, scale=scale)
         if per == "kv_head":
             fields = fields.stacked_per_key_head(key.shape[1])
         return core_spectrum(fields, method=method, target_rank=target_rank)
@@ -298,27 +298,5 @@ def energy_delocalization(
     query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
         basis = key_basis(key, mask)
-        fields = field_cores(query, basis.keys, basis.root(), scale=1.0, query_mask=query_mask)
+        fields = field_cores(query_gram(query, query_mask), basis.keys, basis.root(), scale=1.0)
         return spread_over_positions(energy_shares(fields.core, basis), basis.keys.num_keys)
-
-
-def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Root mean square entry of the queries, in their own unit.
-
-    Args:
-        query: ``(B, Hq, L, d)``.
-        mask: ``(B, L)`` bool, True where the position is not padding.
-
-    Returns:
-        ``(B, Hq)`` float64; NaN for a head that is not finite.
-
-    Raises:
-        ValueError: The shapes do not fit.
-    """
-    check_heads("query", query, mask)
-    num_queries = query.shape[2] if mask is None else mask.sum(-1, keepdim=True)
-    total = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
-    for _, block in position_blocks(query, mask):
-        total += block.square_().sum((-2, -1))
-    rms = (total / (num_queries * query.shape[-1])).sqrt()
-    return torch.where(rms.isfinite(), rms, torch.nan)

@@ -7,14 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from attnmonitor.functional.counting import check_fraction
-from attnmonitor.functional.spectrum import (
-    EnergySpectrum,
-    Method,
-    Per,
-    energy_delocalization,
-    energy_spectrum,
-    query_rms,
-)
+from attnmonitor.functional.queries import query_rms
+from attnmonitor.functional.spectrum import EnergySpectrum, Method, Per, energy_delocalization, energy_spectrum
 from attnmonitor.metrics.heads import HeadMetric
 
 __all__ = [

@@ -1,0 +1,85 @@
+"""The queries' half of an energy field: their Gram matrix, which is all that is needed of them.
+
+Letters: B sequences, Hq query heads, L positions, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.shapes import check_heads, num_positions
+
+__all__ = ["QueryGram", "query_gram", "query_rms"]
+
+
+@dataclass(frozen=True, eq=False)
+class QueryGram:
+    r"""The Gram matrix of each head's queries.
+
+    Attributes:
+        shape: ``(B, Hq, L, d)`` of the queries it was made of.
+        gram: :math:`q^\top q`, ``(B, Hq, d, d)`` float64.
+        energy: :math:`\|q\|_F^2`, ``(B, Hq)`` float64; NaN for a head that is not finite.
+        num_queries: Queries that are not padding, ``(B, 1)`` float64.
+    """
+
+    shape: torch.Size
+    gram: Tensor
+    energy: Tensor
+    num_queries: Tensor
+
+    def of(self, sequences: slice) -> QueryGram:
+        """That of some of the sequences."""
+        gram = self.gram[sequences]
+        shape = torch.Size((len(gram), *self.shape[1:]))
+        return replace(
+            self, shape=shape, gram=gram, energy=self.energy[sequences], num_queries=self.num_queries[sequences]
+        )
+
+
+def query_gram(query: Tensor, query_mask: Tensor | None = None) -> QueryGram:
+    """Form the Gram matrix of the queries, in float64 and a block of positions at a time.
+
+    Args:
+        query: ``(B, Hq, L, d)``.
+        query_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    check_heads("query", query, query_mask)
+    num_sequences, num_heads, _, head_dim = query.shape
+    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=query.device)
+    with full_precision(query.device):
+        for _, block in position_blocks(query, query_mask):
+            flat = block.flatten(0, 1)
+            gram.baddbmm_(flat.mT, flat)
+    gram = gram.view(num_sequences, num_heads, head_dim, head_dim)
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    energy = torch.where(energy.isfinite(), energy, torch.nan)
+    return QueryGram(query.shape, gram, energy, num_positions(query, query_mask))
+
+
+def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Root mean square entry of the queries, in their own unit.
+
+    Args:
+        query: ``(B, Hq, L, d)``.
+        mask: ``(B, L)`` bool, True where the position is not padding.
+
+    Returns:
+        ``(B, Hq)`` float64; NaN for a head that is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    check_heads("query", query, mask)
+    total = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
+    for _, block in position_blocks(query, mask):
+        total += block.square_().sum((-2, -1))
+    rms = (total / (num_positions(query, mask) * query.shape[-1])).sqrt()
+    return torch.where(rms.isfinite(), rms, torch.nan)
