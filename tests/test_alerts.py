@@ -503,18 +503,55 @@ def test_what_hits_all_heads_is_the_runs_fault_and_lets_go_when_it_is_over(metri
     ("metric", "sick"),
     [("energy_rms", 30.0), ("query_rms", 0.1), ("key_rms", 9.0), ("key_leverage_max", 0.98), ("energy_rms", NAN)],
 )
-def test_what_hits_one_head_lets_go_when_it_is_over(metric, sick):
-    """For less than half a baseline: a longer fault is what the head's recovery is compared with."""
-    run, watch = healthy_run(80), Alerts()
-    for sample in run[40:47]:
+@pytest.mark.parametrize("length", [7, 10, 30])
+def test_what_hits_one_head_lets_go_when_it_is_over_however_long_it_took(metric, sick, length):
+    run, watch, end = healthy_run(80 + length), Alerts(), 40 + length
+    for sample in run[40:end]:
         sample[metric]["layers.1"][2] = sick
     firing = []
     for index, sample in enumerate(run):
         watch.observe(tensors(sample), index)
         firing.append(bool(watch.firing))
     assert firing[:40] == [False] * 40
-    assert all(firing[41:47])
-    assert not any(firing[50:])
+    assert all(firing[41:end])
+    assert not any(firing[end + 3 :])
+
+
+@pytest.mark.parametrize("length", [10, 30])
+def test_a_fault_is_compared_with_health_also_when_another_one_came_before(length):
+    """Queries grow and then fade: the size they faded from is that of a healthy head, not that of the first fault."""
+    run = healthy_run(60 + length)
+    for index, sample in enumerate(run[40:]):
+        sample["query_rms"]["layers.1"][2] *= 4.0 if index < length else 0.25
+    events = events_of([rule for rule in DEFAULT_RULES if rule.name in ("query_grown", "query_faded")], run)
+    began = [event for event in events if (event.state, event.severity) == ("firing", "warning")]
+    assert [(event.rule, event.global_step // 10) for event in began] == [
+        ("query_grown", 41),
+        ("query_faded", 41 + length),
+    ]
+    assert began[1].baseline == pytest.approx(began[0].baseline, rel=0.2)
+
+
+def test_an_alarm_about_a_level_leaves_the_baselines_of_others_alone():
+    """A level says nothing of what is normal for a head: one that is high all along is watched like any other."""
+    run = heads_run(60, {5: 4.0}, onset=40)
+    high = plain_rule(when=Threshold("query_rms", "value", fire_above=-1.0, clear_below=-2.0))
+    assert len({event.head for event in events_of(high, run)}) == 12
+    together = [event for event in events_of([high, contrast_rule()], run) if event.rule == "apart"]
+    assert together == events_of(contrast_rule(), run) != []
+
+
+@pytest.mark.parametrize(("fault", "rules"), [(1.0, []), (4.0, ["query_grown"]), (0.25, ["query_faded"])])
+def test_while_all_heads_grow_one_that_learns_faster_is_healthy_and_a_fault_is_found(fault, rules):
+    """The growth of all is 5 % per sample, that of one head 9 %: 0.6 more over a baseline, six times their spread."""
+    run = healthy_run(50)
+    for index, sample in enumerate(run):
+        for layer, heads in sample["query_rms"].items():
+            sample["query_rms"][layer] = [value * math.exp(0.05 * index) for value in heads]
+        sample["query_rms"]["layers.0"][1] *= math.exp(0.04 * index)
+        sample["query_rms"]["layers.1"][2] *= fault if index >= 40 else 1.0
+    began = [event for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"]
+    assert [(event.rule, event.layer, event.head) for event in began] == [(rule, "layers.1", 2) for rule in rules]
 
 
 def test_a_head_that_came_back_less_than_half_way_is_not_healthy_yet():
@@ -587,9 +624,9 @@ def test_every_default_metric_is_in_the_catalog():
 # -- Resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [1, 41, 61])
+@pytest.mark.parametrize("cut", [1, 41, 61, 64])
 def test_a_resumed_watch_says_what_an_unbroken_one_says(cut):
-    run = [tensors(sample) for sample in healthy_run(70)]
+    run = [tensors(sample) for sample in healthy_run(85)]
     for sample in run[40:]:
         sample["energy_rms"]["layers.1"][2] = 30.0
     for sample in run[60:]:

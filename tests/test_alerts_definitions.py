@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from attnmonitor.alerts import Threshold
-from attnmonitor.alerts.signals import SMALLEST, SPREAD_FLOOR, Heads, Past, Reference, evaluate, read, unread
+from attnmonitor.alerts.signals import SMALLEST, Heads, Past, Reference, evaluate, read, unread
 from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
 
 NAN = math.nan
@@ -87,26 +88,31 @@ def median(values) -> float:
     return statistics.median_low(known) if known else NAN
 
 
-def signals(threshold: Threshold, rows, kept: Reference, is_kept, least_heads: int) -> list[float]:
+def signals(threshold: Threshold, rows, is_sick, kept: Reference, is_kept, least_heads: int) -> list[float]:
     """The signal of every head, by the words of `Threshold` and `Reference`."""
     x = [[READINGS[threshold.reading](m) if math.isfinite(m) else NAN for m in row] for row in rows.tolist()]
-    now, before = x[-1], x[-threshold.window - threshold.gap : -threshold.gap]
+    now, window = x[-1], slice(-threshold.window - threshold.gap, -threshold.gap)
     heads = range(len(now))
-    base = [median(row[head] for row in before) for head in heads]
-    for head in heads:
-        if sum(not math.isnan(row[head]) for row in before) < threshold.window / 2:
-            base[head] = NAN
-    change = [now[head] - base[head] for head in heads]
+
+    def median_of_window(head: int, among: Callable[[bool], bool]) -> float:
+        before = [row[head] for row, sick in zip(x[window], is_sick[window].tolist(), strict=True) if among(sick[head])]
+        return median(before) if sum(not math.isnan(value) for value in before) >= threshold.window / 2 else NAN
+
+    base = [median_of_window(head, among=lambda sick: not sick) for head in heads]
+    change = [now[head] - median_of_window(head, among=lambda sick: True) for head in heads]
     enough = sum(not math.isnan(value) for value in change) >= least_heads
     crowd = [median(now) - median(change) if enough else NAN] * len(now)
     for head in heads:
-        if is_kept[head]:
+        if is_kept[head] or math.isnan(base[head]):
             base[head], crowd[head] = kept.base[head].item(), kept.crowd[head].item()
     change = [now[head] - base[head] for head in heads]
     moved = [0.0 if math.isnan(median(now) - level) else median(now) - level for level in crowd]
     contrast = [change[head] - moved[head] for head in heads]
     spread = 1.4826 * median(abs(value - median(contrast)) for value in contrast)
-    z = [contrast[head] / ((0 if math.isnan(crowd[head]) else spread) + SPREAD_FLOOR) for head in heads]
+    spreads = [
+        (0 if math.isnan(level) else spread) + abs(shift) / 3 + 0.1 for level, shift in zip(crowd, moved, strict=True)
+    ]
+    z = [contrast[head] / spreads[head] for head in heads]
     return {"value": now, "change": change, "contrast": contrast, "robust_z": z}[threshold.signal]
 
 
@@ -122,13 +128,15 @@ def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, lea
         if least_heads > 5:
             rows[-9:] = rows[-9:].nan_to_num(nan=0.5)
         past = Past(depth=8)
-        for row in rows:
+        is_sick = torch.rand(11, 9, generator=generator) < 0.2
+        for row, sick in zip(rows, is_sick, strict=True):
             past.append(row, torch.ones(9, dtype=torch.bool))
+            past.mark_sick(sick)
         assert past.seen.tolist() == rows.isfinite().sum(0).tolist()
         kept = Reference(*torch.randn(2, 9, generator=generator))
         is_kept = torch.rand(9, generator=generator) < 0.3
         found, used = evaluate(threshold, past, kept=kept, is_kept=is_kept, least_heads=least_heads)
-        expected = torch.tensor(signals(threshold, rows, kept, is_kept, least_heads))
+        expected = torch.tensor(signals(threshold, rows, is_sick, kept, is_kept, least_heads))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(used.base[is_kept], kept.base[is_kept], rtol=0, atol=0)
 
@@ -139,11 +147,12 @@ def test_thresholds_that_differ_in_their_past_alone_are_not_given_each_others():
     past, unknown, nobody = Past(depth=30), Reference.unknown(9), torch.zeros(9, dtype=torch.bool)
     for row in rows:
         past.append(row, ~nobody)
+    healthy = torch.zeros(30, 9, dtype=torch.bool)
     first = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=5, gap=3)
     for other in (first, replace(first, window=9), replace(first, gap=7), replace(first, reading="log_excess")):
         for least_heads in (5, 10):
             found, _ = evaluate(other, past, kept=unknown, is_kept=nobody, least_heads=least_heads)
-            expected = torch.tensor(signals(other, rows, unknown, nobody, least_heads))
+            expected = torch.tensor(signals(other, rows, healthy, unknown, nobody, least_heads))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

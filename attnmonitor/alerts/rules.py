@@ -42,7 +42,8 @@ class Threshold:
         metric: Name from `attnmonitor.catalog.METRICS`.
         signal: What is compared with the levels: ``"value"`` is x; ``"change"`` is rel; ``"contrast"`` is rel minus its
             median over the heads of the model; ``"robust_z"`` is the contrast over its robust spread,
-            ``1.4826 MAD + 0.1``; ``"non_finite"`` is 1 where the metric is NaN or infinite and 0 elsewhere.
+            ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite
+            and 0 elsewhere.
         reading: How x is made of the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
             ``"log_excess"`` ln(m − 1). Ignored by ``"non_finite"``.
         fire_above: The condition holds above this level; `clear_below` says when it lets go.
@@ -93,7 +94,12 @@ class Threshold:
     @property
     def depth(self) -> int:
         """Samples of the past it looks at."""
-        return self.window + self.gap if self.signal in ("change", "contrast", "robust_z") else 1
+        return self.window + self.gap if self.has_baseline else 1
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether it compares a head with its past."""
+        return self.signal in ("change", "contrast", "robust_z")
 
 
 @dataclass(frozen=True)

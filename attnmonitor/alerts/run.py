@@ -86,6 +86,9 @@ class Alerts:
         for watch in sorted(self._watches, key=lambda watch: _asks_other_rules(watch.rule)):
             if watch.rule.metrics <= values.keys():
                 events += watch.step(self._recent, self._firing_share(), global_step)
+        for watch in self._watches:
+            if watch.rule.metrics <= values.keys():
+                watch.mark_sick(self._recent)
         return events
 
     def _firing_share(self) -> tuple[float, float]:

@@ -27,6 +27,10 @@ SMALLEST = 1e-7
 SPREAD_FLOOR = 0.1
 """Added to the robust spread of the contrast: heads that agree closely must not turn a 10 % change into an outlier."""
 
+SHIFT_SHARE = 1 / 3
+"""Of the shift that all heads share, this much is added to the spread as well: heads learn at paces of their own, so
+while all of them move far, a head that is half as fast again as the others is no outlier."""
+
 
 Unit = tuple[str | None, int | None]
 """What one alarm is about: (layer, head), (layer, None), or (None, None) for the run."""
@@ -78,6 +82,7 @@ class Past:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.rows = torch.empty(0, 0)  # (T, N), oldest first, the present sample included; NaN where there is no value
+        self.is_sick = torch.empty(0, 0, dtype=torch.bool)  # (T, N): a sample that an alarm lived in
         self.seen = torch.zeros(0, dtype=torch.int64)  # (N,) samples with a finite value
         self.is_measured = torch.zeros(0, dtype=torch.bool)  # (N,) in the present sample, finite or not
         self._baselines: dict[tuple[str, int, int, int], Reference] = {}
@@ -87,11 +92,18 @@ class Past:
         new = len(row) - len(self.seen)
         if new:
             self.rows = torch.cat([self.rows, torch.full((len(self.rows), new), torch.nan)], dim=1)
+            self.is_sick = torch.cat([self.is_sick, torch.zeros(len(self.is_sick), new, dtype=torch.bool)], dim=1)
             self.seen = torch.cat([self.seen, torch.zeros(new, dtype=torch.int64)])
         self.rows = torch.cat([self.rows, row[None]])[-self.depth :]
+        self.is_sick = torch.cat([self.is_sick, torch.zeros_like(row[None], dtype=torch.bool)])[-self.depth :]
         self.seen = self.seen + row.isfinite()
         self.is_measured = is_measured
         self._baselines.clear()
+
+    def mark_sick(self, is_sick: Tensor) -> None:
+        """Leave the present sample of these heads, (N,) bool, out of every baseline to come."""
+        if is_sick.any():
+            self.is_sick = torch.cat([self.is_sick[:-1], (self.is_sick[-1] | is_sick)[None]])
 
     def reference(self, threshold: Threshold, least_heads: int) -> Reference:
         """Return what the present sample is compared with; thresholds that look at the same past share it."""
@@ -102,11 +114,14 @@ class Past:
 
     def _compute_reference(self, threshold: Threshold, least_heads: int) -> Reference:
         x = read(threshold, self.rows[-1])
-        rows = read(threshold, self.rows[-(threshold.window + threshold.gap) : -threshold.gap])
-        # Half a window is the least that a median may speak for.
-        is_enough = rows.isfinite().sum(dim=0) * 2 >= threshold.window
-        base = torch.where(is_enough, rows.nanmedian(dim=0).values, torch.nan) if len(rows) else x * torch.nan
-        change = x - base
+        before = slice(-(threshold.window + threshold.gap), -threshold.gap)
+        rows, is_sick = read(threshold, self.rows[before]), self.is_sick[before]
+        if not len(rows):
+            return Reference.unknown(len(x))
+        median = _median_of(rows, threshold.window)
+        base = _median_of(rows.masked_fill(is_sick, torch.nan), threshold.window) if is_sick.any() else median
+        # What the crowd did is measured on all heads, sick or not: a median bears some, and misses none of its heads.
+        change = x - median
         # The crowd is written as a level, not as a change, so that it can be kept: now minus level stays its shift.
         can_compare = int(change.isfinite().sum()) >= least_heads
         crowd = x.nanmedian() - change.nanmedian() if can_compare else torch.tensor(torch.nan)
@@ -153,23 +168,27 @@ class Recent:
         """Return everything as plain containers and tensors."""
         return {
             "heads": {scope: dict(heads.layers) for scope, heads in self.heads.items()},
-            "pasts": {metric: {"rows": past.rows, "seen": past.seen} for metric, past in self.pasts.items()},
+            "pasts": {
+                metric: {"rows": past.rows, "is_sick": past.is_sick, "seen": past.seen}
+                for metric, past in self.pasts.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; a metric that the state does not know starts with no past."""
         self.heads = {scope: Heads(layers) for scope, layers in state["heads"].items()}
         for metric in self.pasts.keys() & state["pasts"].keys():
-            past = self.pasts[metric]
-            past.rows, past.seen = (
-                state["pasts"][metric]["rows"][-past.depth :].clone(),
-                state["pasts"][metric]["seen"].clone(),
-            )
+            past, stored = self.pasts[metric], state["pasts"][metric]
+            past.rows, past.is_sick = (stored[name][-past.depth :].clone() for name in ("rows", "is_sick"))
+            past.seen = stored["seen"].clone()
 
 
 @dataclass(frozen=True)
 class Reference:
     """What a value is compared with; kept still while an alarm lives, so that a fault does not become its own normal.
+
+    It stands still as well where half of the window is missing or sick, so that a fault that is over is not taken for
+    what its head was like before.
 
     Attributes:
         base: (N,) the head's own baseline of x.
@@ -190,6 +209,11 @@ class Reference:
             return self
         more = Reference.unknown(count - len(self.base))
         return Reference(torch.cat([self.base, more.base]), torch.cat([self.crowd, more.crowd]))
+
+
+def _median_of(rows: Tensor, window: int) -> Tensor:
+    """Return the median of each column, (N,); half a window is the least that it may speak for."""
+    return torch.where(rows.isfinite().sum(dim=0) * 2 >= window, rows.nanmedian(dim=0).values, torch.nan)
 
 
 def read(threshold: Threshold, metric: Tensor) -> Tensor:
@@ -241,13 +265,16 @@ def evaluate(
     if threshold.signal == "value":
         return x, kept
     fresh = past.reference(threshold, least_heads)
-    reference = Reference(torch.where(is_kept, kept.base, fresh.base), torch.where(is_kept, kept.crowd, fresh.crowd))
+    stands = is_kept | fresh.base.isnan()
+    reference = Reference(torch.where(stands, kept.base, fresh.base), torch.where(stands, kept.crowd, fresh.crowd))
     change = x - reference.base
     if threshold.signal == "change":
         return change, reference
-    contrast = change - (x.nanmedian() - reference.crowd).nan_to_num(nan=0.0)
+    shift = (x.nanmedian() - reference.crowd).nan_to_num(nan=0.0)
+    contrast = change - shift
     if threshold.signal == "contrast":
         return contrast, reference
     # Where there are too few heads to compare with, their spread is not known either, and the floor stands for it.
     spread = 1.4826 * (contrast - contrast.nanmedian()).abs().nanmedian()
-    return contrast / (torch.where(reference.crowd.isnan(), 0.0, spread) + SPREAD_FLOOR), reference
+    spread = torch.where(reference.crowd.isnan(), 0.0, spread) + SHIFT_SHARE * shift.abs()
+    return contrast / (spread + SPREAD_FLOOR), reference

@@ -137,6 +137,11 @@ class RuleWatch:
                 self.firing[unit] = event
         return events
 
+    def mark_sick(self, recent: Recent) -> None:
+        """Leave the present sample out of the baselines of heads that an alarm about a baseline lives in."""
+        for metric in {leaf.metric for leaf in self.rule.thresholds if leaf.has_baseline and leaf.quantile is None}:
+            recent.pasts[metric].mark_sick(self.states.phase != INACTIVE)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as plain containers and tensors."""
         return {
