@@ -18,6 +18,7 @@ from torch import nn
 from attnmonitor.callbacks.framework import check_settings
 from attnmonitor.ending import print_ending
 from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.notice import warn
 from attnmonitor.schedules import Schedule, one_schedule
 
 __all__ = ["attach"]
@@ -72,6 +73,9 @@ def attach(
         )
     check_settings(settings)
     monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
+    steps = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if steps.isdisjoint(model.parameters()):  # no error: some optimizers step copies of the parameters
+        warn(f"attnmonitor: optimizer={type(optimizer).__name__} has none of the model's parameters; is it another's?")
 
     # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
     def before_step(*_: object) -> None:

@@ -14,6 +14,7 @@ from models import TinyGPT, token_batch, train
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback as LightningCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback as TransformersCallback
+from attnmonitor.notice import AttentionMonitorWarning
 
 
 def attached(**settings: Any) -> tuple[TinyGPT, torch.optim.Optimizer, Any]:
@@ -75,6 +76,16 @@ def test_a_keyword_or_metric_that_is_not_known_is_refused_at_once_with_the_neare
         make(logger=None)
     with pytest.raises(ValueError, match="unknown metric 'energy_rank'; did you mean 'energy"):
         make(metrics=["energy_rank"])
+
+
+def test_the_optimizer_of_another_model_is_told_of_at_once_and_followed_all_the_same() -> None:
+    model, other = TinyGPT(), TinyGPT()
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    with pytest.warns(AttentionMonitorWarning, match="optimizer=SGD has none of the model's parameters"):
+        monitor = attach(model, optimizer, token_batch(), every_n_steps=1, record=None)
+    train(other, optimizer, 1)
+    assert monitor.history.steps == [0, 1]
+    monitor.close()
 
 
 def test_another_name_of_a_layer_is_answered_with_those_there_are() -> None:
