@@ -18,6 +18,7 @@ from checkpoints import save_llama, save_tokenizer
 from lightning.pytorch.loggers import WandbLogger
 from models import TinyGPT, train
 from test_callback_lightning import HELD_OUT, TRAIN, Module, lightning_as_it_is  # noqa: F401
+from test_distributed import FSDP2
 from torch.utils.data import DataLoader
 
 README = Path(__file__).parents[1] / "README.md"
@@ -116,7 +117,8 @@ def test_the_example_runs(
 
 def test_the_example_on_several_processes_runs_under_torchrun() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    example = ["-m", "attnmonitor.examples.distributed", "--strategy", "fsdp", "--steps", "10"]
+    strategy = "fsdp" if FSDP2 else "ddp"
+    example = ["-m", "attnmonitor.examples.distributed", "--strategy", strategy, "--steps", "10"]
     done = subprocess.run([*torchrun, *example], capture_output=True, text=True, timeout=240, check=False)
     assert "2 samples of a model on 2 processes" in done.stdout, done.stderr
 
