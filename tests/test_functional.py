@@ -91,6 +91,17 @@ def test_every_default_metric_equals_the_dense_float64_reference(shape, dtype, p
     assert found.invariant_residual < 1e-4
 
 
+def test_a_direction_near_the_cut_is_judged_alike_however_much_padding_stands_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(12, 4, generator=generator, dtype=torch.float64))
+    key = (left - left.mean(0)) * torch.tensor([1.0, 0.5, 0.1, 20 * torch.finfo(torch.float32).eps]).double()
+    padded = torch.cat([key, torch.zeros(60, 4)])[None, None]
+    mask = torch.arange(72)[None] < 12
+    alone = leverage_scores(key[None, None])
+    assert alone.sum().item() == pytest.approx(4)
+    torch.testing.assert_close(leverage_scores(padded, mask=mask)[..., :12], alone)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_each_public_function_agrees_with_the_route_over_cores(shape, padding):
     query, key = draw(shape)

@@ -111,12 +111,13 @@ class KeyBasis:
         return self.eigenvectors * self.eigenvalues.sqrt()[..., None, :]
 
     def numerical_rank(self) -> Tensor:
-        """Directions above float32's noise, ``max(L, d) · eps · σ₁``, ``(B, Hkv)``.
+        """Directions above float32's noise, ``max(n, d) · eps · σ₁``, ``(B, Hkv)``.
 
-        The same cut for every input type, so that a number does not depend on the type its keys arrived in.
+        The same cut for every input type, so that a number does not depend on the type its keys arrived in, nor on how
+        much padding stands beside them.
         """
-        noise = max(self.keys.key.shape[-2:]) * torch.finfo(torch.float32).eps
-        return (self.eigenvalues > noise**2 * self.eigenvalues[..., :1]).sum(-1)
+        noise = self.keys.num_keys.clamp_min(self.keys.key.shape[-1])[..., None] * torch.finfo(torch.float32).eps
+        return (self.eigenvalues > noise.square() * self.eigenvalues[..., :1]).sum(-1)
 
     def energy_rank(self, energy: float) -> Tensor:
         """Fewest directions that hold ``energy`` of ‖k̃‖_F², ``(B, Hkv)``; the numerical rank for 1."""
@@ -221,7 +222,7 @@ def leverage_scores(key: Tensor, *, mask: Tensor | None = None, energy: float = 
         key: ``(B, Hkv, L, d)``.
         mask: ``(B, L)`` bool, True where the position is not padding.
         energy: Fraction of :math:`\|\tilde k\|_F^2` that the subspace holds. 1 takes every direction above float32's
-            noise, ``max(L, d) · eps · σ₁``, whichever type the keys are in.
+            noise, ``max(n, d) · eps · σ₁``, whichever type the keys are in.
 
     Returns:
         ``(B, Hkv, L)`` in [0, 1], 0 at padding; NaN for a head that is not finite.
