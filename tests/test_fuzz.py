@@ -145,7 +145,8 @@ class Attention(nn.Module):
         is_causal_call = recipe.causal and recipe.window is None and recipe.padding == "none"
         mask = None if is_causal_call or masks.visible is None else masks.visible[:, None]
         if mask is not None and recipe.float_mask:
-            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+            # Half of the least number: that itself, added to a logit of -20, is -inf in float16, and a row of it NaN.
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min / 2)
         mixed = WRITTEN[recipe.attend](q, k, v, scale, mask, is_causal_call)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
