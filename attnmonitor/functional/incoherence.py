@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.counting import check_fraction, effective_rank
-from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.precision import full_precision, gram_of, position_blocks
 from attnmonitor.functional.shapes import check_heads, num_positions
 
 __all__ = [
@@ -146,10 +146,7 @@ class KeyBasis:
         kept = self.leading(self.numerical_rank())
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
         to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan)
-        for positions, block in position_blocks(self.keys.key, self.keys.key_mask):
-            centered = block.sub_(self.keys.mean)
-            if self.keys.key_mask is not None:
-                centered = torch.where(self.keys.key_mask[:, None, positions, None], centered, 0)
+        for centered in _centered_blocks(self.keys.key, self.keys.key_mask, self.keys.mean):
             yield centered @ to_left
 
     def weighted_rows(self, weights: Tensor) -> Tensor:
@@ -157,6 +154,15 @@ class KeyBasis:
         columns = weights[..., None].to(torch.float64)
         rows = torch.cat([left.square() @ columns for left in self.left_blocks()], 2).squeeze(-1)
         return rows.to(torch.promote_types(self.keys.key.dtype, torch.float32))
+
+
+def _centered_blocks(key: Tensor, key_mask: Tensor | None, mean: Tensor) -> Iterator[Tensor]:
+    """Read k̃ in blocks of positions, ``(B, Hkv, block, d)`` float64, zero at padding."""
+    for positions, block in position_blocks(key, key_mask):
+        centered = block.sub_(mean)
+        if key_mask is not None:
+            centered = torch.where(key_mask[:, None, positions, None], centered, 0)
+        yield centered
 
 
 def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
@@ -176,14 +182,7 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
     for _, block in position_blocks(key, key_mask):
         total += block.sum(-2, keepdim=True)
     mean = total / num_keys[..., None, None]
-    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=key.device)
-    for positions, block in position_blocks(key, key_mask):
-        centered = block.sub_(mean)
-        if key_mask is not None:
-            centered = torch.where(key_mask[:, None, positions, None], centered, 0)
-        flat = centered.flatten(0, 1)
-        gram.baddbmm_(flat.mT, flat)
-    gram = gram.view(num_sequences, num_heads, head_dim, head_dim)
+    gram = gram_of(key, _centered_blocks(key, key_mask, mean))
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     finite = energy.isfinite()
     # Equal float64 keys differ from their mean by its rounding: centred keys that are no more than that are zero.

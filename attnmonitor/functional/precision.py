@@ -6,13 +6,13 @@ grow with its length, and on a CPU the upcast block never leaves the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "position_blocks"]
+__all__ = ["full_precision", "gram_of", "position_blocks"]
 
 # 2^18 float64 entries are 2 MiB, a CPU core's second-level cache: one third faster there than the whole tensor at once
 # (9 heads × 4 sequences × 512 positions × 64). A GPU prefers few launches.
@@ -55,3 +55,19 @@ def position_blocks(heads: Tensor, valid: Tensor | None = None) -> Iterator[tupl
         if valid is not None:
             block = torch.where(valid[:, None, positions, None], block, 0)
         yield positions, memory[:, :, : positions.stop - start].copy_(block)
+
+
+def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    r""":math:`x^\top x` of each head, ``(B, H, d, d)`` float64.
+
+    Args:
+        heads: ``(B, H, L, d)``, of which the shape and the device are looked at.
+        blocks: x in blocks of positions, ``(B, H, block, d)`` float64: the heads as `position_blocks` reads them, or
+            what was made of them.
+    """
+    num_sequences, num_heads, _, head_dim = heads.shape
+    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=heads.device)
+    for block in blocks:
+        flat = block.flatten(0, 1)
+        gram.baddbmm_(flat.mT, flat)
+    return gram.view(num_sequences, num_heads, head_dim, head_dim)

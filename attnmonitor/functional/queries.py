@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.precision import full_precision, position_blocks
+from attnmonitor.functional.precision import full_precision, gram_of, position_blocks
 from attnmonitor.functional.shapes import check_heads, num_positions
 
 __all__ = ["QueryGram", "query_gram", "query_rms"]
@@ -52,13 +52,8 @@ def query_gram(query: Tensor, query_mask: Tensor | None = None) -> QueryGram:
         ValueError: The shapes do not fit.
     """
     check_heads("query", query, query_mask)
-    num_sequences, num_heads, _, head_dim = query.shape
-    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=query.device)
     with full_precision(query.device):
-        for _, block in position_blocks(query, query_mask):
-            flat = block.flatten(0, 1)
-            gram.baddbmm_(flat.mT, flat)
-    gram = gram.view(num_sequences, num_heads, head_dim, head_dim)
+        gram = gram_of(query, (block for _, block in position_blocks(query, query_mask)))
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     energy = torch.where(energy.isfinite(), energy, torch.nan)
     return QueryGram(query.shape, gram, energy, num_positions(query, query_mask))
