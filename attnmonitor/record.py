@@ -254,7 +254,9 @@ class RunRecord:
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection that cannot write, with SQLite's complaints in words a user can act on."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such run record")
+        held = sorted(path.glob("*.sqlite"), key=lambda record: record.stat().st_mtime)
+        newest = f"; {path} is a folder, its newest record is {held[-1]}" if held else ""
+        raise FileNotFoundError(f"{path}: no such run record{newest}")
     if not path.stat().st_size:
         raise RecordError(f"{path}: an empty file, not a run record")
     try:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnmonitor import DEFAULT_METRICS, OPT_IN_METRICS
-from attnmonitor.capture import capture_attention
+from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.functional.parallel import on_own_cores, pieces
 from attnmonitor.measurement import Measurement
 from attnmonitor.probe import Probe, quiet
 from benchmarks.smollm2 import load_smollm2
@@ -59,17 +60,41 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
         with quiet(model):
             probe.run(model)
 
+    layouts: dict[str, tuple[str, ...]] = {}  # learned once, as a measurement keeps them
+
     def captured() -> None:
-        with quiet(model), capture_attention(model, lambda call: None):
+        with quiet(model), capture_attention(model, lambda call: None, layouts=layouts):
             probe.run(model)
 
-    seconds = interleaved(
-        {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}, repeats
-    )
+    columns = {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}
+    seconds = interleaved({**columns, "eigenproblems": eigenproblems(model, probe)}, repeats)
     return {
         "forward_seconds": statistics.median(seconds["forward"]),
+        "eigenproblems": ratio(seconds["eigenproblems"], seconds["forward"]),
         **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in ("capture", "default", "with opt-in")},
     }
+
+
+def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
+    """The eigenproblems of one sample and nothing else, a core per layer as the measurement solves them."""
+    problems: list[tuple[Tensor, Tensor]] = []
+
+    def draw(call: AttentionCall) -> None:
+        sizes = ((*heads.shape[:2], 2 * heads.shape[3], heads.shape[3]) for heads in (call.key, call.query))
+        keys, cores = (x.mT @ x for x in (torch.randn(size, dtype=torch.float64) for size in sizes))
+        problems.append((keys, cores))
+
+    with quiet(model), capture_attention(model, draw):
+        probe.run(model)
+
+    def solve(part: slice) -> None:
+        for keys, cores in problems[part]:
+            torch.linalg.eigh(keys)
+            torch.linalg.eigvalsh(cores)
+
+    multiplications = sum(matrices.numel() * matrices.shape[-1] for pair in problems for matrices in pair)
+    parts = pieces(len(problems), multiplications, torch.device("cpu"))
+    return lambda: on_own_cores(solve, parts)
 
 
 def share_of_training(repeats: int) -> dict[str, float]:
@@ -123,7 +148,7 @@ def main() -> None:
         "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
     }
     print("share of the probe's own forward, over and above it")
-    print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}")
+    print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems alone':>22s}")
     for name, load in models.items():
         try:
             model, batch = load()
@@ -131,7 +156,8 @@ def main() -> None:
             print(f"{name:34s} left out: {missing}")
             continue
         shares = results[name] = share_of_probe(model, batch, options.repeats)
-        print(f"{name:34s}" + "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in")))
+        table = "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in"))
+        print(f"{name:34s}{table}{shares['eigenproblems']:22.1%}")
 
     training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
     print("\nslow-down of training at the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")

@@ -23,6 +23,9 @@ from attnmonitor.schedules import Schedule, one_schedule
 
 __all__ = ["attach"]
 
+_names_watching: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str | None]] = weakref.WeakKeyDictionary()
+"""The names of the monitors that count an optimizer's steps."""
+
 
 def attach(
     model: nn.Module,
@@ -76,6 +79,15 @@ def attach(
     steps = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if steps.isdisjoint(model.parameters()):  # no error: some optimizers step copies of the parameters
         warn(f"attnmonitor: optimizer={type(optimizer).__name__} has none of the model's parameters; is it another's?")
+
+    watched = _names_watching.setdefault(optimizer, [])
+    if monitor.name in watched:
+        warn(
+            f"attnmonitor: a monitor{f' named {monitor.name!r}' if monitor.name else ''} is attached to this optimizer "
+            "already, and both go on under the same keys; close() the one before, or tell them apart by name="
+        )
+    watched.append(monitor.name)
+    monitor.on_close(lambda: watched.remove(monitor.name))
 
     # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
     def before_step(*_: object) -> None:

@@ -88,6 +88,16 @@ def test_the_optimizer_of_another_model_is_told_of_at_once_and_followed_all_the_
     monitor.close()
 
 
+def test_attaching_twice_is_told_of_unless_the_names_differ_or_the_first_is_closed() -> None:
+    model = TinyGPT()
+    optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), token_batch()
+    with attach(model, optimizer, probe, record=None):
+        attach(model, optimizer, probe, record=None, name="longer").close()
+        with pytest.warns(AttentionMonitorWarning, match="a monitor is attached to this optimizer already"):
+            attach(model, optimizer, probe, record=None).close()
+    attach(model, optimizer, probe, record=None).close()  # warnings are errors here
+
+
 def test_another_name_of_a_layer_is_answered_with_those_there_are() -> None:
     _, _, monitor = attached(record=None)
     for asked in (monitor.coverage, monitor.history["energy_rms"]):

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -378,6 +379,14 @@ def test_no_file_and_an_empty_file_are_told_apart(tmp_path: Path) -> None:
         RunRecord.open(tmp_path / "empty.sqlite")
     write(tmp_path / "empty.sqlite", range(1))
     assert len(RunRecord.open(tmp_path / "empty.sqlite").steps) == 1
+
+
+def test_a_folder_of_records_is_answered_with_its_newest(tmp_path: Path) -> None:
+    for name, age in (("b", 0), ("a", 60)):
+        write(tmp_path / f"{name}.sqlite", range(1))
+        os.utime(tmp_path / f"{name}.sqlite", (1e9 - age, 1e9 - age))
+    with pytest.raises(FileNotFoundError, match=f"newest record is {re.escape(str(tmp_path / 'b.sqlite'))}"):
+        RunRecord.open(tmp_path)
 
 
 def test_a_record_without_samples_reads_as_empty(tmp_path: Path) -> None:
