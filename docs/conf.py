@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 from attnmonitor import __version__
 
@@ -15,10 +18,10 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "attnmonitor"
 exclude_patterns = ["_build"]
@@ -38,6 +41,19 @@ def point_into_the_repository(app: Sphinx, relative_path: Path, parent: str, con
     content[0] = re.sub(r"\[([^\]]+)\]\(((?:examples/|[A-Z]+\.md)[^)]*)\)", r"\1 (`\2`)", content[0])
 
 
+def write_formula(translator: HTML5Translator, formula: nodes.math) -> None:
+    """Formulas as MathML, which browsers show by themselves: no script is fetched from anywhere to read a page."""
+    translator.body.append(convert(formula.astext()))
+    raise nodes.SkipNode
+
+
+def write_displayed_formula(translator: HTML5Translator, formula: nodes.math_block) -> None:
+    """The same on a line of its own."""
+    translator.body.append(convert(formula.astext(), display="block"))
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_displayed_formula, None))
     app.connect("include-read", point_into_the_repository)
