@@ -60,6 +60,9 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
     )
     try:
         torch.save(work(rank, *arguments), f"{folder}/rank{rank}.pt")
+        # Leave with no result of a collective in gloo's hands: torch 2.6 waits for its thread then, holding Python's
+        # lock, which that thread needs to let go of the tensor.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

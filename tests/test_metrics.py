@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_processes
 from torchmetrics import MetricCollection
 
 from attnmonitor.catalog import METRICS
@@ -220,23 +219,18 @@ def test_errors_quote_what_arrived(call, message):
         call()
 
 
-def shard_and_sync(rank, folder):
+def shard_and_sync(rank):
     """One of two processes: its share of the sequences, 5 and 2, then `compute` over both."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     tensors = layer(7)
     share = slice(0, 5) if rank == 0 else slice(5, 7)
-    found = {}
-    for name in LAYER_METRICS:
-        metric = update(metric_of(name), {part: value[share] for part, value in tensors.items()})
-        found[name] = metric.compute()
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {
+        name: update(metric_of(name), {part: value[share] for part, value in tensors.items()}).compute()
+        for name in LAYER_METRICS
+    }
 
 
 def test_two_processes_with_unequal_shards_compute_what_one_computes(tmp_path):
-    mp.spawn(shard_and_sync, args=(str(tmp_path),), nprocs=2)
     tensors = layer(7)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in on_processes(tmp_path, shard_and_sync):
         for name in LAYER_METRICS:
             torch.testing.assert_close(found[name], update(metric_of(name), tensors).compute(), msg=name)
