@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from attnmonitor.process_wide import ProcessWide
 from attnmonitor.sharding import is_sharded, kept_shards, through_wrapper
 
 __all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
@@ -69,9 +70,12 @@ def quiet(model: nn.Module) -> Iterator[None]:
         restore.enter_context(_no_autocast_cache())
         # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
         if "torch._dynamo" in sys.modules:
-            restore.enter_context(torch.compiler.set_stance("force_eager"))
+            restore.enter_context(_nothing_compiled())
         model.eval()
         yield
+
+
+_nothing_compiled = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager
@@ -103,6 +107,7 @@ def own_surroundings() -> Iterator[None]:
         yield
 
 
+@ProcessWide
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     torch_state = torch.get_rng_state()

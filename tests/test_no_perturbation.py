@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.capture import AttentionCall, capture, capture_attention
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.probe import quiet
 from attnmonitor.record import RunRecord
 
 NUM_STEPS = 6
@@ -411,6 +416,68 @@ def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_a
             for metric, layers in expected.values.items():
                 for layer, values in layers.items():
                     assert torch.equal(sample.values[metric][layer], values)
+
+
+def test_samples_that_overlap_in_two_threads_leave_the_process_as_it_was() -> None:
+    """The second begins in what the first has changed, and ends after it."""
+    from torch._dynamo import eval_frame  # with dynamo loaded there is a stance to keep
+
+    def settings() -> dict[str, Any]:
+        return {
+            "stance": eval_frame._stance.stance,
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "kernels of transformers": "__getitem__" in vars(AttentionInterface),
+            "random": random.getstate(),
+            "torch": torch.get_rng_state().tolist(),
+        }
+
+    @contextmanager
+    def sampling(model: TinyGPT) -> Iterator[None]:
+        seen: list[AttentionCall] = []
+        with quiet(model), capture_attention(model, seen.append), full_precision(torch.device("cpu")):
+            torch.rand(3), random.random()
+            yield
+            model(token_batch())
+        assert {call.layer for call in seen} == {f"blocks.{i}.attn" for i in range(len(model.blocks))}
+
+    models = TinyGPT(), TinyGPT()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with sampling(models[1]):
+            begun.set()
+            may_end.wait(60)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = settings()
+        with ThreadPoolExecutor(1) as other:
+            with sampling(models[0]):
+                done = other.submit(second)
+                assert begun.wait(60)
+            still_inside = settings()
+            may_end.set()
+            done.result()
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert still_inside["stance"] == "force_eager"
+    assert still_inside["matmul precision"] == "highest"
+
+
+def test_an_explicit_call_is_heard_by_the_capture_of_its_own_thread_only() -> None:
+    class Explicit(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            query = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            capture(self, query, query)
+            return x
+
+    model, x, seen = Explicit(), torch.randn(2, 9, 8), []
+    with ThreadPoolExecutor(1) as other, capture_attention(model, seen.append):
+        other.submit(Explicit(), x).result()
+        assert not seen
+        model(x)
+    assert len(seen) == 1
 
 
 def test_workers_forked_by_the_loader_train_the_same_run_and_leave_the_record_alone(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from checkpoints import TEXT, save_llama, save_tokenizer, smollm2
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     ByT5Tokenizer,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -120,8 +120,13 @@ def test_base_models_masked_models_and_encoder_decoders_are_measured_under_their
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     found = scan(saved(tmp_path / "bert", BertForMaskedLM(BertConfig(vocab_size=260, **sizes))), text=TEXT, length=16)
     assert [name.split(".")[0] for name in found.coverage] == ["bert"]
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
-    found = scan(saved(tmp_path / "t5", t5), text=TEXT, length=16)
+    sizes = {"d_model": 32, "max_position_embeddings": 64} | {
+        f"{side}_{what}": size
+        for side in ("encoder", "decoder")
+        for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 32))
+    }
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=260, **sizes))
+    found = scan(saved(tmp_path / "bart", bart), text=TEXT, length=16)
     assert {layer.kind for layer in found.coverage.values()} == {"self", "cross"}
     assert not found.not_measured
 

@@ -10,6 +10,7 @@ Outside of a capture the call is one test of a module-level list, and a compiled
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -29,17 +30,19 @@ class Listener(Protocol):
         """Record ``attention`` as that of ``module``."""
 
 
-_listeners: list[Listener] = []
+_listeners: list[tuple[int, Listener]] = []
+"""Which thread each capture is open in, the innermost last."""
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Send explicit calls to ``listener`` while the context is open."""
-    _listeners.append(listener)
+    """Send this thread's explicit calls to ``listener`` while the context is open."""
+    entry = (threading.get_ident(), listener)
+    _listeners.append(entry)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _listeners.remove(entry)
 
 
 def capture(
@@ -73,6 +76,9 @@ def capture(
     """
     if not _listeners:
         return
+    mine = [listener for thread, listener in _listeners if thread == threading.get_ident()]
+    if not mine:
+        return
     if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"capture(query={tuple(query.shape)}, key={tuple(key.shape)}): expected (B, Hq, Lq, d) and (B, Hkv, Lk, d) "
@@ -86,4 +92,4 @@ def capture(
         attention.affine.append(Step(hide_future))
     if value is not None:
         attention.after.append(attend(value))
-    _listeners[-1].take_explicit(module, attention, output if value is not None else None)
+    mine[-1].take_explicit(module, attention, output if value is not None else None)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,31 +19,56 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
 from attnmonitor.capture.rebuild import Attention, Step
+from attnmonitor.process_wide import ProcessWide
 
 __all__ = ["kernels_in_sight", "read_interface_call"]
 
 Kernel = Callable[..., Any]
+
+_watching: dict[int, list[Callable[..., Any]]] = {}
+"""Who watches the kernels that a thread runs, by thread, the innermost last."""
 
 
 @contextmanager
 def kernels_in_sight(watch: Callable[..., Any]) -> Iterator[None]:
     """Route the attention functions of transformers through ``watch(kernel, module, query, key, value, mask, ...)``.
 
-    Does nothing where transformers has not been imported or has no such table.
+    Only those this thread calls. Does nothing where transformers has not been imported or has no such table.
     """
-    table = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    if table is None:
+    if _table() is None:
         yield
         return
+    watching = _watching.setdefault(threading.get_ident(), [])
+    watching.append(watch)
+    try:
+        with _lookups_in_sight():
+            yield
+    finally:
+        watching.remove(watch)
+        if not watching:
+            del _watching[threading.get_ident()]
+
+
+def _table() -> Any:
+    return getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+
+
+@ProcessWide
+@contextmanager
+def _lookups_in_sight() -> Iterator[None]:
+    """Have the table hand out kernels that ask who watches."""
+    table = _table()
     inherited = "__getitem__" not in vars(table)
     lookup = table.__getitem__
-    thread = threading.get_ident()
 
     def watched_lookup(self: Any, name: str) -> Kernel:
         kernel: Kernel = lookup(self, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            return watch(kernel, *args, **kwargs) if threading.get_ident() == thread else kernel(*args, **kwargs)
+            run = kernel
+            for watch in _watching.get(threading.get_ident(), ()):
+                run = partial(watch, run)
+            return run(*args, **kwargs)
 
         return watched
 

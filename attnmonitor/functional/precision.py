@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from attnmonitor.process_wide import ProcessWide
+
 __all__ = ["full_precision", "gram_of", "position_blocks"]
 
 # 2^18 float64 entries are 2 MiB, a CPU core's second-level cache: one third faster there than the whole tensor at once
@@ -23,11 +25,17 @@ _ENTRIES_PER_BLOCK_ELSEWHERE = 2**22
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products in the precision of their operands: no TF32 and no autocast, whatever the caller has switched on."""
+    with _no_tf32(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@ProcessWide
+@contextmanager
+def _no_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
