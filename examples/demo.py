@@ -63,7 +63,7 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
     text, vocabulary = english()
     examples = windows(text, length)
     held_out, trained_on = examples[: 4 * batch], examples[4 * batch :]
-    watcher = AttentionMonitorCallback(every_n_steps=10)
+    watcher = AttentionMonitorCallback(every_n_steps=8)  # 26 samples: every rule has what it waits for
     trainer = lightning.Trainer(
         max_steps=num_steps,
         callbacks=[watcher],
