@@ -296,7 +296,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _run_report(arguments: argparse.Namespace) -> int:
     from attnmonitor.report import write_report
 
-    target = arguments.out or arguments.record.with_suffix(".html")
+    target = arguments.out or arguments.record.parent / f"{arguments.record.stem}.html"
     with _whole_file(target) as unfinished:
         write_report(arguments.record, unfinished, arguments.compare)
     print(target)

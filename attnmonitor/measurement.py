@@ -112,12 +112,12 @@ class Measurement:
         try:
             forward = self._forward(self._probe)
         except Exception as error:
-            # What an embedding says of a row it does not have names neither the row nor the table.
-            hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
+            hint = ""
+            if "index out of range in self" in str(error):  # an embedding's words, which name no row and no table
+                hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
             raise ValueError(
-                f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}"
-                f"{hint if isinstance(error, IndexError) else ''}; give a batch its forward takes, or say how to call "
-                "it: forward=lambda model, batch: model(...)"
+                f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}{hint}; give a batch "
+                "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
         if not forward.layers:
             seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.troubles.items())

@@ -107,7 +107,6 @@ def own_surroundings() -> Iterator[None]:
         yield
 
 
-@ProcessWide
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     torch_state = torch.get_rng_state()

@@ -6,6 +6,7 @@ it to, and puts that back for good. So the first to come changes it, and the las
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,7 +15,7 @@ __all__ = ["ProcessWide"]
 
 
 class ProcessWide:
-    """A change of one such setting.
+    """A change of one such setting; called, a context in which it is changed.
 
     Args:
         change: A context manager that makes the change and takes it back.
@@ -22,21 +23,30 @@ class ProcessWide:
 
     def __init__(self, change: Callable[[], AbstractContextManager[object]]) -> None:
         self._change = change
-        self._lock = threading.Lock()
-        self._num_inside = 0
+        self._lock = threading.RLock()  # a signal handler may measure as well
+        self._inside: set[object] = set()
         self._undo = ExitStack()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._alone)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Have the setting changed inside the context."""
-        with self._lock:
-            if not self._num_inside:
-                self._undo.enter_context(self._change())
-            self._num_inside += 1
-        try:
+        own = object()
+        try:  # from here on: an interrupt between counting and a later `try` would count for ever
+            with self._lock:
+                if not self._inside:
+                    self._undo.enter_context(self._change())
+                self._inside.add(own)
             yield
         finally:
             with self._lock:
-                self._num_inside -= 1
-                if not self._num_inside:
+                self._inside.discard(own)
+                if not self._inside:
                     self._undo.close()
+
+    def _alone(self) -> None:
+        """In a forked child: the threads that were inside are not there to leave."""
+        self._lock = threading.RLock()
+        self._inside.clear()
+        self._undo.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,8 +255,9 @@ class RunRecord:
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection that cannot write, with SQLite's complaints in words a user can act on."""
     if not path.is_file():
-        held = sorted(path.glob("*.sqlite"), key=lambda record: record.stat().st_mtime)
-        newest = f"; {path} is a folder, its newest record is {held[-1]}" if held else ""
+        # A run that is being written grows the log beside its file.
+        written = sorted(path.glob("*.sqlite*"), key=os.path.getmtime)
+        newest = f"; the newest in it is {written[-1].with_suffix('.sqlite')}" if written else ""
         raise FileNotFoundError(f"{path}: no such run record{newest}")
     if not path.stat().st_size:
         raise RecordError(f"{path}: an empty file, not a run record")

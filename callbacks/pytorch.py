@@ -80,14 +80,14 @@ def attach(
     if steps.isdisjoint(model.parameters()):  # no error: some optimizers step copies of the parameters
         warn(f"attnmonitor: optimizer={type(optimizer).__name__} has none of the model's parameters; is it another's?")
 
-    watched = _names_watching.setdefault(optimizer, [])
-    if monitor.name in watched:
+    watched, name = _names_watching.setdefault(optimizer, []), monitor.name
+    if name in watched:
         warn(
-            f"attnmonitor: a monitor{f' named {monitor.name!r}' if monitor.name else ''} is attached to this optimizer "
+            f"attnmonitor: a monitor{f' named {name!r}' if name else ''} is attached to this optimizer "
             "already, and both go on under the same keys; close() the one before, or tell them apart by name="
         )
-    watched.append(monitor.name)
-    monitor.on_close(lambda: watched.remove(monitor.name))
+    watched.append(name)
+    monitor.on_close(lambda: watched.remove(name))
 
     # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
     def before_step(*_: object) -> None:

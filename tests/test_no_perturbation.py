@@ -427,15 +427,12 @@ def test_samples_that_overlap_in_two_threads_leave_the_process_as_it_was() -> No
             "stance": eval_frame._stance.stance,
             "matmul precision": torch.get_float32_matmul_precision(),
             "kernels of transformers": "__getitem__" in vars(AttentionInterface),
-            "random": random.getstate(),
-            "torch": torch.get_rng_state().tolist(),
         }
 
     @contextmanager
     def sampling(model: TinyGPT) -> Iterator[None]:
         seen: list[AttentionCall] = []
         with quiet(model), capture_attention(model, seen.append), full_precision(torch.device("cpu")):
-            torch.rand(3), random.random()
             yield
             model(token_batch())
         assert {call.layer for call in seen} == {f"blocks.{i}.attn" for i in range(len(model.blocks))}

@@ -385,8 +385,13 @@ def test_a_folder_of_records_is_answered_with_its_newest(tmp_path: Path) -> None
     for name, age in (("b", 0), ("a", 60)):
         write(tmp_path / f"{name}.sqlite", range(1))
         os.utime(tmp_path / f"{name}.sqlite", (1e9 - age, 1e9 - age))
-    with pytest.raises(FileNotFoundError, match=f"newest record is {re.escape(str(tmp_path / 'b.sqlite'))}"):
+    with pytest.raises(FileNotFoundError, match=f"newest in it is {re.escape(str(tmp_path / 'b.sqlite'))}"):
         RunRecord.open(tmp_path)
+    with RunRecord.create(tmp_path / "a.sqlite", run=RUN) as running:
+        running.append(one_value(5))
+        os.utime(tmp_path / "a.sqlite", (1e9 - 60, 1e9 - 60))  # what is added is in the log beside it
+        with pytest.raises(FileNotFoundError, match=f"newest in it is {re.escape(str(tmp_path / 'a.sqlite'))}"):
+            RunRecord.open(tmp_path)
 
 
 def test_a_record_without_samples_reads_as_empty(tmp_path: Path) -> None:

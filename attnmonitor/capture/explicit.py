@@ -5,20 +5,19 @@
         out = my_kernel(q, k, v)
         capture(self, q, k, scale=self.scale, causal=True)
 
-Outside of a capture the call is one test of a module-level list, and a compiled region traces through it.
+Outside of a capture the call is one test of a module-level dictionary, and a compiled region traces through it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
 from attnmonitor.capture.rebuild import Attention, Step
+from attnmonitor.capture.threads import open_here, opened_here
 
 __all__ = ["capture", "listening"]
 
@@ -30,19 +29,13 @@ class Listener(Protocol):
         """Record ``attention`` as that of ``module``."""
 
 
-_listeners: list[tuple[int, Listener]] = []
-"""Which thread each capture is open in, the innermost last."""
+_listeners: dict[int, list[Listener]] = {}
+"""The captures that are open, by thread."""
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Send this thread's explicit calls to ``listener`` while the context is open."""
-    entry = (threading.get_ident(), listener)
-    _listeners.append(entry)
-    try:
-        yield
-    finally:
-        _listeners.remove(entry)
+    return opened_here(_listeners, listener)
 
 
 def capture(
@@ -74,10 +67,7 @@ def capture(
     Raises:
         ValueError: query or key are not 4-dimensional, or their sizes do not fit.
     """
-    if not _listeners:
-        return
-    mine = [listener for thread, listener in _listeners if thread == threading.get_ident()]
-    if not mine:
+    if not _listeners or not open_here(_listeners):
         return
     if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -92,4 +82,4 @@ def capture(
         attention.affine.append(Step(hide_future))
     if value is not None:
         attention.after.append(attend(value))
-    mine[-1].take_explicit(module, attention, output if value is not None else None)
+    open_here(_listeners)[-1].take_explicit(module, attention, output if value is not None else None)

@@ -8,7 +8,6 @@ functions, the arguments it was called with are the record. The output it return
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
 from attnmonitor.capture.rebuild import Attention, Step
+from attnmonitor.capture.threads import open_here, opened_here
 from attnmonitor.process_wide import ProcessWide
 
 __all__ = ["kernels_in_sight", "read_interface_call"]
@@ -26,7 +26,7 @@ __all__ = ["kernels_in_sight", "read_interface_call"]
 Kernel = Callable[..., Any]
 
 _watching: dict[int, list[Callable[..., Any]]] = {}
-"""Who watches the kernels that a thread runs, by thread, the innermost last."""
+"""Who watches the kernels that a thread runs, by thread."""
 
 
 @contextmanager
@@ -38,15 +38,8 @@ def kernels_in_sight(watch: Callable[..., Any]) -> Iterator[None]:
     if _table() is None:
         yield
         return
-    watching = _watching.setdefault(threading.get_ident(), [])
-    watching.append(watch)
-    try:
-        with _lookups_in_sight():
-            yield
-    finally:
-        watching.remove(watch)
-        if not watching:
-            del _watching[threading.get_ident()]
+    with opened_here(_watching, watch), _lookups_in_sight():
+        yield
 
 
 def _table() -> Any:
@@ -66,7 +59,7 @@ def _lookups_in_sight() -> Iterator[None]:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             run = kernel
-            for watch in _watching.get(threading.get_ident(), ()):
+            for watch in open_here(_watching):
                 run = partial(watch, run)
             return run(*args, **kwargs)
 
