@@ -185,6 +185,7 @@ def table_bytes(shape: Shape) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the mode of fake tensors is on in this thread only
     counts = {shape: counted(shape, torch.bfloat16) for shape in SHAPES}
     print(f"probe of {SEQUENCES} x {LENGTH} tokens; TFLOP of the whole model, GB of the whole model\n")
     print("| model | forward | counted | measurement | counted | share | in time at H100's peak |")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,14 @@ def test_the_rules_that_the_page_on_alerts_shows_can_be_used_as_they_are(in_own_
     names: dict[str, Any] = {"model": TinyGPT(), "probe": token_batch()}
     exec(snippet, names)
     assert load_rules("rules.json")[-1] == names["sink"]
+
+
+@pytest.mark.soak
+def test_the_tables_of_large_models_are_those_their_command_prints() -> None:
+    command = [sys.executable, "-m", "benchmarks.scale"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = {line.strip() for line in (ROOT / "docs" / "scale.md").read_text().splitlines()}
+    printed = [line.strip().replace("%", " %") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(printed) == 12
+    assert not [line for line in printed if line not in rows]
