@@ -120,7 +120,8 @@ def in_lightning(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
         max_steps=num_steps, max_epochs=-1, accelerator="cpu", log_every_n_steps=1, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[watcher, Telling(), saving], logger=logger,
     )  # fmt: skip
-    trainer.fit(Module(), DataLoader(torch.zeros(9, 1)), ckpt_path=last(Path("checkpoints").glob("*.ckpt"), readable))
+    saved = last(Path("checkpoints").glob("*.ckpt"), num_steps, readable)
+    trainer.fit(Module(), DataLoader(torch.zeros(9, 1)), ckpt_path=saved)
     wandb.finish()
     assert watcher.monitor is not None
     return watcher.monitor
@@ -141,16 +142,19 @@ def in_trainer(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
             report_to="wandb", disable_tqdm=True, lr_scheduler_type="constant", per_device_train_batch_size=2,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback, Telling()])
-        # A Trainer that resumes a run which was complete takes one step more than it was asked for.
-        unfinished = [at for at in Path("checkpoints").glob("*-*") if at.name != f"checkpoint-{num_steps}"]
         # The monitor's state is what is written last.
-        trainer.train(resume_from_checkpoint=last(unfinished, lambda at: readable(at / "attnmonitor.pt")))
+        saved = last(Path("checkpoints").glob("*-*"), num_steps, lambda at: readable(at / "attnmonitor.pt"))
+        trainer.train(resume_from_checkpoint=saved)
     assert callback.monitor is not None
     return callback.monitor
 
 
-def last(checkpoints: Any, is_whole: Callable[[Path], bool]) -> str | None:
-    newest_first = sorted(checkpoints, key=lambda path: int("".join(filter(str.isdigit, path.name))), reverse=True)
+def last(checkpoints: Any, num_steps: int, is_whole: Callable[[Path], bool]) -> str | None:
+    """The newest whole checkpoint of an unfinished run: of a complete one Lightning resumes nothing, and the Trainer
+    takes one step more than it was asked for.
+    """
+    steps = {int("".join(filter(str.isdigit, path.name))): path for path in checkpoints}
+    newest_first = (steps[step] for step in sorted(steps, reverse=True) if step < num_steps)
     return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
