@@ -32,7 +32,6 @@ from attnmonitor.functional import (
     row_logits,
     spectral_gap,
 )
-from attnmonitor.functional.eigenvalues import jacobi_eigenvalues, symmetric_eigenvalues
 from attnmonitor.functional.precision import position_blocks
 
 SHAPES = {
@@ -527,41 +526,3 @@ def test_a_head_that_is_not_finite_has_no_row_statistics_and_the_others_do():
     logits, _ = row_logits(query, key, causal=False)
     for value in attention_row_statistics(logits, 20).values():
         assert value.isnan().tolist() == [[False, True, False]]
-
-
-# ---- the eigensolver that never waits -----------------------------------------------------------------------------
-
-
-def test_eigenvalues_come_largest_first_with_a_bound_on_their_sums_and_nan_where_a_matrix_is_not_finite():
-    rows = torch.randn(5, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrices = rows.mT @ rows
-    expected = torch.linalg.eigvalsh(matrices).flip(-1)
-    matrices[1, 2, 3], matrices[3, 0, 0] = torch.nan, torch.inf
-    found, error = symmetric_eigenvalues(matrices)
-    sound = torch.tensor([True, False, True, False, True])
-    assert found.isnan().all(-1).tolist() == error.isnan().tolist() == (~sound).tolist()
-    torch.testing.assert_close(found[sound], expected[sound])
-    assert ((found - expected).abs().sum(-1) <= error)[sound].all()
-    assert (error < 1e-12 * expected[:, 0])[sound].all()
-
-
-@pytest.mark.parametrize("size", [2, 8, 32])
-def test_jacobi_rotations_give_lapacks_eigenvalues_and_say_how_well(size):
-    generator = torch.Generator().manual_seed(0)
-    draws = {
-        "flat": torch.randn(20, 4 * size, size, generator=generator, dtype=torch.float64),
-        "rank one": torch.randn(20, 1, size, generator=generator, dtype=torch.float64),
-        "graded to 1e-12": torch.randn(20, 2 * size, size, generator=generator, dtype=torch.float64)
-        * torch.logspace(0, -6, size, dtype=torch.float64),
-        "zero": torch.zeros(20, 2, size, dtype=torch.float64),
-        "equal": torch.ones(20, 2, size, dtype=torch.float64),
-    }
-    for name, rows in draws.items():
-        matrices = rows.mT @ rows
-        expected = torch.linalg.eigvalsh(matrices).flip(-1)
-        found, error = jacobi_eigenvalues(matrices)
-        assert ((found - expected).abs().sum(-1) <= error).all(), name
-        assert (error <= 1e-11 * expected[:, 0]).all(), name
-    unfinished, error = jacobi_eigenvalues(matrices := draws["flat"].mT @ draws["flat"], num_sweeps=1)
-    actual = (unfinished - torch.linalg.eigvalsh(matrices).flip(-1)).abs().sum(-1)
-    assert (actual <= error).all(), "the remainder must be reported, not hoped away"

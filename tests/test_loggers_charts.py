@@ -15,7 +15,7 @@ from synthetic_runs import SyntheticRun
 
 from attnmonitor.catalog import WEIGHT_METRICS
 from attnmonitor.chart_style import ALARM_COLOUR, HEAD_COLOURS
-from attnmonitor.functional import NULL_METRICS, key_incoherence, null_statistics
+from attnmonitor.functional import NULL_METRICS, null_statistics
 from attnmonitor.history import History
 from attnmonitor.loggers.charts import layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
@@ -176,25 +176,6 @@ def test_the_null_line_is_what_random_heads_of_the_layers_shape_give() -> None:
         for line in null:
             assert line["x"] == [0, 950]
             assert line["y"] == pytest.approx([null_statistics(48, 16)[metric]] * 2, rel=1e-4)
-
-
-@pytest.mark.parametrize(("num_positions", "head_dim"), [(24, 8), (96, 16), (40, 64)])
-def test_null_statistics_are_those_of_other_random_heads_and_of_no_size(num_positions: int, head_dim: int) -> None:
-    before = torch.get_rng_state()
-    null = null_statistics(num_positions, head_dim)
-    assert torch.equal(torch.get_rng_state(), before)
-    generator = torch.Generator().manual_seed(1)
-    query, key = torch.randn(2, 1, 256, num_positions, head_dim, dtype=torch.float64, generator=generator)
-    ranks = torch.stack([rank_of(q, k) for q, k in zip(7 * query[0], 0.1 * key[0], strict=True)])
-    assert null["energy_effective_rank"] == pytest.approx(float(ranks.mean()), abs=0.5)
-    assert null["key_incoherence"] == pytest.approx(float(key_incoherence(0.1 * key).mean()), rel=0.1)
-
-
-def rank_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Effective rank by the dense matrix."""
-    field = query @ (key - key.mean(0)).T
-    energy = torch.linalg.svdvals(field).square()
-    return (energy.cumsum(0) < 0.9 * energy.sum()).sum() + 1.0
 
 
 def test_nothing_to_draw_makes_no_chart() -> None:

@@ -32,7 +32,9 @@ def test_pieces_are_every_item_once_in_order_and_no_more_than_there_are_cores(co
 
 
 def test_little_work_and_work_elsewhere_stay_in_one_piece() -> None:
+    assert pieces(0, 0, CPU) == [slice(0, 0)]
     assert pieces(4, 2 * WORTH_A_THREAD - 1, CPU) == [slice(0, 4)]
+    assert pieces(4, 2 * WORTH_A_THREAD, CPU) == [slice(0, 2), slice(2, 4)]
     assert pieces(4, 100 * WORTH_A_THREAD, torch.device("cuda")) == [slice(0, 4)]
 
 
@@ -43,6 +45,12 @@ def test_results_come_in_order_from_threads_of_one_core_and_under_the_callers_gr
     with torch.no_grad():
         assert on_own_cores(work, range(5)) == [(piece, 1, False, False) for piece in range(5)]
     assert on_own_cores(work, range(5)) == [(piece, 1, True, False) for piece in range(5)]
+
+
+def test_two_cores_work_at_the_same_time() -> None:
+    torch.set_num_threads(2)
+    both = threading.Barrier(2, timeout=30)
+    assert sorted(on_own_cores(lambda _: both.wait(), range(2))) == [0, 1]
 
 
 def test_one_piece_runs_where_it_was_asked_for() -> None:
