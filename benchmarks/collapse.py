@@ -3,8 +3,9 @@
     python -m benchmarks.collapse --set report --docs docs/alerts.md
 
 records the runs of a set once into a cache (about twenty minutes of one core; later runs take fewer), replays the
-default rules over them, does the same for what people use today, and writes the tables and one picture per kind of
-fault into the document. Thresholds were chosen with ``--set dev``; the document shows ``--set report``.
+default rules over them, does the same for what people use today, and writes the tables, one picture per kind of fault
+and the rules that were scored into the document's folder. Thresholds were chosen with ``--set dev``; the document shows
+``--set report``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold
+from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold, save_rules
 from benchmarks.collapse_document import publish, share, table
 from benchmarks.collapse_runs import FINITE_FAULTS, LEARNED, SAMPLE_EVERY, Recording, recordings
 from benchmarks.collapse_score import (
@@ -376,6 +377,8 @@ def main() -> None:
     images = (arguments.docs.parent if arguments.docs else arguments.cache) / "images"
     section = measured_section(Runs.of(arguments.name, arguments.cache), arguments.name, images)
     publish(section, "measured", arguments.docs)
+    if arguments.docs:
+        save_rules(DEFAULT_RULES, arguments.docs.parent / "default_rules.json")  # those that were scored
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from attnmonitor.alerts import Threshold
+from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules
 from attnmonitor.alerts.signals import SMALLEST, Heads, Past, Reference, evaluate, read, unread
 from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
 
@@ -175,3 +176,52 @@ def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
     torch.testing.assert_close(unread(threshold, read(threshold, metric)), metric)
     lowest = read(threshold, torch.tensor([{"log_slack": 1.0, "log_excess": 1.0}.get(reading, 0.0)]))
     assert lowest.item() == pytest.approx(0.0 if reading == "identity" else math.log(SMALLEST))
+
+
+# -- What the rules are ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_rules_are_those_that_the_page_on_alerts_reports_on() -> None:
+    """After a change of a level the tables are another rule's: `benchmarks.collapse` scores, and writes this file."""
+    assert load_rules(Path(__file__).parents[1] / "docs" / "default_rules.json") == DEFAULT_RULES
+
+
+def test_what_a_file_of_rules_leaves_out_means_what_it_meant_when_it_was_written() -> None:
+    """Files leave out what is at its default: another default would change the alarms of every one of them."""
+    when = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5)
+    assert when == Threshold(
+        "query_rms", "change", "log", fire_above=1.0, clear_below=0.5, fire_below=None, clear_above=None,
+        window=15, gap=8, quantile=None,
+    )  # fmt: skip
+    assert Rule("name", "kind", "query_head", when) == Rule(
+        "name", "kind", "query_head", when, patience=2, grace=25, until=None, hold=10, least_heads=8,
+        source_only=False, optional=False,
+    )  # fmt: skip
+    assert FiringShare() == FiringShare(heads=0.25, layers=2 / 3, clear_heads=0.1)
+
+
+def test_a_threshold_needs_as_much_of_the_past_as_its_baseline_and_otherwise_none() -> None:
+    levels = {"fire_above": 1.0, "clear_below": 0.5}
+    for signal in ("change", "contrast", "robust_z"):
+        assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 7
+    for signal in ("value", "non_finite"):
+        assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 1
+
+
+def test_the_direction_of_a_threshold_is_a_sign_of_one() -> None:
+    assert Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5).levels == (1.0, 1.0, 0.5)
+    assert Threshold("query_rms", "change", fire_below=-1.0, clear_above=-0.5).levels == (-1.0, -1.0, -0.5)
+    for half in ({"fire_above": 1.0}, {"clear_below": 1.0}, {"fire_below": 1.0}, {"clear_above": 1.0}, {}):
+        with pytest.raises(ValueError, match="give fire_above and clear_below, or fire_below and clear_above"):
+            Rule("half", "test", "query_head", Threshold("query_rms", "change", **half))
+    both = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, fire_below=-1.0)
+    with pytest.raises(ValueError, match="one threshold has one direction"):
+        Rule("both", "test", "query_head", both)
+
+
+@pytest.mark.parametrize("group", [AllOf, AnyOf])
+def test_conditions_are_checked_however_deep_they_are(group: type) -> None:
+    sound = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5)
+    for wrong, told in ((AllOf(), "all_of has no conditions"), (AnyOf(), "any_of has no conditions"), ("x", "'x'")):
+        with pytest.raises(ValueError, match=told):
+            Rule("deep", "test", "query_head", group(sound, group(sound, wrong)))

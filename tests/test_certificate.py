@@ -12,6 +12,7 @@ import torch
 from attnmonitor.functional import energy_spectrum, sketch
 from attnmonitor.functional import spectrum as spectrum_module
 from attnmonitor.functional.cores import FieldCores
+from attnmonitor.functional.eigenvalues import symmetric_eigenvalues
 from attnmonitor.functional.sketch import sketched_spectrum
 from attnmonitor.functional.spectrum import core_spectrum
 
@@ -236,6 +237,46 @@ def test_the_sketch_returns_what_the_proof_names(monkeypatch, family):
     assert (bounds[gap < -1e-9] == 1).all()
     assert (bounds <= 1).all()
     assert (error < 1e-11).all()
+
+
+def test_what_rounding_and_skew_columns_can_have_moved_enlarges_every_bound(monkeypatch):
+    """Columns a thousandth too short: the error is far above rounding, and every place where it enters can be seen."""
+    made = []
+    orthonormal = sketch._orthonormal
+    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: made.append(0.999 * orthonormal(columns)) or made[-1])
+    generator = torch.Generator().manual_seed(0)
+    variances = spectra("geometric", 60, 16, generator)
+    core = rotated(variances / variances.sum(-1, keepdim=True), generator, graded=True)
+    _, bounds, error = sketched_spectrum(core, 6)
+    basis = made[-1]
+    inside = basis.mT @ core @ basis
+    theta, left_over = symmetric_eigenvalues(inside)
+    defect = torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(error, 8 * 16**1.5 * 2.0**-53 + 4 * defect + left_over, rtol=1e-9, atol=0)
+    outside = torch.eye(16, dtype=torch.float64) - basis @ basis.mT
+    rest = outside @ core @ outside
+    gap = theta - torch.linalg.matrix_norm(rest @ rest).sqrt()[:, None] - error[:, None]
+    coupling = (torch.linalg.matrix_norm(core @ basis - basis @ inside) + error).square()
+    proved = (theta.cumsum(-1) + coupling[:, None] / gap).clamp_max(1)
+    assert ((gap > 1e-3) & (proved < 1)).sum() > 30
+    torch.testing.assert_close(bounds[gap > 1e-3], proved[gap > 1e-3], rtol=0, atol=1e-9)
+    assert (bounds[gap < -1e-3] == 1).all()
+
+
+def test_columns_without_any_rounding_leave_the_bound_of_the_products_and_of_the_eigensolver(monkeypatch):
+    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: torch.eye(16, dtype=torch.float64)[None, :, :6])
+    variances = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25] + [0.025] * 10, dtype=torch.float64) / 16
+    _, _, error = sketched_spectrum(torch.diag_embed(variances)[None], 6)
+    _, of_eigenvalues = symmetric_eigenvalues(torch.diag_embed(variances[:6])[None])
+    torch.testing.assert_close(error, 8 * 16**1.5 * 2.0**-53 + of_eigenvalues, rtol=1e-12, atol=0)
+
+
+def test_columns_as_badly_conditioned_as_the_shift_allows_come_out_orthonormal():
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(20, 24, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, -6, 8).double()
+    basis = sketch._orthonormal(columns)
+    assert torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(8, dtype=torch.float64)).max() < 1e-14
+    torch.testing.assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=1e-13)
 
 
 def test_the_sketch_holds_nearly_all_that_as_many_eigenvalues_can_in_any_basis():
