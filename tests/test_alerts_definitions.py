@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules
+from attnmonitor.alerts import DEFAULT_RULES, Alerts, AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
 from attnmonitor.alerts.signals import SMALLEST, Heads, Past, Reference, evaluate, read, unread
 from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
 
@@ -181,9 +181,12 @@ def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
 # -- What the rules are ------------------------------------------------------------------------------------------------
 
 
-def test_the_default_rules_are_those_that_the_page_on_alerts_reports_on() -> None:
+def test_the_default_rules_are_those_that_the_page_on_alerts_reports_on(tmp_path: Path) -> None:
     """After a change of a level the tables are another rule's: `benchmarks.collapse` scores, and writes this file."""
-    assert load_rules(Path(__file__).parents[1] / "docs" / "default_rules.json") == DEFAULT_RULES
+    published = Path(__file__).parents[1] / "docs" / "default_rules.json"
+    assert load_rules(published) == DEFAULT_RULES
+    save_rules(DEFAULT_RULES, tmp_path / "rules.json")
+    assert (tmp_path / "rules.json").read_text() == published.read_text()
 
 
 def test_what_a_file_of_rules_leaves_out_means_what_it_meant_when_it_was_written() -> None:
@@ -225,3 +228,52 @@ def test_conditions_are_checked_however_deep_they_are(group: type) -> None:
     for wrong, told in ((AllOf(), "all_of has no conditions"), (AnyOf(), "any_of has no conditions"), ("x", "'x'")):
         with pytest.raises(ValueError, match=told):
             Rule("deep", "test", "query_head", group(sound, group(sound, wrong)))
+
+
+SIZE = {"metric": "query_rms", "signal": "value", "reading": "identity", "fire_above": 2.0, "clear_below": 1.0}
+
+
+def test_a_value_at_a_level_is_not_past_it() -> None:
+    watch = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)])
+    told = []
+    for step, value in enumerate([2.0, 2.5, 1.0, 0.5]):
+        told += [
+            (event.global_step, event.state)
+            for event in watch.observe({"query_rms": {"a": torch.tensor([value])}}, step)
+        ]
+    assert told == [(1, "firing"), (3, "cleared")]
+
+
+def test_the_only_head_of_the_only_layer_is_all_of_the_run() -> None:
+    head = Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)
+    mass = Rule("mass", "mass", "run", FiringShare(heads=1.0, layers=1.0, clear_heads=1.0), patience=1, grace=0)
+    events = Alerts([head, mass]).observe({"query_rms": {"a": torch.tensor([3.0])}}, 0)
+    assert [(event.rule, event.value) for event in events] == [("size", 3.0), ("mass", 1.0)]
+
+
+@pytest.mark.parametrize(("least_heads", "told"), [(4, False), (5, True)])
+def test_a_message_says_that_there_are_too_few_heads_when_there_are_fewer_than_needed(
+    least_heads: int, told: bool
+) -> None:
+    left = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=2, gap=1)
+    watch = Alerts([Rule("left", "test", "query_head", left, patience=1, grace=0, least_heads=least_heads)])
+    for step in range(6):
+        events = watch.observe({"query_rms": {"a": torch.tensor([1.0, 1.0, 1.0, 1.0 if step < 5 else 9.0])}}, step)
+    [event] = events
+    assert ("too few heads" in event.message) == told
+
+
+@pytest.mark.parametrize(("window", "missing", "stands"), [(4, 2, False), (4, 3, True), (5, 2, False), (5, 3, True)])
+def test_a_baseline_needs_half_of_its_window(window: int, missing: int, stands: bool) -> None:
+    """With more missing there is none, and a head that jumps is not called changed."""
+    change = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, window=window, gap=1)
+    watch = Alerts([Rule("changed", "test", "query_head", change, patience=1, grace=0)])
+    for value in [math.nan] * missing + [1.0] * (window - missing):
+        assert watch.observe({"query_rms": {"a": torch.tensor([value])}}, 0) == []
+    assert (watch.observe({"query_rms": {"a": torch.tensor([9.0])}}, 1) == []) == stands
+
+
+def test_a_watch_waits_as_long_as_its_slowest_rule_and_without_rules_not_at_all() -> None:
+    size = Threshold(**SIZE)
+    rules = [Rule(f"after {grace}", "test", "query_head", size, grace=grace) for grace in (3, 7, 5)]
+    assert [Alerts(rules).grace, Alerts([]).grace] == [7, 0]
