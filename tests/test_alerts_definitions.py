@@ -277,3 +277,57 @@ def test_a_watch_waits_as_long_as_its_slowest_rule_and_without_rules_not_at_all(
     size = Threshold(**SIZE)
     rules = [Rule(f"after {grace}", "test", "query_head", size, grace=grace) for grace in (3, 7, 5)]
     assert [Alerts(rules).grace, Alerts([]).grace] == [7, 0]
+
+
+# -- Conditions of several metrics -------------------------------------------------------------------------------------
+
+
+def both_large(patience: int) -> Rule:
+    size, level = dict(SIZE), dict(SIZE, metric="energy_rms")
+    return Rule("both", "test", "query_head", AllOf(Threshold(**size), Threshold(**level)), patience=patience, grace=0)
+
+
+def states_of(watch: Alerts, samples: list[tuple[float, float]]) -> list[tuple[int, str]]:
+    told = []
+    for step, (query, energy) in enumerate(samples):
+        values = {"query_rms": {"a": torch.tensor([query])}, "energy_rms": {"a": torch.tensor([energy])}}
+        told += [(event.global_step, event.state) for event in watch.observe(values, step)]
+    return told
+
+
+def test_what_one_condition_of_all_denies_no_missing_value_of_another_keeps_up() -> None:
+    large, small, missing = 3.0, 0.5, math.nan
+    assert states_of(Alerts([both_large(2)]), [(large, large), (small, missing), (large, large)]) == []
+    assert states_of(Alerts([both_large(2)]), [(large, large), (large, missing), (large, large)]) == [(2, "firing")]
+    assert states_of(Alerts([both_large(1)]), [(large, large), (small, missing)]) == [(0, "firing"), (1, "cleared")]
+    assert states_of(Alerts([both_large(1)]), [(large, large), (large, missing)]) == [(0, "firing")]
+
+
+def test_an_alarm_is_told_to_its_end_by_the_threshold_that_raised_it() -> None:
+    either = AnyOf(Threshold(**SIZE), Threshold(**dict(SIZE, metric="energy_rms")))
+    watch = Alerts([Rule("either", "test", "query_head", either, patience=1, grace=0, hold=2)])
+    messages = []
+    for step, (query, energy) in enumerate([(1.5, 3.0), (3.0, 1.5), (1.5, 1.5), (0.5, 0.5)]):
+        values = {"query_rms": {"a": torch.tensor([query])}, "energy_rms": {"a": torch.tensor([energy])}}
+        messages += [(event.state, event.message.split()[0]) for event in watch.observe(values, step)]
+    assert messages == [("firing", "energy_rms"), ("firing", "energy_rms"), ("cleared", "energy_rms")]
+
+
+def test_recovery_is_no_fault_also_where_nothing_but_the_rules_own_metric_is_measured() -> None:
+    grown = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, window=4, gap=1)
+    faded = Threshold("query_rms", "change", fire_below=-1.0, clear_above=-0.5, window=4, gap=1)
+    rules = [
+        Rule(name, "test", "query_head", when, patience=1, grace=0) for name, when in (("up", grown), ("down", faded))
+    ]
+    watch, told = Alerts(rules), []
+    for step, value in enumerate([1.0] * 6 + [9.0] * 8 + [1.0] * 8):
+        events = watch.observe({"query_rms": {"a": torch.tensor([value])}}, step)
+        told += [(event.rule, event.state, step) for event in events]
+    assert told == [("up", "firing", 6), ("up", "cleared", 14)]
+
+
+def test_a_rule_over_a_metric_that_the_saved_state_does_not_know_begins_without_a_past() -> None:
+    before, after = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), grace=0)]), Alerts([both_large(1)])
+    before.observe({"query_rms": {"a": torch.tensor([1.0])}}, 0)
+    after.load_state_dict(before.state_dict())
+    assert states_of(after, [(1.0, 1.0), (3.0, 3.0)]) == [(1, "firing")]

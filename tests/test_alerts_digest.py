@@ -85,6 +85,14 @@ def test_titles_are_short_and_the_same_whatever_happened(rule, kind):
     assert second.level == "info"
 
 
+def test_a_title_that_just_fits_is_not_cut():
+    room = 63 - len(digest([event(rule="", kind="other")])[0].title)
+    for spare, cut in ((0, False), (-1, True)):
+        [sent] = digest([event(rule="x" * (room - spare), kind="other")])
+        assert len(sent.title) == 63
+        assert sent.title.endswith("...") == cut
+
+
 def test_default_titles_are_all_different():
     titles = {digest([event(rule=rule.name, kind=rule.kind)])[0].title for rule in DEFAULT_RULES}
     assert len(titles) == len(DEFAULT_RULES)

@@ -96,6 +96,20 @@ def test_a_failed_sample_and_a_layer_that_was_never_measured_are_no_alarm(tmp_pa
     assert replay(recorded(tmp_path / "run.sqlite", run), DEFAULT_RULES) == []
 
 
+def test_samples_after_a_failed_one_and_layers_measured_later_are_looked_at(tmp_path):
+    run = sick_run(num_samples=20, onset=99)[:18]
+    for index, (_, values, _) in enumerate(run):
+        for layers in values.values():
+            layers["layers.9"] = layers["layers.0"] * (torch.nan if index < 5 else 1.0)
+    nothing = {metric: {layer: v * torch.nan for layer, v in layers.items()} for metric, layers in run[7][1].items()}
+    run[7] = (70, nothing, "out of memory")
+    run[16][1]["query_rms"]["layers.9"][1] = run[17][1]["query_rms"]["layers.9"][1] = 0.001
+    found = replay(recorded(tmp_path / "run.sqlite", run), [FAINT, *DEFAULT_RULES])
+    assert [(event.rule, event.layer, event.head, event.global_step) for event in found] == [
+        ("faint", "layers.9", 1, 170)
+    ]
+
+
 def test_a_run_that_turns_all_nan_is_told(tmp_path):
     run = sick_run(num_samples=20, onset=99)[:18]
     nothing = {metric: {layer: v * torch.nan for layer, v in layers.items()} for metric, layers in run[-1][1].items()}
