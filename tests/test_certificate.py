@@ -176,6 +176,21 @@ def test_what_the_sketch_did_not_reach_is_not_claimed():
     assert 5 <= found.effective_rank().item() <= 15
 
 
+def test_where_the_sketch_holds_too_little_the_least_count_that_is_possible_is_told():
+    """Four of six components hold 89.5 %: at least a fifth is needed."""
+    variances = torch.tensor([[0.3, 0.25, 0.2, 0.145, 0.1, 0.005, 0.0, 0.0]], dtype=torch.float64)
+    found = core_spectrum(fields(torch.diag_embed(variances)), method="randomized", target_rank=4)
+    assert found.effective_rank().item() == 5
+
+
+def test_a_sketch_may_have_one_column():
+    variances = torch.tensor([[0.95, 0.05, 0.0, 0.0]], dtype=torch.float64)
+    found = core_spectrum(fields(torch.diag_embed(variances)), method="randomized", target_rank=1)
+    assert found.variances.shape == (1, 1)
+    assert found.effective_rank().item() == 1
+    assert found.certified().item()
+
+
 def test_energy_outside_the_leading_coordinates_is_found():
     """The start must not be blind to any direction: all energy in the last three of sixteen coordinates."""
     core = torch.zeros(1, 16, 16, dtype=torch.float64)

@@ -146,6 +146,16 @@ def test_per_kv_head_is_the_field_of_the_stacked_queries():
     torch.testing.assert_close(grouped.energy_rms, expected.energy_rms)
 
 
+def test_a_stacked_group_has_the_sizes_of_its_queries_together():
+    query, key = draw((2, 6, 2, 20, 8))
+    fields = head_cores(query_gram(query), key, scale=1.0, metrics=()).fields
+    stacked = fields.stacked_per_key_head(2)
+    torch.testing.assert_close(stacked.query_energy, query.double().square().sum((-2, -1)).view(2, 2, 3).sum(2))
+    torch.testing.assert_close(stacked.core, fields.core.view(2, 2, 3, 8, 8).sum(2))
+    assert (stacked.num_queries == 60).all()
+    assert (stacked.num_keys == 20).all()
+
+
 def test_cross_attention_takes_queries_of_another_length():
     query, _ = draw((2, 2, 2, 30, 8), torch.float64)
     _, key = draw((2, 2, 2, 50, 8), torch.float64, seed=1)
@@ -518,6 +528,22 @@ def test_a_subset_of_rows_stands_for_the_rest():
     assert max(map(len, asked)) <= 16
     last = attention_row_statistics(logits, 512, num_rows=1)
     torch.testing.assert_close(last["max_logit"], logits(torch.tensor([511])).amax((-2, -1)))
+
+
+def test_the_last_queries_see_the_keys_that_came_before_them():
+    query, key = draw((1, 4, 2, 30, 8), key_offset=0.0)
+    whole, _ = row_logits(query, key)
+    last, _ = row_logits(query[:, :, 25:], key)
+    torch.testing.assert_close(last(torch.arange(5)), whole(torch.arange(25, 30)))
+
+
+def test_a_sequence_of_padding_alone_has_no_row_statistics_and_the_other_does():
+    query, key = draw((2, 3, 3, 20, 4))
+    mask = torch.tensor([[True] * 20, [False] * 20])
+    for of_queries in (None, torch.ones(2, 20, dtype=torch.bool)):  # rows that see no key count for nothing either
+        logits, query_mask = row_logits(query, key, mask=mask, query_mask=of_queries)
+        for value in attention_row_statistics(logits, 20, query_mask=query_mask, key_mask=mask).values():
+            assert value.isnan().tolist() == [[False] * 3, [True] * 3]
 
 
 def test_a_head_that_is_not_finite_has_no_row_statistics_and_the_others_do():
