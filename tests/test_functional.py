@@ -31,8 +31,10 @@ from attnmonitor.functional import (
     query_rms,
     row_logits,
     spectral_gap,
+    statistics,
 )
 from attnmonitor.functional.precision import position_blocks
+from attnmonitor.functional.spectrum import core_spectrum
 
 SHAPES = {
     "one head": (1, 1, 1, 20, 8),
@@ -449,6 +451,31 @@ def test_layers_of_different_sizes_come_back_in_order(method):
         for name in DEFAULT_METRICS:
             torch.testing.assert_close(layer.values[name], alone.values[name], msg=name)
         assert torch.equal(layer.certified, alone.certified)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_layers_in_one_batch_as_on_a_gpu_get_what_each_gets_alone(method):
+    drawn = [
+        draw(shape, seed=seed) for seed, shape in enumerate([(2, 4, 2, 48, 16), (1, 6, 3, 30, 16), (3, 2, 2, 20, 16)])
+    ]
+    layers = [head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS) for query, key in drawn]
+    spectrum = core_spectrum(statistics._batched(layers), method=method, target_rank=12)
+    for layer, found in zip(layers, statistics._statistics(layers, spectrum), strict=True):
+        [alone] = head_statistics([layer], method=method, target_rank=12)
+        assert found.values.keys() == alone.values.keys()
+        for name, values in alone.values.items():
+            torch.testing.assert_close(found.values[name], values, msg=name)
+        assert torch.equal(found.certified, alone.certified)
+        torch.testing.assert_close(found.invariant_residual, alone.invariant_residual, rtol=0, atol=1e-6)
+
+
+def test_a_layer_without_a_target_rank_is_sketched_with_the_default_one():
+    query, key = draw((1, 4, 4, 80, 48))
+    cores = head_cores(query_gram(query), key, scale=0.25, metrics=())
+    [found] = head_statistics([cores], method="randomized")
+    expected = energy_spectrum(query, key, scale=0.25, method="randomized", target_rank=32)
+    assert torch.equal(found.certified, expected.certified())
+    torch.testing.assert_close(found.values["energy_effective_rank"].double(), expected.effective_rank())
 
 
 def test_only_the_metrics_asked_for_look_at_positions():
