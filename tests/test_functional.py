@@ -33,6 +33,7 @@ from attnmonitor.functional import (
     spectral_gap,
     statistics,
 )
+from attnmonitor.functional.incoherence import spread_over_positions
 from attnmonitor.functional.precision import position_blocks
 from attnmonitor.functional.spectrum import core_spectrum
 
@@ -285,6 +286,19 @@ def test_nothing_but_size_changes_under_rotation_scaling_and_reordering(seed, fa
         torch.testing.assert_close(after[name], before[name] * size, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 1e6])
+def test_a_spectrum_is_as_large_as_its_keys_are(size):
+    query, key = draw((1, 4, 2, 40, 8), torch.float64)
+    found, expected = energy_spectrum(query, size * key), energy_spectrum(query, key)
+    torch.testing.assert_close(found.singular_values, size * expected.singular_values, rtol=1e-9, atol=0)
+    assert torch.equal(found.effective_rank(), expected.effective_rank())
+
+
+def test_a_weight_is_spread_as_its_participation_ratio_says_whatever_its_sum():
+    weight = torch.tensor([[[1.0, 1.0, 2.0, 0.0], [7.0, 7.0, 7.0, 7.0]]])
+    torch.testing.assert_close(spread_over_positions(weight, torch.tensor(4.0)), torch.tensor([[2 / 3, 1.0]]))
+
+
 def test_adding_one_vector_to_all_keys_changes_nothing():
     query, key = draw((1, 2, 2, 64, 8), torch.float64, key_offset=0.0)
     before, after = measure(query, key), measure(query, key + 1e6 * torch.randn(8, dtype=torch.float64))
@@ -329,6 +343,7 @@ def test_a_dead_head_has_rank_and_energy_zero_and_no_incoherence(dtype, method):
     assert found.invariant_residual < 1e-4
     assert found.values["energy_delocalization"].isnan().all()
     assert found.values["key_rank"][0, 1] == found.values["key_participation_ratio"][0, 1] == 0
+    assert found.values["key_rms"][0, 1] == key_rms(key)[0, 1] == 0
     assert found.values["key_incoherence"][0, 1].isnan()
     assert found.values["key_rank"][0, 0] > 0
     assert key_incoherence(key)[0].isnan().tolist() == [False, True]
