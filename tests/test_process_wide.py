@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 
+from attnmonitor.functional.precision import _no_tf32
 from attnmonitor.process_wide import ProcessWide
 
 
@@ -58,6 +60,20 @@ def test_an_error_inside_or_in_the_change_itself_leaves_nobody_inside(error: typ
     for _ in range(2):
         with pytest.raises(error), never():
             pass
+
+
+def test_products_stay_in_full_precision_until_the_last_measurement_is_over() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        first, second = _no_tf32(), _no_tf32()
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
