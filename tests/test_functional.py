@@ -347,6 +347,9 @@ def test_a_dead_head_has_rank_and_energy_zero_and_no_incoherence(dtype, method):
     assert found.values["key_incoherence"][0, 1].isnan()
     assert found.values["key_rank"][0, 0] > 0
     assert key_incoherence(key)[0].isnan().tolist() == [False, True]
+    spectrum = energy_spectrum(query, key, method=method, target_rank=4)
+    assert spectrum.effective_rank().tolist() == spectrum.energy.tolist() == [[0, 0]]
+    assert (spectrum.variances == 0).all()
 
 
 def test_a_layer_without_valid_keys_is_not_an_error():

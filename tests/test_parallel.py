@@ -74,17 +74,20 @@ def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(padded: bool) -> None:
+@pytest.mark.parametrize(("num_sequences", "num_pieces"), [(2, 2), (5, 3)])
+def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(
+    num_sequences: int, num_pieces: int, padded: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(5, 8, 256, 64, generator=generator)
-    key = torch.randn(5, 2, 256, 64, generator=generator)
-    mask = torch.arange(256) < 256 - 20 * torch.arange(5)[:, None] if padded else None
+    query = torch.randn(num_sequences, 8, 256, 64, generator=generator)
+    key = torch.randn(num_sequences, 2, 256, 64, generator=generator)
+    mask = torch.arange(256) < 256 - 20 * torch.arange(num_sequences)[:, None] if padded else None
 
     def measured() -> tuple[HeadCores, HeadStatistics]:
         cores = head_cores(query_gram(query, mask), key, scale=0.125, key_mask=mask, metrics=DEFAULT_METRICS)
         return cores, head_statistics([cores] * 4)[-1]
 
-    assert len(pieces(5, query.numel() * 64, CPU)) == 3, "too little work to be cut"
+    assert len(pieces(num_sequences, query.numel() * 64, CPU)) == num_pieces, "too little work to be cut"
     cores, statistics = measured()
     torch.set_num_threads(1)
     expected_cores, expected = measured()
