@@ -54,7 +54,7 @@ def test_a_long_probe_takes_fewer_heads_and_never_none(
 
     def short(*shape: int, **keywords: Any) -> torch.Tensor:
         shapes.append(shape)
-        return whole(*shape[:3], 64, 8, **keywords)  # what is asked for takes gigabytes of time
+        return whole(*shape[:3], 64, 8, **keywords)  # what is asked for would take gigabytes
 
     monkeypatch.setattr(torch, "randn", short)
     null_statistics(num_positions, head_dim)
