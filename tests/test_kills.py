@@ -155,9 +155,12 @@ def last(checkpoints: Any, num_steps: int, is_whole: Callable[[Path], bool]) -> 
     """The newest whole checkpoint of an unfinished run: of a complete one Lightning resumes nothing, and the Trainer
     takes one step more than it was asked for.
     """
-    step_of = {path: int(re.search(r"\d+", path.name)[0]) for path in checkpoints}  # type: ignore[index]
-    unfinished = [path for path in step_of if step_of[path] < num_steps]
-    newest_first = sorted(unfinished, key=step_of.__getitem__, reverse=True)
+
+    def step_of(path: Path) -> int:
+        return int(re.findall(r"\d+", path.name)[0])
+
+    unfinished = [path for path in checkpoints if step_of(path) < num_steps]
+    newest_first = sorted(unfinished, key=step_of, reverse=True)
     return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
@@ -258,9 +261,11 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     for key in (f"attention/{metric}/layer_05/head_07" for metric in records["whole"].metrics):
         expected = curve(whole, key)
         assert list(expected) == steps
-        drawn = [list(curve(part, key)) for part in parts]
-        for part, points in zip(parts, drawn, strict=True):
-            assert curve(part, key).items() <= expected.items()  # a point drawn twice is the same point
+        drawn = [curve(part, key) for part in parts]
+        for points in drawn:
+            assert points.items() <= expected.items()  # a point drawn twice is the same point
             # What lacks are the newest points of a killed process, never one between others.
-            assert points == list(range(points[0], points[-1] + 1, EVERY)) if points else part is not parts[-1]
-        assert drawn[-1][-1] == steps[-1]
+            assert not points or list(points) == list(range(min(points), max(points) + 1, EVERY))
+        assert max(drawn[-1]) == steps[-1]
+        # Steps take some milliseconds here, so that the client may be a few behind on a busy machine.
+        assert len(expected.keys() - set().union(*drawn)) <= 3 * num_kills
