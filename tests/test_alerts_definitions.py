@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
 from attnmonitor.alerts.signals import SMALLEST, Heads, Past, Reference, evaluate, read, unread
 from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
+from attnmonitor.sample import AlertEvent
 
 NAN = math.nan
 
@@ -233,21 +235,27 @@ def test_conditions_are_checked_however_deep_they_are(group: type) -> None:
 SIZE = {"metric": "query_rms", "signal": "value", "reading": "identity", "fire_above": 2.0, "clear_below": 1.0}
 
 
+def observed(watch: Alerts, **series: list[Any]) -> list[AlertEvent]:
+    """All events of one layer, of whose heads (or head) ``metric=[...]`` gives the values, a sample after the other."""
+    return [
+        event
+        for step, values in enumerate(zip(*series.values(), strict=True))
+        for event in watch.observe(
+            {metric: {"a": torch.tensor(value).reshape(-1)} for metric, value in zip(series, values, strict=True)}, step
+        )
+    ]
+
+
 def test_a_value_at_a_level_is_not_past_it() -> None:
     watch = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)])
-    told = []
-    for step, value in enumerate([2.0, 2.5, 1.0, 0.5]):
-        told += [
-            (event.global_step, event.state)
-            for event in watch.observe({"query_rms": {"a": torch.tensor([value])}}, step)
-        ]
+    told = [(event.global_step, event.state) for event in observed(watch, query_rms=[2.0, 2.5, 1.0, 0.5])]
     assert told == [(1, "firing"), (3, "cleared")]
 
 
 def test_the_only_head_of_the_only_layer_is_all_of_the_run() -> None:
     head = Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)
     mass = Rule("mass", "mass", "run", FiringShare(heads=1.0, layers=1.0, clear_heads=1.0), patience=1, grace=0)
-    events = Alerts([head, mass]).observe({"query_rms": {"a": torch.tensor([3.0])}}, 0)
+    events = observed(Alerts([head, mass]), query_rms=[3.0])
     assert [(event.rule, event.value) for event in events] == [("size", 3.0), ("mass", 1.0)]
 
 
@@ -257,9 +265,8 @@ def test_a_message_says_that_there_are_too_few_heads_when_there_are_fewer_than_n
 ) -> None:
     left = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=2, gap=1)
     watch = Alerts([Rule("left", "test", "query_head", left, patience=1, grace=0, least_heads=least_heads)])
-    for step in range(6):
-        events = watch.observe({"query_rms": {"a": torch.tensor([1.0, 1.0, 1.0, 1.0 if step < 5 else 9.0])}}, step)
-    [event] = events
+    [event] = observed(watch, query_rms=[[1.0, 1.0, 1.0, 1.0]] * 5 + [[1.0, 1.0, 1.0, 9.0]])
+    assert event.global_step == 5
     assert ("too few heads" in event.message) == told
 
 
@@ -268,9 +275,8 @@ def test_a_baseline_needs_half_of_its_window(window: int, missing: int, stands: 
     """With more missing there is none, and a head that jumps is not called changed."""
     change = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, window=window, gap=1)
     watch = Alerts([Rule("changed", "test", "query_head", change, patience=1, grace=0)])
-    for value in [math.nan] * missing + [1.0] * (window - missing):
-        assert watch.observe({"query_rms": {"a": torch.tensor([value])}}, 0) == []
-    assert (watch.observe({"query_rms": {"a": torch.tensor([9.0])}}, 1) == []) == stands
+    assert observed(watch, query_rms=[math.nan] * missing + [1.0] * (window - missing)) == []
+    assert (observed(watch, query_rms=[9.0]) == []) == stands
 
 
 def test_a_watch_waits_as_long_as_its_slowest_rule_and_without_rules_not_at_all() -> None:
@@ -288,11 +294,8 @@ def both_large(patience: int) -> Rule:
 
 
 def states_of(watch: Alerts, samples: list[tuple[float, float]]) -> list[tuple[int, str]]:
-    told = []
-    for step, (query, energy) in enumerate(samples):
-        values = {"query_rms": {"a": torch.tensor([query])}, "energy_rms": {"a": torch.tensor([energy])}}
-        told += [(event.global_step, event.state) for event in watch.observe(values, step)]
-    return told
+    query, energy = map(list, zip(*samples, strict=True))
+    return [(event.global_step, event.state) for event in observed(watch, query_rms=query, energy_rms=energy)]
 
 
 def test_what_one_condition_of_all_denies_no_missing_value_of_another_keeps_up() -> None:
@@ -306,10 +309,8 @@ def test_what_one_condition_of_all_denies_no_missing_value_of_another_keeps_up()
 def test_an_alarm_is_told_to_its_end_by_the_threshold_that_raised_it() -> None:
     either = AnyOf(Threshold(**SIZE), Threshold(**dict(SIZE, metric="energy_rms")))
     watch = Alerts([Rule("either", "test", "query_head", either, patience=1, grace=0, hold=2)])
-    messages = []
-    for step, (query, energy) in enumerate([(1.5, 3.0), (3.0, 1.5), (1.5, 1.5), (0.5, 0.5)]):
-        values = {"query_rms": {"a": torch.tensor([query])}, "energy_rms": {"a": torch.tensor([energy])}}
-        messages += [(event.state, event.message.split()[0]) for event in watch.observe(values, step)]
+    events = observed(watch, query_rms=[1.5, 3.0, 1.5, 0.5], energy_rms=[3.0, 1.5, 1.5, 0.5])
+    messages = [(event.state, event.message.split()[0]) for event in events]
     assert messages == [("firing", "energy_rms"), ("firing", "energy_rms"), ("cleared", "energy_rms")]
 
 
@@ -319,15 +320,15 @@ def test_recovery_is_no_fault_also_where_nothing_but_the_rules_own_metric_is_mea
     rules = [
         Rule(name, "test", "query_head", when, patience=1, grace=0) for name, when in (("up", grown), ("down", faded))
     ]
-    watch, told = Alerts(rules), []
-    for step, value in enumerate([1.0] * 6 + [9.0] * 8 + [1.0] * 8):
-        events = watch.observe({"query_rms": {"a": torch.tensor([value])}}, step)
-        told += [(event.rule, event.state, step) for event in events]
-    assert told == [("up", "firing", 6), ("up", "cleared", 14)]
+    events = observed(Alerts(rules), query_rms=[1.0] * 6 + [9.0] * 8 + [1.0] * 8)
+    assert [(event.rule, event.state, event.global_step) for event in events] == [
+        ("up", "firing", 6),
+        ("up", "cleared", 14),
+    ]
 
 
 def test_a_rule_over_a_metric_that_the_saved_state_does_not_know_begins_without_a_past() -> None:
     before, after = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), grace=0)]), Alerts([both_large(1)])
-    before.observe({"query_rms": {"a": torch.tensor([1.0])}}, 0)
+    observed(before, query_rms=[1.0])
     after.load_state_dict(before.state_dict())
     assert states_of(after, [(1.0, 1.0), (3.0, 3.0)]) == [(1, "firing")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
+import reference
 import torch
 
 from attnmonitor.functional import NULL_METRICS, key_incoherence, null_statistics
@@ -17,16 +19,10 @@ def test_null_statistics_are_those_of_other_random_heads_and_of_no_size(num_posi
     assert torch.equal(torch.get_rng_state(), before)
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, 1, 256, num_positions, head_dim, dtype=torch.float64, generator=generator)
-    ranks = torch.stack([rank_of(q, k) for q, k in zip(7 * query[0], 0.1 * key[0], strict=True)])
-    assert null["energy_effective_rank"] == pytest.approx(float(ranks.mean()), abs=0.5)
+    fields = [reference.field(q, k, scale=0.7) for q, k in zip(query[0], key[0], strict=True)]
+    ranks = [reference.effective_rank(field) for field in fields]
+    assert null["energy_effective_rank"] == pytest.approx(statistics.mean(ranks), abs=0.5)
     assert null["key_incoherence"] == pytest.approx(float(key_incoherence(0.1 * key).mean()), rel=0.1)
-
-
-def rank_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Effective rank by the dense matrix."""
-    field = query @ (key - key.mean(0)).T
-    energy = torch.linalg.svdvals(field).square()
-    return (energy.cumsum(0) < 0.9 * energy.sum()).sum() + 1.0
 
 
 def test_every_metric_that_no_size_moves_has_a_null_and_no_other() -> None:
