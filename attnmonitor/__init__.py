@@ -9,7 +9,7 @@
 """
 
 from attnmonitor._version import __version__
-from attnmonitor.catalog import DEFAULT_METRICS, METRICS, OPT_IN_METRICS, WEIGHT_METRICS
+from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS, OPT_IN_METRICS, WEIGHT_METRICS
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 

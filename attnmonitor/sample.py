@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from attnmonitor.notice import did_you_mean
+from attnmonitor.messages import did_you_mean
 
 __all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnmonitor.checkpoint import Checkpoint
+from attnmonitor.scan.checkpoint import Checkpoint
 
 
 def load_smollm2(*, length: int, batch: int) -> tuple[Any, torch.Tensor]:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from attnmonitor import AttentionMonitor
-from attnmonitor.catalog import check_metric_names
-from attnmonitor.probe import ForwardFunction, default_forward
-from attnmonitor.schedules import Schedule, one_schedule
+from attnmonitor.measurement.probe import ForwardFunction, default_forward
+from attnmonitor.metrics.catalog import check_metric_names
+from attnmonitor.monitor.schedules import Schedule, one_schedule
 
 __all__ = ["FrameworkCallback", "check_settings"]
 

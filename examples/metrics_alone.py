@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from attnmonitor.capture import AttentionCall, capture_attention
-from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.metrics import EnergyEffectiveRank, KeyIncoherence
 
 NUM_HEADS = 4

@@ -16,7 +16,7 @@ import torch
 from attnmonitor import AlertEvent, Sample
 from attnmonitor.alerts import Rule, Threshold, replay, replay_text
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.record import RunRecord
 from attnmonitor.report import write_report
 

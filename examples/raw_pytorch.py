@@ -9,7 +9,7 @@ import torch
 import wandb
 
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(arguments: list[str] | None = None) -> None:

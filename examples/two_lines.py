@@ -7,7 +7,7 @@ import sys
 import torch
 
 from attnmonitor.callbacks.pytorch import attach  # line 1
-from attnmonitor.examples.small_gpt import SmallGPT, english, next_token_loss, windows
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(num_steps: int = 20) -> None:

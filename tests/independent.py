@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import AttentionMonitor, LayerCoverage
-from attnmonitor.catalog import METRICS
+from attnmonitor.metrics.catalog import METRICS
 
 NEGLIGIBLE = 1e-12
 """Weights below this belong to hidden keys, or are too small for their logarithm to be worth anything."""

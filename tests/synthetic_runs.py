@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attnmonitor.catalog import DEFAULT_METRICS, METRICS
+from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 
 # Where a healthy head of a small trained model ends, and how far heads differ (standard deviation of the logarithm).

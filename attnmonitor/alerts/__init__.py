@@ -6,10 +6,10 @@ is sent, and `replay` runs rules over a recorded run.
 """
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
-from attnmonitor.alerts.digest import Notification, digest, log_events
+from attnmonitor.alerts.notifications import Notification, digest, log_events
 from attnmonitor.alerts.replay import replay, replay_text
+from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
-from attnmonitor.alerts.run import Alerts
 
 __all__ = [
     "DEFAULT_RULES",

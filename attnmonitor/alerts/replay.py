@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
+from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import Rule
-from attnmonitor.alerts.run import Alerts
-from attnmonitor.catalog import METRICS
+from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import AlertEvent
 
 __all__ = ["Recorded", "replay", "replay_text"]

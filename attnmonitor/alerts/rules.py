@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from attnmonitor.catalog import METRICS, check_metric_names
+from attnmonitor.metrics.catalog import METRICS, check_metric_names
 
 __all__ = ["AllOf", "AnyOf", "Condition", "FiringShare", "Rule", "Threshold", "check_rules", "load_rules", "save_rules"]
 
@@ -39,7 +39,7 @@ class Threshold:
     """One metric, seen in one way, beyond one level.
 
     Attributes:
-        metric: Name from `attnmonitor.catalog.METRICS`.
+        metric: Name from `attnmonitor.metrics.catalog.METRICS`.
         signal: What is compared with the levels: ``"value"`` is x; ``"change"`` is rel; ``"contrast"`` is rel minus its
             median over the heads of the model; ``"robust_z"`` is the contrast over its robust spread,
             ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite

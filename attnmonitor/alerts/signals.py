@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.alerts.rules import Threshold
-from attnmonitor.catalog import METRICS
+from attnmonitor.metrics.catalog import METRICS
 
 __all__ = ["Heads", "Past", "Recent", "Reference", "Unit", "evaluate", "unread"]
 

@@ -16,8 +16,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
-from attnmonitor.capture.rebuild import Attention, Step
-from attnmonitor.capture.threads import open_here, opened_here
+from attnmonitor.capture.verify import Attention, Step
+from attnmonitor.parallel.threads import open_here, opened_here
 
 __all__ = ["capture", "listening"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.rebuild import Attention, Step, grouped_product, visible_keys
+from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
 __all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "with_heads"]
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
-from attnmonitor.capture.rebuild import Attention, Step
-from attnmonitor.capture.threads import open_here, opened_here
-from attnmonitor.process_wide import ProcessWide
+from attnmonitor.capture.verify import Attention, Step
+from attnmonitor.parallel.threads import ProcessWide, open_here, opened_here
 
 __all__ = ["kernels_in_sight", "read_interface_call"]
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
-from attnmonitor.capture.frames import Frame, Frames
 from attnmonitor.capture.fused import read_flex, read_sdpa, with_heads
 from attnmonitor.capture.interface import read_interface_call
-from attnmonitor.capture.rebuild import Attention
-from attnmonitor.capture.repeats import Repeats
-from attnmonitor.capture.trace import num_sequences_in
-from attnmonitor.capture.traced import Tracer
+from attnmonitor.capture.modules import Frame, Frames
+from attnmonitor.capture.tracing.repeats import Repeats
+from attnmonitor.capture.tracing.trace import num_sequences_in
+from attnmonitor.capture.tracing.tracer import Tracer
+from attnmonitor.capture.verify import Attention
 
 __all__ = ["AttentionMode"]
 

@@ -1,7 +1,13 @@
 """Pure functions on tensors: spectra of energy fields, incoherence of keys, attention rows, learned interactions."""
 
+from attnmonitor.functional.attention import attention_row_statistics, row_logits
 from attnmonitor.functional.cores import HeadCores, head_cores
-from attnmonitor.functional.incoherence import (
+from attnmonitor.functional.interaction import (
+    interaction_effective_rank,
+    interaction_participation_ratio,
+    spectral_gap,
+)
+from attnmonitor.functional.keys import (
     key_incoherence,
     key_leverage_max,
     key_norm_participation,
@@ -10,14 +16,7 @@ from attnmonitor.functional.incoherence import (
     key_rms,
     leverage_scores,
 )
-from attnmonitor.functional.interaction import (
-    interaction_effective_rank,
-    interaction_participation_ratio,
-    spectral_gap,
-)
-from attnmonitor.functional.null import NULL_METRICS, null_statistics
 from attnmonitor.functional.queries import QueryGram, query_gram, query_rms
-from attnmonitor.functional.rows import attention_row_statistics, row_logits
 from attnmonitor.functional.spectrum import (
     EnergySpectrum,
     energy_delocalization,
@@ -27,7 +26,6 @@ from attnmonitor.functional.spectrum import (
 from attnmonitor.functional.statistics import HeadStatistics, head_statistics
 
 __all__ = [
-    "NULL_METRICS",
     "EnergySpectrum",
     "HeadCores",
     "HeadStatistics",
@@ -47,7 +45,6 @@ __all__ = [
     "key_rank",
     "key_rms",
     "leverage_scores",
-    "null_statistics",
     "query_gram",
     "query_rms",
     "row_logits",

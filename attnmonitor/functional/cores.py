@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.incoherence import KeyBasis, KeyGram, key_basis, spread_over_positions
-from attnmonitor.functional.parallel import on_own_cores, pieces
+from attnmonitor.functional.checks import check_heads, check_query_and_key
+from attnmonitor.functional.keys import KeyBasis, KeyGram, key_basis, spread_over_positions
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.shapes import check_heads, check_query_and_key
+from attnmonitor.parallel.workers import on_own_cores, pieces
 
 __all__ = ["FieldCores", "HeadCores", "energy_shares", "field_cores", "head_cores"]
 

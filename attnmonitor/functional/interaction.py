@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.counting import check_fraction, effective_rank
-from attnmonitor.functional.incoherence import participation_ratio
+from attnmonitor.functional.keys import participation_ratio
+from attnmonitor.functional.ranks import check_fraction, effective_rank
 
 __all__ = ["interaction_effective_rank", "interaction_participation_ratio", "spectral_gap"]
 

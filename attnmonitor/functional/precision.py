@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from attnmonitor.process_wide import ProcessWide
+from attnmonitor.parallel.threads import ProcessWide
 
 __all__ = ["full_precision", "gram_of", "position_blocks"]
 

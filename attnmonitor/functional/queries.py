@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnmonitor.functional.checks import check_heads, num_positions
 from attnmonitor.functional.precision import full_precision, gram_of, position_blocks
-from attnmonitor.functional.shapes import check_heads, num_positions
 
 __all__ = ["QueryGram", "query_gram", "query_rms"]
 

@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attnmonitor.functional.checks import check_heads, query_padding
 from attnmonitor.functional.cores import FieldCores, energy_shares, field_cores
-from attnmonitor.functional.counting import TIE, check_fraction, count_to_fraction
-from attnmonitor.functional.incoherence import key_basis, key_gram, spread_over_positions
+from attnmonitor.functional.keys import key_basis, key_gram, spread_over_positions
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import query_gram
-from attnmonitor.functional.shapes import check_heads, query_padding
+from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction
 from attnmonitor.functional.sketch import sketched_spectrum
 
 __all__ = [

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.cores import FieldCores, HeadCores
-from attnmonitor.functional.counting import effective_rank
-from attnmonitor.functional.incoherence import participation_ratio
-from attnmonitor.functional.parallel import on_own_cores, pieces
+from attnmonitor.functional.keys import participation_ratio
+from attnmonitor.functional.ranks import effective_rank
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
+from attnmonitor.parallel.workers import on_own_cores, pieces
 
 __all__ = ["HeadStatistics", "head_statistics"]
 

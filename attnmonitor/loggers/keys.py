@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from attnmonitor.catalog import METRICS
-from attnmonitor.outstanding import outstanding_heads
+from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import Sample
+from attnmonitor.summary.outliers import outstanding_heads
 
 __all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", "summary_scalars"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import HeadScalars, heatmap_key, summary_scalars
-from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import digest
-from attnmonitor.extras import needed
-from attnmonitor.loggers.charts import Chart, layers_chart, model_chart, rank_chart
+from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
-from attnmonitor.loggers.pictures import DrawingBudget, heatmap_images
+from attnmonitor.messages import needed
+from attnmonitor.report.charts import Chart, layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
     from wandb import Run
 
-    from attnmonitor.history import History
+    from attnmonitor.record.history import History
 
 __all__ = ["WandbLogger"]
 

@@ -1,47 +1,45 @@
-"""torchmetrics classes over `attnmonitor.functional`: update per layer, compute one value per head."""
+"""The table of metrics, and a torchmetrics class for each: update per layer, compute one value per head.
 
-from attnmonitor.metrics.energy import (
-    EnergyDelocalization,
-    EnergyEffectiveRank,
-    EnergyParticipationRatio,
-    EnergyRMS,
-    EnergyStableRank,
-    QueryRMS,
-)
-from attnmonitor.metrics.heads import HeadMetric
-from attnmonitor.metrics.keys import (
-    KeyIncoherence,
-    KeyLeverageMax,
-    KeyNormParticipation,
-    KeyParticipationRatio,
-    KeyRank,
-    KeyRMS,
-)
-from attnmonitor.metrics.rows import AttentionEntropy, MaxLogit, SinkMass
-from attnmonitor.metrics.weights import InteractionEffectiveRank, InteractionParticipationRatio
+The classes are imported when one is first asked for: torchmetrics takes seconds to import, and the table is read by
+everything that names a metric.
+"""
 
-METRIC_CLASSES: dict[str, type[HeadMetric]] = {
-    cls.name: cls
-    for cls in (
-        EnergyEffectiveRank,
-        EnergyParticipationRatio,
-        EnergyStableRank,
-        EnergyRMS,
-        EnergyDelocalization,
-        KeyIncoherence,
-        KeyRank,
-        KeyLeverageMax,
-        KeyParticipationRatio,
-        KeyNormParticipation,
-        QueryRMS,
-        KeyRMS,
-        AttentionEntropy,
-        MaxLogit,
-        SinkMass,
-        InteractionEffectiveRank,
-        InteractionParticipationRatio,
-    )
-}
-"""The class of every metric by its name in `attnmonitor.catalog`."""
+from __future__ import annotations
 
-__all__ = ["METRIC_CLASSES", "HeadMetric", *sorted(cls.__name__ for cls in METRIC_CLASSES.values())]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnmonitor.metrics.catalog import METRICS
+
+if TYPE_CHECKING:
+    from attnmonitor.metrics.attention import *  # noqa: F403
+    from attnmonitor.metrics.base import HeadMetric
+    from attnmonitor.metrics.energy import *  # noqa: F403
+    from attnmonitor.metrics.interaction import *  # noqa: F403
+    from attnmonitor.metrics.keys import *  # noqa: F403
+
+    METRIC_CLASSES: dict[str, type[HeadMetric]]
+
+_MODULES = ("energy", "keys", "attention", "interaction")
+
+
+def _classes() -> dict[str, Any]:
+    """Import every metric class; by the class's name."""
+    modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
+    return {name: getattr(module, name) for module in modules for name in module.__all__}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HeadMetric":
+        return importlib.import_module(f"{__name__}.base").HeadMetric
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    classes = _classes()
+    if name == "__all__":
+        return ["METRIC_CLASSES", "HeadMetric", *sorted(classes)]
+    if name == "METRIC_CLASSES":
+        by_metric = {cls.name: cls for cls in classes.values()}
+        return {metric: by_metric[metric] for metric in METRICS if metric in by_metric}
+    if name in classes:
+        return classes[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

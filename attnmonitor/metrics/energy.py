@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.functional.counting import check_fraction
 from attnmonitor.functional.queries import query_rms
+from attnmonitor.functional.ranks import check_fraction
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, Per, energy_delocalization, energy_spectrum
-from attnmonitor.metrics.heads import HeadMetric
+from attnmonitor.metrics.base import HeadMetric
 
 __all__ = [
     "EnergyDelocalization",

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.functional.counting import check_fraction
-from attnmonitor.functional.incoherence import (
+from attnmonitor.functional.keys import (
     key_incoherence,
     key_leverage_max,
     key_norm_participation,
@@ -15,7 +14,8 @@ from attnmonitor.functional.incoherence import (
     key_rank,
     key_rms,
 )
-from attnmonitor.metrics.heads import HeadMetric
+from attnmonitor.functional.ranks import check_fraction
+from attnmonitor.metrics.base import HeadMetric
 
 __all__ = [
     "KeyIncoherence",

@@ -4,7 +4,7 @@ Every function draws into the ``ax`` it is given or makes a figure of its own, a
 figure made here is in no list of open figures, needs no display and is gone when nobody holds it.
 """
 
-from attnmonitor.extras import needed
+from attnmonitor.messages import needed
 
 with needed(by="attnmonitor.plots", extra="plots"):
     from attnmonitor.plots.curves import bands, trajectories

@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.chart_style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
-from attnmonitor.outstanding import heads_concerned, outstanding_heads, short_layer_names
 from attnmonitor.plots.style import (
     figure_of,
     head_noun,
@@ -31,6 +29,8 @@ from attnmonitor.plots.style import (
     title,
 )
 from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.summary.outliers import heads_concerned, outstanding_heads, short_layer_names
+from attnmonitor.summary.style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
 
 __all__ = ["bands", "measured_samples", "trajectories"]
 

@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.chart_style import ALARM_COLOUR, FAINT_INK, INK, PAPER_GREY
-from attnmonitor.outstanding import crowd_range, heads_concerned, short_layer_names
 from attnmonitor.plots.style import figure_of, head_noun, is_log, metric_title, metric_unit, round_values, title
 from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.summary.outliers import crowd_range, heads_concerned, short_layer_names
+from attnmonitor.summary.style import ALARM_COLOUR, FAINT_INK, INK, PAPER_GREY
 
 __all__ = ["heatmap"]
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.chart_style import BAND_COLOUR, CROWD_COLOUR, FAINT_INK, HEAD_COLOURS
 from attnmonitor.plots.style import figure_of, new_axes, strip, title
+from attnmonitor.summary.style import BAND_COLOUR, CROWD_COLOUR, FAINT_INK, HEAD_COLOURS
 
 if TYPE_CHECKING:
     from attnmonitor.functional import EnergySpectrum

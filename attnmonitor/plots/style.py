@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from attnmonitor.catalog import METRICS
-from attnmonitor.chart_style import AXIS_INK, FAINT_INK, INK, log_ticks
+from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.summary.style import AXIS_INK, FAINT_INK, INK, log_ticks
 
 
 def new_axes() -> Axes:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnmonitor.catalog import METRICS
-from attnmonitor.outstanding import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
+from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
+from attnmonitor.summary.outliers import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 

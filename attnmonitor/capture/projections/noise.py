@@ -1,0 +1,181 @@
+"""Forwards in which noise stands in for what the weights of attention layers put out, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnmonitor.capture import AttentionCall
+from attnmonitor.capture.tensor_notes import Notes
+
+__all__ = ["Draws", "block_norms", "noisy", "note_call"]
+
+
+@dataclass(eq=False)
+class Draws:
+    """What the noisy forwards showed of one layer.
+
+    Attributes:
+        block_norms: Normalisations that belong to the layer's block: only their gain is folded in.
+        inputs: Per module, what it was given at position 0, one ``(B, width)`` per forward.
+        noise: Per module, what its output was replaced by at position 0, one ``(B, N)`` per forward.
+        norms: Per module, the normalisations in front of it.
+        query: ``(B, Hq, d)`` per forward, at position 0.
+        key: ``(B, Hkv, d)`` per forward.
+        running: Inputs and noise of the forward under way, all positions.
+        complete: Whether the layer has been called in the forward under way; a shared layer counts once.
+    """
+
+    block_norms: set[nn.Module] = field(default_factory=set)
+    inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    noise: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    norms: dict[nn.Module, tuple[nn.Module, ...]] = field(default_factory=dict)
+    query: list[Tensor] = field(default_factory=list)
+    key: list[Tensor] = field(default_factory=list)
+    running: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    complete: bool = False
+
+
+@contextmanager
+def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: torch.Generator) -> Iterator[None]:
+    """Replace what the weights inside the layers put out by noise and bypass their norms, while the context is open."""
+    handles: list[RemovableHandle] = []
+    inside = {layer: set(modules[layer].modules()) for layer in draws}
+    in_front = Notes[tuple[nn.Module, ...]]()
+    try:
+        for name, module in modules.items():
+            layer = next((layer for layer in draws if name != layer and module in inside[layer]), None)
+            kind = _kind(module)
+            if layer is None and kind == "norm":
+                hook: Callable[..., Any] = partial(_note_norm, in_front)
+            elif layer is not None and kind == "weight":
+                hook = partial(_make_noise, draws[layer], in_front, generator)
+            elif layer is not None and kind != "weight":
+                hook = partial(_bypass, in_front)
+            elif name in draws and isinstance(module, nn.MultiheadAttention):
+                hook = partial(_note_front, draws[name], in_front)
+            else:
+                continue
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for draw in draws.values():
+            draw.running.clear()
+            draw.complete = False
+
+
+def block_norms(layer: str, layers: Collection[str], modules: dict[str, nn.Module]) -> set[nn.Module]:
+    """Normalisations of the block that holds ``layer``.
+
+    Those inside it, those beside it or beside a module around it, and all of what holds no other layer. The last norm
+    of the block before, which feeds a post-norm block, is none of these.
+    """
+    found = set(modules[layer].modules())
+    parts = layer.split(".")
+    for depth in range(1, len(parts)):
+        holder = modules[".".join(parts[:depth])]
+        held = set(holder.modules())
+        alone = sum(modules[other] in held for other in layers if other in modules) == 1
+        found |= held if alone else set(holder.children())
+    return {module for module in found if _kind(module) == "norm"}
+
+
+def _kind(module: nn.Module) -> str:
+    sizes = [parameter.dim() for parameter in module.parameters()]
+    if any(size >= 2 for size in sizes):
+        return "weight"
+    return "norm" if sizes else "bare"
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x = next(iter((*args, *kwargs.values())), None)
+    return x if isinstance(x, Tensor) and x.is_floating_point() else None
+
+
+def _note_norm(in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    x = _first_input(args, kwargs)
+    if x is not None and isinstance(output, Tensor) and output.shape == x.shape:
+        in_front.put(output, (module,))
+
+
+def _bypass(in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    x = _first_input(args, kwargs)
+    if x is None or not isinstance(output, Tensor) or isinstance(module, nn.Softmax):
+        return None
+    if output.shape != x.shape or output.dtype != x.dtype:
+        return None
+    passed = x.clone()  # a tensor of its own, so that what is made from it is known to have come through here
+    in_front.put(passed, (*_front_of(x, in_front), *((module,) if _kind(module) == "norm" else ())))
+    return passed
+
+
+def _front_of(x: Tensor, in_front: Notes[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
+    return in_front.get(x) or in_front.get(x._base) or ()
+
+
+def _note_front(
+    draws: Draws, in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    named = dict(zip(("query", "key"), args, strict=False)) | kwargs
+    draws.norms[module] = _front_of(named["query"], in_front)
+    draws.inputs[module] = [named["query"], named["key"]]
+
+
+def _make_noise(
+    draws: Draws,
+    in_front: Notes[tuple[nn.Module, ...]],
+    generator: torch.Generator,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> Tensor | None:
+    x = _first_input(args, kwargs)
+    if x is None or not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    if module not in draws.running and not draws.complete:
+        draws.running[module] = x, noise
+        draws.norms[module] = _front_of(x, in_front)
+    return noise
+
+
+def note_call(draws: dict[str, Draws], call: AttentionCall) -> None:
+    """Keep position 0 of a layer's queries and keys, and of what its modules took in and put out."""
+    draw = draws.get(call.layer)
+    if draw is None:
+        return
+    draw.complete = True
+    num_sequences = call.query.shape[0]
+    draw.query.append(call.query[:, :, 0].float())
+    key = call.key.repeat(1, call.query.shape[1] // call.key.shape[1], 1, 1) if call.tiled else call.key
+    draw.key.append(key[:, :, 0].float())
+    lengths = {call.query.shape[-2], call.key.shape[-2]}
+    for module, (x, noise) in draw.running.items():
+        rows = _first_position(x, num_sequences, lengths), _first_position(noise, num_sequences, lengths)
+        if rows[0] is not None and rows[1] is not None:
+            draw.inputs.setdefault(module, []).append(rows[0].float())
+            draw.noise.setdefault(module, []).append(rows[1].float())
+
+
+def _first_position(x: Tensor, num_sequences: int, lengths: Collection[int]) -> Tensor | None:
+    """Position 0 of every sequence, ``(B, N)``, of ``(B, L, N)``, ``(L, B, N)`` or ``(B·L, N)``; None for others."""
+    if x.dim() == 4 and x.shape[1] == 1:
+        x = x.squeeze(1)
+    for length in lengths:
+        if x.shape[:-1] == (num_sequences, length):
+            return x[:, 0]
+        if x.shape[:-1] == (length, num_sequences):
+            return x[0]
+        if x.shape[:-1] == (num_sequences * length,):
+            return x.reshape(num_sequences, length, -1)[:, 0]
+    return None

@@ -1,0 +1,1 @@
+"""Hand-written attention: products of queries and keys, followed to their softmax."""

@@ -1,0 +1,246 @@
+"""A product of queries and keys on its way to a softmax: what was done to it, and how to do it again on a few rows.
+
+Every operation is kept as the call that was made, with the place of the traced operand in it. To replay it on some
+rows, the rows take that place and every other operand that has the query axis is cut to the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnmonitor.capture.modules import Frame
+from attnmonitor.capture.tracing.products import Labelled, PairwiseProduct
+from attnmonitor.capture.tracing.repeats import Repeated
+from attnmonitor.capture.verify import Attention, Step
+
+__all__ = [
+    "Origin",
+    "Trace",
+    "TracedCall",
+    "add_rows",
+    "as_attention",
+    "as_batch",
+    "lift_cap",
+    "num_sequences_in",
+    "rows_of",
+    "size_along",
+]
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Origin:
+    """Where a trace began: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
+
+    ``reached`` says whether its softmax has weighted values already; what else is done with the weights is no news.
+    """
+
+    labelled: Labelled
+    product: PairwiseProduct
+    repeated_key: Repeated | None
+    layer: str
+    frame: Frame | None
+    dtype: torch.dtype
+    reached: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What has been done to a product so far, seen from the tensor that holds it now.
+
+    Attributes:
+        origin: The product.
+        query_axis: Axis of the query positions, counted from the right.
+        key_axis: Axis of the key positions, counted from the right.
+        scale: Product of the plain numbers that multiplied it.
+        factors: Tensors that multiplied it and are constant along the keys, ``(*batch, Lq or 1, 1)``.
+        stage: ``"affine"`` before the first non-linear step, ``"bent"`` up to the softmax, ``"after"`` from it on.
+        steps: What was done, each step with its stage.
+        calls: The calls that did it.
+        first_column: Index of the first key among the columns.
+        softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
+        outside: What acts on the logits outside the product.
+        visible: Per mask, the keys it lets be seen, ``(*batch, Lk)``.
+        exact: Whether a replay gives what the model computed: no dropout in between.
+        capped: Whether the last step was a tanh.
+        fused_bias: Whether a bias was added within the product, before any rounding.
+        doubt: Why this cannot be measured, ``""`` if it can.
+    """
+
+    origin: Origin
+    query_axis: int
+    key_axis: int
+    scale: float = 1.0
+    factors: tuple[Tensor, ...] = ()
+    stage: str = "affine"
+    steps: tuple[tuple[str, Step], ...] = ()
+    calls: tuple[TracedCall, ...] = ()
+    first_column: int = 0
+    softmax_axes: tuple[int, int, int] = (-2, -1, 0)
+    outside: frozenset[str] = frozenset()
+    visible: tuple[Tensor, ...] = ()
+    exact: bool = True
+    capped: bool = False
+    fused_bias: bool = False
+    doubt: str = ""
+
+    def then(self, apply: Apply, *, moves: bool = False, **changes: Any) -> Trace:
+        """The trace after one more step."""
+        trace = replace(self, **{"capped": False, **changes})
+        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, moves))))
+
+    def staged(self, stage: str) -> list[Step]:
+        """The steps of one stage, in order."""
+        return [step for at, step in self.steps if at == stage]
+
+
+class TracedCall:
+    """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows."""
+
+    def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        self.name, self.func, self.args, self.kwargs, self.output = name, func, args, kwargs, output
+        self.slot = 0
+        self.condition: Any = None
+        if name == "cat":
+            self.operands: list[Any] = list(args[0] if args else kwargs["tensors"])
+        elif name == "where":
+            named = [*args, *kwargs.values()]
+            if isinstance(named[0], Tensor) and named[0].dtype == torch.bool:
+                self.condition, self.operands = named[0], [named[1], named[2]]
+            else:
+                self.condition, self.operands = named[1], [named[0], named[2]]
+            self.args, self.kwargs, self.func = (self.condition, *self.operands), {}, torch.where
+        else:
+            self.operands = [*args, *kwargs.values()]
+
+    def again(self, x: Tensor) -> Tensor:
+        """The same call on another first operand."""
+        result: Tensor = self.func(x, *self.args[1:], **self.kwargs)
+        return result
+
+    def replay(self, trace: Trace, traced: Tensor | None = None) -> Apply:
+        """The same call with rows in the traced operand's place, other operands cut to those rows if they have them."""
+        target = self.operands[self.slot] if traced is None else traced
+        axis, num_rows = trace.query_axis, target.shape[trace.query_axis]
+
+        def place(argument: Any, x: Tensor, rows: Tensor) -> Any:
+            if argument is target:
+                return x
+            if isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
+                return [place(part, x, rows) for part in argument]
+            if not isinstance(argument, Tensor):
+                return argument
+            part = argument if traced is not None else rows_of(argument, rows, axis, num_rows)
+            return part.to(x.dtype) if traced is not None else part
+
+        def apply(x: Tensor, rows: Tensor) -> Tensor:
+            arguments = [place(argument, x, rows) for argument in self.args]
+            result: Tensor = self.func(*arguments, **{key: place(value, x, rows) for key, value in self.kwargs.items()})
+            return result
+
+        return apply
+
+
+def lift_cap(trace: Trace, cap: float) -> Trace:
+    """``cap · tanh(x / cap)``: the logits are x, so the division belongs to the cap and not to their scale."""
+    lift = ("affine", Step(lambda x, rows: x * cap)), ("bent", Step(lambda x, rows: x / cap))
+    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *lift, trace.steps[-1]))
+
+
+def size_along(x: Tensor, axis: int) -> int:
+    """Size of an axis counted from the right, 1 where broadcasting would add it."""
+    return x.shape[axis] if x.dim() >= -axis else 1
+
+
+def rows_of(x: Tensor, rows: Tensor, axis: int, num_rows: int) -> Tensor:
+    """The rows of an operand that has the query axis; the whole of one that is broadcast along it."""
+    return x.index_select(axis, rows) if num_rows > 1 and size_along(x, axis) == num_rows else x
+
+
+def add_rows(added: Tensor, beta: float, axis: int, num_rows: int, x: Tensor, rows: Tensor) -> Tensor:
+    """``x + beta · added``, on some rows."""
+    return x + beta * rows_of(added, rows, axis, num_rows)
+
+
+def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
+    """A factor that is constant along the keys, as ``(*batch of the product, Lq or 1, 1)``."""
+    shape = [1 if axis - logits.dim() == trace.key_axis else size for axis, size in enumerate(logits.shape)]
+    full = factor.expand(shape).movedim((trace.query_axis, trace.key_axis), (-2, -1))
+    return full.reshape(*trace.origin.product.batch, full.shape[-2], 1)
+
+
+def as_attention(trace: Trace) -> Attention | None:
+    """The finished trace as (B, Hq, L, d) operands with the steps of its replay, None where B and Hq cannot be told."""
+    origin, product = trace.origin, trace.origin.product
+    num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
+    num_sequences = num_sequences_in(product.batch, origin.frame, num_rows)
+    if num_sequences is None:
+        return None
+    query = product.query
+    for factor in trace.factors:
+        query = query * factor
+    head_dim = query.shape[-1]
+    query = query.expand(*product.batch, num_rows, head_dim).reshape(num_sequences, -1, num_rows, head_dim)
+    key = _key_heads(origin, num_sequences)
+    code_axes = (product.query_axis, product.key_axis)
+    softmax_query_axis, softmax_key_axis, first = trace.softmax_axes
+
+    def arrange(x: Tensor) -> Tensor:
+        return x.reshape(*product.batch, *x.shape[-2:]).movedim((-2, -1), code_axes)
+
+    def restore(x: Tensor) -> Tensor:
+        x = x.movedim((softmax_query_axis, softmax_key_axis), (-2, -1))
+        return x.reshape(num_sequences, -1, *x.shape[-2:])[..., first : first + num_keys]
+
+    visible = [seen.reshape(num_sequences, -1, num_keys).any(1) for seen in trace.visible]
+    return Attention(
+        query=query,
+        key=key,
+        scale=trace.scale,
+        tiled=origin.repeated_key is not None and origin.repeated_key.tiled,
+        arrange=arrange,
+        restore=restore,
+        affine=trace.staged("affine"),
+        bent=trace.staged("bent"),
+        after=trace.staged("after"),
+        key_axis=softmax_key_axis,
+        outside=set(trace.outside),
+        visible=visible,
+        operands_in=origin.dtype,
+        logits_in=None if trace.fused_bias else origin.dtype,
+    )
+
+
+def num_sequences_in(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
+    """How many sequences the leading axes of a product hold: their first axis, or what the layer was handed.
+
+    In ``(B·H, L, d)`` sequences and heads are one axis; the layer's own input, ``(B, L, D)`` in any order, tells them
+    apart.
+    """
+    if len(batch) > 1:
+        return batch[0]
+    if frame is None or not frame.inputs:
+        return None
+    hidden = frame.inputs[0]
+    sequences, rest = divmod(hidden.numel() // hidden.shape[-1], num_rows)
+    return sequences if sequences and rest == 0 and batch[0] % sequences == 0 else None
+
+
+def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
+    """Keys as (B, Hkv, Lk, d): as they were before repetition, or without the axes along which they are broadcast."""
+    key, batch = origin.product.key, origin.product.batch
+    num_keys, head_dim = key.shape[-2:]
+    if origin.repeated_key is not None:
+        return origin.repeated_key.source.reshape(num_sequences, -1, num_keys, head_dim)
+    own = list(key.shape[:-2])
+    while len(own) > 1 and own[-1] == 1:
+        own.pop()
+    if own == list(batch[: len(own)]):
+        return key.reshape(num_sequences, -1, num_keys, head_dim)
+    return key.expand(*batch, num_keys, head_dim).reshape(num_sequences, -1, num_keys, head_dim)

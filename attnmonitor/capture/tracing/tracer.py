@@ -1,0 +1,345 @@
+"""Recognise hand-written attention by following a product of queries and keys to its softmax and its values.
+
+No name tells a hand-written attention apart, but what it computes does: a product ``q kᵀ`` of two activations is
+scaled, masked, biased and reshaped, goes through a softmax over the keys, and the softmax weights a third activation. A
+`Trace` is a note on the tensor that holds the logits just now; every operation that is understood moves the note on and
+adds a `Step`, every other one drops it. Only where the values are reached is the layer reported, with the whole chain
+ready to be replayed on a few rows. A router, a contrastive loss, a bilinear form or linear attention never gets there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnmonitor.capture.modules import Frame, Frames
+from attnmonitor.capture.tensor_notes import Notes
+from attnmonitor.capture.tracing.products import Labelled, PairwiseProduct, is_weight, labelled, pairwise_product
+from attnmonitor.capture.tracing.repeats import Repeated
+from attnmonitor.capture.tracing.trace import (
+    Origin,
+    Trace,
+    TracedCall,
+    add_rows,
+    as_attention,
+    as_batch,
+    lift_cap,
+    size_along,
+)
+from attnmonitor.capture.verify import HIDDEN, Attention, visible_keys
+
+__all__ = ["Tracer"]
+
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
+SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
+ADDITIONS = {"add", "sub", "subtract"}
+BENDINGS = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
+MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
+RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
+
+_Follow = Callable[[Trace, TracedCall], Trace | None]
+
+
+class Tracer:
+    """Follows products of activations through one forward.
+
+    Args:
+        frames: Says which layer is running.
+        repeated: What a key was before it was repeated per query head, None if it was not.
+        found: Called with ``(layer, frame, attention, output or None, row axis of output)`` for each attention.
+        lost: Called with ``(layer, reason)`` when an attention was recognised but cannot be measured.
+    """
+
+    def __init__(
+        self,
+        frames: Frames,
+        repeated: Callable[[Tensor], Repeated | None],
+        found: Callable[[str, Frame | None, Attention, Tensor | None, int], None],
+        lost: Callable[[str, str], None],
+    ) -> None:
+        self._frames = frames
+        self._repeated = repeated
+        self._found = found
+        self._lost = lost
+        self._traces = Notes[Trace]()
+        self._constants = Notes[float]()
+        follow: dict[str, _Follow] = dict.fromkeys(SCALINGS, self._scale)
+        follow |= dict.fromkeys(ADDITIONS, self._add)
+        follow |= dict.fromkeys(BENDINGS, self._bend) | dict.fromkeys(CASTS, self._keep)
+        follow |= dict.fromkeys(MOVES, self._move) | dict.fromkeys(RESHAPES, self._reshape)
+        follow |= dict.fromkeys(SOFTMAXES, self._soften)
+        follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": self._slice, "dropout": self._drop}
+        self._follow = follow
+        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
+        self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
+        self._follow["baddbmm"] = self._add_input
+        self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
+
+    # What arrives.
+
+    def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        if not self._traces or not isinstance(output, Tensor):
+            return
+        call = TracedCall(name, func, args, kwargs, output)
+        slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
+        if not slots:
+            return
+        call.slot = slots[0]
+        trace = self._traces.get(call.operands[call.slot])
+        assert trace is not None
+        if len(slots) > 1 and any(call.operands[slot] is not call.operands[call.slot] for slot in slots):
+            trace = replace(trace, doubt="its logits are the sum of several query-key products")
+        elementwise = name not in MOVES and name not in RESHAPES and name not in ("cat", "__getitem__")
+        if elementwise and output.shape != call.operands[call.slot].shape:
+            return
+        moved = self._follow[name](trace, call)
+        if moved is not None:
+            # Past the softmax it is settled which operand holds the keys, and nobody will ask for the calls again.
+            self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
+
+    def _observe_product(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        product = labelled(name, args, kwargs)
+        if product is None or not isinstance(output, Tensor):
+            return
+        for operand, axes, other in (
+            (product.left, product.left_axes, product.right),
+            (product.right, product.right_axes, product.left),
+        ):
+            trace = self._traces.get(operand)
+            if trace is not None:
+                if trace.stage != "after" or trace.origin.reached:
+                    return
+                if trace.doubt:
+                    self._lost(trace.origin.layer, trace.doubt)
+                elif product.contracted == {axes[trace.key_axis]}:
+                    row_axis = product.out_axes.index(axes[trace.query_axis])
+                    self._reach_values(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
+                elif product.contracted == {axes[trace.query_axis]}:
+                    self._lost(trace.origin.layer, "its softmax does not run over the positions its values come from")
+                return
+            if is_weight(other):
+                self._frames.note_projection(operand)
+        layer, frame = self._frames.layer()
+        trace = self._begin(product, layer, frame, output.dtype)
+        if trace is not None and name == "baddbmm":
+            call = TracedCall(name, func, args, kwargs, output)
+            trace = replace(self._add_input(trace, call), calls=(call,))
+        if trace is not None:
+            self._traces.put(output, trace)
+
+    def _begin(
+        self, product: Labelled, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
+    ) -> Trace | None:
+        pair = pairwise_product(product, keys_first=keys_first)
+        if pair is None:
+            return None
+        repeated = self._key_before_repetition(product, pair, keys_first)
+        origin = Origin(product, pair, repeated, layer, frame, dtype)
+        num_axes = len(pair.batch) + 2
+        return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
+
+    def _with_keys_first(self, trace: Trace) -> Trace | None:
+        """The same trace with the operands' roles exchanged, as in ``k qᵀ`` with a softmax over its rows."""
+        origin = trace.origin
+        mirrored = self._begin(origin.labelled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+        for call in trace.calls:
+            mirrored = mirrored and self._follow[call.name](mirrored, call)
+        return mirrored and replace(mirrored, calls=trace.calls, doubt=trace.doubt)
+
+    def _key_before_repetition(self, product: Labelled, pair: PairwiseProduct, keys_first: bool) -> Repeated | None:
+        """The key of ``pair`` with its own heads; None where it was not repeated, or something else of it was."""
+        left, right = self._repeated(product.left), self._repeated(product.right)
+        for before, smaller in (
+            (left, left and replace(product, left=left.source)),
+            (right, right and replace(product, right=right.source)),
+        ):
+            own = smaller and pairwise_product(smaller, keys_first=keys_first)
+            if before and own and own.query.shape == pair.query.shape and own.key.shape[-2:] == pair.key.shape[-2:]:
+                return replace(before, source=own.key)
+        return None
+
+    def _observe_constant(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        value = args[1] if name == "full" and len(args) > 1 else kwargs.get("fill_value", args[0] if args else None)
+        if isinstance(output, Tensor) and output.dim() == 0 and isinstance(value, int | float):
+            self._constants.put(output, float(value))
+
+    # What moves a trace on.
+
+    def _keep(self, trace: Trace, call: TracedCall) -> Trace:
+        """Casts and copies change no logit; the replay stays in full precision."""
+        return trace
+
+    def _scale(self, trace: Trace, call: TracedCall) -> Trace | None:
+        sign = SCALINGS[call.name]
+        if sign < 0 and call.slot != 0:
+            return None
+        apply = call.replay(trace)
+        other = call.operands[1 - call.slot]
+        number = self._number(other)
+        if trace.stage == "bent" and trace.capped and number is not None:
+            return lift_cap(trace, number).then(apply)
+        if trace.stage != "affine":
+            return trace.then(apply)
+        if number is not None:
+            return trace.then(apply, scale=trace.scale * number**sign)
+        if not isinstance(other, Tensor) or size_along(other, trace.key_axis) != 1:
+            return trace.then(apply, stage="bent", outside=trace.outside | {"bias"})
+        factor = other if sign > 0 else other.reciprocal()
+        return trace.then(apply, factors=(*trace.factors, as_batch(factor, trace, call.output)))
+
+    def _add(self, trace: Trace, call: TracedCall) -> Trace | None:
+        other = call.operands[1 - call.slot]
+        if call.name == "add" and isinstance(other, Tensor) and other.is_floating_point():
+            trace = self._note_mask(trace, other, call.output)
+        return self._bend(trace, call) if call.slot and call.name != "add" else trace.then(call.replay(trace))
+
+    def _add_input(self, trace: Trace, call: TracedCall) -> Trace:
+        """``baddbmm(input, q, kᵀ, beta, alpha)`` is ``beta·input + alpha·q kᵀ``."""
+        beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
+        added = call.args[0]
+        trace = replace(trace, scale=trace.scale * alpha)
+        if beta == 0:
+            return trace
+        trace = self._note_mask(trace, added, call.output)
+        num_rows = call.output.shape[trace.query_axis]
+        apply = partial(add_rows, added, beta, trace.query_axis, num_rows)
+        return trace.then(apply, fused_bias=True)
+
+    def _mask(self, trace: Trace, call: TracedCall) -> Trace | None:
+        if call.name == "masked_fill":
+            blocked, fill = call.operands[1:3]
+            hides_where = True
+        else:
+            blocked, fill = call.condition, call.operands[1 - call.slot]
+            hides_where = call.slot == 1
+        value = self._number(fill)
+        if value is not None and value <= HIDDEN:
+            trace = self._note_mask(trace, blocked, call.output, true_hides=hides_where)
+        return trace.then(call.replay(trace))
+
+    def _bend(self, trace: Trace, call: TracedCall) -> Trace | None:
+        changes: dict[str, Any] = {}
+        if trace.stage == "affine":
+            changes["stage"] = "bent"
+        if call.name == "cat":
+            before = call.operands[: call.slot]
+            if any(x.shape[trace.query_axis] != call.output.shape[trace.query_axis] for x in call.operands):
+                return None
+            changes["first_column"] = trace.first_column + sum(x.shape[trace.key_axis] for x in before)
+            if trace.stage != "after":
+                changes["outside"] = trace.outside | {"sinks"}
+        changes["capped"] = call.name == "tanh" and trace.stage == "affine"
+        return trace.then(call.replay(trace), **changes)
+
+    def _soften(self, trace: Trace, call: TracedCall) -> Trace | None:
+        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        if trace.stage == "after" or not isinstance(dim, int):
+            return None
+        over = dim % call.output.dim() - call.output.dim()
+        if over == trace.query_axis:
+            mirrored = self._with_keys_first(trace)
+            if mirrored is None:
+                return None
+            trace = mirrored
+        if over != trace.key_axis:
+            return None
+        axes = (trace.query_axis, trace.key_axis, trace.first_column)
+        axis = trace.key_axis
+        return trace.then(lambda x, rows: x.softmax(axis), stage="after", softmax_axes=axes)
+
+    def _drop(self, trace: Trace, call: TracedCall) -> Trace:
+        p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
+        active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
+        return replace(trace, exact=trace.exact and not active)
+
+    def _move(self, trace: Trace, call: TracedCall) -> Trace | None:
+        """Apply the same permutation to a tensor whose sizes number its axes, and read where the axes went."""
+        source = call.operands[0]
+        numbered = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
+        landed = [size - 2 for size in call.again(numbered).shape]
+        axes = [landed.index(axis % source.dim()) for axis in (trace.query_axis, trace.key_axis)]
+        others = [
+            axis for axis in landed if axis not in (trace.query_axis % source.dim(), trace.key_axis % source.dim())
+        ]
+        if others != sorted(others):
+            return None
+        query_axis, key_axis = (axis - source.dim() for axis in axes)
+        return trace.then(lambda x, rows: call.again(x), moves=True, query_axis=query_axis, key_axis=key_axis)
+
+    def _reshape(self, trace: Trace, call: TracedCall) -> Trace | None:
+        """A reshape may regroup sequences and heads, never positions."""
+        shape = call.output.shape
+        if shape[-2:] != call.operands[0].shape[-2:] or {trace.query_axis, trace.key_axis} != {-1, -2}:
+            return None
+        lead = shape[:-2]
+        return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), moves=True)
+
+    def _slice(self, trace: Trace, call: TracedCall) -> Trace | None:
+        """A slice may take columns away; anything else ends the trace."""
+        before, after = call.operands[0].shape, call.output.shape
+        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+        if not all(part is None or part is Ellipsis or isinstance(part, slice) for part in index):
+            return None
+        if len(before) != len(after):
+            return self._reshape(trace, call) if math.prod(before) == math.prod(after) else None
+        axis = trace.key_axis
+        if any(a != b for i, (a, b) in enumerate(zip(before, after, strict=True)) if i - len(before) != axis):
+            return None
+        start = index[-1].start or 0 if isinstance(index[-1], slice) and axis == -1 else 0
+        return trace.then(lambda x, rows: call.again(x), moves=True, first_column=trace.first_column - start)
+
+    # Masks and numbers.
+
+    def _number(self, x: Any) -> float | None:
+        """A plain number, where ``x`` is one or holds one on the host; None where reading it waits for a device."""
+        if isinstance(x, int | float) and not isinstance(x, bool):
+            return float(x)
+        if not isinstance(x, Tensor) or x.numel() != 1:
+            return None
+        noted = self._constants.get(x)
+        if noted is not None:
+            return noted
+        on_host = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        return float(x.numpy().reshape(())) if on_host and not x.requires_grad else None
+
+    def _note_mask(self, trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False) -> Trace:
+        """Add the keys that ``mask`` lets at least one query see, ``(*batch, Lk)``."""
+        num_keys = trace.origin.product.key.shape[-2]
+        if trace.stage == "after" or size_along(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
+            return trace
+        if true_hides and mask.dtype == torch.bool:
+            seen = ~mask.all(trace.query_axis)
+        else:
+            seen = visible_keys(mask, trace.query_axis)
+        if trace.key_axis != -1:
+            seen = seen.movedim(trace.key_axis + (1 if trace.query_axis > trace.key_axis else 0), -1)
+        lead = [
+            size
+            for axis, size in enumerate(logits.shape)
+            if axis - logits.dim() not in (trace.query_axis, trace.key_axis)
+        ]
+        return replace(trace, visible=(*trace.visible, seen.expand(*lead, num_keys)))
+
+    # The end of a trace.
+
+    def _reach_values(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
+        origin = trace.origin
+        origin.reached = True
+        trace = trace.then(call.replay(trace, weights))
+        attention = as_attention(trace)
+        if attention is None:
+            self._lost(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
+            return
+        self._found(origin.layer, origin.frame, attention, call.output if trace.exact else None, row_axis)

@@ -1,0 +1,5 @@
+"""The command line: ``attnmonitor scan``, ``report``, ``replay`` and ``demo``."""
+
+from attnmonitor.cli.commands import main
+
+__all__ = ["main"]

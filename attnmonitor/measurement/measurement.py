@@ -1,0 +1,309 @@
+"""One measurement: a quiet probe forward, reduced to numbers per head, brought to the host in one transfer.
+
+Everything stays on the device, without a wait, until all layers are reduced; then one vector carries all values, their
+verification errors and the self-checks to the host. Only there is it decided what may be shown: a layer whose capture
+does not rebuild what the layer really produced is NaN, with the reason in its coverage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attnmonitor.capture import capture_attention
+from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
+from attnmonitor.measurement.probe import Probe, own_surroundings, quiet
+from attnmonitor.measurement.reduction import ReducedLayer, Reduction
+from attnmonitor.measurement.weights import LearnedSide
+from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
+from attnmonitor.sample import LayerCoverage
+
+__all__ = ["Measured", "Measurement"]
+
+_Key = tuple[str, ...]
+LayerValues = Mapping[str, Mapping[str, Tensor]]
+
+# Rebuilding attention in float32 from tensors of these types and comparing with the layer's own output: what rounding
+# alone gives stays an order of magnitude below, a wrong scale or mask lies orders of magnitude above.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement found, on the host.
+
+    Attributes:
+        values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
+        spread: The same shape: standard deviation over the sequences.
+        coverage: Every layer, measured or not.
+        diagnostics: ``certified_fraction`` and ``invariant_residual``; ``halved_probe`` where memory did not suffice
+            for the whole probe.
+    """
+
+    values: LayerValues
+    spread: LayerValues
+    coverage: Mapping[str, LayerCoverage]
+    diagnostics: Mapping[str, float]
+
+    def trusted_values(self) -> LayerValues:
+        """The values without the layers that may not be shown: a failed capture is not a head that broke."""
+        return {
+            metric: trusted
+            for metric, layers in self.values.items()
+            if (trusted := {name: heads for name, heads in layers.items() if self.coverage[name].measured})
+        }
+
+
+class Measurement:
+    """Measures all heads of a model on a probe, as often as asked.
+
+    Args:
+        model: The unwrapped model.
+        probe: The batch and how to run it.
+        metrics: Names of the metrics, in table order.
+        strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
+
+    Attributes:
+        layers: Coverage at attach: the layers and head counts that every measurement answers for.
+        num_heads: Per layer that has heads: ``{"query_head": …, "kv_head": …}``.
+        signature: 12 hex digits over names and head counts of the layers: tells another model from this one.
+    """
+
+    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+        self._model = model
+        self._probe = probe
+        self._half = probe.half()
+        self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
+        self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
+        self._learned: LearnedSide | None = None
+        self._strict = strict
+        self._layouts: dict[str, tuple[str, ...]] = {}
+        self._target_ranks: dict[str, int] = {}
+        self.layers: Mapping[str, LayerCoverage] = {}
+
+    @property
+    def num_heads(self) -> dict[str, dict[str, int]]:
+        """Heads per scope of every layer that has heads."""
+        return {
+            layer: {"query_head": found.num_query_heads, "kv_head": found.num_kv_heads}
+            for layer, found in self.layers.items()
+            if found.num_query_heads
+        }
+
+    @property
+    def signature(self) -> str:
+        """A short name for this arrangement of layers and heads."""
+        heads = {name: layer.heads for name, layer in self.layers.items()}
+        return hashlib.sha256(json.dumps(heads).encode()).hexdigest()[:12]
+
+    def attach(self) -> Measured:
+        """Measure once, to learn which layers there are and to tell the user what does not work while it is cheap.
+
+        Raises:
+            ValueError: The model rejects the probe, no attention is seen, or the probe has fewer than two tokens.
+        """
+        model, described = type(self._model).__qualname__, self._probe.describe()
+        try:
+            forward = self._forward(self._probe)
+        except Exception as error:
+            hint = ""
+            if "index out of range in self" in str(error):  # an embedding's words, which name no row and no table
+                hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
+            raise ValueError(
+                f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}{hint}; give a batch "
+                "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
+            ) from error
+        if not forward.layers:
+            seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.troubles.items())
+            raise ValueError(
+                f"model={model}: no attention was seen in its forward{seen}; a layer that computes its attention in a "
+                "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
+            )
+        self.layers = {layer: found.coverage for layer, found in forward.layers.items()}
+        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in forward.troubles.items()}
+        if all(bool((found.num_keys < 2).any()) for found in forward.layers.values()):
+            raise ValueError(
+                f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
+                "to; give sequences of 2 or more, better of a few hundred"
+            )
+        with own_surroundings():
+            measured = self._on_host(forward)
+        self.layers = measured.coverage
+        if self._weight_metrics:
+            self._learned = LearnedSide(self._model, self._probe, self.layers, self._weight_metrics)
+            reasons = self._learned.reasons
+            self.layers = {
+                name: replace(layer, weights_reason=reasons.get(name, "")) for name, layer in self.layers.items()
+            }
+        return replace(measured, coverage=self.layers)
+
+    def take(self, *, with_weights: bool = False) -> Measured:
+        """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked.
+
+        Where memory does not suffice, once more with half of the probe's sequences.
+        """
+        try:
+            return self._attempt(self._probe, with_weights)
+        except torch.OutOfMemoryError:
+            if self._half is None:
+                raise
+        # Out of the handler, where the exception would keep the failed forward's tensors alive.
+        measured = self._attempt(self._half, with_weights)
+        return replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
+
+    def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
+        forward = self._forward(probe)
+        with own_surroundings():
+            measured = self._on_host(forward)
+        if self._learned is None or not with_weights:
+            return measured
+        return self._with_weights(measured, self._learned)
+
+    def _with_weights(self, measured: Measured, learned: LearnedSide) -> Measured:
+        with own_surroundings():
+            values = learned.take(measured.values.get("energy_effective_rank"))
+            unvarying = {
+                metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
+                for metric, layers in values.items()
+            }
+        return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **unvarying})
+
+    def nothing(self, reason: str) -> Measured:
+        """Return what a measurement that failed as a whole says: NaN for every head."""
+        # Nothing here that a measurement does: what broke it would break this as well.
+        with own_surroundings():
+            unknown = self._table("mean", {}, ())
+        coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
+        return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
+
+    def _forward(self, probe: Probe) -> Reduction:
+        """Run the probe."""
+        reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
+        with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
+            probe.run(self._model)
+        reduction.troubles = {**report.missed, **reduction.troubles}
+        with own_surroundings():
+            reduction.finish()
+        return reduction
+
+    def _on_host(self, forward: Reduction) -> Measured:
+        """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
+        waiting: dict[tuple[str, ...], Tensor] = {}
+        by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
+        for name, layer in forward.layers.items():
+            found = forward.statistics[name]
+            waiting["certified", name] = found.certified.float().mean()
+            waiting["residual", name] = found.invariant_residual
+            if layer.error is not None:
+                waiting["error", name] = layer.error
+            values = {**layer.in_the_models_order(found.values), **layer.rows}
+            for metric in self._metrics:
+                by_head[metric][name] = values[metric]
+        for metric, per_sequence in by_head.items():
+            waiting |= _averaged(metric, per_sequence)
+        arrived = _to_host(waiting)
+
+        coverage = {
+            name: self._judged(name, forward.layers.get(name), forward.troubles.get(name, ""), arrived)
+            for name in dict.fromkeys([*self.layers, *forward.layers])
+        }
+        shown = [name for name, layer in coverage.items() if layer.measured]
+        for name in shown:
+            # Where a sketch was too small to certify every head, the next sample takes a larger one: decided here, on
+            # numbers that have arrived anyway, so that no sample waits for the device to be tried again.
+            if float(arrived["certified", name]) < 1:
+                wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
+                self._target_ranks[name] = min(wider, coverage[name].head_dim)
+        residuals = [float(arrived["residual", name]) for name in shown]
+        certified = [float(arrived["certified", name]) for name in shown]
+        return Measured(
+            values=self._table("mean", arrived, shown),
+            spread=self._table("spread", arrived, shown),
+            coverage=coverage,
+            diagnostics={
+                "certified_fraction": sum(certified) / len(certified) if shown else math.nan,
+                "invariant_residual": max(residuals, default=math.nan),
+            },
+        )
+
+    def _table(self, which: str, arrived: Mapping[_Key, Tensor], shown: Sequence[str]) -> LayerValues:
+        """Lay the numbers out by metric and layer; NaN for layers that may not be shown."""
+        return {
+            metric: {
+                name: arrived[which, metric, name]
+                if name in shown
+                else torch.full((heads[METRICS[metric].scope],), torch.nan)
+                for name, heads in self.num_heads.items()
+            }
+            for metric in self._metrics
+        }
+
+    def _judged(
+        self, name: str, layer: ReducedLayer | None, trouble: str, arrived: Mapping[_Key, Tensor]
+    ) -> LayerCoverage:
+        """Say how a layer was measured, or why its numbers may not be shown."""
+        expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
+        if layer is None:
+            return replace(expected, reason=trouble or expected.reason or "its attention did not run this time")
+        found = replace(layer.coverage, weights_reason=expected.weights_reason)
+        if expected.heads != found.heads:
+            was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
+            return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
+        if layer.error is None:
+            return found
+        error = float(arrived["error", name])
+        tolerance = _TOLERANCE.get(layer.precision, 0.0)
+        reason = ""
+        if not error <= tolerance:
+            reason = (
+                f"attention rebuilt from what was captured differs from the layer's output by {error:.1e} "
+                f"(tolerance {tolerance:.0e})"
+            )
+        return replace(found, error=error, reason=reason)
+
+
+def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
+    """Mean and spread over sequences of every layer's ``(B, H)``, by way of the metric's class.
+
+    Layers that ran on equally many sequences share one metric object; only windowed vision models have several.
+    """
+    # torchmetrics imports scipy, matplotlib and transformers where they are installed. Those seconds belong to whoever
+    # attaches a monitor, which measures once, and not to whoever imports the package.
+    from attnmonitor.metrics import METRIC_CLASSES
+
+    by_batch: dict[int, dict[str, Tensor]] = {}
+    for name, values in per_sequence.items():
+        by_batch.setdefault(values.shape[0], {})[name] = values
+    averaged: dict[_Key, Tensor] = {}
+    for layers in by_batch.values():
+        together = torch.cat([values.to(next(iter(layers.values())).device) for values in layers.values()], dim=1)
+        average = METRIC_CLASSES[metric](num_heads=together.shape[1], sync_on_compute=False).to(together.device)
+        average.accumulate(together)
+        widths = [values.shape[1] for values in layers.values()]
+        means, spreads = torch.split(average.compute(), widths), torch.split(average.spread(), widths)
+        for name, mean, spread in zip(layers, means, spreads, strict=True):
+            averaged["mean", metric, name] = mean
+            averaged["spread", metric, name] = spread
+    return averaged
+
+
+def _to_host(waiting: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Carry all tensors to the host as one float32 vector: the one place where a sample waits for the device."""
+    if not waiting:
+        return {}
+    device = next(iter(waiting.values())).device
+    vector = torch.cat([tensor.detach().reshape(-1).to(device, torch.float32) for tensor in waiting.values()])
+    if vector.is_cuda:
+        pinned = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        pinned.copy_(vector, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+        vector = pinned
+    parts = torch.split(vector, [tensor.numel() for tensor in waiting.values()])
+    # Cloned, or one kept value would keep the whole vector alive.
+    return {key: part.clone().reshape(tensor.shape) for (key, tensor), part in zip(waiting.items(), parts, strict=True)}

@@ -1,0 +1,360 @@
+"""The probe: a fixed batch that asks the model the same question each time, without the model noticing.
+
+A head's numbers can be compared over training only if the text is the same, so the batch is fixed and carries a
+fingerprint. And a run may be watched only if watching leaves no trace, so the forward happens inside `quiet`, which
+puts back everything a forward can move: random number generators, per-module train flags, buffers, grad mode, the
+autocast cache and the compile stance. What is computed from it afterwards happens in `own_surroundings`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from attnmonitor.parallel.sharding import is_sharded, kept_shards, through_wrapper
+from attnmonitor.parallel.threads import ProcessWide
+
+__all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "own_surroundings", "quiet", "unwrap"]
+
+ForwardFunction = Callable[[nn.Module, Any], Any]
+HookFilter = Callable[[Callable[..., Any]], bool]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own module under compile, DDP and DataParallel wrappers.
+
+    Rank 0 can then run it alone: a forward through the DDP wrapper synchronises buffers with ranks that are not
+    there.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            model = original
+        else:
+            return model
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode without gradients, and restore every piece of state a forward can touch.
+
+    Saved and put back, also after an exception: the generators of torch (CPU, and CUDA once it is in use), ``random``
+    and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
+    grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
+    that a probe adds no graph and no recompilation. Modules under FSDP are sharded again. ``no_grad`` and not
+    ``inference_mode``, which is left where the caller is in it: a lazily filled cache (RoPE) first filled under
+    ``inference_mode`` breaks the next training step.
+    """
+    with ExitStack() as restore:
+        restore.enter_context(_kept_random_state())
+        restore.enter_context(_kept_modules(model))
+        if is_sharded(model):
+            restore.enter_context(kept_shards(model))
+        restore.enter_context(torch.inference_mode(False))
+        restore.enter_context(torch.no_grad())
+        restore.enter_context(_no_autocast_cache())
+        # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
+        if "torch._dynamo" in sys.modules:
+            restore.enter_context(_nothing_compiled())
+        model.eval()
+        yield
+
+
+_nothing_compiled = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+
+
+@contextmanager
+def _without_hooks(model: nn.Module, skipped: HookFilter) -> Iterator[None]:
+    """Leave out the forward hooks and pre-hooks that ``skipped`` picks; handles that remove hooks go on working."""
+    kept: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in model.modules():
+            for kind in ("_forward_pre_hooks", "_forward_hooks"):
+                hooks = getattr(module, kind)
+                others = OrderedDict((key, hook) for key, hook in hooks.items() if not skipped(hook))
+                if len(others) < len(hooks):
+                    kept.append((module, kind, hooks))
+                    setattr(module, kind, others)
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
+
+
+@contextmanager
+def own_surroundings() -> Iterator[None]:
+    """Compute as in a fresh process, whatever default device or inference mode the caller has switched on.
+
+    Tensors kept from one sample to the next would otherwise be on that device, or be of the kind that cannot be
+    written outside of that mode.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _kept_modules(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else (buffer.detach().clone(), _version(buffer)))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    names = [(module, set(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, known in names:
+            for added in module._buffers.keys() - known:
+                del module._buffers[added]
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer
+            # Only a buffer that was written is written back: writing raises its version, and autograd refuses a
+            # backward through a tensor whose version has moved since the forward.
+            if buffer is not None and saved is not None and _version(buffer) != saved[1]:
+                with torch.no_grad():
+                    buffer.copy_(saved[0])
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    # A cast cached without grad would be reused by the training forward that follows in the same autocast region.
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+class Probe:
+    """A fixed batch, how to run it, and its fingerprint.
+
+    Args:
+        model: The unwrapped model the batch is for.
+        batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch (in stored order, where it
+            shuffles) is drawn here without moving its generators. A batch given directly must be on the model's
+            device; one drawn from a loader is moved.
+        forward: ``forward(model, batch)``, where the default call does not fit. By default a tensor is the first
+            argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
+            tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
+            one.
+        skip_hooks: Asked for every forward hook and pre-hook of the model's modules: True for one that the probe's
+            forward shall not call. None calls all of them.
+
+    Attributes:
+        batch: The batch, detached from the user's own.
+        fingerprint: 12 hex digits of the SHA-256 over names, shapes, dtypes and bytes of the batch's tensors.
+
+    Raises:
+        ValueError: The batch holds no tensor, is on another device than the model, or is longer than the positions
+            the model's configuration allows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        forward: ForwardFunction | None = None,
+        skip_hooks: HookFilter | None = None,
+    ) -> None:
+        if forward is not None and not callable(forward):
+            raise ValueError(f"forward={forward!r} is not callable; give a function forward(model, batch)")
+        if skip_hooks is not None and not callable(skip_hooks):
+            raise ValueError(
+                f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
+            )
+        device = _device(model)
+        if isinstance(batch, DataLoader):
+            batch = _to(_first_batch(batch), device)
+        tensors = dict(_tensors(batch))
+        if not tensors:
+            raise ValueError(
+                f"probe={type(batch).__name__} holds no tensor; give a tensor of token ids (batch, length), a dict or "
+                "tuple of tensors, or a DataLoader"
+            )
+        for where, tensor in tensors.items():
+            if tensor.device != device:
+                raise ValueError(
+                    f"probe{where} is on {tensor.device} but the model is on {device}; move it there: "
+                    f"probe.to({str(device)!r})"
+                )
+        _check_length(model, tensors)
+        # A copy: a batch the user later writes into in place would silently stop being the fixed probe.
+        self.batch = _map(batch, lambda tensor: tensor.detach().clone())
+        self.fingerprint = _fingerprint(self.batch)
+        self._forward = forward if forward is not None else default_forward
+        self._skip_hooks = skip_hooks
+
+    def run(self, model: nn.Module) -> None:
+        """Run the model once on the batch, moved to where the model is now; the output is dropped."""
+        batch = _to(self.batch, _device(model))
+        with nullcontext() if self._skip_hooks is None else _without_hooks(model, self._skip_hooks):
+            through_wrapper(model, lambda inner: self._forward(inner, batch))
+
+    def half(self) -> Probe | None:
+        """Return the first half of the batch's sequences as a probe of its own; None where there is only one.
+
+        The sequences are the first axis of the first tensor that has axes; a tensor of another length there is shared.
+        """
+        num_sequences = next((tensor.shape[0] for _, tensor in _tensors(self.batch) if tensor.dim()), 0)
+        if num_sequences < 2:
+            return None
+        half = copy.copy(self)
+        half.batch = _map(
+            self.batch,
+            lambda tensor: tensor[: num_sequences // 2] if tensor.shape[:1] == (num_sequences,) else tensor,
+        )
+        half.fingerprint = _fingerprint(half.batch)
+        return half
+
+    def describe(self) -> str:
+        """Return the shapes of the batch in words, for error messages and the run's configuration."""
+        return ", ".join(
+            f"{where.lstrip('.') or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for where, tensor in _tensors(self.batch)
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _map(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map(value, function) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_map(value, function) for value in batch)
+    return batch
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _tensors(batch: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(batch, Tensor):
+        yield where, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _tensors(value, f"{where}.{key}")
+    elif isinstance(batch, (tuple, list)):
+        for index, value in enumerate(batch):
+            yield from _tensors(value, f"{where}[{index}]")
+
+
+def _fingerprint(batch: Any) -> str:
+    digest = hashlib.sha256()
+    for where, tensor in _tensors(batch):
+        digest.update(f"{where}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        # Through a byte view: numpy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _first_batch(loader: DataLoader[Any]) -> Any:
+    """Draw the loader's first batch without its workers and without moving any generator it draws from."""
+    generators = {
+        id(generator): generator
+        for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
+    }
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    # A second loader over the same dataset and sampler: iterating the user's own would reset its persistent workers.
+    # Of a shuffling loader the first examples in stored order: a run that is resumed must draw the same probe again.
+    is_shuffled = isinstance(loader.sampler, torch.utils.data.RandomSampler) and loader.batch_size is not None
+    if is_shuffled or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        order: dict[str, Any] = {"batch_size": loader.batch_size}
+    elif loader.batch_sampler is not None:
+        order = {"batch_sampler": loader.batch_sampler}
+    else:
+        order = {"sampler": loader.sampler, "batch_size": None}
+    plain: DataLoader[Any] = DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
+    with _kept_random_state():
+        try:
+            return next(iter(plain))
+        except StopIteration:
+            raise ValueError("probe: the DataLoader is empty; give one with at least one batch") from None
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+def _check_length(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    config = getattr(model, "config", None)
+    # The names under which public models state how many positions they have.
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "block_size", "max_seq_len")
+    for name in names:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+            break
+    else:
+        return
+    for where, tensor in tensors.items():
+        is_token_ids = tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
+        if is_token_ids and tensor.shape[1] > limit:
+            raise ValueError(
+                f"probe{where} is {tensor.shape[1]} tokens long but the model's config.{name} is {limit}; "
+                f"cut it: probe[:, :{limit}]"
+            )
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on the batch in the way its ``forward`` asks for, as `Probe` describes it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    # The key/value cache of generation is of no use in a probe and would hold every layer's keys.
+    extra = {"use_cache": False} if "use_cache" in named else {}
+    if isinstance(batch, Mapping):
+        known = dict(batch) if takes_any_keyword else {key: value for key, value in batch.items() if key in named}
+        return model(**{**extra, **known}) if known else model(batch)
+    if isinstance(batch, (tuple, list)):
+        takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return model(*(batch if takes_all else batch[: max(1, len(required))]), **extra)
+    return model(batch, **extra)

@@ -1,0 +1,87 @@
+"""The state behind every metric: sums over sequences of a per-head value.
+
+A head's value is its mean over the sequences of the probe. Mean and spread both follow from three sums, and sums are
+what ranks can add: ``dist_reduce_fx="sum"`` makes `compute` the same on one process and on eight, with shards of any
+size.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["HeadMetric"]
+
+
+class HeadMetric(Metric):
+    """Mean over sequences of one value per head.
+
+    Subclasses turn tensors into ``(B, num_heads)`` values and hand them to `accumulate`.
+
+    Args:
+        num_heads: Heads of the layer that have a value: query heads or key/value heads, as the catalog's scope says.
+        setting: What a subclass was told beside the number of heads; two settings never share a state.
+        kwargs: Passed on to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``num_heads`` is less than 1.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    name: ClassVar[str]
+
+    def __init__(self, num_heads: int, *, setting: tuple[object, ...] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_heads < 1:
+            raise ValueError(f"{type(self).__name__}(num_heads={num_heads!r}): a layer has at least one head")
+        self.num_heads = num_heads
+        # The state's name says what is summed: MetricCollection merges metrics whose states have the same name and
+        # happen to hold the same numbers after the first update, and would report one for the other ever after.
+        self._sums = re.sub(r"\W+", "_", "_".join(map(str, (self.name, *setting, "sums"))))
+        self.add_state(self._sums, default=torch.zeros(3, num_heads, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def accumulate(self, values: Tensor) -> None:
+        """Add one value per sequence and head.
+
+        Args:
+            values: ``(B, num_heads)``. A NaN makes that head's mean NaN and leaves the others alone.
+        """
+        if values.ndim != 2 or values.shape[1] != self.num_heads:
+            raise ValueError(
+                f"{type(self).__name__}(num_heads={self.num_heads}): got values of shape {tuple(values.shape)}, "
+                f"expected (sequences, {self.num_heads}); num_heads counts what the metric is measured per"
+            )
+        sums = self._state
+        wide = values.to(sums.dtype)
+        setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
+        # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
+        self._update_count, self._computed = max(1, self._update_count), None
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        # torchmetrics returns a tensor of one entry as a bare number: a layer with one head keeps its axis of heads.
+        wrapped = super()._wrap_compute(compute)
+        return functools.wraps(wrapped)(lambda *args, **kwargs: wrapped(*args, **kwargs).reshape(self.num_heads))
+
+    @property
+    def _state(self) -> Tensor:
+        """Sum, sum of squares and count per head, ``(3, num_heads)``."""
+        sums: Tensor = getattr(self, self._sums)
+        return sums
+
+    def compute(self) -> Tensor:
+        """Mean over sequences, ``(num_heads,)`` float32."""
+        total, count = self._state[0], self._state[2]
+        return (total / count).to(torch.float32)
+
+    def spread(self) -> Tensor:
+        """Population standard deviation over sequences, ``(num_heads,)`` float32; 0 for one sequence."""
+        total, squares, count = self._state.unbind()
+        return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)

@@ -1,0 +1,1 @@
+"""Processes and threads: which rank holds which heads, collectives, process-wide settings."""

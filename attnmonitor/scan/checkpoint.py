@@ -1,0 +1,200 @@
+"""A finished model on disk: found, loaded, and fed with text in its own tokens.
+
+A checkpoint comes as a folder, as the id of a Hugging Face model or as one ``.gguf`` file. Its configuration and
+tokenizer are read at once, its weights when they are first needed, so that a wrong path, a missing tokenizer or a text
+that is too short is told in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnmonitor.messages import needed
+
+__all__ = ["Checkpoint", "checkpoints_in", "steps_of"]
+
+
+class Checkpoint:
+    """A language model on disk with its tokenizer.
+
+    Args:
+        source: A folder with ``config.json`` and weights, a Hugging Face id, or a ``.gguf`` file.
+        dtype: Of the weights and of forwards.
+        device: Where to put it; by default the first CUDA device, else the CPU.
+        tokenizer: Folder, id or ``.gguf`` file of the tokenizer, where the model brings none.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Attributes:
+        name: The source as it was named.
+
+    Raises:
+        ValueError: There is no such model, or no tokenizer. The message names the thing and the way out.
+        ModuleNotFoundError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        tokenizer: str | Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        with needed(by="scan", extra="transformers"):
+            import transformers
+
+        self.name = str(source)
+        self._dtype = dtype
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._folder, where = _located(source)
+        self._where = {"trust_remote_code": trust_remote_code, **where}
+        try:
+            self._config = transformers.AutoConfig.from_pretrained(self._folder, **self._where)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"model={self.name!r} comes with code of its own, which is not run unless asked for; read it, then "
+                    "set trust_remote_code=True (--trust-remote-code)"
+                ) from error
+            raise ValueError(
+                f"model={self.name!r} cannot be loaded: {_first_line(error)} (a model is a folder with config.json and "
+                "weights, a Hugging Face id or a .gguf file)"
+            ) from error
+        self._tokenizer = _tokenizer(source if tokenizer is None else tokenizer, trust_remote_code)
+
+    def sequences(self, text: str, length: int, batch: int) -> Tensor:
+        """Cut a text into token sequences, each with the model's own special tokens.
+
+        Returns:
+            At most ``batch`` sequences of exactly ``length`` tokens: int64 ``(at most batch, length)``.
+
+        Raises:
+            ValueError: The model has fewer positions than ``length``, or the text is shorter than one sequence.
+        """
+        limit = getattr(self._config, "max_position_embeddings", None)
+        if isinstance(limit, int) and 0 < limit < length:
+            raise ValueError(
+                f"length={length} is more than the {limit} positions {self.name!r} has; take {limit} or less"
+            )
+        if self._tokenizer.is_fast:
+            cut = self._tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+        else:
+            token_ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            room = max(1, length - self._tokenizer.num_special_tokens_to_add())
+            pieces = (token_ids[at : at + room] for at in range(0, len(token_ids), room))
+            cut = [self._tokenizer.prepare_for_model(piece)["input_ids"] for piece in pieces]
+        whole = [token_ids for token_ids in cut if len(token_ids) == length][:batch]
+        if not whole:
+            raise ValueError(
+                f"the text is {max(map(len, cut), default=0)} tokens long, shorter than one sequence of "
+                f"length={length}; give a longer text or a smaller length"
+            )
+        return torch.tensor(whole)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded on first use.
+
+        Raises:
+            ValueError: Its weights cannot be read, it takes no text, or the device cannot hold it.
+        """
+        import transformers
+
+        # The class the checkpoint was saved from, so that layers have the names they had in training.
+        saved_from = (getattr(transformers, name, None) for name in self._config.architectures or ())
+        kind: Any = next(filter(None, saved_from), transformers.AutoModelForCausalLM)
+        try:
+            model = kind.from_pretrained(self._folder, **self._where)
+        except Exception as error:
+            raise ValueError(f"the weights of model={self.name!r} cannot be loaded: {_first_line(error)}") from error
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"model={self.name!r} is a {type(model).__name__} and takes {model.main_input_name!r}, not text; "
+                "measure it with AttentionMonitor(model, probe).sample(0) on a batch of its own kind"
+            )
+        try:
+            return model.to(device=self._device, dtype=self._dtype).eval()
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it or the machine lacks
+            raise ValueError(
+                f"device={str(self._device)!r} cannot hold the model as {self._dtype}: {_first_line(error)}"
+            ) from error
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Return the checkpoints of one run that a folder holds, in order of their steps; none if it is one model.
+
+    A folder that is a model itself and holds ``checkpoint-N`` folders, as transformers' Trainer leaves it, comes last;
+    so does a checkpoint whose name has no number (``final``).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    own = [folder] if (folder / "config.json").exists() else []
+    # What else lies in the folder of a model (adapters, poolers) is a part of it and no checkpoint.
+    found = [file.parent for file in folder.glob("checkpoint-*/config.json" if own else "*/config.json")]
+
+    def place(path: Path) -> tuple[float, str]:
+        number = _number(path.name)
+        return math.inf if number is None else number, path.name
+
+    return sorted(found, key=place) + own if found else []
+
+
+def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
+    """Return the step of each checkpoint: the number its name ends in, or the one its Trainer wrote into it.
+
+    Of the others nothing is known but their place: they count as one step after the one before.
+    """
+    steps: list[int] = []
+    for checkpoint in checkpoints:
+        number = _number(str(checkpoint))
+        state = Path(checkpoint) / "trainer_state.json"
+        if number is None and state.is_file():
+            number = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+        steps.append((steps[-1] + 1 if steps else 0) if number is None else number)
+    return steps
+
+
+def _number(name: str) -> int | None:
+    number = re.search(r"(\d+)/?$", name)
+    return int(number.group(1)) if number else None
+
+
+def _located(model: str | Path) -> tuple[str, dict[str, str]]:
+    """Return what ``from_pretrained`` calls a model: its folder or id, and the file in it where it is one."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)) and path.suffix != ".gguf"
+    if not path.is_dir() and not is_id:
+        raise ValueError(
+            f"{str(model)!r} is neither a folder, nor a .gguf file, nor the id of a Hugging Face model; check the path"
+        )
+    return str(path if path.is_dir() else model), {}
+
+
+def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    folder, where = _located(source)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
+    except Exception as error:
+        raise ValueError(
+            f"no tokenizer in {str(source)!r}: {_first_line(error)}; name the folder, id or .gguf file of the one the "
+            "model was trained with: tokenizer=... (--tokenizer on the command line)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

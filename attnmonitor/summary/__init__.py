@@ -1,0 +1,1 @@
+"""What a run comes to, in words: verdict, tables, outliers, names and colors."""

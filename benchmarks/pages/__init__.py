@@ -1,0 +1,1 @@
+"""Writers of pages and pictures in docs/."""

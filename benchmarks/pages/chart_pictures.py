@@ -1,0 +1,141 @@
+"""Draw the pictures of ``docs/reading-the-charts.md``: one small GPT trained twice, healthy and with one head broken.
+
+``python -m benchmarks.pages.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png``. In the broken
+run the query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away. The
+charts that W&B gets are drawn by Plotly in Chromium, as W&B's page does; that needs chromium and chromedriver.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
+from selenium import webdriver
+
+from attnmonitor import DEFAULT_METRICS, AttentionMonitor, Sample
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
+from attnmonitor.functional import energy_spectrum
+from attnmonitor.metrics.catalog import WEIGHT_METRICS
+from attnmonitor.plots import bands, heatmap, spectrum, trajectories
+from attnmonitor.report.charts import Chart, layers_chart, model_chart, rank_chart
+
+NUM_STEPS, BROKEN_FROM, EVERY = 400, 280, 5
+LAYER, HEAD = 2, 1
+IMAGES = Path("docs/images")
+
+
+def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
+    """Train and return the monitor and its samples."""
+    torch.manual_seed(0)
+    text, vocabulary = english()
+    examples = windows(text, 64)
+    model = SmallGPT(vocabulary, width=128, num_layers=4, num_heads=4, max_length=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    samples: list[Sample] = []
+    keep = type("Keep", (), {"log_sample": lambda self, sample: samples.append(sample)})()
+    monitor = attach(
+        model,
+        optimizer,
+        examples[:8],
+        every_n_steps=EVERY,
+        metrics=[*DEFAULT_METRICS, *WEIGHT_METRICS],
+        record=None,
+        loggers=keep,
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 60))
+    for step in range(NUM_STEPS):
+        loss = next_token_loss(model, examples[16 * (step + 1) : 16 * (step + 2)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        warm_up.step()
+        if broken and step >= BROKEN_FROM:
+            with torch.no_grad():
+                width = 128 // 4
+                model.blocks[LAYER].attention.qkv.weight[HEAD * width : (HEAD + 1) * width] *= 1.06
+    monitor.close()
+    print("broken: " if broken else "healthy:", samples[-1].verdict, f"(loss {loss.item():.2f})")
+    return monitor, samples
+
+
+def draw(name: str, monitor: AttentionMonitor, samples: list[Sample], browser: webdriver.Chrome) -> None:
+    """Write every chart of one run."""
+    history, last = monitor.history, samples[-1]
+    events = [event for sample in samples for event in sample.events]
+    common = {"events": events, "coverage": last.coverage}
+    for metric in ("energy_rms", "key_incoherence"):
+        values = {layer: heads.numpy() for layer, heads in history[metric].items()}
+        figures = {
+            "heatmap": heatmap(
+                last.values[metric],
+                metric=metric,
+                events=last.firing,
+                coverage=last.coverage,
+                global_step=last.global_step,
+            ),
+            "trajectories": trajectories(values, history.steps, metric=metric, **common),
+            "bands": bands(values, history.steps, metric=metric, num_named=2, **common),
+        }
+        stem = f"{metric.replace('_', '-')}-{name}.png"
+        for kind, figure in figures.items():
+            if metric == "energy_rms":
+                figure.savefig(IMAGES / f"chart-{kind}-{stem}", dpi=90)
+        photograph(model_chart(history, last, metric), IMAGES / f"chart-tracker-{stem}", browser)
+    photograph(layers_chart(history, last, "energy_rms"), IMAGES / f"chart-layers-energy-rms-{name}.png", browser)
+    photograph(rank_chart(history), IMAGES / f"chart-ranks-{name}.png", browser)
+
+
+@contextmanager
+def chromium() -> Iterator[webdriver.Chrome]:
+    """A browser without a window."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=800,600"):
+        options.add_argument(argument)
+    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield running
+    running.quit()
+
+
+def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
+    """Draw a chart in a browser and take its picture, at the size of a panel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as page:
+        page.write(
+            "<meta charset=utf-8><div id=chart style='width:720px;height:420px'></div>"
+            f"<script>{get_plotlyjs()}</script><script>const chart = {json.dumps(chart)};"
+            "window.drawn = Plotly.newPlot('chart', chart.data, chart.layout, {displayModeBar: false})</script>"
+        )
+        page.flush()
+        browser.get(Path(page.name).as_uri())
+        browser.execute_async_script("window.drawn.then(arguments[arguments.length - 1])")
+        browser.find_element("id", "chart").screenshot(str(path))
+
+
+def draw_spectrum() -> None:
+    """A field with structure beside one of random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 128, 32, generator=generator)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for ax, (name, decay) in zip(
+        figure.subplots(1, 2), {"few components": 0.6, "random q and k": 1.0}.items(), strict=True
+    ):
+        shape = decay ** torch.arange(32)
+        spectrum(energy_spectrum(query * shape, key), ax=ax)
+        ax.set_title(f"{name}", loc="right", fontsize=9)
+    figure.savefig(IMAGES / "chart-spectrum.png", dpi=90)
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        draw("healthy", *trained(broken=False), browser)
+        draw("broken", *trained(broken=True), browser)
+    draw_spectrum()

@@ -1,0 +1,108 @@
+"""What `attach` adds to a monitor: the optimizer's steps, and a last word."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import TinyGPT, token_batch, train
+
+from attnmonitor.callbacks.lightning import AttentionMonitorCallback as LightningCallback
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.callbacks.transformers import AttentionMonitorCallback as TransformersCallback
+from attnmonitor.messages import AttentionMonitorWarning
+
+
+def attached(**settings: Any) -> tuple[TinyGPT, torch.optim.Optimizer, Any]:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return model, optimizer, attach(model, optimizer, token_batch(), every_n_steps=1, **settings)
+
+
+LAST_WORD = (
+    "attnmonitor: 8 heads in 2 layers watched over 3 samples: no alarm, but some rules first wait for 25 samples"
+)
+
+
+def test_a_loop_ends_with_a_last_word_when_the_monitor_is_closed_and_only_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer, monitor = attached(record=tmp_path / "run.sqlite")
+    train(model, optimizer, 2)
+    assert capsys.readouterr().out == ""
+    monitor.close()
+    said = capsys.readouterr().out
+    assert LAST_WORD in said
+    assert f"report {tmp_path / 'run.sqlite'}" in said
+    monitor.close()
+    assert capsys.readouterr().out == ""
+
+
+PROGRAM = """
+import os, torch
+from attnmonitor.callbacks.pytorch import attach
+from models import TinyGPT, token_batch, train
+model = TinyGPT()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
+train(model, optimizer, 2)
+if not os.fork():
+    raise SystemExit  # a child that ends has no run to end
+os.wait()
+{}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("1 / 0", 1), ("monitor.close()", 0)])
+def test_a_program_that_ends_says_it_once_also_after_an_error(end: str, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(end)]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == code
+    assert done.stdout.count("attnmonitor: 8 heads") == 1
+    assert LAST_WORD in done.stdout
+    (record,) = (tmp_path / "attnmonitor_runs").glob("*.sqlite")
+    assert f"{sys.executable} -m attnmonitor report attnmonitor_runs/{record.name}" in done.stdout
+    assert not list(tmp_path.glob("attnmonitor_runs/*-wal"))
+
+
+@pytest.mark.parametrize("make", [lambda **settings: attached(**settings), LightningCallback, TransformersCallback])
+def test_a_keyword_or_metric_that_is_not_known_is_refused_at_once_with_the_nearest(make: Any) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'logger'; did you mean loggers"):
+        make(logger=None)
+    with pytest.raises(ValueError, match="unknown metric 'energy_rank'; did you mean 'energy"):
+        make(metrics=["energy_rank"])
+
+
+def test_the_optimizer_of_another_model_is_told_of_at_once_and_followed_all_the_same() -> None:
+    model, other = TinyGPT(), TinyGPT()
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    with pytest.warns(AttentionMonitorWarning, match="optimizer=SGD has none of the model's parameters"):
+        monitor = attach(model, optimizer, token_batch(), every_n_steps=1, record=None)
+    train(other, optimizer, 1)
+    assert monitor.history.steps == [0, 1]
+    monitor.close()
+
+
+def test_attaching_twice_is_told_of_unless_the_names_differ_or_the_first_is_closed() -> None:
+    model = TinyGPT()
+    optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), token_batch()
+    with attach(model, optimizer, probe, record=None):
+        attach(model, optimizer, probe, record=None, name="longer").close()
+        with pytest.warns(AttentionMonitorWarning, match="a monitor is attached to this optimizer already"):
+            attach(model, optimizer, probe, record=None).close()
+    attach(model, optimizer, probe, record=None).close()  # warnings are errors here
+
+
+def test_another_name_of_a_layer_is_answered_with_those_there_are() -> None:
+    _, _, monitor = attached(record=None)
+    for asked in (monitor.coverage, monitor.history["energy_rms"]):
+        with pytest.raises(KeyError, match=r"no layer 'blocks\.1\.attention'; did you mean 'blocks\.1\.attn' or"):
+            asked["blocks.1.attention"]
+        with pytest.raises(KeyError, match=r"no layer 'x'; there are blocks\.0\.attn, blocks\.1\.attn"):
+            asked["x"]
+        assert asked.get("x") is None

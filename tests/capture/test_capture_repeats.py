@@ -1,0 +1,193 @@
+"""Keys that were repeated per query head are found as they were, in either order, and nothing else is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import captured
+from einops import rearrange, repeat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import layer_statistics
+from torch import Tensor, nn
+
+from attnmonitor import AlertEvent, AttentionMonitor, LayerCoverage
+from attnmonitor.summary.outliers import heads_concerned
+
+Repeat = Callable[[Tensor, int], Tensor]
+
+# (B, Hkv, L, d) and the number of copies to (B, Hq, L, d); whether the whole set is laid out again and again.
+REPEATS: dict[str, tuple[Repeat, bool]] = {
+    "repeat_interleave": (lambda k, g: k.repeat_interleave(g, dim=1), False),
+    "torch.repeat_interleave": (lambda k, g: torch.repeat_interleave(k, repeats=g, dim=1), False),
+    "expand and reshape": (
+        lambda k, g: k[:, :, None].expand(-1, -1, g, -1, -1).reshape(len(k), -1, *k.shape[2:]),
+        False,
+    ),
+    "repeat and flatten": (lambda k, g: k.unsqueeze(2).repeat(1, 1, g, 1, 1).flatten(1, 2), False),
+    "einops": (lambda k, g: repeat(k, "b h l d -> b (h g) l d", g=g), False),
+    "positions first": (
+        lambda k, g: (
+            k.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, g, -1).flatten(2, 3).transpose(1, 2).contiguous()
+        ),
+        False,
+    ),
+    "repeat": (lambda k, g: k.repeat(1, g, 1, 1), True),
+    "tile": (lambda k, g: torch.tile(k, (1, g, 1, 1)), True),
+    "expand in front": (lambda k, g: k[:, None].expand(-1, g, -1, -1, -1).flatten(1, 2), True),
+    "einops tiled": (lambda k, g: repeat(k, "b h l d -> b (g h) l d", g=g), True),
+    "tiled, positions first": (
+        lambda k, g: rearrange(repeat(k, "b h l d -> b l (g h) d", g=g), "b l h d -> b h l d"),
+        True,
+    ),
+}
+
+
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v).transpose(1, 2)
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    num_sequences = len(q)
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (num_sequences, -1))
+
+
+class Grouped(nn.Module):
+    """Query heads that share keys, which are repeated for them by ``repeat_heads``."""
+
+    def __init__(
+        self, num_kv_heads: int, group: int, repeat_heads: Repeat, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.num_kv_heads, self.group = num_kv_heads, group
+        self.q_proj = nn.Linear(8, 4 * num_kv_heads * group)
+        self.kv_proj = nn.Linear(8, 2 * 4 * num_kv_heads)
+        self.repeat_heads, self.attend = repeat_heads, attend
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_proj(x).unflatten(-1, (-1, 4)).transpose(1, 2)
+        k, v = self.kv_proj(x).unflatten(-1, (2, -1, 4)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        y = self.attend(q, self.repeat_heads(k, self.group), self.repeat_heads(v, self.group))
+        return y.transpose(1, 2).flatten(2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    way=st.sampled_from(sorted(REPEATS)),
+    attend=st.sampled_from([by_sdpa, by_matmul, by_einsum, by_bmm]),
+    num_sequences=st.integers(1, 3),
+    num_kv_heads=st.integers(1, 4),
+    group=st.integers(2, 4),
+    length=st.integers(2, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_repeated_keys_are_found_as_they_were_and_every_query_head_keeps_its_place(
+    way: str, attend: Callable[..., Tensor], num_sequences: int, num_kv_heads: int, group: int, length: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    repeat_heads, tiled = REPEATS[way]
+    model = Grouped(num_kv_heads, group, repeat_heads, attend).double()
+    x = torch.randn(num_sequences, length, 8, dtype=torch.float64)
+    (call,) = captured(model, x=x).calls
+    with torch.no_grad():
+        q, k, _ = model.heads(x)
+    repeated = repeat_heads(k, group)
+    assert call.key.shape == k.shape
+    assert torch.equal(call.key, k)
+    # Copies of a single key head are in both orders at once.
+    assert call.tiled == (tiled and num_kv_heads > 1)
+    assert call.error < 1e-10
+    own = q @ repeated.mT * 4**-0.5 if attend is not by_bmm else q @ repeated.mT
+    assert torch.allclose(call.logit_rows(torch.arange(length)).double(), own, atol=1e-5)
+    sample = AttentionMonitor(model, {"x": x}, record=None, alerts=False).sample(0)
+    coverage = sample.coverage["Grouped"]
+    assert (coverage.num_query_heads, coverage.num_kv_heads) == (num_kv_heads * group, num_kv_heads)
+    for head in range(num_kv_heads * group):
+        assert torch.equal(repeated[:, head], k[:, coverage.kv_head_of(head)])
+    expected = layer_statistics(q, repeated, coverage.scale)
+    for metric in ("energy_rms", "energy_participation_ratio", "energy_delocalization", "query_rms"):
+        assert torch.allclose(sample.values[metric]["Grouped"].double(), expected[metric].mean(0), rtol=1e-5), metric
+
+
+def test_learned_ranks_of_tiled_keys_belong_to_the_heads_that_read_them() -> None:
+    from attnmonitor.functional import interaction_participation_ratio
+
+    torch.manual_seed(0)
+    model = Grouped(2, 3, REPEATS["tile"][0], by_sdpa)
+    metrics = ["interaction_participation_ratio"]
+    sample = AttentionMonitor(model, torch.randn(3, 6, 8), metrics=metrics, record=None, alerts=False).sample(0)
+    w_q = model.q_proj.weight.reshape(6, 4, 8)
+    w_k = model.kv_proj.weight[:8].reshape(2, 4, 8).repeat(3, 1, 1)
+    expected = interaction_participation_ratio(w_q, w_k).float()
+    assert torch.allclose(sample.values[metrics[0]]["Grouped"], expected, rtol=1e-4)
+
+
+def of_positions(k: Tensor, g: int) -> Tensor:
+    return k.repeat(1, 1, g, 1)
+
+
+def of_sequences(k: Tensor, g: int) -> Tensor:
+    return k[:1].expand(len(k), -1, -1, -1)
+
+
+def of_one_key_over_positions(k: Tensor, g: int) -> Tensor:
+    return k[:, :, :1].expand(-1, -1, k.shape[2], -1)
+
+
+def none_at_all(k: Tensor, g: int) -> Tensor:
+    return k + 0 * k[:, :1]
+
+
+@pytest.mark.parametrize("attend", [by_sdpa, by_matmul, by_bmm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "copies", [of_positions, of_sequences, of_one_key_over_positions, none_at_all], ids=lambda f: f.__name__
+)
+def test_copies_of_anything_but_heads_stay_as_they_are(copies: Repeat, attend: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Grouped(3, 1, copies, attend), torch.randn(2, 5, 8)
+    (call,) = captured(model, x=x).calls
+    assert torch.equal(call.key, copies(model.heads(x)[1], 1))
+    assert not call.tiled
+    assert call.error < 1e-6
+
+
+@pytest.mark.parametrize("way", ["repeat_interleave", "tile"])
+def test_keys_that_are_changed_after_they_were_copied_are_not_taken_for_the_copies(way: str) -> None:
+    """A change in place leaves the note behind; the check against the layer's own output does not let it through."""
+
+    def changed(k: Tensor, g: int) -> Tensor:
+        k = REPEATS[way][0](k, g)
+        k[:, 0] += torch.linspace(0, 3, k.shape[2])[:, None]
+        return k
+
+    torch.manual_seed(0)
+    (call,) = captured(Grouped(2, 2, changed, by_sdpa), x=torch.randn(2, 5, 8)).calls
+    assert call.error > 1e-3
+
+
+def test_heads_and_key_heads_lead_to_each_other_in_both_orders() -> None:
+    for tiled, shared in ((False, [(0, 1, 2), (3, 4, 5)]), (True, [(0, 2, 4), (1, 3, 5)])):
+        layer = LayerCoverage("attn", num_query_heads=6, num_kv_heads=2, tiled=tiled)
+        sink = AlertEvent("key_sink", "key_sink", "kv_head", "attn", 1, 9.0, 2.0, 100, "firing")
+        assert heads_concerned(sink, "energy_rms", {"attn": layer}) == shared[1]
+        assert [layer.query_heads_of(kv_head) for kv_head in range(2)] == shared
+        assert [layer.kv_head_of(head) for head in range(6)] == [
+            next(kv_head for kv_head in range(2) if head in shared[kv_head]) for head in range(6)
+        ]

@@ -1,0 +1,214 @@
+"""What the measurement costs the device: no wait, no L×L memory, full precision whatever the caller's settings."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnmonitor.functional import attention_row_statistics, head_cores, head_statistics, query_gram, row_logits
+from attnmonitor.metrics.catalog import DEFAULT_METRICS, OPT_IN_METRICS
+
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique", "_to_cpu")
+
+
+def measure_everything(query, key, mask, method):
+    """The whole way from one layer's queries and keys to every statistic."""
+    cores = head_cores(query_gram(query, mask), key, scale=0.25, key_mask=mask, metrics=DEFAULT_METRICS)
+    statistics = head_statistics([cores, cores], method=method)
+    logits, query_mask = row_logits(query, key, mask=mask)
+    masks = {"query_mask": query_mask, "key_mask": mask}
+    rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
+    return {**statistics[0].values, **rows, "certified": statistics[1].certified}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A dispatch mode sees nothing but the thread that entered it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that waits for the device, and the largest tensor any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        result = operation(*args, **(kwargs or {}))
+        if name in WAITS or (name in ("_to_copy", "copy_") and str((kwargs or {}).get("device", "")) == "cpu"):
+            self.waits.append(name)
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor):
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return result
+
+
+def inputs(length=64, head_dim=32, device="cpu", dtype=torch.float32):
+    query = torch.randn(2, 4, length, head_dim, device=device, dtype=dtype)
+    key = torch.randn(2, 2, length, head_dim, device=device, dtype=dtype)
+    return query, key
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized", "exact"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_waits_for_the_device(method, masked):
+    query, key = inputs()
+    mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
+    with Watch() as watch:
+        measure_everything(query, key, mask, method)
+    assert watch.waits == []
+
+
+def test_the_watch_sees_a_wait():
+    with Watch() as watch:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert watch.waits == ["_local_scalar_dense", "nonzero"]
+
+
+class IndexByOperations(TorchFunctionMode):
+    """Indexing and copying written as operations: a torch built without CUDA can do neither, even to fake tensors."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            tensor, tensors = self._narrowed(*args)
+            return torch.ops.aten.index(tensor, tensors) if any(each is not None for each in tensors) else tensor
+        if function is torch.Tensor.__setitem__:
+            tensor, key, value = args
+            view, tensors = self._narrowed(tensor, key)
+            return torch.ops.aten.index_put_(view, tensors, value)
+        if function is torch.Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _narrowed(tensor, key):
+        """Apply the slices and new axes of an index; return the view and the index tensors per axis."""
+        parts = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in [part for part in parts if not isinstance(part, torch.Tensor)]:
+            place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+            given = sum(part is not None and part is not Ellipsis for part in parts)
+            parts[place : place + 1] = [slice(None)] * (tensor.ndim - given)
+        axis, tensors = 0, []
+        for part in parts:
+            if part is None:
+                tensor = tensor.unsqueeze(axis)
+            elif isinstance(part, int):
+                tensor = tensor.select(axis, part)
+                continue
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, axis, part.start, part.stop)
+            tensors.append(part if isinstance(part, torch.Tensor) else None)
+            axis += 1
+        return tensor, tensors
+
+
+@pytest.mark.parametrize("method", ["auto", "randomized"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_whole_measurement_runs_on_a_device_that_is_not_the_cpu(method, masked):
+    """Under fake tensors an operation on tensors of two devices, or one that needs a value, raises."""
+    with FakeTensorMode(), IndexByOperations():
+        query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
+        mask = torch.ones(2, 64, dtype=torch.bool, device="cuda") if masked else None
+        found = measure_everything(query, key, mask, method)
+    assert set(found) == {*DEFAULT_METRICS, *OPT_IN_METRICS, "certified"}
+    assert {value.device.type for value in found.values()} == {"cuda"}
+
+
+def peak_bytes(length: int) -> int:
+    """Most memory held at once beyond the inputs, as the CPU allocator saw it."""
+    query, key = torch.randn(1, 8, length, 32), torch.randn(1, 8, length, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
+    held = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+def test_memory_grows_no_faster_than_the_layers_own_queries_and_keys():
+    short, long = peak_bytes(2048), peak_bytes(8192)
+    layer = 2 * 8 * 8192 * 32 * 4
+    assert 0 < long < 2 * layer
+    assert long < 4.2 * short
+    assert long < 8 * 8192 * 8192 * 4 / 50, "an L×L matrix of one head alone would be that large"
+
+
+def test_no_tensor_is_larger_than_a_block_or_the_inputs():
+    query, key = torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)
+    with Watch() as watch:
+        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
+    assert watch.largest <= max(2**18 * 8, query.nbytes)
+
+
+def test_cores_hold_no_reference_to_queries_or_keys():
+    query, key = inputs()
+    held = {query.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()}
+    cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
+    kept = [*vars(cores.fields).values(), cores.key_variances, cores.share_excess, *cores.per_position.values()]
+    assert all(each.untyped_storage().data_ptr() not in held for each in kept)
+    assert all(64 not in each.shape for each in kept), "nothing kept may have the length of the sequence"
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_are_in_full_precision_and_the_callers_setting_comes_back(tf32, monkeypatch):
+    query, key = inputs()
+    seen = set()
+
+    class Precision(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if "mm" in operation.overloadpacket.__name__:
+                seen.add(torch.get_float32_matmul_precision())
+            return operation(*args, **(kwargs or {}))
+
+    with Precision():
+        cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
+    assert seen == {"highest"}
+    assert torch.get_float32_matmul_precision() == "medium"
+    with pytest.raises(ValueError, match="multiple"):
+        head_cores(query_gram(query[:, :3]), key, scale=0.25, metrics=DEFAULT_METRICS)
+    assert torch.get_float32_matmul_precision() == "medium", "restored after an error too"
+    assert cores.per_position["energy_delocalization"].isfinite().all()
+
+
+def test_autocast_around_the_measurement_changes_nothing():
+    query, key = inputs()
+    plain = measure_everything(query, key, None, "auto")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = measure_everything(query, key, None, "auto")
+    for name, value in plain.items():
+        assert torch.equal(cast[name], value), name
+
+
+def test_threads_of_one_process_get_the_same_numbers():
+    query, key = inputs()
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(measure_everything(query, key, None, "randomized")))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

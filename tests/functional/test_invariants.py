@@ -1,0 +1,67 @@
+"""What every field obeys is checked on every sample: a measurement that breaks it must say so, and by how much."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnmonitor.functional import EnergySpectrum, head_cores, head_statistics, query_gram
+from attnmonitor.functional.cores import _per_position
+from attnmonitor.functional.keys import key_basis
+from attnmonitor.functional.statistics import _violation
+from attnmonitor.metrics.catalog import DEFAULT_METRICS
+
+
+@pytest.mark.parametrize(
+    ("law", "variances", "energy", "energy_squared", "violation"),
+    [
+        ("all hold", [0.5, 0.3], 1.0, 0.4, 0.0),
+        ("the variances are no more than the energy", [0.6, 0.6], 1.0, 0.4, 0.2),
+        ("the stable rank is at least 1", [1.25, -0.25], 1.0, 0.5, 0.2),
+        ("the stable rank is at most the participation ratio", [0.5, 0.5], 1.0, 0.8, 0.6),
+        ("the participation ratio is at most the head size", [0.5, 0.5], 1.0, 0.2, 0.25),
+        ("a zero field breaks none", [0.0, 0.0], 0.0, 0.0, 0.0),
+        ("a field that is not finite breaks none", [math.nan, math.nan], math.nan, math.nan, 0.0),
+    ],
+)
+def test_the_worst_broken_law_is_told_as_a_share(law, variances, energy, energy_squared, violation):
+    numbers = [torch.tensor([number], dtype=torch.float64) for number in (variances, energy, energy_squared)]
+    variances, energy, energy_squared = numbers
+    spectrum = EnergySpectrum(
+        variances, variances.cumsum(-1), energy, energy_squared, error=0 * energy, max_rank=4, num_entries=energy
+    )
+    assert _violation(spectrum).item() == pytest.approx(violation, abs=1e-12), law
+
+
+def layer(seed=0):
+    return torch.randn(2, 1, 2, 40, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_layer_tells_the_worst_of_its_heads_and_of_its_positions():
+    query, key = layer()
+    cores = head_cores(query_gram(query), key, scale=1.0, metrics=DEFAULT_METRICS)
+    [sound] = head_statistics([cores])
+    assert 0 <= sound.invariant_residual < 1e-6
+    [seen, still_sound] = head_statistics([replace(cores, share_excess=torch.tensor(0.3)), cores])
+    assert seen.invariant_residual.item() == pytest.approx(0.3)
+    assert still_sound.invariant_residual == sound.invariant_residual
+    # A core that is not positive semidefinite is that of no field: 3 - 1 - 1 has stable rank 1/3.
+    broken = cores.fields.core.clone()
+    broken[0, 1] = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64))
+    [seen] = head_statistics([replace(cores, fields=replace(cores.fields, core=broken))])
+    assert seen.invariant_residual > 1
+
+
+def test_a_position_that_carries_more_than_its_leverage_is_told():
+    _, key = layer()
+    basis = key_basis(key)
+    core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).expand(1, 2, 6, 6)
+    values, excess = _per_position(core, basis, ["energy_delocalization"])
+    left = torch.cat([block.clone() for block in basis.left_blocks()], 2)
+    shares = (left.square() * torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).sum(-1)
+    assert excess.item() == pytest.approx((shares - left.square().sum(-1)).max().item(), rel=1e-6)
+    assert excess > 0.01
+    torch.testing.assert_close(values["energy_delocalization"], 1 / (40 * shares.square().sum(-1)))

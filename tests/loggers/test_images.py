@@ -1,0 +1,117 @@
+"""Heatmaps in loggers that take images, and the last word of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+from matplotlib.image import imread
+from models import TinyGPT, token_batch, train
+from synthetic_runs import SyntheticRun
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.loggers import MetricsLogger
+from attnmonitor.monitor.summary import print_ending
+
+
+def watched(logger: Any, num_steps: int = 4, **settings: Any) -> AttentionMonitor:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    settings = {"record": None, "strict": True, "metrics": ["energy_rms", "key_rank"], **settings}
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=2, loggers=logger, **settings)
+    train(model, optimizer, num_steps)
+    monitor.close()
+    return monitor
+
+
+def test_tensorboard_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    monitor = watched(MetricsLogger(logger, image_share=1e-9))
+    logger.finalize("success")
+    board = EventAccumulator(logger.log_dir).Reload()
+    for metric in monitor.history:
+        pictures = board.Images(f"attention/{metric}/heatmap")
+        assert [picture.step for picture in pictures] == [0, 4]
+        assert all(picture.width > 300 and len(picture.encoded_image_string) > 3_000 for picture in pictures)
+        assert [scalar.step for scalar in board.Scalars(f"attention/{metric}/layer_01/head_03")] == [0, 2, 4]
+
+
+@pytest.fixture
+def mlflow_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MLFlowLogger:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    return MLFlowLogger(tracking_uri=(tmp_path / "runs").as_uri())
+
+
+def test_mlflow_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(
+    mlflow_logger: MLFlowLogger, tmp_path: Path
+) -> None:
+    monitor = watched(MetricsLogger(mlflow_logger, image_share=1e-9))
+    mlflow_logger.finalize("success")
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    values = monitor.history["energy_rms"]["blocks.1.attn"][:, 3].tolist()
+    logged = client.get_metric_history(run_id, "attention/energy_rms/layer_01/head_03")
+    assert [(point.step, point.value) for point in logged] == list(zip([0, 2, 4], values, strict=True))
+    for metric in monitor.history:
+        # What stands between the parts of a name is MLflow's: `~` and `+`, in 2.20 `#` and `%`.
+        pictures = sorted(tmp_path.glob(f"runs/*/{run_id}/artifacts/images/attention?{metric}?heatmap*.png"))
+        assert [re.findall(r"step\W(\d+)", picture.name) for picture in pictures] == [["0"], ["4"]]
+        assert all(imread(picture).shape[1] > 300 for picture in pictures)
+
+
+def test_mlflow_gets_more_keys_than_it_takes_at_once(mlflow_logger: MLFlowLogger) -> None:
+    sample = next(SyntheticRun(12, 12, 1).samples())
+    MetricsLogger(mlflow_logger, image_share=0).log_sample(sample)
+    logged = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
+    heads = {key: value for key, value in logged.items() if "/head_" in key}
+    assert len(heads) == 12 * 144
+    assert heads["attention/key_rms/layer_11/head_11"] == float(
+        sample.values["key_rms"]["model.layers.11.self_attn"][11]
+    )
+
+
+@pytest.mark.parametrize("image_share", [0, 0.002])
+def test_a_logger_of_scalars_alone_gets_no_image(image_share: float, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    watched(MetricsLogger(logger, image_share=image_share))
+    logger.save()
+    assert "heatmap" not in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_the_last_word_is_the_verdict_with_cost_and_the_way_to_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = watched([], record=tmp_path / "run.sqlite")
+    print_ending(monitor)
+    printed = capsys.readouterr().out
+    assert monitor.last_sample is not None
+    assert printed.startswith(f"\nattnmonitor: {monitor.last_sample.verdict}\n")
+    assert "blocks.1" in printed
+    assert f"attnmonitor report {tmp_path / 'run.sqlite'}" in printed
+    assert f"watching took {monitor.seconds:.1f} s" in printed
+
+
+def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TinyGPT()
+    with AttentionMonitor(model, token_batch(), record=None) as monitor:
+        print_ending(monitor)
+        assert capsys.readouterr().out == ""
+        monitor.sample(0)
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.warns(UserWarning, match="could not be printed: nobody listens"):
+        print_ending(monitor)

@@ -1,0 +1,615 @@
+"""A run with the monitor ends bit for bit as one without, whatever kind of run it is.
+
+What ``test_monitor``, ``test_lightning_callback``, ``test_transformers_callback`` and ``test_distributed`` show for
+their kinds of run (dropout, layer drop, BatchNorm, Lightning, DDP, FSDP2) is not repeated here.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TinyGPT, everything, language_loss, token_batch, train
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.capture import AttentionCall, capture, capture_attention
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.measurement.probe import quiet
+from attnmonitor.record import RunRecord
+
+NUM_STEPS = 6
+LENGTH = 16
+EVERY = pytest.mark.parametrize("every_n_steps", [1, 3])
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+def llama() -> PreTrainedModel:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, attention_dropout=0.1, **size))
+
+
+def checkpointed(build: Callable[[], PreTrainedModel], *, use_reentrant: bool) -> PreTrainedModel:
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+class Checkpointed(TinyGPT):
+    """Each block recomputed in the backward pass by ``torch.utils.checkpoint`` itself, in eval mode as well."""
+
+    use_reentrant = True
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = self.tokens(token_ids) + self.positions(torch.arange(token_ids.shape[1]))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
+class CheckpointedWithoutReentry(Checkpointed):
+    use_reentrant = False
+
+
+def half_frozen() -> TinyGPT:
+    """BatchNorm that learns its statistics, beside modules the user has put in eval mode."""
+    model = TinyGPT(dropout=0.2, batch_norm=True)
+    model.blocks[0].eval()
+    model.blocks[1].dropout.eval()
+    return model
+
+
+def loss_of(model: nn.Module, token_ids: Tensor) -> Tensor:
+    output = model(token_ids)
+    return language_loss(getattr(output, "logits", output), token_ids)
+
+
+def seed() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+
+
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    return steps_under(nullcontext, model, optimizer)
+
+
+def steps_under(context: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for _ in range(NUM_STEPS):
+        token_ids = torch.randint(50, (3, LENGTH))
+        with context():
+            loss = loss_of(model, token_ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def steps_in_bfloat16(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    return steps_under(lambda: torch.autocast("cpu", dtype=torch.bfloat16), model, optimizer)
+
+
+def steps_inside_one_autocast(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The whole loop in one region, so that samples are taken where casts of the weights are cached."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return plain_steps(model, optimizer)
+
+
+def steps_with_scaler(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Losses in float16, scaled so far up at first that the scaler skips steps."""
+    scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2), []
+    for _ in range(NUM_STEPS + 6):
+        token_ids = torch.randint(50, (3, LENGTH))
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(model, token_ids)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses += [loss.item(), scaler.get_scale()]
+    return losses
+
+
+def accumulated_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for index in range(2 * NUM_STEPS):
+        loss = loss_of(model, torch.randint(50, (3, LENGTH)))
+        (loss / 2).backward()
+        if index % 2:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def steps_over_shuffled_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The order of the data hangs on the global generator, and is part of what is compared."""
+    losses = []
+    for _ in range(2):
+        for (token_ids,) in DataLoader(TensorDataset(token_batch(batch=9, length=LENGTH)), batch_size=3, shuffle=True):
+            loss = loss_of(model, token_ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item(), float(token_ids.sum())]
+    return losses
+
+
+def compiled_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    torch._dynamo.reset()
+    return plain_steps(torch.compile(model, backend="aot_eager"), optimizer)
+
+
+RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[..., list[float]]]] = {
+    "gpt2": (gpt2, plain_steps),
+    "llama": (llama, plain_steps),
+    "batch norm, train and eval modules mixed": (half_frozen, plain_steps),
+    "checkpointing with reentry": (lambda: Checkpointed(dropout=0.2), plain_steps),
+    "checkpointing without reentry": (lambda: CheckpointedWithoutReentry(dropout=0.2), plain_steps),
+    "gpt2 checkpointing with reentry": (lambda: checkpointed(gpt2, use_reentrant=True), plain_steps),
+    "llama checkpointing without reentry": (lambda: checkpointed(llama, use_reentrant=False), plain_steps),
+    "bfloat16 autocast": (llama, steps_in_bfloat16),
+    "bfloat16 autocast around the loop": (lambda: TinyGPT(dropout=0.2), steps_inside_one_autocast),
+    "float16 gradient scaler": (lambda: TinyGPT(dropout=0.2), steps_with_scaler),
+    "gradient accumulation": (gpt2, accumulated_steps),
+    "shuffled data": (lambda: TinyGPT(dropout=0.2), steps_over_shuffled_data),
+    "compiled": (lambda: TinyGPT(dropout=0.2), compiled_steps),
+}
+
+
+def end_of(run: str, every_n_steps: int | None, **settings: Any) -> tuple[list[float], list[Tensor], list[int]]:
+    """Losses, everything that a run leaves behind, and the steps sampled."""
+    build, steps = RUNS[run]
+    torch.manual_seed(0)
+    model = build().train() if run != "batch norm, train and eval modules mixed" else build()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    watch: Any = nullcontext()
+    if every_n_steps is not None:
+        probe = token_batch(batch=2, length=LENGTH)
+        watch = attach(model, optimizer, probe, every_n_steps=every_n_steps, strict=True, record=None, **settings)
+    seed()
+    with watch as monitor:
+        losses = steps(model, optimizer)
+        sampled = [] if monitor is None else monitor.history.steps
+    return losses, [*everything(model, optimizer), *gradients(model)], sampled
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Also where a gradient has overflowed: NaN equals NaN."""
+    pairs = list(zip(one, other, strict=True))
+    return len(pairs) > 0 and all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+
+
+def assert_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    assert one[0] == other[0]
+    assert same_bits(one[1], other[1])
+
+
+@pytest.fixture(scope="module")
+def unwatched() -> dict[str, Any]:
+    return {}
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # renamed in later versions of transformers
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # what reentry says to any eval forward
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_of_any_kind_ends_bit_identical_with_and_without_the_monitor(
+    run: str, every_n_steps: int, unwatched: dict[str, Any]
+) -> None:
+    if run not in unwatched:
+        unwatched[run] = end_of(run, None)
+    watched = end_of(run, every_n_steps)
+    assert_identical(unwatched[run], watched)
+    assert watched[2] == list(range(0, watched[2][-1] + 1, every_n_steps))
+    assert len(watched[2]) > 2
+
+
+def test_a_run_is_not_the_same_when_something_does_disturb_it() -> None:
+    """The comparison above can fail: one number drawn, or one weight moved in its last bit, is seen."""
+    still = end_of("gpt2", None)
+    drawn = end_of("gpt2", 1, loggers=[Disturbing(lambda: torch.rand(1))])
+    assert drawn[0] != still[0]
+
+
+class Disturbing:
+    def __init__(self, disturb: Callable[[], object]) -> None:
+        self.disturb = disturb
+
+    def log_sample(self, sample: Any) -> None:
+        self.disturb()
+
+
+def test_opt_in_and_weight_metrics_and_alerts_leave_no_trace_either() -> None:
+    metrics = ["energy_effective_rank", "attention_entropy", "max_logit", "sink_mass", "interaction_effective_rank"]
+    assert_identical(end_of("llama", None), end_of("llama", 1, metrics=metrics, weights_every=1, alerts=False))
+
+
+def test_the_probe_adds_no_graph_and_no_recompilation_to_a_compiled_run() -> None:
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    counts = []
+    for watched in (False, True):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = TinyGPT(dropout=0.2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        probe = token_batch(batch=2, length=11)  # of a shape the training never has
+        with attach(model, optimizer, probe, every_n_steps=1, record=None) if watched else nullcontext():
+            train(torch.compile(model, backend=counting), optimizer, 4)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] > 0
+
+
+# Contexts the caller is in
+
+
+@contextmanager
+def default_device_elsewhere() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        # torch 2.6 keeps this None and then fails in get_default_device, in every later test that loads a checkpoint.
+        with suppress(AttributeError):
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
+@contextmanager
+def default_dtype_elsewhere() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [torch.inference_mode, torch.no_grad, torch.enable_grad, default_device_elsewhere, default_dtype_elsewhere],
+)
+def test_what_the_caller_has_switched_on_changes_no_number_and_stays_on(surroundings: Any) -> None:
+    model, probe = TinyGPT(), token_batch()
+    outside = AttentionMonitor(model, probe, record=None, strict=True).sample(0)
+    with surroundings():
+        before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device())
+        monitor = AttentionMonitor(model, probe, record=None, strict=True)
+        samples = [monitor.sample(0)]
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device()) == before
+    samples.append(monitor.sample(1))
+    with surroundings():
+        samples.append(monitor.sample(2))
+    for sample in samples:
+        for metric, layers in outside.values.items():
+            for layer, values in layers.items():
+                found = sample.values[metric][layer]
+                assert torch.equal(found, values)
+                assert not found.is_inference()
+    assert monitor.history["energy_rms"]["blocks.0.attn"].shape == (3, 4)
+
+
+class Caching(TinyGPT):
+    """Fills a cache of positions on first use and trains on what it holds, as rotary embeddings do."""
+
+    cache: Tensor | None = None
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = torch.linspace(0, 1, 32)[:, None].repeat(1, 32)
+        x = self.tokens(token_ids) * self.cache[: token_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_cache_first_filled_by_a_probe_under_inference_mode_can_be_trained_with() -> None:
+    model = Caching()
+    with torch.inference_mode():
+        AttentionMonitor(model, token_batch(), record=None)
+    loss_of(model, token_batch()).backward()
+    assert model.tokens.weight.grad is not None
+
+
+def test_an_outer_function_mode_of_the_user_stays_in_force() -> None:
+    from torch.overrides import TorchFunctionMode
+
+    class Counting(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func is torch.nn.functional.scaled_dot_product_attention
+            return func(*args, **(kwargs or {}))
+
+    monitor = AttentionMonitor(TinyGPT(), token_batch(), record=None, strict=True)
+    with Counting() as counting:
+        sample = monitor.sample(0)
+        assert counting.calls == 2
+        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 1, 4, 4).unbind())
+    assert counting.calls == 3
+    assert not sample.values["energy_rms"]["blocks.0.attn"].isnan().any()
+
+
+# Several at once
+
+
+def test_two_models_with_two_optimizers_are_watched_apart_as_each_alone() -> None:
+    def run(watch_which: tuple[bool, bool]) -> tuple[list[list[Tensor]], list[AttentionMonitor | None]]:
+        torch.manual_seed(0)
+        models = [TinyGPT(dropout=0.1), TinyGPT(num_layers=1, num_query_heads=2)]  # student and teacher, or a GAN
+        optimizers = [torch.optim.AdamW(models[0].parameters(), 1e-2), torch.optim.SGD(models[1].parameters(), 0.1)]
+        monitors = [
+            attach(model, optimizer, token_batch(), every_n_steps=every, record=None, name=f"model{every}")
+            if watched
+            else None
+            for model, optimizer, every, watched in zip(models, optimizers, (1, 2), watch_which, strict=True)
+        ]
+        for step in range(4):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train(model, optimizer, 1, seed=step)
+        return [everything(m, o) for m, o in zip(models, optimizers, strict=True)], monitors
+
+    ends, _ = run((False, False))
+    both_ends, both = run((True, True))
+    _, first = run((True, False))
+    _, second = run((False, True))
+    for end, watched_end in zip(ends, both_ends, strict=True):
+        assert same_bits(end, watched_end)
+    for together, alone in zip(both, (first[0], second[1]), strict=True):
+        assert_same_history(together, alone)
+
+
+def assert_same_history(one: AttentionMonitor | None, other: AttentionMonitor | None) -> None:
+    assert one is not None
+    assert other is not None
+    assert one.history.steps == other.history.steps
+    for metric in one.history:
+        for layer, trajectory in one.history[metric].items():
+            assert torch.equal(trajectory, other.history[metric][layer])
+
+
+def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_alone() -> None:
+    models = [TinyGPT() for _ in range(3)]
+    monitors = [AttentionMonitor(model, token_batch(), record=None, strict=True) for model in models]
+    alone = [monitor.sample(0) for monitor in monitors]
+    found: dict[int, list[Any]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: [monitors[i].sample(step) for step in range(1, 6)]}))
+        for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, expected in enumerate(alone):
+        for sample in found[index]:
+            for metric, layers in expected.values.items():
+                for layer, values in layers.items():
+                    assert torch.equal(sample.values[metric][layer], values)
+
+
+def test_samples_that_overlap_in_two_threads_leave_the_process_as_it_was() -> None:
+    """The second begins in what the first has changed, and ends after it."""
+    from torch._dynamo import eval_frame  # with dynamo loaded there is a stance to keep
+
+    def settings() -> dict[str, Any]:
+        return {
+            "stance": eval_frame._stance.stance,
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "kernels of transformers": "__getitem__" in vars(AttentionInterface),
+        }
+
+    @contextmanager
+    def sampling(model: TinyGPT) -> Iterator[None]:
+        seen: list[AttentionCall] = []
+        with quiet(model), capture_attention(model, seen.append), full_precision(torch.device("cpu")):
+            yield
+            model(token_batch())
+        assert {call.layer for call in seen} == {f"blocks.{i}.attn" for i in range(len(model.blocks))}
+
+    models = TinyGPT(), TinyGPT()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with sampling(models[1]):
+            begun.set()
+            may_end.wait(60)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = settings()
+        with ThreadPoolExecutor(1) as other:
+            with sampling(models[0]):
+                done = other.submit(second)
+                assert begun.wait(60)
+            still_inside = settings()
+            may_end.set()
+            done.result()
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert still_inside["stance"] == "force_eager"
+    assert still_inside["matmul precision"] == "highest"
+
+
+def test_an_explicit_call_is_heard_by_the_capture_of_its_own_thread_only() -> None:
+    class Explicit(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            query = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            capture(self, query, query)
+            return x
+
+    model, x, seen = Explicit(), torch.randn(2, 9, 8), []
+    with ThreadPoolExecutor(1) as other, capture_attention(model, seen.append):
+        other.submit(Explicit(), x).result()
+        assert not seen
+        model(x)
+    assert len(seen) == 1
+
+
+def test_workers_forked_by_the_loader_train_the_same_run_and_leave_the_record_alone(tmp_path: Path) -> None:
+    """The workers inherit the monitor, its hooks and the open record, and end before the run does."""
+
+    def run(watched: bool) -> tuple[list[Tensor], AttentionMonitor | None]:
+        torch.manual_seed(0)
+        model = TinyGPT(dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        data = TensorDataset(token_batch(batch=8, length=LENGTH))
+        loader = DataLoader(data, batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork")
+        monitor = attach(model, optimizer, loader, every_n_steps=1, record=tmp_path / "run.sqlite") if watched else None
+        seed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
+            for _ in range(2):
+                for (token_ids,) in loader:
+                    loss_of(model, token_ids).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return everything(model, optimizer), monitor
+
+    (alone, _), (watched, monitor) = run(False), run(True)
+    assert same_bits(alone, watched)
+    assert monitor is not None
+    monitor.close()
+    assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == list(range(9))
+
+
+def test_a_cell_run_again_watches_the_new_run_and_frees_the_one_before(tmp_path: Path) -> None:
+    names, before = {}, []
+    for _ in range(3):
+        torch.manual_seed(0)
+        names["model"] = TinyGPT()
+        names["optimizer"] = torch.optim.SGD(names["model"].parameters(), 0.1)
+        names["monitor"] = attach(names["model"], names["optimizer"], token_batch(), every_n_steps=1, record=tmp_path)
+        train(names["model"], names["optimizer"], 2)
+        gc.collect()
+        assert all(model() is None for model in before)
+        before.append(weakref.ref(names["model"]))
+    names["monitor"].close()
+    records = [RunRecord.open(path) for path in tmp_path.glob("*.sqlite")]
+    assert [record.steps.tolist() for record in records] == [[0, 1, 2]] * 3
+    assert not list(tmp_path.glob("*-lock"))
+
+
+def test_attaching_again_to_the_same_optimizer_changes_no_number() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitors = [attach(model, optimizer, token_batch(), every_n_steps=1, record=None) for _ in range(2)]
+    train(model, optimizer, 2)
+    assert_same_history(*monitors)
+
+
+def test_monitors_nest_in_a_forward_and_in_what_is_done_with_a_sample() -> None:
+    """A teacher that is sampled while its student's probe runs, and again when the student's sample is logged."""
+    student, teacher = TinyGPT(), TinyGPT(num_layers=1, num_query_heads=2)
+    inner = AttentionMonitor(teacher, token_batch(), record=None, strict=True)
+    alone = [AttentionMonitor(model, token_batch(), record=None).sample(0) for model in (student, teacher)]
+    logger = Disturbing(lambda: inner.sample(1))
+    outer = AttentionMonitor(student, token_batch(), record=None, strict=True, loggers=[logger])
+    handle = student.blocks[0].register_forward_hook(lambda *_: inner.sample(0) and None)
+    found = outer.sample(0)
+    handle.remove()
+    for sample, expected in ((found, alone[0]), (inner.last_sample, alone[1])):
+        assert sample is not None
+        for metric, layers in expected.values.items():
+            for layer, values in layers.items():
+                assert torch.equal(sample.values[metric][layer], values)
+    assert inner.history.steps == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # what torch says of attention under vmap
+def test_a_run_of_torch_func_transforms_is_watched_as_any_other() -> None:
+    """Gradients per example by ``vmap`` over ``grad``; the weights live in the model between the steps."""
+
+    def run(every_n_steps: int | None) -> tuple[list[Tensor], Any]:
+        torch.manual_seed(0)
+        model, token_ids = TinyGPT(num_layers=1), token_batch(length=LENGTH)
+        monitor = (
+            AttentionMonitor(model, token_batch(), every_n_steps, record=None, strict=True) if every_n_steps else None
+        )
+
+        def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+            return language_loss(torch.func.functional_call(model, weights, row[None]), row[None])
+
+        for step in range(4):
+            weights = dict(model.named_parameters())
+            per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, token_ids)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight -= 0.1 * per_example[name].mean(0)
+            if monitor is not None:
+                monitor.on_step(step + 1)
+        return list(model.state_dict().values()), monitor
+
+    (alone, _), (watched, monitor) = run(None), run(1)
+    assert same_bits(alone, watched)
+    assert monitor.history.steps == [1, 2, 3, 4]
+    assert not any(values.isnan().any() for values in monitor.history["energy_rms"].values())
+
+
+def test_a_users_own_hooks_see_the_probes_forwards_and_keep_what_they_return() -> None:
+    """Documented: a hook that counts forwards counts the probe's too, and is called under ``no_grad`` in eval mode."""
+    model, seen = TinyGPT(), []
+    model.register_forward_hook(lambda module, args, output: seen.append((module.training, output.requires_grad)))
+    AttentionMonitor(model, token_batch(), record=None).sample(0)
+    assert seen == [(False, False)] * 2
+
+
+def test_hooks_that_are_to_be_skipped_are_not_called_and_stay_where_they_were() -> None:
+    model, called = TinyGPT(), []
+
+    def count(*_: Any) -> None:
+        called.append("count")
+
+    def also(*_: Any) -> None:
+        called.append("also")
+
+    modules = (model, model.blocks[0].attn)
+    handles = [module.register_forward_hook(hook) for module in modules for hook in (count, also)]
+    handles += [module.register_forward_pre_hook(count) for module in modules]
+    expected = AttentionMonitor(model, token_batch(), record=None).sample(0)
+    monitor = AttentionMonitor(model, token_batch(), record=None, skip_hooks=lambda hook: hook is count)
+    called.clear()
+    sample = monitor.sample(0)
+    assert called == ["also"] * 2
+    assert torch.equal(sample.values["energy_rms"]["blocks.0.attn"], expected.values["energy_rms"]["blocks.0.attn"])
+    called.clear()
+    model(token_batch())
+    assert called == ["count", "count", "count", "also", "count", "also"]
+    for handle in handles:
+        handle.remove()
+    called.clear()
+    model(token_batch())
+    assert called == []
+    with pytest.raises(ValueError, match=r"skip_hooks=\[\].*lambda hook"):
+        AttentionMonitor(model, token_batch(), record=None, skip_hooks=[])

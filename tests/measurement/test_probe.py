@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import random
+from collections import UserDict
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TinyGPT, token_batch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from attnmonitor.measurement.probe import Probe, quiet, unwrap
+
+
+class Messy(nn.Module):
+    """Moves everything a forward can move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.frozen = nn.Dropout(0.5).eval()
+        self.register_buffer("counter", torch.zeros(()))
+        self.register_buffer("cache", torch.ones(2))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter += 1
+        self.cache = torch.zeros(5)
+        self.register_buffer("late", torch.ones(1))
+        torch.rand(1), random.random(), np.random.random()
+        return torch.nn.functional.dropout(self.norm(x), 0.5, training=True)
+
+
+def generators() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_quiet_puts_back_everything_a_forward_moves_also_after_an_exception(fails: bool) -> None:
+    model = Messy().train()
+    model.frozen.eval()
+    flags = [module.training for module in model.modules()]
+    cache, before, names = model.cache, generators(), set(model._buffers)
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with quiet(model):
+            assert not torch.is_grad_enabled()
+            assert not any(module.training for module in model.modules())
+            assert not model(torch.randn(4, 3)).requires_grad
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert generators() == before
+    assert [module.training for module in model.modules()] == flags
+    assert model.cache is cache
+    assert set(model._buffers) == names
+    assert torch.is_grad_enabled()
+    for name, value in values.items():
+        assert torch.equal(model.get_buffer(name), value), name
+
+
+def test_quiet_does_not_raise_the_version_of_a_buffer_it_did_not_see_written() -> None:
+    model = nn.BatchNorm1d(3)
+    scale = model.running_var
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * scale).sum()
+    with quiet(model):
+        model(torch.randn(4, 3))
+    loss.backward()  # autograd refuses if `running_var` had been written back needlessly
+    assert torch.equal(weight.grad, scale)
+
+
+def test_quiet_turns_the_autocast_cache_off_and_on_again() -> None:
+    model = nn.Linear(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with quiet(model):
+            assert not torch.is_autocast_cache_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            model(torch.randn(2, 3))
+        assert torch.is_autocast_cache_enabled()
+        model(torch.randn(2, 3)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_unwrap_looks_through_compile_and_data_parallel() -> None:
+    model = nn.Linear(2, 2)
+    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap(torch.compile(model)) is model
+    assert unwrap(torch.compile(nn.DataParallel(model))) is model
+
+
+@pytest.mark.parametrize("wrap", ["tensor", "dict", "userdict", "tuple", "list", "loader"])
+def test_every_shape_of_batch_reaches_the_model_as_the_same_tokens(wrap: str) -> None:
+    token_ids, seen = token_batch(), []
+    model = TinyGPT()
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    batch: Any = {
+        "tensor": token_ids,
+        "dict": {"token_ids": token_ids, "not_an_argument": token_ids},
+        "userdict": UserDict(token_ids=token_ids),
+        "tuple": (token_ids, torch.zeros(3)),
+        "list": [token_ids],
+        "loader": DataLoader(TensorDataset(token_ids, torch.zeros(3)), batch_size=3),
+    }[wrap]
+    Probe(model, batch).run(model)
+    [(args, kwargs)] = seen
+    assert torch.equal(args[0] if args else kwargs["token_ids"], token_ids)
+    assert len(args) + len(kwargs) == 1
+
+
+def test_forward_says_how_to_call_a_model_the_default_does_not_fit() -> None:
+    model, seen = TinyGPT(), []
+    Probe(model, {"a": token_batch()}, forward=lambda module, batch: seen.append(module(batch["a"]))).run(model)
+    assert seen[0].shape == (3, 24, 50)
+
+
+def test_the_probe_is_a_copy_and_its_fingerprint_tells_batches_apart() -> None:
+    model, token_ids = TinyGPT(), token_batch()
+    probe = Probe(model, token_ids)
+    first = probe.fingerprint
+    token_ids.zero_()
+    assert torch.equal(probe.batch, token_batch())
+    assert Probe(model, token_batch()).fingerprint == first
+    assert Probe(model, token_batch(seed=1)).fingerprint != first
+    assert Probe(model, {"x": token_batch()}).fingerprint != first
+    assert Probe(model, token_batch().to(torch.int32)).fingerprint != first
+    assert Probe(model, torch.ones(2, 2, dtype=torch.bfloat16)).fingerprint
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        yield from token_batch(batch=8)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "sampler", "stream", "workers", "no batching"])
+def test_drawing_the_probe_from_a_loader_moves_no_generator(kind: str) -> None:
+    data, own = TensorDataset(token_batch(batch=8)), torch.Generator().manual_seed(3)
+    loader: DataLoader[Any] = {
+        "shuffled": lambda: DataLoader(data, batch_size=2, shuffle=True),
+        "own generator": lambda: DataLoader(data, batch_size=2, shuffle=True, generator=own),
+        "sampler": lambda: DataLoader(data, batch_size=2, sampler=torch.utils.data.RandomSampler(data, generator=own)),
+        "stream": lambda: DataLoader(Stream(), batch_size=2),
+        "workers": lambda: DataLoader(data, batch_size=2, num_workers=2, persistent_workers=True),
+        "no batching": lambda: DataLoader(data, batch_size=None),
+    }[kind]()
+    model = TinyGPT()
+    before, own_before = generators(), own.get_state().tolist()
+    Probe(model, loader)
+    assert generators() == before
+    assert own.get_state().tolist() == own_before
+
+
+def test_a_shuffling_loader_gives_the_same_probe_again_after_a_restart() -> None:
+    data = TensorDataset(token_batch(batch=8))
+    drawn = [Probe(TinyGPT(), DataLoader(data, batch_size=2, shuffle=True)).fingerprint for _ in range(3)]
+    assert set(drawn) == {Probe(TinyGPT(), DataLoader(data, batch_size=2)).fingerprint}
+
+
+def test_bad_probes_are_refused_with_what_arrived_and_the_way_out() -> None:
+    model = TinyGPT()
+    with pytest.raises(ValueError, match="probe=str holds no tensor"):
+        Probe(model, "some text")
+    with pytest.raises(ValueError, match=r"probe is on meta but the model is on cpu; move it there: probe.to\('cpu'\)"):
+        Probe(model, token_batch().to("meta"))
+    with pytest.raises(ValueError, match=r"probe\.x is on meta"):
+        Probe(model, {"x": token_batch().to("meta")})
+    with pytest.raises(ValueError, match="the DataLoader is empty"):
+        Probe(model, DataLoader(TensorDataset(torch.empty(0, 3))))
+    with pytest.raises(ValueError, match="forward=3 is not callable"):
+        Probe(model, token_batch(), forward=3)  # type: ignore[arg-type]
+    model.config = SimpleNamespace(max_position_embeddings=16)
+    with pytest.raises(ValueError, match=r"24 tokens long but the model's config.max_position_embeddings is 16"):
+        Probe(model, token_batch())

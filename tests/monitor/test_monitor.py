@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import gc
+import io
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import CausalSelfAttention, TinyGPT, everything, token_batch, train
+from reference import layer_statistics
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
+from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.functional import head_statistics
+from attnmonitor.record import RunRecord
+
+
+def monitor_of(model: nn.Module, **settings: Any) -> AttentionMonitor:
+    return AttentionMonitor(model, settings.pop("probe", token_batch()), **{"record": None, "strict": True, **settings})
+
+
+def saved_and_loaded(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_every_default_metric_equals_the_dense_float64_field_of_the_models_own_queries_and_keys(
+    num_kv_heads: int,
+) -> None:
+    model = TinyGPT(num_kv_heads=num_kv_heads)
+    inputs: dict[str, Tensor] = {}
+    for name, block in model.named_modules():
+        if name.endswith(".attn"):
+            block.register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0]))
+    sample = monitor_of(model).sample(0)
+    assert tuple(sample.values) == DEFAULT_METRICS
+    for name, x in inputs.items():
+        query, key, _ = model.get_submodule(name).heads(x)
+        expected = layer_statistics(query.detach(), key.detach(), query.shape[-1] ** -0.5)
+        for metric in DEFAULT_METRICS:
+            per_sequence = expected[metric]
+            found, spread = sample.values[metric][name], sample.spread[metric][name]
+            assert found.shape == (4 if METRICS[metric].scope == "query_head" else num_kv_heads,)
+            torch.testing.assert_close(found.double(), per_sequence.mean(0), rtol=2e-4, atol=1e-5, msg=metric)
+            torch.testing.assert_close(
+                spread.double(), per_sequence.std(0, unbiased=False), rtol=1e-2, atol=1e-4, msg=metric
+            )
+
+
+def test_coverage_says_how_each_layer_was_captured_and_to_what_error_it_was_verified() -> None:
+    coverage = monitor_of(TinyGPT(num_kv_heads=2)).coverage
+    assert list(coverage) == ["blocks.0.attn", "blocks.1.attn"]
+    for layer in coverage.values():
+        assert layer.measured
+        assert layer.heads == (4, 2, 8)
+        assert layer.how == "sdpa"
+        assert layer.scale == pytest.approx(8**-0.5)
+        assert layer.error is not None
+        assert layer.error < 1e-5
+
+
+def test_the_numbers_do_not_depend_on_who_asks_or_how_often() -> None:
+    model = TinyGPT(dropout=0.3)
+    monitor = monitor_of(model)
+    first, second = monitor.sample(0), monitor.sample(7)
+    other = monitor_of(model).sample(0)
+    for metric, layers in first.values.items():
+        for layer, values in layers.items():
+            assert torch.equal(values, second.values[metric][layer])
+            assert torch.equal(values, other.values[metric][layer])
+
+
+def test_layers_do_not_wait_past_a_bound_and_the_numbers_stay_those_of_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = monitor_of(TinyGPT(num_layers=5))
+    together = monitor.sample(0)
+    batches: list[int] = []
+
+    def counted(cores: list[Any], **settings: Any) -> Any:
+        batches.append(len(cores))
+        return head_statistics(cores, **settings)
+
+    one_layer = 3 * 4 * (8 * 8 * 8 + 24 * 8 * 4)  # a float64 matrix and float32 keys of 3 sequences and 4 heads
+    monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", one_layer)
+    monkeypatch.setattr("attnmonitor.measurement.reduction.head_statistics", counted)
+    in_batches = monitor.sample(1)
+    assert batches == [2, 2, 1]
+    for metric, layers in together.values.items():
+        for name, values in layers.items():
+            assert torch.equal(values, in_batches.values[metric][name])
+
+
+class Overwriting(nn.Module):
+    """Attention that uses the memory of its queries and keys again as soon as it is done with them."""
+
+    def __init__(self, *, overwrites: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.overwrites = overwrites
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        if self.overwrites:
+            query.zero_(), key.fill_(torch.nan)
+        return mixed
+
+
+def test_a_model_may_write_into_its_queries_and_keys_after_its_attention() -> None:
+    model, careless = Overwriting(overwrites=False), Overwriting(overwrites=True)
+    careless.load_state_dict(model.state_dict())
+    probe = torch.randn(2, 20, 16)
+    expected, found = (AttentionMonitor(each, probe, record=None).sample(0) for each in (model, careless))
+    for metric, layers in expected.values.items():
+        for name, values in layers.items():
+            assert torch.equal(found.values[metric][name], values)
+
+
+def test_a_head_with_nan_weights_is_nan_and_the_other_heads_keep_their_numbers() -> None:
+    model = TinyGPT()
+    before = monitor_of(model).sample(0)
+    with torch.no_grad():
+        model.blocks[1].attn.k_proj.bias[:8] = torch.nan
+    after = monitor_of(model).sample(0)
+    for metric in ("energy_effective_rank", "key_incoherence", "energy_rms"):
+        assert torch.equal(before.values[metric]["blocks.0.attn"], after.values[metric]["blocks.0.attn"])
+        assert after.values[metric]["blocks.1.attn"].isnan().tolist() == [True, False, False, False]
+        torch.testing.assert_close(
+            after.values[metric]["blocks.1.attn"][1:], before.values[metric]["blocks.1.attn"][1:]
+        )
+
+
+class WrongKernel(TorchDispatchMode):
+    """A kernel that does not compute attention: what a broken build or a bad quantiser amounts to."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" in str(func):
+            result[0].add_(0.3)
+        return result
+
+
+class AttentionOnWrongKernel(CausalSelfAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        with WrongKernel():
+            return super().forward(x)
+
+
+def test_a_layer_whose_capture_is_not_what_it_computed_is_never_logged_as_a_number() -> None:
+    model = TinyGPT()
+    model.blocks[0].attn = AttentionOnWrongKernel(32, 4, 4)
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn is not measured: attention rebuilt"):
+        monitor = monitor_of(model, strict=False)
+    sample = monitor.sample(0)
+    assert sample.values["energy_rms"]["blocks.0.attn"].isnan().all()
+    assert not sample.values["energy_rms"]["blocks.1.attn"].isnan().any()
+    assert "differs from the layer's output" in sample.coverage["blocks.0.attn"].reason
+    assert sample.failures == 0
+    assert not sample.events
+
+
+# No perturbation
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.2},
+        {"dropout": 0.1, "batch_norm": True},
+        {"layer_drop": "python"},
+        {"layer_drop": "numpy"},
+        {"dropout": 0.2, "num_kv_heads": 1},
+    ],
+    ids=str,
+)
+def test_a_seeded_run_ends_bit_identical_with_and_without_the_monitor(
+    settings: dict[str, Any], every_n_steps: int
+) -> None:
+    ends = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = TinyGPT(**settings)
+        model.blocks[0].norm1.eval()  # a module the user froze must not be thawed
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        if watched:
+            monitor = attach(model, optimizer, token_batch(), every_n_steps=every_n_steps, strict=True)
+        losses = train(model, optimizer, 10)
+        ends.append((losses, everything(model, optimizer)))
+    assert ends[0][0] == ends[1][0]
+    assert equal(ends[0][1], ends[1][1])
+    assert monitor.history.steps == list(range(0, 11, every_n_steps))
+    monitor.close()
+
+
+def test_nothing_stays_on_the_model_and_no_activation_outlives_a_sample() -> None:
+    model = TinyGPT()
+    kept: list[weakref.ref[Tensor]] = []
+    model.blocks[0].attn.q_proj.register_forward_hook(lambda module, args, out: kept.append(weakref.ref(out)))
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    monitor = monitor_of(model)
+    monitor.sample(0)
+    gc.collect()
+    assert kept
+    assert all(reference() is None for reference in kept)
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+# Failure
+
+
+class Stumbling(TinyGPT):
+    fails = False
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.fails and not self.training:
+            raise RuntimeError("out of luck")
+        return super().forward(token_ids)
+
+
+def test_a_sample_that_fails_is_nan_counted_and_warned_about_once_and_training_goes_on() -> None:
+    model = Stumbling(dropout=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
+    train(model, optimizer, 2)
+    model.fails = True
+    with pytest.warns(UserWarning, match="sample at step 3 failed.*out of luck") as caught:
+        train(model, optimizer, 3)
+    assert len(caught) == 1
+    model.fails = False
+    train(model, optimizer, 1)
+    assert monitor.failures == 3
+    assert monitor.history.steps == list(range(7))
+    trajectory = monitor.history["energy_rms"]["blocks.0.attn"]
+    assert trajectory.isnan().all(1).tolist() == [False] * 3 + [True] * 3 + [False]
+    assert model.training
+    monitor.close()
+    record = RunRecord.open(monitor.record_path)
+    assert list(record.steps) == list(range(7))
+
+
+def test_warnings_that_are_errors_do_not_reach_the_training_step() -> None:
+    model = Stumbling()
+    monitor = monitor_of(model, strict=False)
+    model.fails = True
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample = monitor.sample(1)
+    assert sample.failures == 1
+    assert "out of luck" in (sample.failure or "")
+    assert sample.values["energy_rms"]["blocks.0.attn"].isnan().all()
+
+
+def test_strict_raises_instead() -> None:
+    model = Stumbling()
+    monitor = monitor_of(model)
+    model.fails = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        monitor.sample(1)
+
+
+def test_a_logger_that_raises_is_contained_and_the_others_get_the_sample() -> None:
+    class Broken:
+        def log_sample(self, sample: Sample) -> None:
+            raise OSError("tracker is gone")
+
+    class Kept:
+        def __init__(self) -> None:
+            self.samples: list[Sample] = []
+
+        def log_sample(self, sample: Sample) -> None:
+            self.samples.append(sample)
+
+    kept = Kept()
+    monitor = monitor_of(TinyGPT(), strict=False, loggers=[Broken(), kept])
+    with pytest.warns(UserWarning, match="Broken failed and is passed over: OSError: tracker is gone") as caught:
+        monitor.sample(0), monitor.sample(1)
+    assert len(caught) == 1
+    assert [sample.global_step for sample in kept.samples] == [0, 1]
+
+
+def test_a_layer_that_changes_its_heads_becomes_nan_with_the_reason_and_the_others_go_on() -> None:
+    model = TinyGPT()
+    monitor = monitor_of(model)
+    for attention in (model.blocks[1].attn,):
+        attention.num_query_heads = attention.num_kv_heads = 2
+        attention.head_dim = 16
+    sample = monitor.sample(1)
+    assert sample.values["energy_rms"]["blocks.1.attn"].isnan().all()
+    assert sample.values["energy_rms"]["blocks.1.attn"].shape == (4,)
+    assert not sample.values["energy_rms"]["blocks.0.attn"].isnan().any()
+    assert "was (4, 4, 8) at attach, is (2, 2, 16)" in sample.coverage["blocks.1.attn"].reason
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"probe": torch.zeros(2, 1, dtype=torch.long)}, "fewer than 2 tokens"),
+        ({"probe": token_batch().float()}, r"probe=tensor \(3, 24\) float32: TinyGPT rejects this batch"),
+        ({"probe": token_batch(length=33)}, r"rejects this batch: IndexError.*longer than the model's positions"),
+        ({"schedule": 0}, r"every\(0\) needs a whole number"),
+        ({"metrics": ["key_incoherance"]}, "unknown metric 'key_incoherance'; did you mean 'key_incoherence'"),
+        ({"metrics": []}, r"metrics=\[\] names no metric"),
+        ({"loggers": [object()]}, "loggers: object has neither log_sample"),
+        ({"name": "a/b"}, "name='a/b'"),
+        ({"model": nn.Linear(4, 4), "probe": torch.randn(2, 4)}, "model=Linear: no attention was seen"),
+        ({"model": "gpt2"}, "model=str is not a torch.nn.Module"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_refused_at_attach_with_what_arrived(arguments: dict[str, Any], message: str) -> None:
+    arguments = {"model": TinyGPT(), "probe": token_batch(), **arguments}
+    with pytest.raises(ValueError, match=message):
+        AttentionMonitor(arguments.pop("model"), arguments.pop("probe"), **arguments)
+
+
+# State
+
+
+def test_weights_partitioned_in_an_unknown_way_are_refused_before_anybody_waits() -> None:
+    model = TinyGPT()
+    model.head.weight.ds_id = 7  # as DeepSpeed ZeRO-3 marks them
+    with pytest.raises(ValueError, match=r"model=TinyGPT: head.weight is partitioned by DeepSpeed ZeRO-3"):
+        monitor_of(model)
+
+
+def test_a_resumed_run_goes_on_with_history_steps_and_record_without_duplicates() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = attach(model, optimizer, token_batch(), every_n_steps=2)
+    train(model, optimizer, 4)
+    state = saved_and_loaded(first.state_dict())
+    first.close()
+
+    second = attach(model, optimizer, token_batch(), every_n_steps=2)
+    second.load_state_dict(state)
+    train(model, optimizer, 4)
+    second.close()
+    assert second.history.steps == [0, 2, 4, 6, 8]
+    assert second.history["key_incoherence"]["blocks.0.attn"].shape == (5, 4)
+    assert second.record_path == first.record_path
+    record = RunRecord.open(second.record_path)
+    assert list(record.steps) == [0, 2, 4, 6, 8]
+    for metric in DEFAULT_METRICS:
+        for layer, trajectory in record.trajectories(metric).items():
+            torch.testing.assert_close(torch.from_numpy(trajectory), second.history[metric][layer], rtol=0, atol=0)
+
+
+def test_a_changed_probe_is_told_and_its_numbers_are_not_mixed_with_the_old_ones() -> None:
+    model = TinyGPT()
+    state = monitor_of(model).state_dict()
+    other = monitor_of(model, probe=token_batch(seed=5))
+    with pytest.warns(UserWarning, match="the probe was .* history and alert baselines begin anew"):
+        other.load_state_dict(state)
+    assert len(other.history) == 0
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="state: format None is not 1"):
+        monitor_of(TinyGPT()).load_state_dict({})
+
+
+def test_steps_are_asked_once_and_those_jumped_over_are_made_up_for() -> None:
+    monitor = monitor_of(TinyGPT(), schedule=[0, 5])
+    assert monitor.on_step(0) is not None
+    assert monitor.on_step(0) is None
+    assert monitor.on_step(4) is None
+    assert monitor.on_step(6).global_step == 6
+    assert monitor.history.steps == [0, 6]
+
+
+def test_two_monitors_with_two_probes_live_side_by_side() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    short = attach(model, optimizer, token_batch(length=8), every_n_steps=1, name="short")
+    long = attach(model, optimizer, token_batch(length=32), every_n_steps=2, name="long")
+    train(model, optimizer, 4)
+    assert short.history.steps == [0, 1, 2, 3, 4]
+    assert long.history.steps == [0, 2, 4]
+    assert short.record_path != long.record_path
+    short.close()
+    train(model, optimizer, 2)
+    assert short.history.steps[-1] == 4
+    assert long.history.steps[-1] == 6
+    long.close()
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_record_path_is_used_as_it_is_and_none_writes_nothing(tmp_path: Any) -> None:
+    with monitor_of(TinyGPT(), record=tmp_path / "mine.sqlite") as monitor:
+        monitor.sample(3)
+    assert list(RunRecord.open(tmp_path / "mine.sqlite").steps) == [3]
+    with monitor_of(TinyGPT()) as monitor:
+        monitor.sample(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.sqlite"]
+
+
+def test_a_history_is_bounded() -> None:
+    from attnmonitor.record.history import History
+
+    monitor = monitor_of(TinyGPT(), metrics=["energy_rms"])
+    history = History(monitor._measurement.num_heads, ("energy_rms",), max_samples=3)
+    for step in range(5):
+        history.append(monitor.sample(step))
+    assert history.steps == [2, 3, 4]
+    assert history["energy_rms"]["blocks.0.attn"].shape == (3, 4)
+    with pytest.raises(KeyError, match="key_rank"):
+        history["key_rank"]

@@ -1,0 +1,99 @@
+"""Work on a core per piece: the numbers are those of one core, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics, query_gram
+from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.parallel.workers import WORTH_A_THREAD, on_own_cores, pieces
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 100])
+def test_pieces_are_every_item_once_in_order_and_no_more_than_there_are_cores(count: int) -> None:
+    cut = pieces(count, 100 * WORTH_A_THREAD, CPU)
+    assert [item for part in cut for item in range(count)[part]] == list(range(count))
+    assert 1 <= len(cut) <= 3
+
+
+def test_little_work_and_work_elsewhere_stay_in_one_piece() -> None:
+    assert pieces(0, 0, CPU) == [slice(0, 0)]
+    assert pieces(4, 2 * WORTH_A_THREAD - 1, CPU) == [slice(0, 4)]
+    assert pieces(4, 2 * WORTH_A_THREAD, CPU) == [slice(0, 2), slice(2, 4)]
+    assert pieces(4, 100 * WORTH_A_THREAD, torch.device("cuda")) == [slice(0, 4)]
+
+
+def test_results_come_in_order_from_threads_of_one_core_and_under_the_callers_grad_mode() -> None:
+    def work(piece: int) -> tuple[int, int, bool, bool]:
+        return piece, torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name == "MainThread"
+
+    with torch.no_grad():
+        assert on_own_cores(work, range(5)) == [(piece, 1, False, False) for piece in range(5)]
+    assert on_own_cores(work, range(5)) == [(piece, 1, True, False) for piece in range(5)]
+
+
+def test_two_cores_work_at_the_same_time() -> None:
+    torch.set_num_threads(2)
+    both = threading.Barrier(2, timeout=30)
+    assert sorted(on_own_cores(lambda _: both.wait(), range(2))) == [0, 1]
+
+
+def test_one_piece_runs_where_it_was_asked_for() -> None:
+    assert on_own_cores(lambda _: (torch.get_num_threads(), threading.get_ident()), [0]) == [(3, threading.get_ident())]
+
+
+def test_an_error_in_a_piece_is_the_callers_and_the_threads_are_given_back() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        on_own_cores(lambda piece: 1 / piece, [1, 0, 1])
+    assert torch.get_num_threads() == 3
+    assert threading.active_count() == before
+
+
+def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:
+    on_own_cores(lambda piece: piece, range(3))
+    child = os.fork()
+    if not child:  # no torch operation here: its own threads do not survive a fork
+        os._exit(0 if on_own_cores(lambda piece: piece, range(3)) == [0, 1, 2] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("num_sequences", "num_pieces"), [(2, 2), (5, 3)])
+def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(
+    num_sequences: int, num_pieces: int, padded: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(num_sequences, 8, 256, 64, generator=generator)
+    key = torch.randn(num_sequences, 2, 256, 64, generator=generator)
+    mask = torch.arange(256) < 256 - 20 * torch.arange(num_sequences)[:, None] if padded else None
+
+    def measured() -> tuple[HeadCores, HeadStatistics]:
+        cores = head_cores(query_gram(query, mask), key, scale=0.125, key_mask=mask, metrics=DEFAULT_METRICS)
+        return cores, head_statistics([cores] * 4)[-1]
+
+    assert len(pieces(num_sequences, query.numel() * 64, CPU)) == num_pieces, "too little work to be cut"
+    cores, statistics = measured()
+    torch.set_num_threads(1)
+    expected_cores, expected = measured()
+    moved = torch.linalg.matrix_norm(cores.fields.core - expected_cores.fields.core, ord="nuc")
+    assert (moved <= expected_cores.fields.error).all()
+    assert cores.share_excess == pytest.approx(expected_cores.share_excess.item(), abs=1e-6)
+    for name, values in expected.values.items():
+        torch.testing.assert_close(statistics.values[name], values, rtol=1e-6, atol=0)
+    assert torch.equal(statistics.certified, expected.certified)
