@@ -10,9 +10,10 @@ from torch import Tensor
 
 from attnmonitor.messages import did_you_mean
 
-__all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample"]
+__all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample", "head_name", "heads_concerned"]
 
 _Value = TypeVar("_Value")
+Scope = Literal["query_head", "kv_head"]
 
 
 class ByLayer(dict[str, _Value]):
@@ -156,3 +157,42 @@ class Sample:
     requests: tuple[str, ...] = ()
     verdict: str = ""
     name: str | None = None
+
+
+def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
+    """Who an event is about: ``layers.3 head 7``, ``layers.3 KV head 1``, ``layers.3`` or ``the whole run``."""
+    if event.layer is None:
+        return "the whole run"
+    layer: str = (short or {}).get(event.layer, event.layer)
+    if event.head is None:
+        return layer
+    return f"{layer} {'KV head' if event.scope == 'kv_head' else 'head'} {event.head}"
+
+
+def heads_concerned(
+    event: AlertEvent, scope: Scope | None, coverage: Mapping[str, LayerCoverage] | None = None
+) -> tuple[int, ...]:
+    """Indices of the heads an event is about, counted in ``scope``.
+
+    An alarm on a KV head concerns all its query heads, one on a query head the KV head it reads. Without the
+    ``coverage`` that says how many share one, only the alarm's own scope has an answer.
+
+    Args:
+        event: The event.
+        scope: ``"query_head"`` or ``"kv_head"``; None for the event's own scope.
+        coverage: How each layer was captured.
+
+    Example:
+        >>> coverage = {"h.0": LayerCoverage("h.0", num_query_heads=8, num_kv_heads=2)}
+        >>> sink = AlertEvent("key_sink", "key_sink", "kv_head", "h.0", 1, 9.0, 2.0, 100, "firing")
+        >>> heads_concerned(sink, "kv_head", coverage), heads_concerned(sink, "query_head", coverage)
+        ((1,), (4, 5, 6, 7))
+    """
+    if event.head is None or event.layer is None:
+        return ()
+    if scope is None or scope == event.scope:
+        return (event.head,)
+    layer = (coverage or {}).get(event.layer)
+    if layer is None or not layer.num_kv_heads:
+        return ()
+    return (layer.kv_head_of(event.head),) if scope == "kv_head" else layer.query_heads_of(event.head)

@@ -2,6 +2,7 @@
 
 from attnmonitor.functional.attention import attention_row_statistics, row_logits
 from attnmonitor.functional.cores import HeadCores, head_cores
+from attnmonitor.functional.energy import energy_delocalization, energy_effective_rank, energy_spectrum
 from attnmonitor.functional.interaction import (
     interaction_effective_rank,
     interaction_participation_ratio,
@@ -17,12 +18,7 @@ from attnmonitor.functional.keys import (
     leverage_scores,
 )
 from attnmonitor.functional.queries import QueryGram, query_gram, query_rms
-from attnmonitor.functional.spectrum import (
-    EnergySpectrum,
-    energy_delocalization,
-    energy_effective_rank,
-    energy_spectrum,
-)
+from attnmonitor.functional.spectrum import EnergySpectrum
 from attnmonitor.functional.statistics import HeadStatistics, head_statistics
 
 __all__ = [

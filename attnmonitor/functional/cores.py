@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, check_query_and_key
-from attnmonitor.functional.keys import KeyBasis, KeyGram, key_basis, spread_over_positions
+from attnmonitor.functional.key_basis import KeyBasis, KeyGram, key_basis
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram
+from attnmonitor.functional.ranks import spread_over_positions
 from attnmonitor.parallel.workers import on_own_cores, pieces
 
 __all__ = ["FieldCores", "HeadCores", "energy_shares", "field_cores", "head_cores"]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.keys import participation_ratio
-from attnmonitor.functional.ranks import check_fraction, effective_rank
+from attnmonitor.functional.ranks import check_fraction, effective_rank, participation_ratio
 
 __all__ = ["interaction_effective_rank", "interaction_participation_ratio", "spectral_gap"]
 

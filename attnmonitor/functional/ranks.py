@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["TIE", "check_fraction", "count_to_fraction", "effective_rank"]
+__all__ = [
+    "TIE",
+    "check_fraction",
+    "count_to_fraction",
+    "effective_rank",
+    "participation_ratio",
+    "spread_over_positions",
+]
 
 TIE = 1e-12
 """Running sums this close to the mark count as reaching it, so that an exact tie (ten equal components, 90 %) is 9."""
@@ -47,3 +55,15 @@ def effective_rank(variances: Tensor, fraction: float) -> Tensor:
     total = variances.sum(-1)
     count = count_to_fraction(variances.cumsum(-1), total, fraction)
     return count.clamp_max(variances.shape[-1]) * (total > 0)
+
+
+def participation_ratio(variances: Tensor) -> Tensor:
+    r"""Smooth rank of a spectrum, :math:`(\sum v)^2 / \sum v^2`, ``(..., n) -> (...)``; 0 where all are zero."""
+    total = variances.sum(-1)
+    return torch.where(total == 0, 0, total.square() / variances.square().sum(-1))
+
+
+def spread_over_positions(weight: Tensor, num_positions: Tensor) -> Tensor:
+    r"""Fraction of positions that carry a weight, :math:`(\sum w)^2 / (n \sum w^2)`, ``(B, H, L) -> (B, H)``."""
+    weight = weight / weight.sum(-1, keepdim=True)
+    return 1 / (num_positions * weight.square().sum(-1))

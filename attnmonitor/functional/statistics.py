@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.cores import FieldCores, HeadCores
-from attnmonitor.functional.keys import participation_ratio
-from attnmonitor.functional.ranks import effective_rank
+from attnmonitor.functional.ranks import effective_rank, participation_ratio
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
 from attnmonitor.parallel.workers import on_own_cores, pieces
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
@@ -67,9 +65,8 @@ class DrawingBudget:
 def heatmap_images(sample: Sample) -> dict[str, Image]:
     """One picture per metric, by its name; none where matplotlib is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         from attnmonitor.plots import heatmap
+        from attnmonitor.plots.style import pixels
     except ModuleNotFoundError:
         _logger.info("no heatmaps: they need matplotlib (pip install 'attnmonitor[plots]')")
         return {}
@@ -80,7 +77,5 @@ def heatmap_images(sample: Sample) -> dict[str, Image]:
         figure = heatmap(
             layers, metric=metric, events=sample.firing, coverage=sample.coverage, global_step=sample.global_step
         )
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()  # once, where `savefig` draws twice
-        images[metric] = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        images[metric] = PIL.Image.fromarray(pixels(figure))
     return images

@@ -19,7 +19,7 @@ from attnmonitor.alerts import digest
 from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.messages import needed
-from attnmonitor.report.charts import Chart, layers_chart, model_chart, rank_chart
+from attnmonitor.report.charts import Chart, as_figure, layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
@@ -161,6 +161,4 @@ def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
     if find_spec("plotly") is None:
         _logger.info("no charts of curves: they need plotly (pip install 'attnmonitor[wandb]')")
         return {}
-    from plotly.graph_objects import Figure
-
-    return {key: wandb.Plotly(Figure(chart)) for key, chart in charts.items()}
+    return {key: wandb.Plotly(as_figure(chart)) for key, chart in charts.items()}

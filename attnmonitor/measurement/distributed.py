@@ -19,9 +19,11 @@ from torch import Tensor, distributed, nn
 
 from attnmonitor.capture.modules import own_name
 from attnmonitor.measurement import LayerValues, Measured, Measurement
-from attnmonitor.measurement.probe import Probe, own_surroundings
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.quiet import own_surroundings
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.sharding import Collective, Collectives, HeadSlice, head_slice, keep
+from attnmonitor.parallel.collectives import Collective, Collectives, keep
+from attnmonitor.parallel.head_slices import HeadSlice, head_slice
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["SharedMeasurement"]

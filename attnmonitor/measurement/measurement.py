@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
-from attnmonitor.measurement.probe import Probe, own_surroundings, quiet
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.quiet import own_surroundings, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import LearnedSide
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS

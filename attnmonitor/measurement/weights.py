@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.projections import HeadProjections, discover_projections
 from attnmonitor.functional import interaction_effective_rank, interaction_participation_ratio, spectral_gap
-from attnmonitor.measurement.probe import Probe, quiet
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.quiet import quiet
 from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.sample import LayerCoverage
 

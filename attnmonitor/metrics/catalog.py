@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnmonitor.messages import did_you_mean
+from attnmonitor.sample import Scope
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "OPT_IN_METRICS", "WEIGHT_METRICS", "MetricInfo", "check_metric_names"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "METRICS",
+    "OPT_IN_METRICS",
+    "WEIGHT_METRICS",
+    "MetricInfo",
+    "check_metric_names",
+    "head_noun",
+    "is_log",
+    "metric_scope",
+    "metric_title",
+    "metric_unit",
+]
 
-Scope = Literal["query_head", "kv_head"]
 Source = Literal["cores", "rows", "weights"]
 
 
@@ -200,3 +212,29 @@ def check_metric_names(names: Iterable[str], *, argument: str = "metrics") -> tu
         if name not in METRICS:
             raise ValueError(f"{argument}: unknown metric {name!r}; {did_you_mean(name, METRICS, otherwise='known:')}")
     return tuple(name for name in METRICS if name in wanted)
+
+
+def metric_title(metric: str | None) -> str:
+    """Name of a metric in words."""
+    return "value per head" if metric is None else metric.replace("_", " ")
+
+
+def metric_unit(metric: str | None) -> str:
+    """Unit of a metric, empty where it has none."""
+    unit = METRICS[metric].unit if metric in METRICS else "1"
+    return "" if unit == "1" else unit
+
+
+def head_noun(metric: str | None) -> str:
+    """What a metric counts: heads, or the KV heads that several of them share."""
+    return "KV head" if metric in METRICS and METRICS[metric].scope == "kv_head" else "head"
+
+
+def metric_scope(metric: str | None) -> Scope | None:
+    """What the index into a metric's values counts; None for a metric that is not in the table."""
+    return METRICS[metric].scope if metric in METRICS else None
+
+
+def is_log(metric: str | None) -> bool:
+    """Whether differences of a metric are read as ratios."""
+    return metric in METRICS and METRICS[metric].log_scale

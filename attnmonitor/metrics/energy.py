@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from attnmonitor.functional.energy import Per, energy_delocalization, energy_spectrum
 from attnmonitor.functional.queries import query_rms
 from attnmonitor.functional.ranks import check_fraction
-from attnmonitor.functional.spectrum import EnergySpectrum, Method, Per, energy_delocalization, energy_spectrum
+from attnmonitor.functional.spectrum import EnergySpectrum, Method
 from attnmonitor.metrics.base import HeadMetric
 
 __all__ = [

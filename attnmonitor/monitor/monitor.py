@@ -25,7 +25,8 @@ from attnmonitor.alerts.actions import Action, calls_of, check_actions, requests
 from attnmonitor.loggers import SampleLogger, as_logger
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.distributed import SharedMeasurement
-from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe, own_surroundings, unwrap
+from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe, unwrap
+from attnmonitor.measurement.quiet import own_surroundings
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.schedules import Schedule, as_schedule
@@ -34,7 +35,8 @@ from attnmonitor.record import RunRecord
 from attnmonitor.record.history import History
 from attnmonitor.record.writer import RecordWriter
 from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
-from attnmonitor.summary.verdict import coverage_table, verdict
+from attnmonitor.summary.tables import coverage_table
+from attnmonitor.summary.verdict import verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,7 +13,7 @@ from collections import Counter
 from attnmonitor.messages import warn
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.sample import Sample
-from attnmonitor.summary.verdict import print_layer_table
+from attnmonitor.summary.tables import print_layer_table
 
 __all__ = ["print_ending"]
 

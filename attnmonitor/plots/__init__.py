@@ -7,9 +7,9 @@ figure made here is in no list of open figures, needs no display and is gone whe
 from attnmonitor.messages import needed
 
 with needed(by="attnmonitor.plots", extra="plots"):
-    from attnmonitor.plots.curves import bands, trajectories
+    from attnmonitor.plots.curves import bands, bands_over, trajectories
     from attnmonitor.plots.heatmap import heatmap
     from attnmonitor.plots.overview import overview
     from attnmonitor.plots.spectrum import spectrum
 
-__all__ = ["bands", "heatmap", "overview", "spectrum", "trajectories"]
+__all__ = ["bands", "bands_over", "heatmap", "overview", "spectrum", "trajectories"]

@@ -17,19 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.plots.style import (
-    figure_of,
-    head_noun,
-    is_log,
-    metric_title,
-    metric_unit,
-    new_axes,
-    settle_the_ordinate,
-    strip,
-    title,
-)
-from attnmonitor.sample import AlertEvent, LayerCoverage
-from attnmonitor.summary.outliers import heads_concerned, outstanding_heads, short_layer_names
+from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_title, metric_unit
+from attnmonitor.plots.style import figure_of, new_axes, settle_the_ordinate, strip, title
+from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.outliers import outstanding_heads
 from attnmonitor.summary.style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
 
 __all__ = ["bands", "measured_samples", "trajectories"]
@@ -75,6 +67,14 @@ def trajectories(
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
     return figure_of(ax)
+
+
+def bands_over(metrics: Mapping[str, Mapping[str, ArrayLike]], steps: ArrayLike) -> Figure:
+    """One `bands` chart per metric, below each other: ``metrics[metric][layer]`` is ``(num_samples, num_heads)``."""
+    figure = Figure(figsize=(7, 2.6 * len(metrics)), layout="constrained")
+    for (metric, heads), ax in zip(metrics.items(), figure.subplots(len(metrics), squeeze=False)[:, 0], strict=True):
+        bands(heads, steps, metric=metric, ax=ax)
+    return figure
 
 
 def bands(
@@ -162,7 +162,7 @@ def _name_heads(
         )
         if event.layer is not None and event.layer in values and event.state == "firing":
             num_heads = values[event.layer].shape[1]
-            heads = heads_concerned(event, metric, coverage)
+            heads = heads_concerned(event, metric_scope(metric), coverage)
             alarmed.update({(event.layer, head): None for head in heads if head < num_heads})
     named = list(alarmed)[:num_named]
     last = {layer: heads[-1] for layer, heads in values.items()} if len(steps) else {}

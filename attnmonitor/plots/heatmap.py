@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.plots.style import figure_of, head_noun, is_log, metric_title, metric_unit, round_values, title
-from attnmonitor.sample import AlertEvent, LayerCoverage
-from attnmonitor.summary.outliers import crowd_range, heads_concerned, short_layer_names
+from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_title, metric_unit
+from attnmonitor.plots.style import figure_of, round_values, title
+from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.outliers import crowd_range
 from attnmonitor.summary.style import ALARM_COLOUR, FAINT_INK, INK, PAPER_GREY
 
 __all__ = ["heatmap"]
@@ -126,7 +128,7 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
     for event in events:
         if event.layer in layers:
             row = layers.index(event.layer)
-            for head in heads_concerned(event, metric, coverage):
+            for head in heads_concerned(event, metric_scope(metric), coverage):
                 for colour, width in (("white", 3.6), (ALARM_COLOUR, 2.0)):
                     frame = Rectangle((head, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=4)
                     frame.set_clip_on(False)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.record import RunRecord
-from attnmonitor.summary.outliers import still_firing
 from attnmonitor.summary.style import ALARM_COLOUR, INK
 from attnmonitor.summary.verdict import verdict_of_record
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
-from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.summary.style import AXIS_INK, FAINT_INK, INK, log_ticks
 
 
@@ -15,32 +17,18 @@ def new_axes() -> Axes:
     return Figure(figsize=(8, 4.2), layout="constrained").add_subplot()
 
 
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Draw a figure, ``(height, width, 3)``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once, where `savefig` draws twice
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
 def figure_of(ax: Axes) -> Figure:
     """The figure that ``ax`` is drawn on, also where it belongs to a sub-figure."""
     figure = ax.get_figure(root=True)
     assert figure is not None, "axes that were taken out of their figure cannot be drawn into"
     return figure
-
-
-def metric_title(metric: str | None) -> str:
-    """Name of a metric in words."""
-    return "value per head" if metric is None else metric.replace("_", " ")
-
-
-def metric_unit(metric: str | None) -> str:
-    """Unit of a metric, empty where it has none."""
-    unit = METRICS[metric].unit if metric in METRICS else "1"
-    return "" if unit == "1" else unit
-
-
-def head_noun(metric: str | None) -> str:
-    """What a metric counts: heads, or the KV heads that several of them share."""
-    return "KV head" if metric in METRICS and METRICS[metric].scope == "kv_head" else "head"
-
-
-def is_log(metric: str | None) -> bool:
-    """Whether differences of a metric are read as ratios."""
-    return metric in METRICS and METRICS[metric].log_scale
 
 
 def title(ax: Axes, text: str, note: str = "") -> None:

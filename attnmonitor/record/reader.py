@@ -22,14 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.record.writer import (
-    BUSY_TIMEOUT_SECONDS,
-    EVENT_COLUMNS,
-    RecordError,
-    RecordWriter,
-    check_is_record,
-    damaged_record,
-)
+from attnmonitor.record.schema import BUSY_TIMEOUT_SECONDS, EVENT_COLUMNS, RecordError, check_is_record, damaged_record
+from attnmonitor.record.writer import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage
 
 if TYPE_CHECKING:

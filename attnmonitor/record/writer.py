@@ -25,7 +25,7 @@ import os
 import sqlite3
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -35,15 +35,21 @@ import torch
 from torch import Tensor
 
 from attnmonitor.messages import warn
-from attnmonitor.sample import AlertEvent, Sample
+from attnmonitor.record.schema import (
+    _SCHEMA,
+    APPLICATION_ID,
+    BUSY_TIMEOUT_SECONDS,
+    EVENT_COLUMNS,
+    SCHEMA_VERSION,
+    RecordError,
+    check_is_record,
+    damaged_record,
+)
+from attnmonitor.sample import Sample
 
-__all__ = ["EVENT_COLUMNS", "RecordError", "RecordWriter", "check_is_record", "damaged_record"]
+__all__ = ["RecordWriter"]
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x61746D6E  # "atmn": tells a record from any other SQLite file
 IDENTITY_KEYS = ("model", "model_signature", "probe_fingerprint")
-EVENT_COLUMNS = tuple(column.name for column in fields(AlertEvent))
-BUSY_TIMEOUT_SECONDS = 5.0
 
 # Rows of a 1,024-head model are about 6 KB. On SQLite's default pages of 4 KB each would own two, a third of it air.
 _PAGE_SIZE_BYTES = 32768
@@ -54,26 +60,6 @@ _CACHE_KIB = 512
 
 # As many as `History` keeps: about 90 MB where 1,024 heads are watched.
 _MAX_WAITING = 1000
-
-_SCHEMA = f"""
-CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
-CREATE TABLE layout (id INTEGER PRIMARY KEY, layers TEXT NOT NULL UNIQUE);
-CREATE TABLE sample (
-    id INTEGER PRIMARY KEY, segment_id INTEGER NOT NULL REFERENCES segment, global_step INTEGER NOT NULL,
-    recorded_at TEXT NOT NULL, seconds REAL, failures INTEGER NOT NULL, failure TEXT, diagnostics TEXT NOT NULL,
-    superseded_by INTEGER REFERENCES sample);
-CREATE INDEX sample_by_step ON sample (global_step) WHERE superseded_by IS NULL;
-CREATE TABLE value (
-    sample_id INTEGER NOT NULL REFERENCES sample, metric TEXT NOT NULL, layout_id INTEGER NOT NULL REFERENCES layout,
-    mean_float32 BLOB NOT NULL, spread_bfloat16 BLOB);
-CREATE INDEX value_by_metric ON value (metric, sample_id);
-CREATE TABLE event (sample_id INTEGER NOT NULL REFERENCES sample, {", ".join(EVENT_COLUMNS)});
-CREATE INDEX event_by_sample ON event (sample_id);
-"""
-
-
-class RecordError(ValueError):
-    """A file that cannot be used as a run record, with the reason and the way out."""
 
 
 class RecordWriter:
@@ -181,28 +167,6 @@ class RecordWriter:
         self._db = None
         if self._let_go is not None:
             self._let_go()
-
-
-def check_is_record(db: sqlite3.Connection, path: Path) -> None:
-    """Raise `RecordError` unless ``db``, opened from ``path``, is a record of this schema version."""
-    (application_id,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if application_id != APPLICATION_ID:
-        raise RecordError(f"{path}: an SQLite file, but not a run record of attnmonitor")
-    if version != SCHEMA_VERSION:
-        age = "a newer" if version > SCHEMA_VERSION else "an older"
-        raise RecordError(
-            f"{path}: written by {age} attnmonitor (schema {version}; this one has schema {SCHEMA_VERSION});"
-            " use it with the version that wrote it"
-        )
-
-
-def damaged_record(path: Path, complaint: sqlite3.DatabaseError) -> RecordError:
-    """SQLite's complaint about a file, in words a user can act on."""
-    return RecordError(
-        f"{path}: damaged, truncated or not a run record ({complaint});"
-        " copy it again, or try what `sqlite3 FILE .recover` can save"
-    )
 
 
 def _now() -> str:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.catalog import METRICS, metric_scope
 from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 from attnmonitor.record.history import History
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
-from attnmonitor.summary.outliers import heads_concerned, short_layer_names
+from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned
+from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.style import (
     ALARM_COLOUR,
     AXIS_INK,
@@ -35,7 +35,7 @@ from attnmonitor.summary.style import (
     log_ticks,
 )
 
-__all__ = ["Chart", "layers_chart", "model_chart", "rank_chart"]
+__all__ = ["Chart", "as_figure", "layers_chart", "model_chart", "rank_chart"]
 
 Chart = dict[str, Any]
 Head = tuple[str, int]
@@ -51,6 +51,13 @@ _RANKS = {
     "learned rank": ("interaction_effective_rank", HEAD_COLOURS[3]),
     "energy rank": ("energy_effective_rank", BAND_COLOUR),
 }
+
+
+def as_figure(chart: Chart) -> Any:
+    """The chart as a ``plotly.graph_objects.Figure``; needs plotly."""
+    from plotly.graph_objects import Figure
+
+    return Figure(chart)
 
 
 def model_chart(history: History, sample: Sample, metric: str) -> Chart:
@@ -172,7 +179,7 @@ def _faults(firing: Sequence[AlertEvent], metric: str, coverage: Mapping[str, La
         (event.layer, head): event.kind.replace("_", " ")
         for event in firing
         if event.layer is not None
-        for head in heads_concerned(event, metric, coverage)
+        for head in heads_concerned(event, metric_scope(metric), coverage)
     }
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnmonitor.alerts.firing import by_concern, still_firing
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.record import RunRecord
-from attnmonitor.sample import AlertEvent
-from attnmonitor.summary.outliers import by_concern, crowd_range, heads_concerned, short_layer_names, still_firing
+from attnmonitor.sample import AlertEvent, Scope, heads_concerned
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.outliers import crowd_range
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 
@@ -27,8 +29,7 @@ MOST_VALUES = 1_000_000
 MOST_BAND_SAMPLES = 1000
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-# One metric of each scope: what an alarm's heads are counted by.
-_COUNTED_BY = {"query_head": "query_rms", "kv_head": "key_rms"}
+_SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str]) -> dict[st
     event = span.event
     return {
         "layer": layers.index(event.layer) if event.layer in layers else None,
-        "heads": {scope: heads_concerned(event, name, record.coverage) for scope, name in _COUNTED_BY.items()},
+        "heads": {scope: heads_concerned(event, scope, record.coverage) for scope in _SCOPES},
         "scope": event.scope,
         "head": event.head,
         "rule": event.rule,

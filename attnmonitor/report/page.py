@@ -12,11 +12,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from attnmonitor.alerts.firing import still_firing
 from attnmonitor.alerts.notifications import ADVICE
 from attnmonitor.messages import needed
 from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
-from attnmonitor.summary.outliers import head_name, short_layer_names, still_firing
+from attnmonitor.sample import head_name
+from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.verdict import verdict_of_record
 
 __all__ = ["write_report"]

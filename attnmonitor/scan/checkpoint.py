@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnmonitor.messages import needed
 
-__all__ = ["Checkpoint", "checkpoints_in", "steps_of"]
+__all__ = ["Checkpoint", "checkpoints_in", "silence_transformers", "steps_of"]
 
 
 class Checkpoint:
@@ -198,3 +198,11 @@ def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def silence_transformers() -> None:
+    """Keep the progress bars and advice of transformers off the screen; its errors arrive as exceptions."""
+    with needed(by="scan", extra="transformers"):
+        from transformers.utils import logging
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -24,7 +24,8 @@ from attnmonitor import DEFAULT_METRICS, OPT_IN_METRICS
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.measurement import Measurement
-from attnmonitor.measurement.probe import Probe, quiet
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.quiet import quiet
 from attnmonitor.parallel.workers import on_own_cores, pieces
 from benchmarks.smollm2 import load_smollm2
 

@@ -14,7 +14,7 @@ from reference import layer_statistics
 from torch import Tensor, nn
 
 from attnmonitor import AlertEvent, AttentionMonitor, LayerCoverage
-from attnmonitor.summary.outliers import heads_concerned
+from attnmonitor.sample import heads_concerned
 
 Repeat = Callable[[Tensor, int], Tensor]
 
@@ -186,7 +186,7 @@ def test_heads_and_key_heads_lead_to_each_other_in_both_orders() -> None:
     for tiled, shared in ((False, [(0, 1, 2), (3, 4, 5)]), (True, [(0, 2, 4), (1, 3, 5)])):
         layer = LayerCoverage("attn", num_query_heads=6, num_kv_heads=2, tiled=tiled)
         sink = AlertEvent("key_sink", "key_sink", "kv_head", "attn", 1, 9.0, 2.0, 100, "firing")
-        assert heads_concerned(sink, "energy_rms", {"attn": layer}) == shared[1]
+        assert heads_concerned(sink, "query_head", {"attn": layer}) == shared[1]
         assert [layer.query_heads_of(kv_head) for kv_head in range(2)] == shared
         assert [layer.kv_head_of(head) for head in range(6)] == [
             next(kv_head for kv_head in range(2) if head in shared[kv_head]) for head in range(6)

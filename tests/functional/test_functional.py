@@ -32,8 +32,8 @@ from attnmonitor.functional import (
     spectral_gap,
     statistics,
 )
-from attnmonitor.functional.keys import spread_over_positions
 from attnmonitor.functional.precision import position_blocks
+from attnmonitor.functional.ranks import spread_over_positions
 from attnmonitor.functional.spectrum import core_spectrum
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
 

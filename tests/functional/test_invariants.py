@@ -10,7 +10,7 @@ import torch
 
 from attnmonitor.functional import EnergySpectrum, head_cores, head_statistics, query_gram
 from attnmonitor.functional.cores import _per_position
-from attnmonitor.functional.keys import key_basis
+from attnmonitor.functional.key_basis import key_basis
 from attnmonitor.functional.statistics import _violation
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 

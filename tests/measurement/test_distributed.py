@@ -16,9 +16,9 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.measurement.probe import quiet
+from attnmonitor.measurement.quiet import quiet
 from attnmonitor.messages import AttentionMonitorWarning
-from attnmonitor.parallel.sharding import Collectives
+from attnmonitor.parallel.collectives import Collectives
 from attnmonitor.record import RunRecord
 
 # FSDP2 of torch 2.6 runs on GPUs only: it has a CPU's stream record events, which that torch's cannot.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.messages import AttentionMonitorWarning
-from attnmonitor.parallel.sharding import Collectives, keep
+from attnmonitor.parallel.collectives import Collectives, keep
 
 NUM_STEPS, SHORT = 4, (1, 2)  # memory is short in the samples at these steps
 ENOUGH = 1000

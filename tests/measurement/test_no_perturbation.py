@@ -31,7 +31,7 @@ from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.capture import AttentionCall, capture, capture_attention
 from attnmonitor.functional.precision import full_precision
-from attnmonitor.measurement.probe import quiet
+from attnmonitor.measurement.quiet import quiet
 from attnmonitor.record import RunRecord
 
 NUM_STEPS = 6

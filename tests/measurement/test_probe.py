@@ -12,7 +12,8 @@ from models import TinyGPT, token_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from attnmonitor.measurement.probe import Probe, quiet, unwrap
+from attnmonitor.measurement.probe import Probe, unwrap
+from attnmonitor.measurement.quiet import quiet
 
 
 class Messy(nn.Module):

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from synthetic_runs import SyntheticRun
 
+from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.summary.outliers import still_firing
 from attnmonitor.summary.style import ALARM_COLOUR
 from attnmonitor.summary.verdict import verdict_of_record
 

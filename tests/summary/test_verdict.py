@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_runs import SyntheticRun
 
+from attnmonitor.alerts.firing import still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
-from attnmonitor.summary.outliers import outstanding_heads, short_layer_names, still_firing
-from attnmonitor.summary.verdict import layer_table, print_layer_table, verdict, verdict_of_record
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.outliers import outstanding_heads
+from attnmonitor.summary.tables import layer_table, print_layer_table
+from attnmonitor.summary.verdict import verdict, verdict_of_record
 
 
 def coverage(num_layers: int = 2, num_heads: int = 4) -> dict[str, LayerCoverage]:

@@ -1,0 +1,115 @@
+"""Run a forward and restore every state that it touches."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnmonitor.parallel.fsdp import kept_shards
+from attnmonitor.parallel.sharding import is_sharded
+from attnmonitor.parallel.threads import ProcessWide
+
+__all__ = ["own_surroundings", "quiet"]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode without gradients, and restore every piece of state a forward can touch.
+
+    Saved and put back, also after an exception: the generators of torch (CPU, and CUDA once it is in use), ``random``
+    and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
+    grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
+    that a probe adds no graph and no recompilation. Modules under FSDP are sharded again. ``no_grad`` and not
+    ``inference_mode``, which is left where the caller is in it: a lazily filled cache (RoPE) first filled under
+    ``inference_mode`` breaks the next training step.
+    """
+    with ExitStack() as restore:
+        restore.enter_context(_kept_random_state())
+        restore.enter_context(_kept_modules(model))
+        if is_sharded(model):
+            restore.enter_context(kept_shards(model))
+        restore.enter_context(torch.inference_mode(False))
+        restore.enter_context(torch.no_grad())
+        restore.enter_context(_no_autocast_cache())
+        # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
+        if "torch._dynamo" in sys.modules:
+            restore.enter_context(_nothing_compiled())
+        model.eval()
+        yield
+
+
+_nothing_compiled = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+
+
+@contextmanager
+def own_surroundings() -> Iterator[None]:
+    """Compute as in a fresh process, whatever default device or inference mode the caller has switched on.
+
+    Tensors kept from one sample to the next would otherwise be on that device, or be of the kind that cannot be
+    written outside of that mode.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _kept_modules(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else (buffer.detach().clone(), _version(buffer)))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    names = [(module, set(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, known in names:
+            for added in module._buffers.keys() - known:
+                del module._buffers[added]
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer
+            # Only a buffer that was written is written back: writing raises its version, and autograd refuses a
+            # backward through a tensor whose version has moved since the forward.
+            if buffer is not None and saved is not None and _version(buffer) != saved[1]:
+                with torch.no_grad():
+                    buffer.copy_(saved[0])
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    # A cast cached without grad would be reused by the training forward that follows in the same autocast region.
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -1,0 +1,133 @@
+"""Text tables of layers: their values, alarms and how they are captured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from attnmonitor.alerts.firing import by_concern
+from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.verdict import _MOST_NAMED, _kinds_text
+
+__all__ = ["coverage_table", "layer_table", "print_layer_table"]
+
+
+TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
+
+
+def layer_table(
+    values: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    firing: Sequence[AlertEvent] = (),
+    coverage: Mapping[str, LayerCoverage] | None = None,
+    metrics: Sequence[str] = TABLE_METRICS,
+) -> str:
+    """A text table, one row per layer: the median over its heads with the least and the greatest, and its alarms.
+
+    Args:
+        values: ``values[metric][layer]`` is ``(num_heads,)``, as `Sample.values` has it.
+        firing: Alarms to show beside their layer.
+        coverage: Adds a row for each layer that was not measured, with the reason.
+        metrics: Columns; those without values are left out.
+    """
+    header, rows = _table(values, firing, coverage or {}, metrics)
+    upper, lower = zip(*(["", *name.split("\n")][-2:] for name in header), strict=True)
+    return _aligned([upper, lower], rows)
+
+
+def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
+    """A text table, one row per layer: how it was captured and verified, or why it was not measured.
+
+    Example:
+        >>> print(coverage_table({"h.0": LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("window",))}))
+        layer  heads (query/KV)  head size  scale  captured   error    outside the field
+        ─────  ────────────────  ─────────  ─────  ─────────  ───────  ─────────────────
+        h.0    12/4              64         0.125  self sdpa  3.0e-07  window
+    """
+    header = ("layer", "heads (query/KV)", "head size", "scale", "captured", "error", "outside the field")
+    rows = [
+        (
+            layer.layer,
+            f"{layer.num_query_heads}/{layer.num_kv_heads}",
+            str(layer.head_dim),
+            f"{layer.scale:.4g}",
+            f"{layer.kind} {layer.how}",
+            "not comparable" if layer.error is None else f"{layer.error:.1e}",
+            ", ".join(layer.outside),
+        )
+        if layer.measured
+        else (layer.layer, "", "", "", "NOT MEASURED", "", layer.reason)
+        for layer in coverage.values()
+    ]
+    return _aligned([header], rows)
+
+
+def _aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*header, *rows, strict=True)]
+    rule = ["─" * width for width in widths]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (*header, rule, *rows)]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def print_layer_table(
+    values: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    firing: Sequence[AlertEvent] = (),
+    coverage: Mapping[str, LayerCoverage] | None = None,
+    metrics: Sequence[str] = TABLE_METRICS,
+) -> None:
+    """Print `layer_table`, with lines and colour where ``rich`` is installed."""
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(layer_table(values, firing=firing, coverage=coverage, metrics=metrics))
+        return
+    header, rows = _table(values, firing, coverage or {}, metrics)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(header[0], overflow="fold")
+    for name in header[1:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(header[-1], min_width=12, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
+    Console().print(table)
+
+
+def _table(
+    values: Mapping[str, Mapping[str, ArrayLike]],
+    firing: Sequence[AlertEvent],
+    coverage: Mapping[str, LayerCoverage],
+    metrics: Sequence[str],
+) -> tuple[list[str], list[list[str]]]:
+    shown = [name for name in metrics if values.get(name)]
+    layers = list(dict.fromkeys(itertools.chain(coverage, *(values[name] for name in shown))))
+    short = short_layer_names(layers)
+    rows = []
+    for layer in layers:
+        cells = [_range_text(values[name].get(layer)) for name in shown]
+        alarms = [
+            f"{head_name(events[0], {layer: ''})}: {_kinds_text(events)}".removeprefix(": ").strip()
+            for events in by_concern((event for event in firing if event.layer == layer), coverage)
+        ]
+        if layer in coverage and not coverage[layer].measured:
+            alarms.append(f"not measured: {coverage[layer].reason}")
+        more = [f"and {len(alarms) - _MOST_NAMED} more"] if len(alarms) > _MOST_NAMED else []
+        rows.append([short[layer], *cells, "; ".join(alarms[:_MOST_NAMED] + more)])
+    headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
+    return ["layer", *headings, "look at"], rows
+
+
+def _range_text(heads: ArrayLike | None) -> str:
+    known = np.asarray([] if heads is None else heads, dtype=np.float64).ravel()
+    known = known[~np.isnan(known)]
+    if not known.size:
+        return "–"
+    least, middle, most = (f"{x:.0f}" if abs(x) >= 10 else f"{x:.2g}" for x in np.quantile(known, [0, 0.5, 1]))
+    return f"{middle} ({least}–{most})"
