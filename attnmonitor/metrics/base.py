@@ -85,3 +85,15 @@ class HeadMetric(Metric):
         """Population standard deviation over sequences, ``(num_heads,)`` float32; 0 for one sequence."""
         total, squares, count = self._state.unbind()
         return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the value of each head, or several computed values over time, as torchmetrics draws; needs matplotlib.
+
+        Args:
+            val: A result of `compute` or a list of them; the present value when None.
+            ax: Matplotlib axes to draw into.
+
+        Returns:
+            The figure and its axes.
+        """
+        return self._plot(val, ax)
