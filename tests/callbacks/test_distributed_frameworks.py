@@ -138,10 +138,9 @@ def main(folder: Path) -> None:
 def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("torchrun")
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    ran = subprocess.run(
-        [*torchrun, "--standalone", __file__, str(folder)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*torchrun, "--standalone", __file__, str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-6000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
