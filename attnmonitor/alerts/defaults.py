@@ -6,8 +6,8 @@ the second alone is loud where all are quiet. And whatever hits all heads alike 
 about the run look at quantiles over all heads, against a short past: at once means within a few samples.
 
 The levels were chosen on the development runs of ``benchmarks/detection`` and reported once on others; the margins
-and what stays undetected are in ``docs/alerts.md``. Nothing here looks at entropy, energy rank, sink mass or a largest
-logit: healthy heads reach the extremes of all of them.
+and what stays undetected are in ``docs/alert-evaluation.md``. Nothing here looks at entropy, energy rank, sink mass or
+a largest logit: healthy heads reach the extremes of all of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The proof of the alerts: short runs in which it is known what broke, where and when.
 
-    python -m benchmarks.detection --set report --docs docs/alerts.md
+    python -m benchmarks.detection --set report --docs docs/alert-evaluation.md
 
 records the runs of a set once into a cache (about twenty minutes of one core; later runs take fewer), replays the
 default rules over them, does the same for what people use today, and writes the tables, one picture per kind of fault

