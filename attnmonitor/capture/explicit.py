@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
 from attnmonitor.capture.verify import Attention, Step
-from attnmonitor.parallel.threads import open_here, opened_here
+from attnmonitor.parallel.threads import pushed, thread_stack
 
 __all__ = ["capture", "listening"]
 
@@ -35,7 +35,7 @@ _listeners: dict[int, list[Listener]] = {}
 
 def listening(listener: Listener) -> AbstractContextManager[None]:
     """Send this thread's explicit calls to ``listener`` while the context is open."""
-    return opened_here(_listeners, listener)
+    return pushed(_listeners, listener)
 
 
 def capture(
@@ -67,7 +67,7 @@ def capture(
     Raises:
         ValueError: query or key are not 4-dimensional, or their sizes do not fit.
     """
-    if not _listeners or not open_here(_listeners):
+    if not _listeners or not thread_stack(_listeners):
         return
     if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
         raise ValueError(
@@ -82,4 +82,4 @@ def capture(
         attention.affine.append(Step(hide_future))
     if value is not None:
         attention.after.append(attend(value))
-    open_here(_listeners)[-1].take_explicit(module, attention, output if value is not None else None)
+    thread_stack(_listeners)[-1].take_explicit(module, attention, output if value is not None else None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
 from attnmonitor.capture.verify import Attention, Step
-from attnmonitor.parallel.threads import ProcessWide, open_here, opened_here
+from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
 __all__ = ["kernels_in_sight", "read_interface_call"]
 
@@ -37,7 +37,7 @@ def kernels_in_sight(watch: Callable[..., Any]) -> Iterator[None]:
     if _table() is None:
         yield
         return
-    with opened_here(_watching, watch), _lookups_in_sight():
+    with pushed(_watching, watch), _lookups_in_sight():
         yield
 
 
@@ -45,7 +45,7 @@ def _table() -> Any:
     return getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
 
 
-@ProcessWide
+@ProcessSetting
 @contextmanager
 def _lookups_in_sight() -> Iterator[None]:
     """Have the table hand out kernels that ask who watches."""
@@ -58,7 +58,7 @@ def _lookups_in_sight() -> Iterator[None]:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             run = kernel
-            for watch in open_here(_watching):
+            for watch in thread_stack(_watching):
                 run = partial(watch, run)
             return run(*args, **kwargs)
 

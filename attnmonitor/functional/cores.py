@@ -29,7 +29,7 @@ from attnmonitor.functional.key_basis import KeyBasis, KeyGram, key_basis
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.ranks import spread_over_positions
-from attnmonitor.parallel.workers import on_own_cores, pieces
+from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
 __all__ = ["FieldCores", "HeadCores", "energy_shares", "field_cores", "head_cores"]
 
@@ -151,7 +151,7 @@ def head_cores(
         return HeadCores(energy, basis.eigenvalues, *_per_position(energy.core, basis, wanted))
 
     with full_precision(key.device):
-        return _joined(on_own_cores(of, pieces(len(key), queries.shape.numel() * key.shape[-1], key.device)))
+        return _joined(map_on_cores(of, split_for_cores(len(key), queries.shape.numel() * key.shape[-1], key.device)))
 
 
 def _joined(parts: Sequence[HeadCores]) -> HeadCores:

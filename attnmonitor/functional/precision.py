@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from attnmonitor.parallel.threads import ProcessWide
+from attnmonitor.parallel.threads import ProcessSetting
 
 __all__ = ["full_precision", "gram_of", "position_blocks"]
 
@@ -29,7 +29,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-@ProcessWide
+@ProcessSetting
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnmonitor.functional.cores import FieldCores, HeadCores
 from attnmonitor.functional.ranks import effective_rank, participation_ratio
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
-from attnmonitor.parallel.workers import on_own_cores, pieces
+from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
 __all__ = ["HeadStatistics", "head_statistics"]
 
@@ -76,8 +76,8 @@ def head_statistics(
         return found
 
     cubes = sum(layer.fields.core.numel() * layer.fields.core.shape[-1] for layer in cores)
-    parts = pieces(len(batches), cubes, cores[0].fields.core.device)
-    found = dict(each for part in on_own_cores(of, parts) for each in part)
+    parts = split_for_cores(len(batches), cubes, cores[0].fields.core.device)
+    found = dict(each for part in map_on_cores(of, parts) for each in part)
     return [found[index] for index in range(len(cores))]
 
 

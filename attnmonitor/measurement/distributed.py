@@ -20,18 +20,18 @@ from torch import Tensor, distributed, nn
 from attnmonitor.capture.modules import own_name
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.probe import Probe
-from attnmonitor.measurement.quiet import own_surroundings
+from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.collectives import Collective, Collectives, keep
+from attnmonitor.parallel.collectives import Collective, CollectiveRecorder, run_with_zeros
 from attnmonitor.parallel.head_slices import HeadSlice, head_slice
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["SharedMeasurement"]
+__all__ = ["DistributedMeasurement"]
 
 _REASON_LENGTH = 300  # characters of a reason that are sent to the other processes
 
 
-class SharedMeasurement(Measurement):
+class DistributedMeasurement(Measurement):
     """A `Measurement` that all processes of a sharded model take together; all of them are told the same.
 
     Args:
@@ -58,7 +58,7 @@ class SharedMeasurement(Measurement):
             ValueError: As for one process; or processes that share a layer's heads have different probes.
         """
         self._own.attach()
-        with _inside_forwards(self._model, self._find_slice), Collectives() as whole:
+        with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
         self._due[self._probe] = whole.calls
         self._try_half()
@@ -76,7 +76,7 @@ class SharedMeasurement(Measurement):
         """Note the collectives of half of the probe; none has a half where one has none, or the model rejects one."""
         all_can = all(_gather(self._half is not None))
         if self._half is not None and all_can:
-            with Collectives() as half, suppress(Exception):
+            with CollectiveRecorder() as half, suppress(Exception):
                 self._own._attempt(self._half, False)
                 self._due[self._half] = half.calls
             all_can = all(_gather(self._half in self._due))
@@ -91,7 +91,7 @@ class SharedMeasurement(Measurement):
             RuntimeError: It failed on another process.
         """
         outcome: Measured | Exception
-        with Collectives() as done:
+        with CollectiveRecorder() as done:
             try:
                 outcome = self._own._attempt(probe, with_weights)
             except Exception as error:
@@ -99,7 +99,7 @@ class SharedMeasurement(Measurement):
         if isinstance(outcome, Exception):
             if isinstance(outcome, torch.OutOfMemoryError):
                 _let_go(outcome)
-            keep(self._due[probe][len(done.calls) :])
+            run_with_zeros(self._due[probe][len(done.calls) :])
         told = _gather(_Told.of(outcome))
         try:
             if isinstance(outcome, Exception) or any(each.failure for each in told):
@@ -135,7 +135,7 @@ class SharedMeasurement(Measurement):
             for table in (measured.values, measured.spread)
         )
         diagnostics = dict(measured.diagnostics)
-        with own_surroundings():
+        with default_torch_state():
             for group in self._groups():
                 names = [name for name, each in self._slices.items() if each.group is group]
                 mine = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.measurement.probe import Probe
-from attnmonitor.measurement.quiet import own_surroundings, quiet
+from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import LearnedSide
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
@@ -133,7 +133,7 @@ class Measurement:
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
             )
-        with own_surroundings():
+        with default_torch_state():
             measured = self._on_host(forward)
         self.layers = measured.coverage
         if self._weight_metrics:
@@ -160,14 +160,14 @@ class Measurement:
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
         forward = self._forward(probe)
-        with own_surroundings():
+        with default_torch_state():
             measured = self._on_host(forward)
         if self._learned is None or not with_weights:
             return measured
         return self._with_weights(measured, self._learned)
 
     def _with_weights(self, measured: Measured, learned: LearnedSide) -> Measured:
-        with own_surroundings():
+        with default_torch_state():
             values = learned.take(measured.values.get("energy_effective_rank"))
             unvarying = {
                 metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
@@ -178,7 +178,7 @@ class Measurement:
     def nothing(self, reason: str) -> Measured:
         """Return what a measurement that failed as a whole says: NaN for every head."""
         # Nothing here that a measurement does: what broke it would break this as well.
-        with own_surroundings():
+        with default_torch_state():
             unknown = self._table("mean", {}, ())
         coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
         return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
@@ -189,7 +189,7 @@ class Measurement:
         with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
             probe.run(self._model)
         reduction.troubles = {**report.missed, **reduction.troubles}
-        with own_surroundings():
+        with default_torch_state():
             reduction.finish()
         return reduction
 

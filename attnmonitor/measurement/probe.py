@@ -3,7 +3,7 @@
 A head's numbers can be compared over training only if the text is the same, so the batch is fixed and carries a
 fingerprint. And a run may be watched only if watching leaves no trace, so the forward happens inside `quiet`, which
 puts back everything a forward can move: random number generators, per-module train flags, buffers, grad mode, the
-autocast cache and the compile stance. What is computed from it afterwards happens in `own_surroundings`.
+autocast cache and the compile stance. What is computed from it afterwards happens in `default_torch_state`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attnmonitor.measurement.quiet import _kept_random_state
+from attnmonitor.measurement.quiet import restored_random_state
 from attnmonitor.parallel.fsdp import through_wrapper
 
 __all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "unwrap"]
@@ -213,7 +213,7 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
     else:
         order = {"sampler": loader.sampler, "batch_size": None}
     plain: DataLoader[Any] = DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
-    with _kept_random_state():
+    with restored_random_state():
         try:
             return next(iter(plain))
         except StopIteration:

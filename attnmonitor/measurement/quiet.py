@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.parallel.fsdp import kept_shards
+from attnmonitor.parallel.fsdp import restored_shards
 from attnmonitor.parallel.sharding import is_sharded
-from attnmonitor.parallel.threads import ProcessWide
+from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["own_surroundings", "quiet"]
+__all__ = ["default_torch_state", "quiet", "restored_random_state"]
 
 
 @contextmanager
@@ -30,25 +30,25 @@ def quiet(model: nn.Module) -> Iterator[None]:
     ``inference_mode`` breaks the next training step.
     """
     with ExitStack() as restore:
-        restore.enter_context(_kept_random_state())
+        restore.enter_context(restored_random_state())
         restore.enter_context(_kept_modules(model))
         if is_sharded(model):
-            restore.enter_context(kept_shards(model))
+            restore.enter_context(restored_shards(model))
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
         # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
         if "torch._dynamo" in sys.modules:
-            restore.enter_context(_nothing_compiled())
+            restore.enter_context(_eager_mode())
         model.eval()
         yield
 
 
-_nothing_compiled = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+_eager_mode = ProcessSetting(lambda: torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager
-def own_surroundings() -> Iterator[None]:
+def default_torch_state() -> Iterator[None]:
     """Compute as in a fresh process, whatever default device or inference mode the caller has switched on.
 
     Tensors kept from one sample to the next would otherwise be on that device, or be of the kind that cannot be
@@ -59,7 +59,7 @@ def own_surroundings() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
+def restored_random_state() -> Iterator[None]:
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     python_state = random.getstate()

@@ -27,7 +27,7 @@ from attnmonitor.functional import (
 )
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.workers import on_own_cores, pieces
+from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction"]
@@ -133,7 +133,7 @@ class Reduction:
             return dict(zip(cores, head_statistics(list(cores.values()), target_rank=target_ranks), strict=True))
 
         multiplications = sum(layer.multiplications for _, layer in waiting)
-        for found in on_own_cores(of, pieces(len(waiting), multiplications, waiting[0][1].device)):
+        for found in map_on_cores(of, split_for_cores(len(waiting), multiplications, waiting[0][1].device)):
             self.statistics.update(found)
 
     @contextmanager

@@ -24,9 +24,9 @@ from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, log_events
 from attnmonitor.alerts.actions import Action, calls_of, check_actions, requests_of
 from attnmonitor.loggers import SampleLogger, as_logger
 from attnmonitor.measurement import Measurement
-from attnmonitor.measurement.distributed import SharedMeasurement
+from attnmonitor.measurement.distributed import DistributedMeasurement
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe, unwrap
-from attnmonitor.measurement.quiet import own_surroundings
+from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.schedules import Schedule, as_schedule
@@ -137,7 +137,7 @@ class AttentionMonitor:
         self._weights_every = weights_every
         self._num_samples = 0
         self._num_cleared = self._num_failed = 0
-        with own_surroundings():
+        with default_torch_state():
             self._alerts = _alerts(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
@@ -147,7 +147,7 @@ class AttentionMonitor:
         self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
         shares_forward = is_sharded(self.model)
         self._measures = self._is_main or shares_forward
-        measurement = SharedMeasurement if shares_forward else Measurement
+        measurement = DistributedMeasurement if shares_forward else Measurement
         self._measurement = measurement(self.model, self._probe, self._metrics, strict=strict)
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
         if not self._is_main:
@@ -233,7 +233,7 @@ class AttentionMonitor:
         if not self._is_main:
             return Sample(global_step, values={}, failure=failure, name=self.name)
         events: list[AlertEvent] = []
-        with self._failures.contained("alerts"), own_surroundings():
+        with self._failures.contained("alerts"), default_torch_state():
             events = self._alerts.observe(measured.trusted_values(), global_step)
         self._num_cleared += sum(event.state == "cleared" for event in events)
         self._num_failed += failure is not None
@@ -346,7 +346,7 @@ class AttentionMonitor:
         if changed:
             self._failures.tell(f"{'; '.join(changed)}: history and alert baselines begin anew")
             return
-        with own_surroundings():
+        with default_torch_state():
             self.history.load_state_dict(state["history"])
             self._alerts.load_state_dict(state["alerts"])
 
@@ -388,7 +388,7 @@ class AttentionMonitor:
         return Sample(global_step, values={}, name=self.name)
 
     def _hand_out(self, sample: Sample) -> None:
-        with own_surroundings():
+        with default_torch_state():
             self.history.append(sample)
         with self._failures.contained("record"):
             if self._record is None and self._record_path is not None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from attnmonitor.parallel.sharding import dtensor_class
 
-__all__ = ["Collective", "Collectives", "keep"]
+__all__ = ["Collective", "CollectiveRecorder", "run_with_zeros"]
 
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
@@ -37,13 +37,13 @@ class _Blank:
 Collective = tuple[Any, Any, Any]  # operation, arguments, keyword arguments; tensors left blank
 
 
-class Collectives(TorchDispatchMode):
+class CollectiveRecorder(TorchDispatchMode):
     """Notes every collective that this process starts while the context is open.
 
     One that fails has not been started: on a GPU it is memory for its outcome that is short.
 
     Attributes:
-        calls: What `keep` takes, in order.
+        calls: What `run_with_zeros` takes, in order.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Collectives(TorchDispatchMode):
         return result
 
 
-def keep(calls: Sequence[Collective]) -> None:
+def run_with_zeros(calls: Sequence[Collective]) -> None:
     """Take part in these collectives with zeros, so that nobody waits; what comes of it is good for nothing."""
     for func, args, kwargs in calls:
         args, kwargs = tree_map_only(_Blank, _Blank.filled, (args, kwargs))

@@ -10,7 +10,7 @@ from torch import nn
 
 from attnmonitor.parallel.sharding import loaded_class
 
-__all__ = ["kept_shards", "through_wrapper"]
+__all__ = ["restored_shards", "through_wrapper"]
 
 
 def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> None:
@@ -39,7 +39,7 @@ def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> No
 
 
 @contextmanager
-def kept_shards(model: nn.Module) -> Iterator[None]:
+def restored_shards(model: nn.Module) -> Iterator[None]:
     """Free what FSDP gathers for forwards in the context, and have it forget them, also one that broke off.
 
     The root stays gathered after a forward without gradients, and an optimizer step would go past it. FSDP also notes

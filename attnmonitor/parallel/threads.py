@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
-__all__ = ["ProcessWide", "open_here", "opened_here"]
+__all__ = ["ProcessSetting", "pushed", "thread_stack"]
 
 
-class ProcessWide:
+class ProcessSetting:
     """A change of one such setting; called, a context in which it is changed.
 
     Args:
@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def opened_here(opened: dict[int, list[T]], item: T) -> Iterator[None]:
+def pushed(opened: dict[int, list[T]], item: T) -> Iterator[None]:
     """Have ``item`` among what this thread has open, the innermost last."""
     own = opened.setdefault(threading.get_ident(), [])
     own.append(item)
@@ -69,6 +69,6 @@ def opened_here(opened: dict[int, list[T]], item: T) -> Iterator[None]:
             del opened[threading.get_ident()]
 
 
-def open_here(opened: dict[int, list[T]]) -> list[T]:
+def thread_stack(opened: dict[int, list[T]]) -> list[T]:
     """What this thread has open."""
     return opened.get(threading.get_ident(), [])

@@ -14,16 +14,16 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["on_own_cores", "pieces"]
+__all__ = ["map_on_cores", "split_for_cores"]
 
-WORTH_A_THREAD = 2**22
+MIN_WORK_PER_THREAD = 2**22
 """Multiplications below which a piece does not repay the tenth of a millisecond that its thread takes to start."""
 
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
 
 
-def pieces(count: int, multiplications: int, device: torch.device) -> list[slice]:
+def split_for_cores(count: int, multiplications: int, device: torch.device) -> list[slice]:
     """Cut ``count`` independent items into one piece per core; into one piece elsewhere, or if there is little to do.
 
     Args:
@@ -31,12 +31,12 @@ def pieces(count: int, multiplications: int, device: torch.device) -> list[slice
         multiplications: What they take together.
         device: Where their tensors are.
     """
-    cores = min(torch.get_num_threads(), count, multiplications // WORTH_A_THREAD) if device.type == "cpu" else 1
+    cores = min(torch.get_num_threads(), count, multiplications // MIN_WORK_PER_THREAD) if device.type == "cpu" else 1
     size = -(-count // max(cores, 1))
     return [slice(start, start + size) for start in range(0, count, max(size, 1))] or [slice(0, 0)]
 
 
-def on_own_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
+def map_on_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
     """Do ``work`` on every piece, as many at a time as torch may use threads, and return the results in order.
 
     The threads end with the call: a pool that outlived it would be dead, and hang, in a process forked later.

@@ -26,7 +26,7 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
-from attnmonitor.parallel.workers import on_own_cores, pieces
+from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 from benchmarks.smollm2 import load_smollm2
 
 DEFAULT_STEPS_BETWEEN_SAMPLES = 100
@@ -94,8 +94,8 @@ def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
             torch.linalg.eigvalsh(cores)
 
     multiplications = sum(matrices.numel() * matrices.shape[-1] for pair in problems for matrices in pair)
-    parts = pieces(len(problems), multiplications, torch.device("cpu"))
-    return lambda: on_own_cores(solve, parts)
+    parts = split_for_cores(len(problems), multiplications, torch.device("cpu"))
+    return lambda: map_on_cores(solve, parts)
 
 
 def share_of_training(repeats: int) -> dict[str, float]:

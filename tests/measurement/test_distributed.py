@@ -18,7 +18,7 @@ from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.measurement.quiet import quiet
 from attnmonitor.messages import AttentionMonitorWarning
-from attnmonitor.parallel.collectives import Collectives
+from attnmonitor.parallel.collectives import CollectiveRecorder
 from attnmonitor.record import RunRecord
 
 # FSDP2 of torch 2.6 runs on GPUs only: it has a CPU's stream record events, which that torch's cannot.
@@ -75,10 +75,10 @@ def _own_collectives(rank: int, how: str) -> int:
     tell(f"own collectives, {how}")
     model = spread(TinyGPT(), how)
     monitor = AttentionMonitor(model, token_batch(), record=None, strict=True)
-    with Collectives() as forward, quiet(monitor.model):
+    with CollectiveRecorder() as forward, quiet(monitor.model):
         if how != "ddp" or rank == 0:
             model(token_batch()) if how != "ddp" else monitor.model(token_batch())
-    with Collectives() as sample:
+    with CollectiveRecorder() as sample:
         monitor.sample(0)
     return len(sample.calls) - len(forward.calls)
 

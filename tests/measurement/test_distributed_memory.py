@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.messages import AttentionMonitorWarning
-from attnmonitor.parallel.collectives import Collectives, keep
+from attnmonitor.parallel.collectives import CollectiveRecorder, run_with_zeros
 
 NUM_STEPS, SHORT = 4, (1, 2)  # memory is short in the samples at these steps
 ENOUGH = 1000
@@ -176,7 +176,7 @@ def _what_is_kept(rank: int, error: type[Exception]) -> dict[str, Any]:
 
     def looking(calls: Any) -> None:
         there.append(memory.kept() is not None)
-        keep(calls)
+        run_with_zeros(calls)
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", AttentionMonitorWarning)
@@ -208,7 +208,7 @@ def _while_unpacking(rank: int) -> dict[str, Any]:
 
         def keeping(calls: Any, memory: Memory = memory) -> None:
             memory.room = ENOUGH  # the broken forward is gone
-            keep(calls)
+            run_with_zeros(calls)
 
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore", AttentionMonitorWarning)
@@ -331,7 +331,7 @@ def test_weights_that_were_gathered_and_not_unpacked_are_gathered_anew(processes
 def test_a_collective_that_failed_to_begin_is_still_owed(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
     try:
-        with Collectives() as done:
+        with CollectiveRecorder() as done:
             dist.all_reduce(torch.ones(2))
             with pytest.raises(RuntimeError, match="nobody"):
                 torch.ops._c10d_functional.all_reduce(torch.ones(2), "sum", "nobody")

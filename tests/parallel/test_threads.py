@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attnmonitor.functional.precision import _no_tf32
-from attnmonitor.parallel.threads import ProcessWide
+from attnmonitor.parallel.threads import ProcessSetting
 
 
 class Setting:
@@ -32,7 +32,7 @@ class Setting:
 
 def test_whoever_leaves_first_it_is_changed_until_the_last_has_left() -> None:
     setting = Setting()
-    changed = ProcessWide(setting.ours)
+    changed = ProcessSetting(setting.ours)
     first, second = changed(), changed()
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
@@ -46,7 +46,7 @@ def test_whoever_leaves_first_it_is_changed_until_the_last_has_left() -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_inside_or_in_the_change_itself_leaves_nobody_inside(error: type[BaseException]) -> None:
     setting = Setting()
-    changed = ProcessWide(setting.ours)
+    changed = ProcessSetting(setting.ours)
     with suppress(error), changed(), changed():
         raise error
     assert setting.value == "the user's"
@@ -56,7 +56,7 @@ def test_an_error_inside_or_in_the_change_itself_leaves_nobody_inside(error: typ
         raise error
         yield
 
-    never = ProcessWide(refused)
+    never = ProcessSetting(refused)
     for _ in range(2):
         with pytest.raises(error), never():
             pass
@@ -79,7 +79,7 @@ def test_products_stay_in_full_precision_until_the_last_measurement_is_over() ->
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_is_inside_has_the_users_setting_and_can_change_it() -> None:
     setting = Setting()
-    changed = ProcessWide(setting.ours)
+    changed = ProcessSetting(setting.ours)
     begun, may_end = threading.Event(), threading.Event()
 
     def inside() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics, query_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from attnmonitor.parallel.workers import WORTH_A_THREAD, on_own_cores, pieces
+from attnmonitor.parallel.workers import MIN_WORK_PER_THREAD, map_on_cores, split_for_cores
 
 CPU = torch.device("cpu")
 
@@ -26,16 +26,16 @@ def three_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 100])
 def test_pieces_are_every_item_once_in_order_and_no_more_than_there_are_cores(count: int) -> None:
-    cut = pieces(count, 100 * WORTH_A_THREAD, CPU)
+    cut = split_for_cores(count, 100 * MIN_WORK_PER_THREAD, CPU)
     assert [item for part in cut for item in range(count)[part]] == list(range(count))
     assert 1 <= len(cut) <= 3
 
 
 def test_little_work_and_work_elsewhere_stay_in_one_piece() -> None:
-    assert pieces(0, 0, CPU) == [slice(0, 0)]
-    assert pieces(4, 2 * WORTH_A_THREAD - 1, CPU) == [slice(0, 4)]
-    assert pieces(4, 2 * WORTH_A_THREAD, CPU) == [slice(0, 2), slice(2, 4)]
-    assert pieces(4, 100 * WORTH_A_THREAD, torch.device("cuda")) == [slice(0, 4)]
+    assert split_for_cores(0, 0, CPU) == [slice(0, 0)]
+    assert split_for_cores(4, 2 * MIN_WORK_PER_THREAD - 1, CPU) == [slice(0, 4)]
+    assert split_for_cores(4, 2 * MIN_WORK_PER_THREAD, CPU) == [slice(0, 2), slice(2, 4)]
+    assert split_for_cores(4, 100 * MIN_WORK_PER_THREAD, torch.device("cuda")) == [slice(0, 4)]
 
 
 def test_results_come_in_order_from_threads_of_one_core_and_under_the_callers_grad_mode() -> None:
@@ -43,33 +43,33 @@ def test_results_come_in_order_from_threads_of_one_core_and_under_the_callers_gr
         return piece, torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name == "MainThread"
 
     with torch.no_grad():
-        assert on_own_cores(work, range(5)) == [(piece, 1, False, False) for piece in range(5)]
-    assert on_own_cores(work, range(5)) == [(piece, 1, True, False) for piece in range(5)]
+        assert map_on_cores(work, range(5)) == [(piece, 1, False, False) for piece in range(5)]
+    assert map_on_cores(work, range(5)) == [(piece, 1, True, False) for piece in range(5)]
 
 
 def test_two_cores_work_at_the_same_time() -> None:
     torch.set_num_threads(2)
     both = threading.Barrier(2, timeout=30)
-    assert sorted(on_own_cores(lambda _: both.wait(), range(2))) == [0, 1]
+    assert sorted(map_on_cores(lambda _: both.wait(), range(2))) == [0, 1]
 
 
 def test_one_piece_runs_where_it_was_asked_for() -> None:
-    assert on_own_cores(lambda _: (torch.get_num_threads(), threading.get_ident()), [0]) == [(3, threading.get_ident())]
+    assert map_on_cores(lambda _: (torch.get_num_threads(), threading.get_ident()), [0]) == [(3, threading.get_ident())]
 
 
 def test_an_error_in_a_piece_is_the_callers_and_the_threads_are_given_back() -> None:
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
-        on_own_cores(lambda piece: 1 / piece, [1, 0, 1])
+        map_on_cores(lambda piece: 1 / piece, [1, 0, 1])
     assert torch.get_num_threads() == 3
     assert threading.active_count() == before
 
 
 def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:
-    on_own_cores(lambda piece: piece, range(3))
+    map_on_cores(lambda piece: piece, range(3))
     child = os.fork()
     if not child:  # no torch operation here: its own threads do not survive a fork
-        os._exit(0 if on_own_cores(lambda piece: piece, range(3)) == [0, 1, 2] else 1)
+        os._exit(0 if map_on_cores(lambda piece: piece, range(3)) == [0, 1, 2] else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -87,7 +87,7 @@ def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(
         cores = head_cores(query_gram(query, mask), key, scale=0.125, key_mask=mask, metrics=DEFAULT_METRICS)
         return cores, head_statistics([cores] * 4)[-1]
 
-    assert len(pieces(num_sequences, query.numel() * 64, CPU)) == num_pieces, "too little work to be cut"
+    assert len(split_for_cores(num_sequences, query.numel() * 64, CPU)) == num_pieces, "too little work to be cut"
     cores, statistics = measured()
     torch.set_num_threads(1)
     expected_cores, expected = measured()
