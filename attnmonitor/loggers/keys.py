@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import Sample
-from attnmonitor.summary.outliers import outstanding_heads
+from attnmonitor.summary.outliers import outlier_heads
 
 __all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", "summary_scalars"]
 
@@ -125,7 +125,7 @@ class HeadScalars:
         """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""
         chosen = self._chosen.setdefault(metric, set())
         if not self.every_head and len(chosen) < self._allowed_heads:
-            for outstanding in outstanding_heads(layers, metric, self._allowed_heads):
+            for outstanding in outlier_heads(layers, metric, self._allowed_heads):
                 if len(chosen) < self._allowed_heads:
                     chosen.add((outstanding.layer, outstanding.head))
         return chosen

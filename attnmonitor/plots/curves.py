@@ -21,8 +21,8 @@ from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_
 from attnmonitor.plots.style import figure_of, new_axes, settle_the_ordinate, strip, title
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
 from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.outliers import outstanding_heads
-from attnmonitor.summary.style import ALARM_COLOUR, BAND_COLOUR, CROWD_COLOUR, HEAD_COLOURS
+from attnmonitor.summary.outliers import outlier_heads
+from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, HEAD_COLORS, OTHER_HEADS_COLOR
 
 __all__ = ["bands", "measured_samples", "trajectories"]
 
@@ -59,7 +59,7 @@ def trajectories(
     num_curves = sum(curves.shape[1] for curves in values.values())
     for curves in values.values():
         points = np.stack(np.broadcast_arrays(steps[:, None], curves), axis=-1)  # (num_samples, num_heads, 2)
-        lines = LineCollection(list(points.swapaxes(0, 1)), colors=CROWD_COLOUR, linewidths=0.6, rasterized=True)
+        lines = LineCollection(list(points.swapaxes(0, 1)), colors=OTHER_HEADS_COLOR, linewidths=0.6, rasterized=True)
         lines.set_alpha(max(0.12, min(0.6, 30 / num_curves)))
         ax.add_collection(lines, autolim=False)
         ax.update_datalim(points.reshape(-1, 2))  # autolim of matplotlib 3.10 takes their logarithms on a log scale
@@ -106,9 +106,9 @@ def bands(
     if values and len(steps):
         heads = np.concatenate(list(values.values()), axis=1)
         least, low, middle, high, most = np.nanquantile(heads, [0, 0.25, 0.5, 0.75, 1], axis=1)
-        ax.fill_between(steps, least, most, color=BAND_COLOUR, alpha=0.13, linewidth=0, label="all heads")
-        ax.fill_between(steps, low, high, color=BAND_COLOUR, alpha=0.32, linewidth=0, label="half of the heads")
-        ax.plot(steps, middle, color=BAND_COLOUR, linewidth=1.8, label="median head")
+        ax.fill_between(steps, least, most, color=BAND_COLOR, alpha=0.13, linewidth=0, label="all heads")
+        ax.fill_between(steps, low, high, color=BAND_COLOR, alpha=0.32, linewidth=0, label="half of the heads")
+        ax.plot(steps, middle, color=BAND_COLOR, linewidth=1.8, label="median head")
         title(ax, metric_title(metric), f"median, quartiles and range of {heads.shape[1]:,} heads")
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
@@ -150,13 +150,13 @@ def _name_heads(
     """Draw heads with alarms and the furthest ones over the crowd, and mark when alarms began and (hollow) ended."""
     alarmed: dict[tuple[str, int], None] = {}
     for event in events:
-        colour = ALARM_COLOUR if event.state == "firing" else "white"
+        colour = ALARM_COLOR if event.state == "firing" else "white"
         ax.plot(
             event.global_step,
             1.0,
             "v",
             markerfacecolor=colour,
-            markeredgecolor=ALARM_COLOUR,
+            markeredgecolor=ALARM_COLOR,
             transform=ax.get_xaxis_transform(),
             clip_on=False,
         )
@@ -166,12 +166,12 @@ def _name_heads(
             alarmed.update({(event.layer, head): None for head in heads if head < num_heads})
     named = list(alarmed)[:num_named]
     last = {layer: heads[-1] for layer, heads in values.items()} if len(steps) else {}
-    for head in outstanding_heads(last, metric or "", num_named + len(alarmed)):
+    for head in outlier_heads(last, metric or "", num_named + len(alarmed)):
         if len(named) < num_named and (head.layer, head.head) not in alarmed:
             named.append((head.layer, head.head))
-    short, colours, ends = short_layer_names(values), itertools.cycle(HEAD_COLOURS), []
+    short, colours, ends = short_layer_names(values), itertools.cycle(HEAD_COLORS), []
     for layer, index in dict.fromkeys([*named, *alarmed]):
-        colour = ALARM_COLOUR if (layer, index) in alarmed else next(colours)
+        colour = ALARM_COLOR if (layer, index) in alarmed else next(colours)
         curve = values[layer][:, index]
         ax.plot(steps, curve, color=colour, linewidth=1.7, solid_capstyle="round")
         if (layer, index) in named and np.isfinite(curve).any():

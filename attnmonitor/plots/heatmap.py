@@ -22,8 +22,8 @@ from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_
 from attnmonitor.plots.style import figure_of, round_values, title
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
 from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.outliers import crowd_range
-from attnmonitor.summary.style import ALARM_COLOUR, FAINT_INK, INK, PAPER_GREY
+from attnmonitor.summary.outliers import range_without_outliers
+from attnmonitor.summary.style import ALARM_COLOR, FAINT_INK, INK, PAPER_GRAY
 
 __all__ = ["heatmap"]
 
@@ -72,7 +72,7 @@ def heatmap(
     grid = "white" if numbered else "none"
     mesh = ax.pcolormesh(shown, cmap="viridis", norm=norm, edgecolors=grid, linewidth=1.0)
     for layer, head in np.argwhere(present & np.isnan(table)):
-        ax.add_patch(Rectangle((head, layer), 1, 1, facecolor=PAPER_GREY, edgecolor="white", hatch="////"))
+        ax.add_patch(Rectangle((head, layer), 1, 1, facecolor=PAPER_GRAY, edgecolor="white", hatch="////"))
     if numbered:
         _write_numbers(ax, table, norm, low)
     _frame_alarms(ax, list(values), metric, events, coverage)
@@ -94,7 +94,7 @@ def _table(values: Mapping[str, ArrayLike]) -> tuple[NDArray[np.float64], NDArra
 
 def _limits(heads: NDArray[np.float64], metric: str | None) -> tuple[float, float]:
     """Ends of the colour scale, never so close that noise between equal heads fills the whole scale."""
-    ends = crowd_range(heads, metric or "", (0.02, 0.98))
+    ends = range_without_outliers(heads, metric or "", (0.02, 0.98))
     if ends is None:
         return 1.0, 2.0
     low, high = ends
@@ -129,7 +129,7 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
         if event.layer in layers:
             row = layers.index(event.layer)
             for head in heads_concerned(event, metric_scope(metric), coverage):
-                for colour, width in (("white", 3.6), (ALARM_COLOUR, 2.0)):
+                for colour, width in (("white", 3.6), (ALARM_COLOR, 2.0)):
                     frame = Rectangle((head, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=4)
                     frame.set_clip_on(False)
                     ax.add_patch(frame)
@@ -143,7 +143,7 @@ def _label_cells(ax: Axes, layers: list[str], num_heads: int, metric: str | None
     rows = sorted({*spaced, *named})
     ax.set_yticks([row + 0.5 for row in rows], [short[layers[row]] for row in rows], fontsize=8)
     for row, label in zip(rows, ax.get_yticklabels(), strict=True):
-        label.set_color(ALARM_COLOUR if layers[row] in alarmed else INK)
+        label.set_color(ALARM_COLOR if layers[row] in alarmed else INK)
         label.set_fontweight("bold" if layers[row] in alarmed else "normal")
     heads = range(0, num_heads, max(1, math.ceil(num_heads / _MOST_TICKS)))
     ax.set_xticks([head + 0.5 for head in heads], [str(head) for head in heads], fontsize=8)

@@ -12,7 +12,7 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.record import RunRecord
-from attnmonitor.summary.style import ALARM_COLOUR, INK
+from attnmonitor.summary.style import ALARM_COLOR, INK
 from attnmonitor.summary.verdict import verdict_of_record
 
 __all__ = ["overview"]
@@ -45,6 +45,6 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
         heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
         bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
     line = verdict_of_record(record)
-    colour = ALARM_COLOUR if firing else INK
+    colour = ALARM_COLOR if firing else INK
     figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=colour)
     return figure

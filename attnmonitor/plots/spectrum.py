@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.plots.style import figure_of, new_axes, strip, title
-from attnmonitor.summary.style import BAND_COLOUR, CROWD_COLOUR, FAINT_INK, HEAD_COLOURS
+from attnmonitor.summary.style import BAND_COLOR, FAINT_INK, HEAD_COLORS, OTHER_HEADS_COLOR
 
 if TYPE_CHECKING:
     from attnmonitor.functional import EnergySpectrum
@@ -45,9 +45,9 @@ def spectrum(
     share = np.divide(np.cumsum(energy, axis=-1), total, out=np.full_like(energy, np.nan), where=total > 0)
     ax = new_axes() if ax is None else ax
     components = np.arange(1, energy.shape[-1] + 1)
-    few = len(share) <= len(HEAD_COLOURS)
+    few = len(share) <= len(HEAD_COLORS)
     for row, curve in enumerate(share):
-        colour = HEAD_COLOURS[row] if few else CROWD_COLOUR
+        colour = HEAD_COLORS[row] if few else OTHER_HEADS_COLOR
         label = (head_names[row] if head_names is not None else f"head {row}") if few else None
         ax.plot(components, curve, color=colour, linewidth=1.6 if few else 0.7, alpha=1 if few else 0.5, label=label)
         if (curve >= fraction).any():
@@ -55,7 +55,7 @@ def spectrum(
             ax.plot(components[rank], curve[rank], "o", color=colour, markersize=5 if few else 2.5)
     if not few:
         middle = np.nanmedian(share, axis=0)
-        ax.plot(components, middle, color=BAND_COLOUR, linewidth=2, label=f"median over {len(share):,} heads")
+        ax.plot(components, middle, color=BAND_COLOR, linewidth=2, label=f"median over {len(share):,} heads")
     ax.axhline(fraction, color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.set(xlabel="components", ylabel="share of the field's energy", ylim=(0, 1.03))
     ax.set_xlim(0.5, max(2.0, 1.2 * _last_of_interest(share)))

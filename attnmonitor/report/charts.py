@@ -25,13 +25,13 @@ from attnmonitor.record.history import History
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.style import (
-    ALARM_COLOUR,
+    ALARM_COLOR,
     AXIS_INK,
-    BAND_COLOUR,
-    CROWD_COLOUR,
+    BAND_COLOR,
     FAINT_INK,
-    HEAD_COLOURS,
+    HEAD_COLORS,
     INK,
+    OTHER_HEADS_COLOR,
     log_ticks,
 )
 
@@ -48,8 +48,8 @@ _MOST_LAYERS = 48  # small charts on one page
 _MOST_SINGLE_CURVES = 320  # of all layers together; a page with more is slow, and large to send
 _QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _RANKS = {
-    "learned rank": ("interaction_effective_rank", HEAD_COLOURS[3]),
-    "energy rank": ("energy_effective_rank", BAND_COLOUR),
+    "learned rank": ("interaction_effective_rank", HEAD_COLORS[3]),
+    "energy rank": ("energy_effective_rank", BAND_COLOR),
 }
 
 
@@ -72,7 +72,7 @@ def model_chart(history: History, sample: Sample, metric: str) -> Chart:
         return {}
     faults = _faults(sample.firing, metric, sample.coverage)
     names = _names(history, metric, heads, faults)
-    traces = [*_bands(steps, curves, BAND_COLOUR), *_null_line(steps, metric, sample.coverage)]
+    traces = [*_bands(steps, curves, BAND_COLOR), *_null_line(steps, metric, sample.coverage)]
     for head, colour in _coloured(heads, curves, metric, faults).items():
         traces.append(_line(names[head], steps, curves[:, heads.index(head)], colour, width=2))
     began = {event.since_step for event in sample.firing if event.since_step is not None and event.layer is not None}
@@ -102,7 +102,7 @@ def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
         at = [place for place, (name, _) in enumerate(heads) if name == layer]
         axes = {"xaxis": f"x{index + 1}", "yaxis": f"y{index + 1}", "showlegend": False}
         if len(heads) > _MOST_SINGLE_CURVES:
-            crowd = _bands(steps, curves[:, at], CROWD_COLOUR)
+            crowd = _bands(steps, curves[:, at], OTHER_HEADS_COLOR)
         else:
             plain = [place for place in at if heads[place] not in coloured]
             crowd = [_crowd([names[heads[place]] for place in plain], steps, curves[:, plain])]
@@ -152,7 +152,7 @@ def _coloured(heads: Sequence[Head], curves: Curves, metric: str, faults: Mappin
     sick = [head for head in order if head in faults][:_MOST_HEADS]
     others = [head for head in order if head not in faults][: _MOST_HEADS - len(sick)]
     # As many as there are colours: two heads in one colour are no heads that can be told apart.
-    return {**dict(zip(others, HEAD_COLOURS, strict=False)), **dict.fromkeys(reversed(sick), ALARM_COLOUR)}
+    return {**dict(zip(others, HEAD_COLORS, strict=False)), **dict.fromkeys(reversed(sick), ALARM_COLOR)}
 
 
 def _movement(curves: Curves, metric: str) -> NDArray[np.float64]:
@@ -215,7 +215,7 @@ def _crowd(names: Sequence[str], steps: Steps, curves: Curves) -> Chart:
         "x": [*steps.tolist(), None] * len(names),
         "y": [number for curve in curves.T for number in (*_short(curve), None)],
         "text": [name for name in names for _ in range(len(steps) + 1)],
-        "line": {"color": CROWD_COLOUR, "width": 0.8},
+        "line": {"color": OTHER_HEADS_COLOR, "width": 0.8},
         "hovertemplate": "%{text}: %{y}<br>step %{x:,}<extra></extra>",
     }
 
@@ -256,7 +256,7 @@ def _null_line(steps: Steps, metric: str, coverage: Mapping[str, LayerCoverage])
 
 def _mark(step: int) -> Chart:
     """A thin upright line where an alarm began that still fires."""
-    line = {"color": ALARM_COLOUR, "width": 1, "dash": "dot"}
+    line = {"color": ALARM_COLOR, "width": 1, "dash": "dot"}
     return {"type": "line", "xref": "x", "yref": "paper", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": line}
 
 
@@ -294,7 +294,7 @@ def _grid(layout: Chart, layers: Sequence[str], alarmed: set[str]) -> Chart:
         for axis, has_labels in (("xaxis", lowest), ("yaxis", leftmost)):
             common = {"matches": axis[0]} if index else {}
             layout[f"{axis}{number}"] = {**first[axis], **common, "showticklabels": has_labels}
-        colour = ALARM_COLOUR if layer in alarmed else INK
+        colour = ALARM_COLOR if layer in alarmed else INK
         layout["annotations"].append(_heading(layer, f"x{number} domain", f"y{number} domain", colour))
     return layout
 

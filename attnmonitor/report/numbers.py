@@ -21,7 +21,7 @@ from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, Scope, heads_concerned
 from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.outliers import crowd_range
+from attnmonitor.summary.outliers import range_without_outliers
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
 
@@ -132,7 +132,7 @@ def _metric_numbers(
         "values": packed(heads[frames]),
         "band_samples": band_samples.tolist(),
         "bands": packed(bands),
-        "limits": crowd_range(heads[frames], name, (0.01, 0.99)),
+        "limits": range_without_outliers(heads[frames], name, (0.01, 0.99)),
     }
 
 

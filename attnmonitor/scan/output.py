@@ -61,7 +61,7 @@ def write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
 def _print_scan(found: Scan) -> None:
     from attnmonitor.summary.names import short_layer_names
-    from attnmonitor.summary.outliers import outstanding_heads
+    from attnmonitor.summary.outliers import outlier_heads
     from attnmonitor.summary.tables import layer_table
 
     measured = [layer for layer in found.coverage.values() if layer.measured]
@@ -74,7 +74,7 @@ def _print_scan(found: Scan) -> None:
     print(layer_table(found.values, coverage=found.coverage, metrics=shown))
     short = short_layer_names(found.coverage)
     for metric in shown:
-        heads = [head for head in outstanding_heads(found.values[metric], metric, 3) if abs(head.distance) >= _FAR]
+        heads = [head for head in outlier_heads(found.values[metric], metric, 3) if abs(head.distance) >= _FAR]
         listed = ", ".join(f"{short[head.layer]} head {head.head} ({head.value:.3g})" for head in heads)
         print(f"unlike the other heads in {metric}: {listed or 'none'}")
     print(_beside_the_published(found))

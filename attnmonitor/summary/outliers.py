@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.metrics.catalog import METRICS
 
-__all__ = ["OutstandingHead", "crowd_range", "outstanding_heads"]
+__all__ = ["OutlierHead", "outlier_heads", "range_without_outliers"]
 
 # Added to the spread of the heads when distances are taken. Where most heads agree (integer ranks do) the spread is 0,
 # and a head that differs by a trifle would be infinitely far: below 10 % nobody needs to look.
@@ -22,7 +22,7 @@ _SPREAD_FLOOR = 0.1
 _FAR_OUT = 4.0  # robust standard deviations
 
 
-class OutstandingHead(NamedTuple):
+class OutlierHead(NamedTuple):
     """A head and how far it is from the others: ``distance`` in robust standard deviations, signed."""
 
     layer: str
@@ -31,7 +31,7 @@ class OutstandingHead(NamedTuple):
     distance: float
 
 
-def outstanding_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[OutstandingHead]:
+def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[OutlierHead]:
     r"""The ``k`` heads that are furthest from the rest of the model, furthest first.
 
     .. math:: z = (x - \operatorname{median} x) \,/\, (1.4826 \operatorname{MAD} x + 0.1 c)
@@ -47,7 +47,7 @@ def outstanding_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> l
 
     Example:
         >>> values = {"h.0": [1.0, 1.1, 0.9, 1.0], "h.1": [1.2, 1.0, 9.0, 0.8]}
-        >>> [(head.layer, head.head) for head in outstanding_heads(values, "energy_rms", 1)]
+        >>> [(head.layer, head.head) for head in outlier_heads(values, "energy_rms", 1)]
         [('h.1', 2)]
     """
     places = [(layer, head) for layer, heads in values.items() for head in range(np.size(np.asarray(heads)))]
@@ -57,11 +57,11 @@ def outstanding_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> l
     distances = robust_distances(flat, metric)
     order = np.argsort(-np.nan_to_num(np.abs(distances), nan=-1.0, posinf=np.inf), kind="stable")
     chosen = [int(at) for at in order[:k] if not np.isnan(distances[at])]
-    return [OutstandingHead(places[at][0], places[at][1], float(flat[at]), float(distances[at])) for at in chosen]
+    return [OutlierHead(places[at][0], places[at][1], float(flat[at]), float(distances[at])) for at in chosen]
 
 
 def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
-    """Distances of `outstanding_heads`, ``(num_heads,)`` in and out."""
+    """Distances of `outlier_heads`, ``(num_heads,)`` in and out."""
     log_scale = metric in METRICS and METRICS[metric].log_scale
     with np.errstate(divide="ignore", invalid="ignore"):  # a dead head: log 0 is as far as can be
         x = np.log(values) if log_scale else values
@@ -73,7 +73,9 @@ def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.flo
     return np.asarray((x - centre) / (1.4826 * mad + _SPREAD_FLOOR * unit))
 
 
-def crowd_range(values: NDArray[np.float64], metric: str, quantiles: tuple[float, float]) -> tuple[float, float] | None:
+def range_without_outliers(
+    values: NDArray[np.float64], metric: str, quantiles: tuple[float, float]
+) -> tuple[float, float] | None:
     """Ends of a scale that belongs to the crowd: quantiles over the heads, without the few that are far out.
 
     Among a dozen heads a quantile is nearly the greatest of them, so one that runs away would paint all others alike.
@@ -88,7 +90,7 @@ def crowd_range(values: NDArray[np.float64], metric: str, quantiles: tuple[float
         The ends, or None where nothing is known.
 
     Example:
-        >>> crowd_range(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]), "energy_rms", (0.0, 1.0))
+        >>> range_without_outliers(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]), "energy_rms", (0.0, 1.0))
         (1.0, 4.0)
     """
     log_scale = metric in METRICS and METRICS[metric].log_scale

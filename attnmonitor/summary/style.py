@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 
 __all__ = [
-    "ALARM_COLOUR",
+    "ALARM_COLOR",
     "AXIS_INK",
-    "BAND_COLOUR",
-    "CROWD_COLOUR",
+    "BAND_COLOR",
     "FAINT_INK",
-    "HEAD_COLOURS",
+    "HEAD_COLORS",
     "INK",
-    "PAPER_GREY",
+    "OTHER_HEADS_COLOR",
+    "PAPER_GRAY",
     "log_ticks",
 ]
 
-ALARM_COLOUR = "#D55E00"
-HEAD_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CROWD_COLOUR = "#8a929c"
-BAND_COLOUR = "#35608d"
-INK, FAINT_INK, AXIS_INK, PAPER_GREY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+ALARM_COLOR = "#D55E00"
+HEAD_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+OTHER_HEADS_COLOR = "#8a929c"
+BAND_COLOR = "#35608d"
+INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
 
 
 def log_ticks(low: float, high: float) -> list[float]:

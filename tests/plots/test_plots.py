@@ -19,7 +19,7 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.summary.style import ALARM_COLOUR
+from attnmonitor.summary.style import ALARM_COLOR
 from attnmonitor.summary.verdict import verdict_of_record
 
 SIZES = {"12 heads": (2, 6, 1), "144 heads": (12, 12, 1), "1024 heads": (32, 32, 4), "uneven": (4, [4, 12, 8, 2], 1)}
@@ -42,7 +42,7 @@ def last(run: RunRecord, metric: str) -> dict[str, np.ndarray]:
 
 def frames(figure: Figure) -> set[tuple[int, int]]:
     patches = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and not p.get_fill()]
-    return {(int(p.get_y()), int(p.get_x())) for p in patches if to_hex(p.get_edgecolor()).upper() == ALARM_COLOUR}
+    return {(int(p.get_y()), int(p.get_x())) for p in patches if to_hex(p.get_edgecolor()).upper() == ALARM_COLOR}
 
 
 def overlaps(figure: Figure, texts: list[mpl.text.Text]) -> list[tuple[str, str]]:
@@ -119,7 +119,7 @@ def test_trajectories_draw_every_head_and_name_few(run: RunRecord) -> None:
     assert sum(len(c.get_segments()) for c in drawn) == sum(c.shape[1] for c in curves.values())
     names = [text for text in ax.texts if text.get_text()]
     assert len(names) == 5
-    assert any(text.get_text().endswith("1 head 5") and text.get_color() == ALARM_COLOUR for text in names)
+    assert any(text.get_text().endswith("1 head 5") and text.get_color() == ALARM_COLOR for text in names)
     figure.canvas.draw()
     heights = sorted(ax.bbox.height * name.xyann[1] for name in names)
     assert np.diff(heights).min() > names[0].get_size() * figure.dpi / 72, "no name covers another"

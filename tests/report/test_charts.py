@@ -18,7 +18,7 @@ from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 from attnmonitor.record.history import History
 from attnmonitor.report.charts import layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
-from attnmonitor.summary.style import ALARM_COLOUR, HEAD_COLOURS
+from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS
 
 BANDS = ["least of all heads", "all heads", "lower quartile", "half of the heads", "median head"]
 
@@ -47,7 +47,7 @@ def test_a_chart_has_the_bands_then_the_heads_that_moved_and_on_top_those_that_f
     assert list(drawn)[:5] == BANDS
     assert set(list(drawn)[-2:]) == {"layers.3 head 4 ▲ key sink", "layers.3 head 5 ▲ key sink"}
     colours = [drawn[name]["line"]["color"] for name in list(drawn)[5:]]
-    assert colours == [*HEAD_COLOURS, ALARM_COLOUR, ALARM_COLOUR], "no two healthy heads in one colour"
+    assert colours == [*HEAD_COLORS, ALARM_COLOR, ALARM_COLOR], "no two healthy heads in one colour"
     assert {shape["x0"] for shape in chart["layout"]["shapes"]} == {event.since_step for event in sample.firing}
     assert list(lines(model_chart(history, sample, "key_incoherence")))[-1] == "layers.3 KV head 2 ▲ key sink"
 

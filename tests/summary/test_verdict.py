@@ -18,7 +18,7 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.outliers import outstanding_heads
+from attnmonitor.summary.outliers import outlier_heads
 from attnmonitor.summary.tables import layer_table, print_layer_table
 from attnmonitor.summary.verdict import verdict, verdict_of_record
 
@@ -39,15 +39,15 @@ positive_heads = st.lists(st.floats(1e-3, 1e3), min_size=8, max_size=40)
 
 @given(positive_heads, st.floats(0.01, 100))
 def test_distances_of_ratio_metrics_do_not_depend_on_the_unit(heads: list[float], unit: float) -> None:
-    found = outstanding_heads({"a": heads}, "energy_rms", 3)
-    scaled = outstanding_heads({"a": [unit * head for head in heads]}, "energy_rms", 3)
+    found = outlier_heads({"a": heads}, "energy_rms", 3)
+    scaled = outlier_heads({"a": [unit * head for head in heads]}, "energy_rms", 3)
     np.testing.assert_allclose([h.distance for h in found], [h.distance for h in scaled], atol=1e-6)
 
 
 @given(positive_heads, st.integers(0, 50))
 def test_the_furthest_come_first_and_no_more_than_asked_for(heads: list[float], k: int) -> None:
     values = {"a": heads[:3], "b": heads[3:]}
-    found = outstanding_heads(values, "key_incoherence", k)
+    found = outlier_heads(values, "key_incoherence", k)
     assert len(found) == min(k, len(heads))
     sizes = [abs(head.distance) for head in found]
     assert sizes == sorted(sizes, reverse=True)
@@ -58,22 +58,22 @@ def test_the_furthest_come_first_and_no_more_than_asked_for(heads: list[float], 
 def test_a_head_far_out_is_found_and_does_not_hide_behind_the_scale_it_makes(metric: str) -> None:
     heads = torch.linspace(0.9, 1.1, 32).reshape(4, 8)
     heads[2, 5] = 40.0
-    found = outstanding_heads({f"layers.{i}": heads[i] for i in range(4)}, metric, 2)
+    found = outlier_heads({f"layers.{i}": heads[i] for i in range(4)}, metric, 2)
     assert (found[0].layer, found[0].head) == ("layers.2", 5)
     assert found[0].distance > 20 * abs(found[1].distance)
 
 
 def test_a_dead_head_stands_out_most_and_an_unmeasured_one_not_at_all() -> None:
-    found = outstanding_heads({"a": torch.tensor([1.0, 2.0, 0.0, math.nan, 1.5])}, "energy_rms", 5)
+    found = outlier_heads({"a": torch.tensor([1.0, 2.0, 0.0, math.nan, 1.5])}, "energy_rms", 5)
     assert found[0].head == 2
     assert found[0].distance == -math.inf
     assert 3 not in [head.head for head in found]
-    assert outstanding_heads({"a": [math.nan]}, "energy_rms", 3) == []
-    assert outstanding_heads({}, "energy_rms", 3) == []
+    assert outlier_heads({"a": [math.nan]}, "energy_rms", 3) == []
+    assert outlier_heads({}, "energy_rms", 3) == []
 
 
 def test_equal_heads_do_not_stand_out_by_a_trifle() -> None:
-    found = outstanding_heads({"a": [8.0] * 20 + [8.01]}, "energy_effective_rank", 1)
+    found = outlier_heads({"a": [8.0] * 20 + [8.01]}, "energy_effective_rank", 1)
     assert abs(found[0].distance) < 0.1
 
 
