@@ -6,7 +6,7 @@ is sent, and `replay` runs rules over a recorded run.
 """
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
-from attnmonitor.alerts.notifications import Notification, digest, log_events
+from attnmonitor.alerts.notifications import Notification, log_events, notifications_of
 from attnmonitor.alerts.replay import replay, replay_text
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
@@ -20,9 +20,9 @@ __all__ = [
     "Notification",
     "Rule",
     "Threshold",
-    "digest",
     "load_rules",
     "log_events",
+    "notifications_of",
     "replay",
     "replay_text",
     "save_rules",

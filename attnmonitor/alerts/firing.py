@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attnmonitor.sample import AlertEvent, LayerCoverage
 
-__all__ = ["by_concern", "still_firing"]
+__all__ = ["most_severe_first", "still_firing"]
 
 
 def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
@@ -21,7 +21,7 @@ def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
     return list(firing.values())
 
 
-def by_concern(
+def most_severe_first(
     firing: Iterable[AlertEvent], coverage: Mapping[str, LayerCoverage] | None = None
 ) -> list[list[AlertEvent]]:
     """Alarms that fire, put together by head, layer or run, in the order in which to look at them.

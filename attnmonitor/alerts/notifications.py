@@ -13,7 +13,7 @@ from typing import Literal
 
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["Notification", "digest", "log_events"]
+__all__ = ["Notification", "log_events", "notifications_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ ADVICE = {
 """Wording per kind of fault; a rule of a kind of its own is told without advice."""
 
 
-def digest(events: Sequence[AlertEvent]) -> list[Notification]:
+def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
     """Return one notification per rule that has events, the run at fault first.
 
     Where the run is found at fault (kind ``"mass"``), the head alarms that begin with the same sample are its symptoms:
@@ -114,7 +114,7 @@ def digest(events: Sequence[AlertEvent]) -> list[Notification]:
 
 def log_events(events: Sequence[AlertEvent]) -> None:
     """Hand each notification to Python's logging, which shows warnings and errors where nobody has set it up."""
-    for notification in digest(events):
+    for notification in notifications_of(events):
         _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", notification.title, notification.text)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from attnmonitor.alerts import digest
+from attnmonitor.alerts import notifications_of
 from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.messages import needed
@@ -89,7 +89,7 @@ class WandbLogger:
             row |= self._drawn(sample, self._num_samples >= self._layers_due)
         self._send(row)
         self._run.summary[f"{key_prefix(sample)}/verdict"] = sample.verdict
-        for notification in digest(sample.events):
+        for notification in notifications_of(sample.events):
             level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[notification.level]
             self._run.alert(title=notification.title, text=notification.text, level=level)
 

@@ -31,7 +31,6 @@ from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.schedules import Schedule, as_schedule
 from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
-from attnmonitor.record import RunRecord
 from attnmonitor.record.history import History
 from attnmonitor.record.writer import RecordWriter
 from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
@@ -392,7 +391,7 @@ class AttentionMonitor:
             self.history.append(sample)
         with self._failures.contained("record"):
             if self._record is None and self._record_path is not None:
-                self._record = RunRecord.create(self._record_path, run=self.describe())
+                self._record = RecordWriter(self._record_path, run=self.describe())
                 self.on_close(self._record.close)
             if self._record is not None:
                 self._record.append(sample)

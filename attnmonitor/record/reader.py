@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.record.schema import BUSY_TIMEOUT_SECONDS, EVENT_COLUMNS, RecordError, check_is_record, damaged_record
-from attnmonitor.record.writer import RecordWriter
 from attnmonitor.sample import AlertEvent, LayerCoverage
 
 if TYPE_CHECKING:
@@ -72,9 +71,10 @@ class RunRecord:
 
     Example:
         >>> import tempfile, torch
+        >>> from attnmonitor.record import RecordWriter, RunRecord
         >>> from attnmonitor.sample import Sample
         >>> path = Path(tempfile.mkdtemp()) / "run.sqlite"
-        >>> with RunRecord.create(path, run={"model": "GPT2", "probe_fingerprint": "1f"}) as record:
+        >>> with RecordWriter(path, run={"model": "GPT2", "probe_fingerprint": "1f"}) as record:
         ...     for step in (0, 100):
         ...         record.append(Sample(step, {"key_incoherence": {"h.0.attn": torch.tensor([1.5, 2.5])}}))
         >>> run = RunRecord.open(path)
@@ -121,20 +121,6 @@ class RunRecord:
             RecordError: The file is damaged, not a run record, or of another schema version.
         """
         return cls(path)
-
-    @staticmethod
-    def create(path: str | Path, *, run: Mapping[str, Any]) -> RecordWriter:
-        """Start a record, or continue the one that is there.
-
-        Args:
-            path: The file; missing parent folders are made.
-            run: Configuration of the run, anything JSON can hold. ``model``, ``model_signature`` and
-                ``probe_fingerprint`` decide whether a record that is there is continued in the same segment.
-
-        Returns:
-            The writer. Its `RecordWriter.path` is another one, with a warning, where the file cannot be continued.
-        """
-        return RecordWriter(path, run)
 
     @property
     def steps(self) -> NDArray[np.int64]:

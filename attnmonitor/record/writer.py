@@ -63,11 +63,13 @@ _MAX_WAITING = 1000
 
 
 class RecordWriter:
-    """Appends samples to one file, and never stands in the way of training.
+    """Appends samples to one file; a failing disk never raises into training.
 
     Args:
-        path: The file; missing parent folders are made, a record that is there is continued.
-        run: Configuration of the run, anything JSON can hold (other values by their ``str``).
+        path: The file; missing parent folders are made, an existing record is continued.
+        run: Configuration of the run, anything JSON can hold (other values by their ``str``). ``model``,
+            ``model_signature`` and ``probe_fingerprint`` decide whether an existing record continues in the same
+            segment.
 
     Attributes:
         path: Where the samples go: another name than asked for where that file cannot be continued.

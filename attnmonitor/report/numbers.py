@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnmonitor.alerts.firing import by_concern, still_firing
+from attnmonitor.alerts.firing import most_severe_first, still_firing
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, Scope, heads_concerned
@@ -152,7 +152,7 @@ def _kv_heads(record: RunRecord, layer: str) -> list[int]:
 
 
 def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
-    for event, *_ in by_concern(still_firing(record.events)):
+    for event, *_ in most_severe_first(still_firing(record.events)):
         if event.layer in layers and event.head is not None:
             told_of = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
             return {

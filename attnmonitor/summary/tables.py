@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from attnmonitor.alerts.firing import by_concern
+from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.verdict import _MOST_NAMED, _kinds_text
@@ -114,7 +114,7 @@ def _table(
         cells = [_range_text(values[name].get(layer)) for name in shown]
         alarms = [
             f"{head_name(events[0], {layer: ''})}: {_kinds_text(events)}".removeprefix(": ").strip()
-            for events in by_concern((event for event in firing if event.layer == layer), coverage)
+            for events in most_severe_first((event for event in firing if event.layer == layer), coverage)
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")

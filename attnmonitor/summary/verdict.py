@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from attnmonitor.alerts.firing import by_concern, still_firing
+from attnmonitor.alerts.firing import most_severe_first, still_firing
 from attnmonitor.record import RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import short_layer_names
@@ -55,7 +55,7 @@ def verdict(
     if missed and not measured:
         return f"nothing measured in {_count(len(missed), 'attention layer')} ({missed[0].layer}: {missed[0].reason})"
     if firing:
-        line = _complaint(by_concern(firing, coverage), short_layer_names(coverage))
+        line = _complaint(most_severe_first(firing, coverage), short_layer_names(coverage))
     else:
         heads = _count(sum(entry.num_query_heads for entry in measured), "head")
         over = f"in {_count(len(measured), 'layer')} watched over {_count(num_samples, 'sample')}"

@@ -20,8 +20,8 @@ from attnmonitor.alerts import (
     FiringShare,
     Rule,
     Threshold,
-    digest,
     load_rules,
+    notifications_of,
     save_rules,
 )
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
@@ -612,7 +612,7 @@ def test_many_heads_at_once_are_the_runs_fault():
     assert any(event.kind == "mass" and event.layer is None for event in events)
     at_onset = [event for event in events if event.global_step == 410]
     assert len(at_onset) == 4
-    [notification] = digest(at_onset)
+    [notification] = notifications_of(at_onset)
     assert (notification.rule, notification.level) == ("mass", "error")
     assert "Head alarms that began with it: 3." in notification.text
 

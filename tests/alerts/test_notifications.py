@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnmonitor.alerts import DEFAULT_RULES, digest
+from attnmonitor.alerts import DEFAULT_RULES, notifications_of
 from attnmonitor.sample import AlertEvent
 
 
@@ -19,7 +19,7 @@ def event(**fields) -> AlertEvent:
 
 def test_one_notification_per_rule_however_many_heads():
     events = [event(head=head, message="energy_rms is 9, was 1") for head in range(30)]
-    [notification] = digest([*events, event(head=31, state="cleared")])
+    [notification] = notifications_of([*events, event(head=31, state="cleared")])
     assert notification.text.count("alarm:") == 8
     assert "... and 22 more" in notification.text
     assert "l query head 0: alarm: energy_rms is 9, was 1, since step 40" in notification.text
@@ -31,19 +31,19 @@ def test_one_notification_per_rule_however_many_heads():
 def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_leaves_out():
     began = [event(head=head, message="m") for head in range(9)]
     over = [event(head=head, message="m", state="cleared") for head in range(10)]
-    [notification] = digest([*began, *over])
+    [notification] = notifications_of([*began, *over])
     lines = notification.text.splitlines()
     assert lines[0] == "step 50, l query head 0: alarm: m, since step 40"
     assert lines[8] == "... and 1 more"
     assert lines[9] == "step 50, l query head 0: recovered: m, since step 40"
     assert lines[17] == "... and 2 more recovered"
     assert [line.split(":")[0] for line in lines[18:]] == ["Usually", "Try"]
-    [short] = digest([*began[:8], *over[:8]])
+    [short] = notifications_of([*began[:8], *over[:8]])
     assert "more" not in short.text.replace("gradient", "")
-    [recovered] = digest(over[:1])
+    [recovered] = notifications_of(over[:1])
     assert recovered.text == "step 50, l query head 0: recovered: m, since step 40"
     assert recovered.level == "info"
-    [own] = digest([event(kind="mine", rule="r", message="m")])
+    [own] = notifications_of([event(kind="mine", rule="r", message="m")])
     assert (own.title, own.text) == ("mine (r)", "step 50, l query head 0: alarm: m, since step 40")
 
 
@@ -58,27 +58,27 @@ def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_l
     ],
 )
 def test_a_line_names_the_head_the_layer_or_the_run(fields, line):
-    assert digest([event(kind="mine", message="m", **fields)])[0].text == line
+    assert notifications_of([event(kind="mine", message="m", **fields)])[0].text == line
 
 
 def test_a_fault_of_the_run_comes_first_and_takes_its_symptoms_in_but_nothing_else():
     mass = event(rule="mass", kind="mass", scope="run", layer=None, head=None)
     symptom, held = event(head=1), event(rule="key_sink", head=2, severity="critical")
     over = event(rule="key_faded", head=3, state="cleared")
-    sent = digest([symptom, held, over, mass])
+    sent = notifications_of([symptom, held, over, mass])
     assert [notification.rule for notification in sent] == ["mass", "key_sink", "key_faded"]
     assert "Head alarms that began with it: 1." in sent[0].text
     # A run at fault in another way, or one that recovers, explains no head.
     for other in (replace(mass, kind="broken_start", rule="broken_start"), replace(mass, state="cleared")):
-        first, second = digest([symptom, other])
+        first, second = notifications_of([symptom, other])
         assert (first.rule, second.rule) == (other.rule, "energy_hot")
         assert "Head alarms" not in first.text
 
 
 @given(st.text(min_size=1, max_size=100), st.sampled_from([*sorted({rule.kind for rule in DEFAULT_RULES}), "x" * 80]))
 def test_titles_are_short_and_the_same_whatever_happened(rule, kind):
-    [first] = digest([event(rule=rule, kind=kind)])
-    [second] = digest([event(rule=rule, kind=kind, head=7, state="cleared", global_step=999)])
+    [first] = notifications_of([event(rule=rule, kind=kind)])
+    [second] = notifications_of([event(rule=rule, kind=kind, head=7, state="cleared", global_step=999)])
     assert len(first.title) < 64
     assert first.title.endswith(f"({rule})") or (len(first.title) == 63 and first.title.endswith("..."))
     assert first.title == second.title
@@ -86,19 +86,19 @@ def test_titles_are_short_and_the_same_whatever_happened(rule, kind):
 
 
 def test_a_title_that_just_fits_is_not_cut():
-    room = 63 - len(digest([event(rule="", kind="other")])[0].title)
+    room = 63 - len(notifications_of([event(rule="", kind="other")])[0].title)
     for spare, cut in ((0, False), (-1, True)):
-        [sent] = digest([event(rule="x" * (room - spare), kind="other")])
+        [sent] = notifications_of([event(rule="x" * (room - spare), kind="other")])
         assert len(sent.title) == 63
         assert sent.title.endswith("...") == cut
 
 
 def test_default_titles_are_all_different():
-    titles = {digest([event(rule=rule.name, kind=rule.kind)])[0].title for rule in DEFAULT_RULES}
+    titles = {notifications_of([event(rule=rule.name, kind=rule.kind)])[0].title for rule in DEFAULT_RULES}
     assert len(titles) == len(DEFAULT_RULES)
 
 
 def test_critical_alarms_and_faults_of_the_run_are_errors():
-    assert digest([event(severity="critical")])[0].level == "error"
-    assert digest([event(scope="run", kind="broken_start", layer=None, head=None)])[0].level == "error"
-    assert digest([]) == []
+    assert notifications_of([event(severity="critical")])[0].level == "error"
+    assert notifications_of([event(scope="run", kind="broken_start", layer=None, head=None)])[0].level == "error"
+    assert notifications_of([]) == []

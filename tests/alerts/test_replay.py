@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, Threshold, replay, replay_text
-from attnmonitor.record import RunRecord
+from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent, Sample
 
 FAINT = Rule(
@@ -18,7 +18,7 @@ FAINT = Rule(
 
 
 def recorded(path, samples: list[tuple[int, dict, str | None]]) -> RunRecord:
-    with RunRecord.create(path, run={"model": "tiny", "probe_fingerprint": "00"}) as record:
+    with RecordWriter(path, run={"model": "tiny", "probe_fingerprint": "00"}) as record:
         for step, values, failure in samples:
             record.append(Sample(step, values, failure=failure))
     return RunRecord.open(path)

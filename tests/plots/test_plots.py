@@ -17,7 +17,7 @@ from synthetic_runs import SyntheticRun
 
 from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
-from attnmonitor.record import RunRecord
+from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent
 from attnmonitor.summary.style import ALARM_COLOR
 from attnmonitor.summary.verdict import verdict_of_record
@@ -30,7 +30,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     num_layers, num_heads, group = SIZES[request.param]
     synthetic = SyntheticRun(num_layers, num_heads, 30, group=group, sick=(1, 5))
     path = tmp_path_factory.mktemp("plots") / "run.sqlite"
-    with RunRecord.create(path, run=synthetic.config) as record:
+    with RecordWriter(path, run=synthetic.config) as record:
         for sample in synthetic.samples():
             record.append(sample)
     return RunRecord.open(path)
@@ -198,7 +198,7 @@ def test_the_overview_leads_with_the_verdict(run: RunRecord, tmp_path: Path) -> 
 
 
 def test_the_overview_of_an_empty_record_says_so(tmp_path: Path) -> None:
-    RunRecord.create(tmp_path / "run.sqlite", run={}).close()
+    RecordWriter(tmp_path / "run.sqlite", run={}).close()
     figure = overview(RunRecord.open(tmp_path / "run.sqlite"))
     assert figure.get_suptitle() == "no sample taken yet"
     figure.canvas.draw()

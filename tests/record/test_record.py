@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_runs import SyntheticRun
 
-from attnmonitor.record import RecordError, RunRecord
+from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 
 RUN = {"model": "GPT2LMHeadModel", "model_signature": "2x4", "probe_fingerprint": "ab12"}
@@ -36,7 +36,7 @@ def one_value(step: int, value: float | None = None, **more: object) -> Sample:
 
 
 def write(path: Path, steps: range, run: dict[str, object] = RUN) -> None:
-    with RunRecord.create(path, run=run) as record:
+    with RecordWriter(path, run=run) as record:
         for step in steps:
             record.append(one_value(step))
 
@@ -44,7 +44,7 @@ def write(path: Path, steps: range, run: dict[str, object] = RUN) -> None:
 def test_a_run_reads_back_as_it_was_sampled(tmp_path: Path) -> None:
     run = SyntheticRun(num_layers=3, num_heads=[4, 8, 6], num_samples=20, sick=(1, 5), group=2)
     samples = list(run.samples())
-    with RunRecord.create(tmp_path / "deep" / "er" / "run.sqlite", run=run.config) as record:
+    with RecordWriter(tmp_path / "deep" / "er" / "run.sqlite", run=run.config) as record:
         for sample in samples:
             record.append(sample)
     read = RunRecord.open(tmp_path / "deep" / "er" / "run.sqlite")
@@ -69,7 +69,7 @@ def test_a_run_reads_back_as_it_was_sampled(tmp_path: Path) -> None:
 @given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_every_float32_survives_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]) -> None:
     path = tmp_path_factory.mktemp("floats") / "run.sqlite"
-    with RunRecord.create(path, run=RUN) as record:
+    with RecordWriter(path, run=RUN) as record:
         for step, row in enumerate(rows):
             record.append(Sample(step, {"key_rms": {"attn": torch.tensor(row)}}))
     np.testing.assert_array_equal(RunRecord.open(path).trajectories("key_rms")["attn"], np.array(rows, np.float32))
@@ -77,7 +77,7 @@ def test_every_float32_survives_bit_for_bit(tmp_path_factory: pytest.TempPathFac
 
 def test_what_was_not_measured_reads_as_nan_and_every_sample_has_its_row(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
-    with RunRecord.create(path, run=RUN) as record:
+    with RecordWriter(path, run=RUN) as record:
         record.append(
             Sample(0, {"key_rms": {"a": torch.ones(2), "b": torch.ones(3)}, "spectral_gap": {"a": torch.ones(2)}})
         )
@@ -102,7 +102,7 @@ def test_events_and_coverage_keep_nan_none_and_tuples(tmp_path: Path) -> None:
         "seen": LayerCoverage("seen", "traced", "cross", 4, 2, 64, 0.125, 1e-6, ("softcap", "bias")),
         "unseen": LayerCoverage("unseen", reason="flash kernel <hidden>"),
     }
-    with RunRecord.create(tmp_path / "run.sqlite", run=RUN) as record:
+    with RecordWriter(tmp_path / "run.sqlite", run=RUN) as record:
         record.append(one_value(5, events=[event], coverage=coverage))
     read = RunRecord.open(tmp_path / "run.sqlite")
     np.testing.assert_equal(asdict(read.events[0]), asdict(event))
@@ -115,7 +115,7 @@ def test_a_resumed_run_appends_and_replaces_what_it_repeats_without_deleting(tmp
     path = tmp_path / "run.sqlite"
     write(path, range(0, 50, 10))
     event = AlertEvent("hot", "logit_blowup", "query_head", "attn", 0, 1.0, 1.0, 30, "firing")
-    with RunRecord.create(path, run=RUN) as record:  # resumed from the checkpoint of step 20
+    with RecordWriter(path, run=RUN) as record:  # resumed from the checkpoint of step 20
         for step in (20, 30):
             record.append(one_value(step, -step, events=[event]))
     read = RunRecord.open(path)
@@ -132,7 +132,7 @@ def test_another_probe_or_model_starts_a_segment_and_says_so(tmp_path: Path) -> 
     path = tmp_path / "run.sqlite"
     write(path, range(0, 30, 10))
     with pytest.warns(UserWarning, match="probe_fingerprint was 'ab12' and is 'cd34'. A new segment begins"):
-        record = RunRecord.create(path, run={**RUN, "probe_fingerprint": "cd34"})
+        record = RecordWriter(path, run={**RUN, "probe_fingerprint": "cd34"})
     record.append(Sample(30, {"energy_rms": {"attn": torch.ones(3)}}))
     record.close()
     read = RunRecord.open(path)
@@ -163,7 +163,7 @@ def start(target: Callable[..., None], *arguments: object) -> tuple[multiprocess
 
 
 def write_for_ever(path: Path, first_step: int, send: Connection) -> None:
-    record = RunRecord.create(path, run=RUN)
+    record = RecordWriter(path, run=RUN)
     for step in itertools.count(first_step):
         layers = {f"layer.{i}": torch.full((64,), float(step)) for i in range(8)}
         record.append(Sample(step, {"key_rms": layers, "query_rms": layers}))
@@ -210,7 +210,7 @@ def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tm
     pipe.recv()
     beside = r"another run is writing this record. This run is recorded in .*run-2\.sqlite"
     with pytest.warns(UserWarning, match=beside):
-        record = RunRecord.create(path, run=RUN)
+        record = RecordWriter(path, run=RUN)
     for step in range(5):
         record.append(one_value(step))
     record.close()
@@ -219,7 +219,7 @@ def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tm
     last = received(pipe)[-1]
     assert RunRecord.open(tmp_path / "run-2.sqlite").steps.tolist() == list(range(5))
     assert RunRecord.open(path).steps.tolist()[: last + 1] == list(range(last + 1))
-    with RunRecord.create(path, run=RUN) as record:  # the writer is dead: its lock is gone with it
+    with RecordWriter(path, run=RUN) as record:  # the writer is dead: its lock is gone with it
         record.append(one_value(10**6))
     assert 10**6 in RunRecord.open(path).steps
 
@@ -227,7 +227,7 @@ def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tm
 def test_closing_or_losing_the_writer_frees_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "run.sqlite", range(2))
     assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
-    record = RunRecord.create(tmp_path / "run.sqlite", run=RUN)
+    record = RecordWriter(tmp_path / "run.sqlite", run=RUN)
     record.append(one_value(2))
     del record  # a user who never closes
     assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
@@ -236,7 +236,7 @@ def test_closing_or_losing_the_writer_frees_the_file_and_leaves_nothing_beside_i
 
 
 def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> None:
-    record = RunRecord.create(tmp_path / "run.sqlite", run=RUN)
+    record = RecordWriter(tmp_path / "run.sqlite", run=RUN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
         child = os.fork()
@@ -245,7 +245,7 @@ def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> N
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     with pytest.warns(UserWarning, match="another run is writing"):
-        RunRecord.create(tmp_path / "run.sqlite", run=RUN).close()
+        RecordWriter(tmp_path / "run.sqlite", run=RUN).close()
     record.append(one_value(0))
     record.close()
     assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0]
@@ -254,7 +254,7 @@ def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> N
 def fill_the_disk(path: Path, send: Connection) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        record = RunRecord.create(path, run=RUN)
+        record = RecordWriter(path, run=RUN)
         for step in range(120):
             if step == 20:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_and_is_retried(tmp_pa
     blocker = tmp_path / "runs"
     blocker.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):
-        record = RunRecord.create(blocker / "run.sqlite", run=RUN)
+        record = RecordWriter(blocker / "run.sqlite", run=RUN)
     for step in range(3):
         record.append(one_value(step))  # a second warning would be an error
     assert record.failed_writes == 4
@@ -297,7 +297,7 @@ def test_what_waits_for_the_disk_is_bounded_and_what_is_given_up_for_it_counted(
     blocker = tmp_path / "runs"
     blocker.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="the latest 1,000 of them"):
-        record = RunRecord.create(blocker / "run.sqlite", run=RUN)
+        record = RecordWriter(blocker / "run.sqlite", run=RUN)
     for step in range(1050):
         record.append(one_value(step))
     assert (len(record.unwritten), record.num_lost) == (1000, 50)
@@ -310,7 +310,7 @@ def test_what_waits_for_the_disk_is_bounded_and_what_is_given_up_for_it_counted(
 
 def test_a_read_only_file_system_is_not_an_error() -> None:
     with pytest.warns(UserWarning, match="cannot be written"):
-        record = RunRecord.create("/proc/attnmonitor/run.sqlite", run=RUN)
+        record = RecordWriter("/proc/attnmonitor/run.sqlite", run=RUN)
     record.append(one_value(0))
     record.close()
     assert len(record.unwritten) == 1
@@ -318,7 +318,7 @@ def test_a_read_only_file_system_is_not_an_error() -> None:
 
 def test_a_file_deleted_under_the_writer_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
-    record = RunRecord.create(path, run=RUN)
+    record = RecordWriter(path, run=RUN)
     record.append(one_value(0))
     path.unlink()
     record.append(one_value(1))
@@ -364,7 +364,7 @@ def test_a_file_that_is_no_good_is_named_kept_and_recorded_beside(tmp_path: Path
         RunRecord.open(path)
     assert str(path) in str(raised.value)
     with pytest.warns(UserWarning, match=f"This run is recorded in .*{name}-2.sqlite instead"):
-        record = RunRecord.create(path, run=RUN)
+        record = RecordWriter(path, run=RUN)
     record.append(one_value(3))
     record.close()
     assert path.read_bytes() == before
@@ -387,7 +387,7 @@ def test_a_folder_of_records_is_answered_with_its_newest(tmp_path: Path) -> None
         os.utime(tmp_path / f"{name}.sqlite", (1e9 - age, 1e9 - age))
     with pytest.raises(FileNotFoundError, match=f"newest in it is {re.escape(str(tmp_path / 'b.sqlite'))}"):
         RunRecord.open(tmp_path)
-    with RunRecord.create(tmp_path / "a.sqlite", run=RUN) as running:
+    with RecordWriter(tmp_path / "a.sqlite", run=RUN) as running:
         running.append(one_value(5))
         os.utime(tmp_path / "a.sqlite", (1e9 - 60, 1e9 - 60))  # what is added is in the log beside it
         with pytest.raises(FileNotFoundError, match=f"newest in it is {re.escape(str(tmp_path / 'a.sqlite'))}"):
@@ -413,7 +413,7 @@ def test_reading_leaves_the_file_alone(tmp_path: Path) -> None:
 def test_a_dataframe_has_one_row_per_head_and_sample(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     run = SyntheticRun(num_layers=2, num_heads=3, num_samples=4, metrics=("energy_rms", "key_rms"))
-    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+    with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for sample in run.samples():
             record.append(sample)
     read = RunRecord.open(tmp_path / "run.sqlite")
@@ -429,7 +429,7 @@ def test_a_7b_class_run_stays_small_and_opens_fast(tmp_path: Path) -> None:
     run = SyntheticRun(num_layers=32, num_heads=32, num_samples=1)
     sample = next(run.samples())
     sample = replace(sample, values=dict(list(sample.values.items())[:metrics]))
-    with RunRecord.create(path, run=run.config) as record:
+    with RecordWriter(path, run=run.config) as record:
         for step in range(2000):
             record.append(replace(sample, global_step=step))
     size_bytes = path.stat().st_size

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from synthetic_runs import SyntheticRun
 
-from attnmonitor.record import RecordError, RunRecord
+from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.report import write_report
 from attnmonitor.report.numbers import alarm_spans, run_numbers
 from attnmonitor.sample import AlertEvent, LayerCoverage
@@ -26,7 +26,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&amp;{}"
 
 
 def written(path: Path, run: SyntheticRun, config: dict[str, Any] | None = None) -> Path:
-    with RunRecord.create(path, run=config or run.config) as record:
+    with RecordWriter(path, run=config or run.config) as record:
         for sample in run.samples():
             record.append(sample)
     return path
@@ -93,7 +93,7 @@ def test_thinning_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_144_head_500_sample_run_stays_under_15_megabytes(tmp_path: Path) -> None:
     run = SyntheticRun(12, 12, 1)
     sample = next(run.samples())
-    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+    with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for step in range(500):
             record.append(replace(sample, global_step=step))
     page = write_report(tmp_path / "run.sqlite")
@@ -106,7 +106,7 @@ def test_a_144_head_500_sample_run_stays_under_15_megabytes(tmp_path: Path) -> N
 def test_everything_said_about_a_run_is_on_the_page(tmp_path: Path) -> None:
     run = SyntheticRun(2, 4, 30, sick=(1, 2))
     path = tmp_path / "run.sqlite"
-    with RunRecord.create(path, run=run.config) as record:
+    with RecordWriter(path, run=run.config) as record:
         for sample in run.samples():
             missed = {"pooler": LayerCoverage("pooler", reason="a kernel nobody can see into")}
             record.append(replace(sample, coverage={**sample.coverage, **missed}))
@@ -122,10 +122,10 @@ def test_everything_said_about_a_run_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_an_empty_record_and_one_of_failures_make_a_page(tmp_path: Path) -> None:
-    RunRecord.create(tmp_path / "empty.sqlite", run={}).close()
+    RecordWriter(tmp_path / "empty.sqlite", run={}).close()
     assert "no sample taken yet" in write_report(tmp_path / "empty.sqlite").read_text()
     sample = next(SyntheticRun(1, 1, 1).samples())
-    with RunRecord.create(tmp_path / "failed.sqlite", run={}) as record:
+    with RecordWriter(tmp_path / "failed.sqlite", run={}) as record:
         record.append(replace(sample, values={}, spread={}, failure="RuntimeError: <boom>", failures=1))
     page = write_report(tmp_path / "failed.sqlite").read_text()
     assert "nothing measured: 1 sample failed (RuntimeError: &lt;boom&gt;)" in page
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_page_opens_on_the_metric_that_the_worst_alarm_speaks_of(tmp_path: Path) -> None:
     run = SyntheticRun(2, 3, 30, sick=(1, 2))
-    with RunRecord.create(tmp_path / "run.sqlite", run=run.config) as record:
+    with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for sample in run.samples():
             told = [replace(event, message="+2.9 in ln energy_rms, limit +0.6") for event in sample.events]
             record.append(replace(sample, events=told))
@@ -327,7 +327,7 @@ def test_two_runs_stand_side_by_side_on_one_scale(tmp_path: Path, show: Callable
 
 
 def test_pages_of_runs_without_numbers_open_too(tmp_path: Path, show: Callable[[Path], Any]) -> None:
-    RunRecord.create(tmp_path / "empty.sqlite", run={}).close()
+    RecordWriter(tmp_path / "empty.sqlite", run={}).close()
     show(write_report(tmp_path / "empty.sqlite"))
     written(tmp_path / "single.sqlite", SyntheticRun(1, 1, 1))
     show(write_report(tmp_path / "single.sqlite"))

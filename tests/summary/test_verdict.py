@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from synthetic_runs import SyntheticRun
 
 from attnmonitor.alerts.firing import still_firing
-from attnmonitor.record import RunRecord
+from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
@@ -156,7 +156,7 @@ def test_the_line_does_not_call_a_run_healthy_that_was_not_measured() -> None:
 def test_a_record_gets_the_line_of_its_run(tmp_path: Path) -> None:
     for sick in (None, (3, 2)):
         run = SyntheticRun(sick=sick)
-        with RunRecord.create(tmp_path / f"{sick}.sqlite", run=run.config) as record:
+        with RecordWriter(tmp_path / f"{sick}.sqlite", run=run.config) as record:
             for sample in run.samples():
                 record.append(sample)
     assert verdict_of_record(RunRecord.open(tmp_path / "None.sqlite")) == (
@@ -168,7 +168,7 @@ def test_a_record_gets_the_line_of_its_run(tmp_path: Path) -> None:
 
 
 def test_a_record_of_failed_samples_says_so(tmp_path: Path) -> None:
-    with RunRecord.create(tmp_path / "run.sqlite", run={}) as record:
+    with RecordWriter(tmp_path / "run.sqlite", run={}) as record:
         record.append(Sample(0, {}, failure="RuntimeError: boom", failures=1))
     assert verdict_of_record(RunRecord.open(tmp_path / "run.sqlite")) == (
         "nothing measured: 1 sample failed (RuntimeError: boom)"
