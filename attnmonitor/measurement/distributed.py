@@ -1,9 +1,12 @@
-"""One measurement by all processes that share a model's weights.
+"""One measurement by all ranks that share a sharded model.
 
-Every process measures what it holds. Then they agree, with one gather of a few bytes: what failed on one of them has
-failed for all, so that all of them know the same of a sample and none waits for another, now or at the next one; and
-where memory was short, all of them try again with half of the probe. Where the heads of a layer are dealt out to
-processes, those that share it put its heads together, once per sample.
+Every rank measures the heads it holds. One gather of a few bytes then makes the result the same on all ranks: what
+failed on one rank counts as failed on all, so that no rank waits for another, in this sample or the next; and if one
+rank ran out of memory, all of them try again with half of the probe. Where the heads of a layer are divided among ranks
+(tensor parallelism), the ranks that share it join their heads, with one more gather per sample.
+
+A forward of a sharded model runs collectives on all ranks. If one rank fails, it joins the remaining ones with zeros so
+that the others do not hang (`attnmonitor.parallel.collectives`).
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ __all__ = ["DistributedMeasurement"]
 
 _REASON_LENGTH = 300  # characters of a reason that are sent to the other processes
 
+_Tables = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]  # mean and spread: metric, layer, heads
+
 
 class DistributedMeasurement(Measurement):
-    """A `Measurement` that all processes of a sharded model take together; all of them are told the same.
+    """A `Measurement` that all ranks of a sharded model take together, with the same result on each.
 
     Args:
         model: The unwrapped model; its parameters are sharded.
@@ -45,14 +50,14 @@ class DistributedMeasurement(Measurement):
         super().__init__(model, probe, metrics, strict=strict)
         self._own = Measurement(model, probe, metrics, strict=strict)
         self._slices: dict[str, HeadSlice] = {}
-        self._unattributed: dict[str, str] = {}
-        self._due: dict[Probe, Sequence[Collective]] = {}  # in a forward of each
+        self._unknown_slices: dict[str, str] = {}  # layer to the reason why its slice is unknown
+        self._collectives: dict[Probe, Sequence[Collective]] = {}  # of one forward of each probe
 
     def attach(self) -> Measured:
-        """Measure once, learn which heads this process holds, and put the layers together.
+        """Measure once, find out which heads this process holds, and join the layers.
 
-        The collectives of a forward are noted in one with the whole probe and one with half of it, which is what this
-        costs beside the first.
+        The collectives of a forward are recorded in one forward of the whole probe and one of half of it, in addition
+        to the first.
 
         Raises:
             ValueError: As for one process; or processes that share a layer's heads have different probes.
@@ -60,7 +65,7 @@ class DistributedMeasurement(Measurement):
         self._own.attach()
         with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
-        self._due[self._probe] = whole.calls
+        self._collectives[self._probe] = whole.calls
         self._try_half()
         for group in self._groups():
             if len(prints := set(_gather(self._probe.fingerprint, group))) > 1:
@@ -68,18 +73,18 @@ class DistributedMeasurement(Measurement):
                     f"probe: processes that share the heads of a layer have {len(prints)} different probes; give them "
                     "the same batch"
                 )
-        measured = self._put_together(measured, [each.lost for each in _gather(_Told.of(measured))])
+        measured = self._joined(measured, [each.missing for each in _gather(_Outcome.of(measured))])
         self.layers = measured.coverage
         return measured
 
     def _try_half(self) -> None:
-        """Note the collectives of half of the probe; none has a half where one has none, or the model rejects one."""
+        """Record the collectives of half of the probe; use no half where one rank has none or its model rejects it."""
         all_can = all(_gather(self._half is not None))
         if self._half is not None and all_can:
             with CollectiveRecorder() as half, suppress(Exception):
                 self._own._attempt(self._half, False)
-                self._due[self._half] = half.calls
-            all_can = all(_gather(self._half in self._due))
+                self._collectives[self._half] = half.calls
+            all_can = all(_gather(self._half in self._collectives))
         if not all_can:
             self._half = None
 
@@ -87,26 +92,26 @@ class DistributedMeasurement(Measurement):
         """Measure once, with all processes.
 
         Raises:
-            torch.OutOfMemoryError: Memory did not suffice on one process: then on all, for all to try again, or none.
+            torch.OutOfMemoryError: One process ran out of memory; raised on all of them, so that all try again.
             RuntimeError: It failed on another process.
         """
-        outcome: Measured | Exception
+        result: Measured | Exception
         with CollectiveRecorder() as done:
             try:
-                outcome = self._own._attempt(probe, with_weights)
+                result = self._own._attempt(probe, with_weights)
             except Exception as error:
-                outcome = error
-        if isinstance(outcome, Exception):
-            if isinstance(outcome, torch.OutOfMemoryError):
-                _let_go(outcome)
-            run_with_zeros(self._due[probe][len(done.calls) :])
-        told = _gather(_Told.of(outcome))
+                result = error
+        if isinstance(result, Exception):
+            if isinstance(result, torch.OutOfMemoryError):
+                _free_frames(result)
+            run_with_zeros(self._collectives[probe][len(done.calls) :])
+        outcomes = _gather(_Outcome.of(result))
         try:
-            if isinstance(outcome, Exception) or any(each.failure for each in told):
-                raise _failure_of_all(told, outcome)
-            return self._put_together(outcome, [each.lost for each in told])
+            if isinstance(result, Exception) or any(each.failure for each in outcomes):
+                raise _common_failure(outcomes, result)
+            return self._joined(result, [each.missing for each in outcomes])
         finally:
-            del outcome  # a frame that holds what is raised in it would keep the broken forward's tensors
+            del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
 
     def _find_slice(self, name: str, module: nn.Module) -> None:
         for layer, coverage in self._own.layers.items():
@@ -115,20 +120,20 @@ class DistributedMeasurement(Measurement):
                 if isinstance(found, HeadSlice):
                     self._slices[layer] = found
                 elif found is not None:
-                    self._unattributed[layer] = found
+                    self._unknown_slices[layer] = found
 
     def _groups(self) -> list[distributed.ProcessGroup]:
-        """The groups that share layers, in an order that is the same on all processes."""
+        """Return the process groups that share layers, in an order that is the same on all processes."""
         return list(dict.fromkeys(each.group for each in self._slices.values()))
 
-    def _put_together(self, measured: Measured, lost: Sequence[Mapping[str, str]]) -> Measured:
-        """Take out what any process has lost, and join the slices of the layers that are dealt out."""
+    def _joined(self, measured: Measured, missing: Sequence[Mapping[str, str]]) -> Measured:
+        """Return the measurement of all ranks: what is missing on any rank is NaN, slices of a layer are joined."""
         coverage = dict(measured.coverage)
-        for process, layers in enumerate(lost):
+        for process, layers in enumerate(missing):
             for name, reason in layers.items():
                 if name in coverage and coverage[name].measured:
                     coverage[name] = replace(coverage[name], reason=f"process {process}: {reason}")
-        for name, reason in self._unattributed.items():
+        for name, reason in self._unknown_slices.items():
             coverage[name] = replace(coverage[name], reason=reason)
         values, spread = (
             {metric: dict(in_layers) for metric, in_layers in table.items()}
@@ -137,21 +142,7 @@ class DistributedMeasurement(Measurement):
         diagnostics = dict(measured.diagnostics)
         with default_torch_state():
             for group in self._groups():
-                names = [name for name, each in self._slices.items() if each.group is group]
-                mine = {
-                    "tables": [_of_layers(table, names) for table in (values, spread)],
-                    "coverage": {name: coverage[name] for name in names},
-                    "diagnostics": diagnostics,
-                }
-                parts = _gather(mine, group)
-                for name in names:
-                    splits_keys = self._slices[name].splits_keys
-                    coverage[name] = _joined_coverage([part["coverage"][name] for part in parts], splits_keys)
-                    for which, table in enumerate((values, spread)):
-                        for metric, by_layer in table.items():
-                            if METRICS[metric].scope == "query_head" or splits_keys:
-                                by_layer[name] = torch.cat([part["tables"][which][metric][name] for part in parts])
-                diagnostics = _joined_diagnostics([part["diagnostics"] for part in parts])
+                diagnostics = self._join_slices(group, (values, spread), coverage, diagnostics)
             for table in (values, spread):
                 for by_layer in table.values():
                     for name, heads in by_layer.items():
@@ -159,59 +150,83 @@ class DistributedMeasurement(Measurement):
                             by_layer[name] = torch.full_like(heads, torch.nan)
         return Measured(values, spread, coverage, diagnostics)
 
+    def _join_slices(
+        self,
+        group: distributed.ProcessGroup,
+        tables: _Tables,
+        coverage: dict[str, LayerCoverage],
+        diagnostics: dict[str, float],
+    ) -> dict[str, float]:
+        """Join the layers that a group shares, in ``tables`` and ``coverage``; return the joined diagnostics."""
+        names = [name for name, each in self._slices.items() if each.group is group]
+        own_part = {
+            "tables": [_of_layers(table, names) for table in tables],
+            "coverage": {name: coverage[name] for name in names},
+            "diagnostics": diagnostics,
+        }
+        parts = _gather(own_part, group)
+        for name in names:
+            splits_keys = self._slices[name].splits_keys
+            coverage[name] = _joined_coverage([part["coverage"][name] for part in parts], splits_keys)
+            for which, table in enumerate(tables):
+                for metric, by_layer in table.items():
+                    if METRICS[metric].scope == "query_head" or splits_keys:
+                        by_layer[name] = torch.cat([part["tables"][which][metric][name] for part in parts])
+        return _joined_diagnostics([part["diagnostics"] for part in parts])
+
 
 @dataclass(frozen=True)
-class _Told:
-    """What processes tell each other of an attempt.
+class _Outcome:
+    """How an attempt ended on one process, as it is sent to the others.
 
     Attributes:
-        lost: Layers without numbers, and why.
-        failure: What went wrong with all of it; ``""`` where nothing did.
-        out_of_memory: Whether that was memory, and less of it may suffice.
+        missing: Reason for each layer without numbers.
+        failure: Why the whole attempt failed; ``""`` where it did not.
+        out_of_memory: Whether the failure was memory, so that half of the probe may work.
     """
 
-    lost: Mapping[str, str]
+    missing: Mapping[str, str]
     failure: str = ""
     out_of_memory: bool = False
 
     @classmethod
-    def of(cls, outcome: Measured | Exception) -> _Told:
-        if isinstance(outcome, Exception):
-            failure = f"{type(outcome).__name__}: {outcome}"[:_REASON_LENGTH]
-            return cls({}, failure, isinstance(outcome, torch.OutOfMemoryError))
-        lost = {name: layer for name, layer in outcome.coverage.items() if not layer.measured}
-        return cls({name: layer.reason[:_REASON_LENGTH] for name, layer in lost.items()})
+    def of(cls, result: Measured | Exception) -> _Outcome:
+        if isinstance(result, Exception):
+            failure = f"{type(result).__name__}: {result}"[:_REASON_LENGTH]
+            return cls({}, failure, isinstance(result, torch.OutOfMemoryError))
+        missing = {name: layer for name, layer in result.coverage.items() if not layer.measured}
+        return cls({name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()})
 
 
-def _failure_of_all(told: Sequence[_Told], outcome: Measured | Exception) -> Exception:
-    """What to raise on this process where one has failed; where memory was short on one, that on all of them."""
-    short = any(each.out_of_memory for each in told)
-    kind = torch.OutOfMemoryError if short else RuntimeError
-    if isinstance(outcome, kind if short else Exception):
-        return outcome
-    process = next(process for process, each in enumerate(told) if each.failure and each.out_of_memory is short)
-    failure = kind(f"process {process}: {told[process].failure}")
-    failure.__cause__ = outcome if isinstance(outcome, Exception) else None
+def _common_failure(outcomes: Sequence[_Outcome], result: Measured | Exception) -> Exception:
+    """Return what to raise on this process after a failure on any; out of memory on one is out of memory on all."""
+    out_of_memory = any(each.out_of_memory for each in outcomes)
+    kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
+    if isinstance(result, kind if out_of_memory else Exception):
+        return result
+    process = next(i for i, each in enumerate(outcomes) if each.failure and each.out_of_memory is out_of_memory)
+    failure = kind(f"process {process}: {outcomes[process].failure}")
+    failure.__cause__ = result if isinstance(result, Exception) else None
     return failure
 
 
-def _let_go(failure: Exception) -> None:
-    """Drop the frames of an exception that is kept, and with them the tensors of the forward it broke off."""
-    passed = {id(None), id(sys.exc_info()[1])}  # what the caller is handling has frames that are the caller's
-    waiting: list[Any] = [failure]
-    while waiting:
-        error = waiting.pop()
-        if id(error) not in passed:
-            passed.add(id(error))
+def _free_frames(failure: Exception) -> None:
+    """Drop the frames of an exception that is kept, and with them the tensors of the failed forward."""
+    visited = {id(None), id(sys.exc_info()[1])}  # the exception that the caller is handling keeps its frames
+    pending: list[Any] = [failure]
+    while pending:
+        error = pending.pop()
+        if id(error) not in visited:
+            visited.add(id(error))
             error.__traceback__ = None
-            waiting += [error.__cause__, error.__context__]
+            pending += [error.__cause__, error.__context__]
 
 
-def _gather(told: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:
-    """What each process of the group has to say, in order."""
-    said: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(said, told, group=group)
-    return said
+def _gather(own: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:
+    """Return the object of each process of the group, in order of rank."""
+    objects: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(objects, own, group=group)
+    return objects
 
 
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -219,7 +234,7 @@ def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, 
 
 
 def _joined_coverage(parts: Sequence[LayerCoverage], splits_keys: bool) -> LayerCoverage:
-    """One layer out of its slices: all heads, the worst error."""
+    """Return the coverage of a whole layer from that of its slices: all heads, the worst error."""
     errors = [part.error for part in parts if part.error is not None]
     return replace(
         parts[0],
@@ -239,11 +254,11 @@ def _joined_diagnostics(parts: Sequence[Mapping[str, float]]) -> dict[str, float
     }
 
 
-def _inside_forwards(model: nn.Module, look: Callable[[str, nn.Module], None]) -> ExitStack:
-    """Call ``look(name, module)`` whenever a module is running, while the context is open."""
+def _inside_forwards(model: nn.Module, visit: Callable[[str, nn.Module], None]) -> ExitStack:
+    """Call ``visit(name, module)`` at the start of each module's forward, while the context is open."""
     handles = ExitStack()
     for path, module in model.named_modules():
         name = own_name(path) or type(model).__name__
-        handle = module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))
+        handle = module.register_forward_pre_hook(lambda module, _, name=name: visit(name, module))
         handles.callback(handle.remove)
     return handles

@@ -1,9 +1,7 @@
-"""The probe: a fixed batch that asks the model the same question each time, without the model noticing.
+"""The probe: a fixed batch, how the model is called on it, and the batch's fingerprint.
 
-A head's numbers can be compared over training only if the text is the same, so the batch is fixed and carries a
-fingerprint. And a run may be watched only if watching leaves no trace, so the forward happens inside `quiet`, which
-puts back everything a forward can move: random number generators, per-module train flags, buffers, grad mode, the
-autocast cache and the compile stance. What is computed from it afterwards happens in `default_torch_state`.
+A head's numbers can be compared over training only if the batch is the same, so it is copied once and its fingerprint
+stands in the record. `Probe.run` is called inside `quiet`, which restores all state that a forward changes.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ HookFilter = Callable[[Callable[..., Any]], bool]
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module under compile, DDP and DataParallel wrappers.
 
-    Rank 0 can then run it alone: a forward through the DDP wrapper synchronises buffers with ranks that are not
-    there.
+    Rank 0 can then run it alone: a forward through the DDP wrapper would wait for the other ranks' buffers.
     """
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
@@ -48,19 +45,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _without_hooks(model: nn.Module, skipped: HookFilter) -> Iterator[None]:
-    """Leave out the forward hooks and pre-hooks that ``skipped`` picks; handles that remove hooks go on working."""
-    kept: list[tuple[nn.Module, str, Any]] = []
+    """Remove the forward hooks and pre-hooks that ``skipped`` selects; handles that remove hooks still work."""
+    originals: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in model.modules():
             for kind in ("_forward_pre_hooks", "_forward_hooks"):
                 hooks = getattr(module, kind)
                 others = OrderedDict((key, hook) for key, hook in hooks.items() if not skipped(hook))
                 if len(others) < len(hooks):
-                    kept.append((module, kind, hooks))
+                    originals.append((module, kind, hooks))
                     setattr(module, kind, others)
         yield
     finally:
-        for module, kind, hooks in kept:
+        for module, kind, hooks in originals:
             setattr(module, kind, hooks)
 
 
@@ -70,17 +67,17 @@ class Probe:
     Args:
         model: The unwrapped model the batch is for.
         batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch (in stored order, where it
-            shuffles) is drawn here without moving its generators. A batch given directly must be on the model's
+            shuffles) is drawn here without advancing its generators. A batch given directly must be on the model's
             device; one drawn from a loader is moved.
         forward: ``forward(model, batch)``, where the default call does not fit. By default a tensor is the first
             argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
             tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
             one.
-        skip_hooks: Asked for every forward hook and pre-hook of the model's modules: True for one that the probe's
-            forward shall not call. None calls all of them.
+        skip_hooks: Called with every forward hook and pre-hook of the model's modules; returns True for one that the
+            probe's forward must not call. None calls all of them.
 
     Attributes:
-        batch: The batch, detached from the user's own.
+        batch: A detached copy of the batch.
         fingerprint: 12 hex digits of the SHA-256 over names, shapes, dtypes and bytes of the batch's tensors.
 
     Raises:
@@ -118,7 +115,7 @@ class Probe:
                     f"probe.to({str(device)!r})"
                 )
         _check_length(model, tensors)
-        # A copy: a batch the user later writes into in place would silently stop being the fixed probe.
+        # A copy: the user may later write into the batch in place, and the probe must not change.
         self.batch = _map(batch, lambda tensor: tensor.detach().clone())
         self.fingerprint = _fingerprint(self.batch)
         self._forward = forward if forward is not None else default_forward
@@ -131,9 +128,9 @@ class Probe:
             through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def half(self) -> Probe | None:
-        """Return the first half of the batch's sequences as a probe of its own; None where there is only one.
+        """Return a probe of the first half of the batch's sequences; None where there is only one sequence.
 
-        The sequences are the first axis of the first tensor that has axes; a tensor of another length there is shared.
+        The sequences are the first axis of the first tensor that has axes; a tensor of another length is kept whole.
         """
         num_sequences = next((tensor.shape[0] for _, tensor in _tensors(self.batch) if tensor.dim()), 0)
         if num_sequences < 2:
@@ -147,7 +144,7 @@ class Probe:
         return half
 
     def describe(self) -> str:
-        """Return the shapes of the batch in words, for error messages and the run's configuration."""
+        """Return the shapes of the batch's tensors as text, for error messages and the run's configuration."""
         return ", ".join(
             f"{where.lstrip('.') or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             for where, tensor in _tensors(self.batch)
@@ -196,7 +193,7 @@ def _fingerprint(batch: Any) -> str:
 
 
 def _first_batch(loader: DataLoader[Any]) -> Any:
-    """Draw the loader's first batch without its workers and without moving any generator it draws from."""
+    """Return the loader's first batch, drawn without its workers and without advancing any of its generators."""
     generators = {
         id(generator): generator
         for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
@@ -204,7 +201,7 @@ def _first_batch(loader: DataLoader[Any]) -> Any:
     }
     states = [(generator, generator.get_state()) for generator in generators.values()]
     # A second loader over the same dataset and sampler: iterating the user's own would reset its persistent workers.
-    # Of a shuffling loader the first examples in stored order: a run that is resumed must draw the same probe again.
+    # From a shuffling loader, the first examples in stored order: a resumed run must draw the same probe again.
     is_shuffled = isinstance(loader.sampler, torch.utils.data.RandomSampler) and loader.batch_size is not None
     if is_shuffled or isinstance(loader.dataset, torch.utils.data.IterableDataset):
         order: dict[str, Any] = {"batch_size": loader.batch_size}
@@ -243,13 +240,13 @@ def _check_length(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call the model on the batch in the way its ``forward`` asks for, as `Probe` describes it."""
+    """Call the model on the batch as the signature of its ``forward`` requires, see `Probe`."""
     parameters = inspect.signature(model.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    # The key/value cache of generation is of no use in a probe and would hold every layer's keys.
+    # A probe does not need the key/value cache of generation, which would hold every layer's keys.
     extra = {"use_cache": False} if "use_cache" in named else {}
     if isinstance(batch, Mapping):
         known = dict(batch) if takes_any_keyword else {key: value for key, value in batch.items() if key in named}

@@ -1,4 +1,9 @@
-"""Run a forward and restore every state that it touches."""
+"""Run a forward and restore all state that it changes, so that a run with a monitor is bit-identical to one without.
+
+A forward changes the generators of torch (CPU, and CUDA once it is in use), ``random`` and numpy, and the modules'
+buffers. The probe needs eval mode, no gradients, no cached autocast casts and no compilation. `quiet` restores all of
+that on exit, also after an exception; `default_torch_state` is for what is computed from the probe afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +25,19 @@ __all__ = ["default_torch_state", "quiet", "restored_random_state"]
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode without gradients, and restore every piece of state a forward can touch.
+    """Put the model in eval mode without gradients, and on exit restore all state that a forward can change.
 
-    Saved and put back, also after an exception: the generators of torch (CPU, and CUDA once it is in use), ``random``
-    and numpy; each module's own ``training`` flag; each entry of each module's buffers (the object and its value);
-    grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is ``force_eager`` meanwhile, so
-    that a probe adds no graph and no recompilation. Modules under FSDP are sharded again. ``no_grad`` and not
-    ``inference_mode``, which is left where the caller is in it: a lazily filled cache (RoPE) first filled under
-    ``inference_mode`` breaks the next training step.
+    That is: the random number generators; each module's own ``training`` flag; each entry of each module's buffers (the
+    object and its value); grad mode; whether autocast caches its casts; the ``torch.compile`` stance, which is
+    ``force_eager`` in the context, so that a probe adds no graph and no recompilation. Modules under FSDP are sharded
+    again.
     """
     with ExitStack() as restore:
         restore.enter_context(restored_random_state())
-        restore.enter_context(_kept_modules(model))
+        restore.enter_context(_restored_modules(model))
         if is_sharded(model):
             restore.enter_context(restored_shards(model))
+        # Not inference mode: a cache (RoPE) that a probe fills first in it breaks the next training step.
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
@@ -51,8 +55,8 @@ _eager_mode = ProcessSetting(lambda: torch.compiler.set_stance("force_eager"))
 def default_torch_state() -> Iterator[None]:
     """Compute as in a fresh process, whatever default device or inference mode the caller has switched on.
 
-    Tensors kept from one sample to the next would otherwise be on that device, or be of the kind that cannot be
-    written outside of that mode.
+    Tensors kept from one sample to the next would otherwise be on that device, or be inference tensors, which cannot be
+    written outside of inference mode.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         yield
@@ -60,6 +64,7 @@ def default_torch_state() -> Iterator[None]:
 
 @contextmanager
 def restored_random_state() -> Iterator[None]:
+    """On exit, restore the random number generators of torch, ``random`` and numpy."""
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     python_state = random.getstate()
@@ -75,7 +80,7 @@ def restored_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_modules(model: nn.Module) -> Iterator[None]:
+def _restored_modules(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, None if buffer is None else (buffer.detach().clone(), _version(buffer)))
@@ -93,8 +98,8 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
                 del module._buffers[added]
         for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer
-            # Only a buffer that was written is written back: writing raises its version, and autograd refuses a
-            # backward through a tensor whose version has moved since the forward.
+            # Only a buffer that was written is restored: writing raises its version, and autograd refuses a backward
+            # through a tensor whose version has changed since the forward.
             if buffer is not None and saved is not None and _version(buffer) != saved[1]:
                 with torch.no_grad():
                     buffer.copy_(saved[0])

@@ -1,1 +1,1 @@
-"""Processes and threads: which rank holds which heads, collectives, process-wide settings."""
+"""Processes and threads: sharded models, collectives, process-global settings, work divided among CPU cores."""

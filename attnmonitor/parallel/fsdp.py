@@ -1,4 +1,11 @@
-"""Private attributes of both FSDPs, in one file: the one to open when torch changes."""
+"""Restore FSDP's state after a probe's forward, also after one that failed: all private attributes of both FSDPs.
+
+After a forward without gradients the root module's weights stay gathered, and an optimizer step would not reach them
+(pytorch#131965). FSDP also notes the order of a forward's layers for the next backward. After an exception it takes the
+next forward for a part of the failed one: a rank would then gather weights that the others do not gather, or on a GPU
+not wait for the optimizer. There is no public way to this state but ``reset_iter_state`` of the latest torch, which
+discards gradients that are being accumulated. This is the one file to change when torch changes it.
+"""
 
 from __future__ import annotations
 
@@ -14,66 +21,59 @@ __all__ = ["restored_shards", "through_wrapper"]
 
 
 def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> None:
-    """Call ``call(module)`` with the user's own module, inside the forward of the FSDP wrapper around it if any."""
+    """Call ``call(module)`` on the user's own module, inside the forward of its FSDP wrapper if it has one."""
     wrapper = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     if not isinstance(model, wrapper):
         call(model)
         return
     inner = model.module
-    kept = vars(inner).get("forward")
+    own_forward = vars(inner).get("forward")
 
-    def put_back() -> None:
+    def restore() -> None:
         vars(inner).pop("forward", None)
-        if kept is not None:
-            inner.forward = kept
+        if own_forward is not None:
+            inner.forward = own_forward
 
-    def enter(_: None) -> None:
-        put_back()
+    def call_inner(_: None) -> None:
+        restore()
         call(inner)
 
-    inner.forward = enter
+    inner.forward = call_inner
     try:
         model(None)  # FSDP of torch 2.6 fails on a forward without arguments
     finally:
-        put_back()
+        restore()
 
 
 @contextmanager
 def restored_shards(model: nn.Module) -> Iterator[None]:
-    """Free what FSDP gathers for forwards in the context, and have it forget them, also one that broke off.
-
-    The root stays gathered after a forward without gradients, and an optimizer step would go past it. FSDP also notes
-    the order of a forward's layers for the next backward, and after an exception takes the next forward for the inside
-    of the broken one: a process would then gather what the others do not, or on a GPU not wait for the optimizer.
-    """
-    first, second = (
-        loaded_class("torch.distributed.fsdp", name) for name in ("FullyShardedDataParallel", "FSDPModule")
-    )
-    put_back = [
-        _as_first_is(module) if isinstance(module, first) else _as_second_is(module)
+    """On exit, free the weights that FSDP gathered in the context and restore its state, also after an exception."""
+    fsdp1, fsdp2 = (loaded_class("torch.distributed.fsdp", name) for name in ("FullyShardedDataParallel", "FSDPModule"))
+    restore = [
+        _fsdp1_restore(module) if isinstance(module, fsdp1) else _fsdp2_restore(module)
         for module in model.modules()
-        if isinstance(module, (first, second))
+        if isinstance(module, (fsdp1, fsdp2))
     ]
     try:
         yield
     finally:
-        for each in put_back:
+        for each in restore:
             each()
 
 
-def _as_second_is(module: Any) -> Callable[[], None]:
-    """How to put one module under ``fully_shard`` back to where it is now, with sharded weights."""
+def _fsdp2_restore(module: Any) -> Callable[[], None]:
+    """Return a function that restores one module under ``fully_shard`` to its present state, weights sharded."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     groups = [group for group in groups if group is not None]
     indices = [list(group._post_forward_indices) for group in groups]
     order = list(getattr(state._comm_ctx, "post_forward_order", ()))
 
-    def put_back() -> None:
-        for group, kept in zip(groups, indices, strict=True):
+    def restore() -> None:
+        for group, earlier_indices in zip(groups, indices, strict=True):
             _drop_gathered(group)
             group._training_state = type(group._training_state).IDLE
-            group._post_forward_indices[:] = kept
+            group._post_forward_indices[:] = earlier_indices
         state._training_state = type(state._training_state).IDLE
         state._state_ctx.iter_forward_root = None
         getattr(state, "_modules_to_run_forward", set()).clear()
@@ -81,11 +81,11 @@ def _as_second_is(module: Any) -> Callable[[], None]:
             state._comm_ctx.post_forward_order[:] = order
         module.reshard()
 
-    return put_back
+    return restore
 
 
 def _drop_gathered(group: Any) -> None:
-    """Wait for weights that are being gathered, and forget them: to unpack them would take memory that may be short."""
+    """Wait for weights that are being gathered and drop them: unpacking them takes memory that may be missing."""
     gathered = group._all_gather_result
     if gathered is not None:
         if gathered.all_gather_work is not None:
@@ -95,15 +95,15 @@ def _drop_gathered(group: Any) -> None:
         group._all_gather_result = None
 
 
-def _as_first_is(module: Any) -> Callable[[], None]:
-    """How to put one ``FullyShardedDataParallel`` module back to where it is now, with sharded weights."""
+def _fsdp1_restore(module: Any) -> Callable[[], None]:
+    """Return a function that restores one ``FullyShardedDataParallel`` to its present state, weights sharded."""
     from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
     from torch.distributed.fsdp._runtime_utils import _reshard
 
     handle, order = module._handle, list(module._exec_order_data.handles_post_forward_order)
     index = None if handle is None else handle._post_forward_index
 
-    def put_back() -> None:
+    def restore() -> None:
         module._exec_order_data.handles_post_forward_order[:] = order
         module.training_state = TrainingState.IDLE
         if handle is not None:
@@ -111,4 +111,4 @@ def _as_first_is(module: Any) -> Callable[[], None]:
             handle._training_state = HandleTrainingState.IDLE
             _reshard(module, handle, free_unsharded_flat_param=True)
 
-    return put_back
+    return restore

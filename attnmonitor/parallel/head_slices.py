@@ -1,4 +1,8 @@
-"""Which heads of a layer a rank holds under tensor parallelism."""
+"""Which heads of a layer a rank holds under tensor parallelism.
+
+Each rank holds a slice of a layer's heads. It is read from the placements of the layer's weights while its forward
+runs: FSDP has then gathered its own dimension of the mesh, so that what is still sharded is tensor parallelism.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ __all__ = ["HeadSlice", "head_slice"]
 
 @dataclass(frozen=True, eq=False)
 class HeadSlice:
-    """Which part of a layer's heads this process holds.
+    """A layer whose heads are divided among processes.
 
     Attributes:
         group: The processes that share the layer, in the order of their heads.
-        splits_keys: Whether the key heads are dealt out as well, and not all of them to every process.
+        splits_keys: Whether the key heads are divided as well; otherwise every process holds all of them.
     """
 
     group: distributed.ProcessGroup
@@ -26,14 +30,14 @@ class HeadSlice:
 
 
 def head_slice(module: nn.Module, heads: tuple[int, int, int]) -> HeadSlice | str | None:
-    """Say how the heads of a layer are dealt out to processes, from its weights as they are inside its forward.
+    """Return how the heads of a layer are divided among processes, from its weights as they are inside its forward.
 
     Args:
         module: The layer.
         heads: Query heads, key heads and head size that this process computed.
 
     Returns:
-        None where this process has all of them; a reason where the weights do not tell.
+        None where this process has all of them; a reason where it cannot be read from the weights.
     """
     sharded = [
         parameter
@@ -44,7 +48,9 @@ def head_slice(module: nn.Module, heads: tuple[int, int, int]) -> HeadSlice | st
         return None
     mesh = sharded[0].device_mesh
     if mesh.ndim != 1 or any(parameter.device_mesh != mesh for parameter in sharded):
-        return "its weights are spread over several dimensions of a mesh, which does not tell its heads apart"
+        return (
+            "its weights are sharded over several dimensions of a mesh, so it is unknown which process has which heads"
+        )
     rows = Counter(
         parameter.to_local().shape[0]
         for parameter in sharded
@@ -55,9 +61,9 @@ def head_slice(module: nn.Module, heads: tuple[int, int, int]) -> HeadSlice | st
     if rows[(num_query_heads + 2 * num_kv_heads) * head_dim]:
         return HeadSlice(mesh.get_group(), splits_keys=True)
     if rows[num_query_heads * head_dim]:
-        queries_among_them = num_query_heads == num_kv_heads
-        return HeadSlice(mesh.get_group(), splits_keys=rows[num_kv_heads * head_dim] > queries_among_them)
+        includes_query_weight = num_query_heads == num_kv_heads  # then the count has the query projection in it
+        return HeadSlice(mesh.get_group(), splits_keys=rows[num_kv_heads * head_dim] > includes_query_weight)
     return (
-        f"its weights are spread over {mesh.size()} processes, and none of them deals out {num_query_heads} query "
-        f"heads of size {head_dim} to each"
+        f"its weights are sharded over {mesh.size()} processes, but none of them gives each process {num_query_heads} "
+        f"query heads of size {head_dim}"
     )

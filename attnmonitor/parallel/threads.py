@@ -1,7 +1,7 @@
-"""Settings a process has one of, changed while any of its threads needs them otherwise.
+"""Process-global settings, changed while at least one thread needs the change; and stacks of one thread.
 
-Two threads that each save, change and restore such a setting interleave: the second saves what the first has changed
-it to, and puts that back for good. So the first to come changes it, and the last to leave restores it.
+Two threads that each save, change and restore a global setting interleave: the second saves what the first has changed
+it to, and restores that for good. So the first thread to enter makes the change, and the last to leave undoes it.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ __all__ = ["ProcessSetting", "pushed", "thread_stack"]
 
 
 class ProcessSetting:
-    """A change of one such setting; called, a context in which it is changed.
+    """A change of one process-global setting; calling it gives a context in which the setting is changed.
 
     Args:
-        change: A context manager that makes the change and takes it back.
+        change: Returns a context manager that makes the change and undoes it.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[object]]) -> None:
         self._change = change
-        self._lock = threading.RLock()  # a signal handler may measure as well
+        self._lock = threading.RLock()  # reentrant: a signal handler may measure as well
         self._inside: set[object] = set()
         self._undo = ExitStack()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._alone)
+            os.register_at_fork(after_in_child=self._reset_in_child)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Have the setting changed inside the context."""
+        """Change the setting inside the context."""
         own = object()
-        try:  # from here on: an interrupt between counting and a later `try` would count for ever
+        try:  # here already: an interrupt between counting and a later `try` would leave the count too high
             with self._lock:
                 if not self._inside:
                     self._undo.enter_context(self._change())
@@ -46,8 +46,8 @@ class ProcessSetting:
                 if not self._inside:
                     self._undo.close()
 
-    def _alone(self) -> None:
-        """In a forked child: the threads that were inside are not there to leave."""
+    def _reset_in_child(self) -> None:
+        """Undo the change in a forked child, where the threads that were inside do not exist."""
         self._lock = threading.RLock()
         self._inside.clear()
         self._undo.close()
@@ -57,18 +57,18 @@ T = TypeVar("T")
 
 
 @contextmanager
-def pushed(opened: dict[int, list[T]], item: T) -> Iterator[None]:
-    """Have ``item`` among what this thread has open, the innermost last."""
-    own = opened.setdefault(threading.get_ident(), [])
+def pushed(stacks: dict[int, list[T]], item: T) -> Iterator[None]:
+    """Push ``item`` on this thread's stack while the context is open."""
+    own = stacks.setdefault(threading.get_ident(), [])
     own.append(item)
     try:
         yield
     finally:
         own.remove(item)
         if not own:
-            del opened[threading.get_ident()]
+            del stacks[threading.get_ident()]
 
 
-def thread_stack(opened: dict[int, list[T]]) -> list[T]:
-    """What this thread has open."""
-    return opened.get(threading.get_ident(), [])
+def thread_stack(stacks: dict[int, list[T]]) -> list[T]:
+    """Return this thread's stack, the innermost item last."""
+    return stacks.get(threading.get_ident(), [])

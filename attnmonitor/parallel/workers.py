@@ -1,9 +1,9 @@
-"""Independent pieces of work on a CPU's cores, each piece on one core from beginning to end.
+"""Independent parts of work on a CPU's cores, each part on one core from beginning to end.
 
-The measurement of a layer is a chain of some hundred small operations and LAPACK's small eigenproblems. A team of
-threads that meets at a barrier inside each of them gains little, and where the machine is busy (data loaders, other
-runs) every barrier waits for a thread that is not running: 12 eigenproblems of 64 × 64 then take a hundred times as
-long. A core per piece has one barrier, at the end.
+The measurement of a layer is a chain of about a hundred small operations and small LAPACK eigenproblems. Threads that
+synchronize inside each operation gain little, and on a busy machine (data loaders, other runs) each synchronization
+waits for a thread that is not running: 12 eigenproblems of 64 × 64 then take a hundred times as long. With one core per
+part there is one synchronization, at the end.
 """
 
 from __future__ import annotations
@@ -17,48 +17,46 @@ import torch
 __all__ = ["map_on_cores", "split_for_cores"]
 
 MIN_WORK_PER_THREAD = 2**22
-"""Multiplications below which a piece does not repay the tenth of a millisecond that its thread takes to start."""
+"""Multiplications below which a part is not worth the 0.1 ms that its thread takes to start."""
 
-_Piece = TypeVar("_Piece")
+_Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
 
 def split_for_cores(count: int, multiplications: int, device: torch.device) -> list[slice]:
-    """Cut ``count`` independent items into one piece per core; into one piece elsewhere, or if there is little to do.
+    """Split ``count`` independent items into one part per core; into one part on a GPU or if there is little to do.
 
     Args:
-        count: How many items there are.
-        multiplications: What they take together.
-        device: Where their tensors are.
+        count: Number of items.
+        multiplications: Multiplications that all items take together.
+        device: The device of their tensors.
     """
     cores = min(torch.get_num_threads(), count, multiplications // MIN_WORK_PER_THREAD) if device.type == "cpu" else 1
     size = -(-count // max(cores, 1))
     return [slice(start, start + size) for start in range(0, count, max(size, 1))] or [slice(0, 0)]
 
 
-def map_on_cores(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece]) -> list[_Result]:
-    """Do ``work`` on every piece, as many at a time as torch may use threads, and return the results in order.
-
-    The threads end with the call: a pool that outlived it would be dead, and hang, in a process forked later.
-    """
+def map_on_cores(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
+    """Run ``work`` on every part, as many at a time as torch may use threads, and return the results in order."""
     num_threads = torch.get_num_threads()
-    if num_threads == 1 or len(pieces) == 1:
-        return [work(piece) for piece in pieces]
-    with_gradients = torch.is_grad_enabled()  # a thread starts with its own, switched on
+    if num_threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    with_gradients = torch.is_grad_enabled()  # per thread, and on in a new one
 
-    def alone(piece: _Piece) -> _Result:
+    def work_in_thread(part: _Part) -> _Result:
         with torch.set_grad_enabled(with_gradients):
-            return work(piece)
+            return work(part)
 
+    # The pool ends with the call: one kept longer would have no threads in a process forked later, and hang.
     try:
         with ThreadPoolExecutor(
-            min(num_threads, len(pieces)), thread_name_prefix="attnmonitor", initializer=_take_one_core
+            min(num_threads, len(parts)), thread_name_prefix="attnmonitor", initializer=_use_one_core
         ) as cores:
-            return list(cores.map(alone, pieces))
+            return list(cores.map(work_in_thread, parts))
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _take_one_core() -> None:
+def _use_one_core() -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread keeps the number it finds when it first looks, and that is the process' own
+    torch.get_num_threads()  # a thread fixes its number at the first look; a later look finds that of the process

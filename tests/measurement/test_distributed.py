@@ -163,7 +163,7 @@ def test_a_sample_of_a_sharded_model_costs_one_gather_and_one_more_where_heads_a
 
 def test_a_layer_whose_weights_do_not_tell_who_holds_which_heads_is_nan_with_that_reason(processes: Ends) -> None:
     found = processes[1][0]["untold"]
-    assert all("none of them deals out 4 query heads" in reason for reason in found["reasons"])
+    assert all("none of them gives each process 4 query heads" in reason for reason in found["reasons"])
     assert len(found["reasons"]) == 2
     for layers in found["values"].values():
         assert all(values.isnan().all() for values in layers.values())

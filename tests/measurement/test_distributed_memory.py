@@ -180,7 +180,7 @@ def _what_is_kept(rank: int, error: type[Exception]) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", AttentionMonitorWarning)
-        patch.setattr("attnmonitor.measurement.distributed.keep", looking)
+        patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", looking)
         gc.disable()
         sample = monitor.sample(0)
         after = memory.kept() is not None
@@ -215,7 +215,7 @@ def _while_unpacking(rank: int) -> dict[str, Any]:
             if is_short and rank == 1:
                 memory.room = 0
                 patch.setattr(_fsdp_param_group, "foreach_all_gather_copy_out", stumbling)
-                patch.setattr("attnmonitor.measurement.distributed.keep", keeping)
+                patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", keeping)
             sample = monitor.sample(0)
         losses = [train_step(model, optimizer, token_batch(seed=step)) for step in range(3)]
         ends.append([each.to_local().detach().clone() for each in model.parameters()] + losses)
