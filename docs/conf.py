@@ -1,4 +1,4 @@
-"""How the pages and the docstrings become one site: ``make docs``, warnings are errors."""
+"""Settings of Sphinx, which makes one site of the pages and the docstrings: ``make docs``, warnings are errors."""
 
 from __future__ import annotations
 
@@ -36,24 +36,30 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
 
-def point_into_the_repository(app: Sphinx, relative_path: Path, parent: str, content: list[str]) -> None:
-    """The README links to files beside it, which are no pages: name them instead."""
-    content[0] = re.sub(r"\[([^\]]+)\]\(((?:examples/|[A-Z]+\.md)[^)]*)\)", r"\1 (`\2`)", content[0])
+def name_linked_files(app: Sphinx, relative_path: Path, parent: str, content: list[str]) -> None:
+    """Turn the README's links to files that are not pages into the files' names."""
+    content[0] = re.sub(r"\[([^\]]+)\]\(((?:examples/|attnmonitor/|[A-Z]+\.md)[^)]*)\)", r"\1 (`\2`)", content[0])
+
+
+def link_to_front_page(app: Sphinx, page: str, content: list[str]) -> None:
+    """Point links to the README at the site's front page, which includes it."""
+    content[0] = content[0].replace("](../README.md", "](index.md")
 
 
 def write_formula(translator: HTML5Translator, formula: nodes.math) -> None:
-    """Formulas as MathML, which browsers show by themselves: no script is fetched from anywhere to read a page."""
+    """Write a formula as MathML, which browsers show without any script."""
     translator.body.append(convert(formula.astext()))
     raise nodes.SkipNode
 
 
 def write_displayed_formula(translator: HTML5Translator, formula: nodes.math_block) -> None:
-    """The same on a line of its own."""
+    """Write a formula that stands on its own line."""
     translator.body.append(convert(formula.astext(), display="block"))
     raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
+    """Register the above; Sphinx calls this."""
     app.add_html_math_renderer("mathml", (write_formula, None), (write_displayed_formula, None))
-    app.connect("include-read", point_into_the_repository)
+    app.connect("include-read", name_linked_files)
+    app.connect("source-read", link_to_front_page)

@@ -1,6 +1,6 @@
 """What a sample costs a large model: compute, memory and collectives, computed and counted.
 
-    python -m benchmarks.cost.scale            # prints the tables of docs/scale.md
+    python -m benchmarks.cost.scale            # prints the tables of docs/cost.md
 
 Two ways to the same figures. A model of a few lines says what the products of one sample must take. And the real
 measurement code runs on layers of the real shapes, on torch's fake tensors, which have shapes and no contents: products

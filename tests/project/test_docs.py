@@ -94,7 +94,7 @@ def test_the_tables_of_large_models_are_those_their_command_prints() -> None:
     command = [sys.executable, "-m", "benchmarks.cost.scale"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
-    rows = {line.strip() for line in (ROOT / "docs" / "scale.md").read_text().splitlines()}
+    rows = {line.strip() for line in (ROOT / "docs" / "cost.md").read_text().splitlines()}
     printed = [line.strip().replace("%", " %") for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(printed) == 12
     assert not [line for line in printed if line not in rows]
