@@ -1,8 +1,8 @@
-"""Write docs/architectures.md: what capture and discovery find in every architecture, from a real run.
+"""Write docs/architectures.md: the layers, projections and errors found in every architecture, from a real run.
 
     python -m benchmarks.pages.architectures [--out docs/architectures.md]
 
-Each row is a tiny random model of the architecture's own library, built, run and measured here and now.
+Each row is a tiny random model of the architecture's own library, which this command builds, runs and measures.
 """
 
 from __future__ import annotations
@@ -10,28 +10,26 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from architectures import Architecture, captured, hugging_face_architectures, other_architectures
-from independent import deviations
-
+from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture.projections import HeadProjections, discover_projections
-from attnmonitor.functional import interaction_effective_rank
+from attnmonitor.functional import head_cores, head_statistics, interaction_effective_rank, query_gram
+from benchmarks.pages.independent import deviations
+from benchmarks.pages.library_models import Architecture, captured, hugging_face_architectures, other_architectures
 
 LIBRARIES = ("torch", "transformers", "timm", "x-transformers", "litgpt")
 
 
 @dataclass
 class Row:
-    """One architecture under one implementation, measured."""
+    """The cells of one architecture under one implementation, in the order of `HEADINGS`."""
 
     name: str
     library: str
@@ -75,14 +73,14 @@ real run; each row is a tiny random model of that library's own classes, with tw
 * **worst error**: largest deviation of rebuilt output rows from what the layer produced, relative to their largest
   entry, in float32, over layers, padded and unpadded; 0 where the rebuilt rows are bitwise the same.
 * **metrics**: largest relative deviation of the scale and of every default metric, over layers and heads, from a
-  float64 computation that knows nothing of capture (`tests/independent.py`): among all products of the forward it
-  takes the one that explains the logarithm of the model's own eager attention weights, forms the dense field and
-  takes full SVDs. Every row that runs is compared. What had to be done for that, by name: a position bias is
-  removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is made of queries and
-  keys, so it is compared with that bias silenced; gpt2 upcast runs in float32 only; falcon alibi has other logits
-  under sdpa than under eager, so it is its own reference there; models that return no weights (all but
-  transformers) are read where their softmax leaves them; the x-transformers flash rows are compared with their
-  unfused twins of the same weights; nn.Transformer is compared without padding.
+  float64 computation that does not use capture (`benchmarks/pages/independent.py`): among all products of the
+  forward it takes the one that gives the logarithm of the model's own eager attention weights. The tests compare
+  the same rows with the dense field and full SVDs. Every row that runs is compared. Special cases: a position bias
+  is removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is a product of
+  queries and keys, so it is compared with that bias set to zero; gpt2 upcast runs in float32 only; falcon alibi has
+  other logits under sdpa than under eager, so it is compared with its own weights there; models that return no
+  weights (all but transformers) are read at their softmax; the x-transformers flash rows are compared with the
+  unfused rows of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 
 Known not to be seen: a softmax written as `exp / sum` or as `log_softmax` and `exp`; scripted modules; logits that
@@ -95,7 +93,7 @@ chunks is measured chunk by chunk, as `name`, `name#2`, ...
 
 
 def measure(architecture: Architecture, implementation: str) -> Row:
-    """Build, run and verify one architecture."""
+    """Build, run and verify one architecture; return its row."""
     row = Row(architecture.name, architecture.library, implementation, "")
     if architecture.missing:
         row.found = architecture.missing
@@ -129,9 +127,18 @@ def _fill(row: Row, model: torch.nn.Module, architecture: Architecture) -> Row:
     row.outside = ", ".join(sorted({name for result in results for call in result.calls for name in call.outside}))
     worst = max(float(call.error) for result in results for call in result.calls)
     row.error = f"{worst:.0e}" if worst else "0"
-    row.metrics = f"{max(deviations(architecture, row.implementation).values()):.0e}"
+    row.metrics = f"{max(deviations(architecture, row.implementation, float64_statistics).values()):.0e}"
     row.learned = _learned(model, architecture, [call.layer for call in calls])
     return row
+
+
+def float64_statistics(
+    query: Tensor, key: Tensor, scale: float, query_valid: Tensor, key_valid: Tensor
+) -> dict[str, Tensor]:
+    """Return every default metric of one layer's float64 queries and keys, ``(B, H)`` each."""
+    cores = head_cores(query_gram(query, query_valid), key, scale=scale, key_mask=key_valid, metrics=DEFAULT_METRICS)
+    [found] = head_statistics([cores], method="exact")
+    return {name: value.double() for name, value in found.values.items()}
 
 
 def _learned(model: torch.nn.Module, architecture: Architecture, layers: list[str]) -> str:
@@ -156,6 +163,7 @@ def _first_line(refusal: Exception) -> str:
 
 
 def rows() -> Iterator[Row]:
+    """Measure every architecture and print its row."""
     for architecture in (*hugging_face_architectures(), *other_architectures()):
         for implementation in architecture.implementations:
             row = measure(architecture, implementation)
@@ -164,7 +172,7 @@ def rows() -> Iterator[Row]:
 
 
 def page(table: list[Row]) -> str:
-    """The whole document."""
+    """Return the whole document."""
     versions = []
     for name in LIBRARIES:
         try:
@@ -180,7 +188,7 @@ def page(table: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "architectures.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "architectures.md")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     arguments.out.write_text(page(list(rows())), encoding="utf-8")

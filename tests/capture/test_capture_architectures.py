@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import (
+from reference import layer_statistics
+from torch import Tensor
+
+from attnmonitor import DEFAULT_METRICS
+from benchmarks.pages.independent import OWN_LOGITS, deviations, explain, explained
+from benchmarks.pages.library_models import (
     Architecture,
     captured,
     hugging_face_architectures,
     other_architectures,
-    otherwise_in_this_transformers,
+    transformers_difference,
 )
-from independent import OWN_LOGITS, deviations, explain, explained
-from torch import Tensor
-
-from attnmonitor import DEFAULT_METRICS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
@@ -34,7 +35,7 @@ def built(architecture: Architecture, implementation: str) -> torch.nn.Module:
     """The model, or a skip with the library's own reason why it does not exist."""
     if architecture.missing:
         pytest.skip(architecture.missing)
-    if reason := otherwise_in_this_transformers(architecture.name, implementation):
+    if reason := transformers_difference(architecture.name, implementation):
         pytest.skip(f"transformers 4: {reason}")
     try:
         model = architecture.build(implementation)
@@ -73,7 +74,7 @@ def test_scale_and_every_metric_are_those_of_the_models_own_attention_weights(
     architecture: Architecture, implementation: str
 ) -> None:
     built(architecture, implementation)
-    worst = deviations(architecture, implementation)
+    worst = deviations(architecture, implementation, layer_statistics)
     assert set(worst) == {"scale", *DEFAULT_METRICS}
     for metric, deviation in worst.items():
         assert deviation <= (0 if metric in ("energy_effective_rank", "key_rank") else 1e-5), metric

@@ -9,22 +9,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from architectures import (
-    BATCH,
-    LENGTH,
-    HandWritten,
-    _by_matmul,
-    captured,
-    hugging_face_architectures,
-    other_architectures,
-    otherwise_in_this_transformers,
-    sharpen,
-)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import AttentionCall, capture, capture_attention
 from attnmonitor.capture.verify import Attention
+from benchmarks.pages.handwritten_models import BATCH, LENGTH, HandWritten, by_matmul
+from benchmarks.pages.library_models import (
+    captured,
+    hugging_face_architectures,
+    other_architectures,
+    sharpen,
+    transformers_difference,
+)
 
 ALL = [*hugging_face_architectures(), *other_architectures()]
 
@@ -34,7 +31,7 @@ def hidden() -> Tensor:
 
 
 def stack() -> nn.Sequential:
-    return sharpen(nn.Sequential(HandWritten(_by_matmul), nn.Linear(32, 32), HandWritten(_by_matmul)))
+    return sharpen(nn.Sequential(HandWritten(by_matmul), nn.Linear(32, 32), HandWritten(by_matmul)))
 
 
 @contextmanager
@@ -144,7 +141,7 @@ def test_an_explicit_call_stays_in_one_graph_before_during_and_after_a_probe() -
 def test_the_first_record_of_a_call_stands() -> None:
     class Told(HandWritten):
         def __init__(self, before: bool) -> None:
-            super().__init__(_by_matmul)
+            super().__init__(by_matmul)
             self.before = before
 
         def forward(self, x: Tensor) -> Tensor:
@@ -241,7 +238,7 @@ def test_a_second_sample_never_waits_for_the_device(
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
     if implementation == "sdpa" and name not in ("gpt2", "llama", "mistral", "t5"):
         pytest.skip("no sdpa in the library")
-    if reason := otherwise_in_this_transformers(name, implementation):
+    if reason := transformers_difference(name, implementation):
         pytest.skip(f"transformers 4: {reason}")
     model, inputs = architecture.build(implementation), architecture.inputs(True)
     layouts: dict[str, tuple[str, ...]] = {}
@@ -308,7 +305,7 @@ def test_the_precision_tells_what_the_error_can_be_held_against(name: str) -> No
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_large_logits_in_half_precision_are_still_verified(size: float) -> None:
     """A logit of 500 in bfloat16 is off by up to 1: unless the check rounds like the code, a right capture fails."""
-    model = sharpen(HandWritten(_by_matmul))
+    model = sharpen(HandWritten(by_matmul))
     with torch.no_grad():
         model.qkv.weight[:32] *= size
     (call,) = captured(model.to(torch.bfloat16), x=hidden().to(torch.bfloat16)).calls

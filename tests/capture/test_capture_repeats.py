@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import captured
 from einops import rearrange, repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from attnmonitor import AlertEvent, AttentionMonitor, LayerCoverage
 from attnmonitor.sample import heads_concerned
+from benchmarks.pages.library_models import captured
 
 Repeat = Callable[[Tensor, int], Tensor]
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import (
-    Architecture,
-    HandWritten,
-    _by_matmul,
-    captured,
-    hugging_face_architectures,
-    other_architectures,
-    otherwise_in_this_transformers,
-    sharpen,
-)
 from torch import Tensor, nn
 
 from attnmonitor.capture.projections import HeadProjections, discover_projections
+from benchmarks.pages.handwritten_models import HandWritten, by_matmul
+from benchmarks.pages.library_models import (
+    Architecture,
+    captured,
+    hugging_face_architectures,
+    other_architectures,
+    sharpen,
+    transformers_difference,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -67,7 +66,7 @@ def test_projections_reproduce_the_captured_queries_and_keys(architecture: Archi
     """At position 0 the difference of two sequences' queries is W_Q times the difference of their inputs."""
     if architecture.missing:
         pytest.skip(architecture.missing)
-    if architecture.name == "t5" and (reason := otherwise_in_this_transformers("t5", "eager")):
+    if architecture.name == "t5" and (reason := transformers_difference("t5", "eager")):
         pytest.skip(f"transformers 4: {reason}")
     model = architecture.build("eager")
     found = discovered(model, **architecture.inputs(False))
@@ -155,7 +154,7 @@ def hidden() -> Tensor:
 
 
 def test_an_adapter_beside_the_projection_is_part_of_it() -> None:
-    model = HandWritten(_by_matmul)
+    model = HandWritten(by_matmul)
     model.qkv = Adapted(model.qkv)
     (found,) = discovered(sharpen(model), x=hidden()).values()
     whole = model.qkv.base.weight + 0.5 * model.qkv.up.weight @ model.qkv.down.weight
@@ -164,7 +163,7 @@ def test_an_adapter_beside_the_projection_is_part_of_it() -> None:
 
 
 def test_weights_are_read_anew_after_training_and_in_half_precision() -> None:
-    model = sharpen(HandWritten(_by_matmul)).to(torch.bfloat16)
+    model = sharpen(HandWritten(by_matmul)).to(torch.bfloat16)
     (found,) = discovered(model, x=hidden().to(torch.bfloat16)).values()
     for _ in range(2):
         assert torch.allclose(found.w_q.flatten(0, 1), model.qkv.weight[:32].float(), atol=2e-2)
@@ -184,7 +183,7 @@ def test_discovery_changes_nothing_of_the_model() -> None:
 
 
 def test_a_layer_that_does_not_exist_gets_a_reason() -> None:
-    model = HandWritten(_by_matmul)
+    model = HandWritten(by_matmul)
     found = discover_projections(model, lambda: model(hidden()), ["nowhere", "HandWritten"])
     assert found["nowhere"] == "no attention of this name was captured"
     assert isinstance(found["HandWritten"], HeadProjections)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import HandWritten, _by_matmul, _imported_by_name, captured, sharpen
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from attnmonitor.capture.fused import read_sdpa
 from attnmonitor.capture.modules import Frames
 from attnmonitor.capture.tracing import tracer as traced
 from attnmonitor.capture.verify import Attention
+from benchmarks.pages.handwritten_models import HandWritten, by_matmul, imported_by_name
+from benchmarks.pages.library_models import captured, sharpen
 
 WIDTH, LENGTH = 32, 12
 
@@ -161,7 +162,7 @@ def test_no_attention_in_the_whole_model_is_said_of_the_whole_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_scripted_modules_are_passed_over_and_named() -> None:
-    model = nn.Sequential(torch.jit.script(ExpAttention()), HandWritten(_by_matmul))
+    model = nn.Sequential(torch.jit.script(ExpAttention()), HandWritten(by_matmul))
     result = captured(model, input=hidden())
     assert [call.layer for call in result.calls] == ["1"]
     assert list(result.missed) == ["0"]
@@ -295,7 +296,7 @@ def test_what_cannot_be_followed_is_missed_and_does_not_disturb_the_forward(monk
         raise RuntimeError("no such shape")
 
     monkeypatch.setattr(Attention, "deviation", refuse)
-    model = HandWritten(_by_matmul)
+    model = HandWritten(by_matmul)
     result = captured(model, x=hidden())
     assert result.calls == []
     assert result.missed == {"HandWritten": "its attention could not be rebuilt: no such shape"}
@@ -309,14 +310,12 @@ def test_trouble_with_another_operation_does_not_cost_a_layer_that_was_measured(
         raise RuntimeError("odd arguments")
 
     monkeypatch.setattr(Frames, "note_projection", refuse)
-    result = captured(HandWritten(_by_matmul), x=hidden())
+    result = captured(HandWritten(by_matmul), x=hidden())
     assert len(result.calls) == 1
     assert result.missed == {}
 
 
-@pytest.mark.parametrize(
-    ("attend", "told"), [(_by_matmul, "a call of matmul"), (_imported_by_name, "a call of scaled")]
-)
+@pytest.mark.parametrize(("attend", "told"), [(by_matmul, "a call of matmul"), (imported_by_name, "a call of scaled")])
 def test_trouble_with_the_attention_itself_is_the_reason_why_it_is_missed(
     attend: Callable[..., Tensor], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +333,7 @@ def test_trouble_with_the_attention_itself_is_the_reason_why_it_is_missed(
 
 def test_one_of_two_attentions_of_a_layer_that_is_lost_is_named() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-        return _by_matmul(q, k, v, blocked) + slot_attention(q, k, v, blocked)
+        return by_matmul(q, k, v, blocked) + slot_attention(q, k, v, blocked)
 
     result = captured(HandWritten(attend), x=hidden())
     assert [call.layer for call in result.calls] == ["HandWritten"]

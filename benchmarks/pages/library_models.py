@@ -1,8 +1,8 @@
-"""Tiny, random models of every attention architecture the project claims to measure.
+"""Tiny random models of every attention architecture the project claims to measure.
 
-Each entry builds a model from its own library's classes with small sizes and weights large enough that attention is
-far from uniform (at the usual 0.02 initialisation any wrong rebuild would pass). The tests and
-the page `docs/architectures.md` are made from this one list.
+Each model is built from its own library's classes, with small sizes and with weights so large that attention is far
+from uniform: with the usual standard deviation of 0.02 a wrong reconstruction would pass as well. The tests and the
+page `docs/architectures.md` use this one list.
 """
 
 # ruff: noqa: E501 - the tables read best with one architecture a line
@@ -23,19 +23,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VOCABULARY, LENGTH, BATCH = 67, 12, 2
+from attnmonitor.capture import AttentionCall, capture_attention
+from benchmarks.pages.handwritten_models import (
+    BATCH,
+    LENGTH,
+    HandWritten,
+    TorchAttention,
+    TorchEncoder,
+    TorchSeq2Seq,
+    by_einsum,
+    by_matmul,
+    flattened,
+    hidden,
+    hidden_masked,
+    imported_by_name,
+    in_place,
+    keys_first,
+    learned_temperature,
+    sequence_first,
+)
+
+VOCABULARY = 67
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture: how to build it, what to feed it, what capture must find.
+    """One architecture: how to build it, its inputs, and what capture must find.
 
     Attributes:
-        name: What the tests and the page call it.
-        build: From the name of an attention implementation to the model.
-        implementations: The implementations it supports here; ``("own",)`` where it has just the one it was written with.
-        inputs: From ``padded`` to the keyword arguments of its forward.
-        num_layers: How many attention calls one forward makes.
+        name: Its name in the tests and on the page.
+        build: Builds the model from the name of an attention implementation.
+        implementations: The attention implementations tried; ``("own",)`` where the library has only one.
+        inputs: Returns the keyword arguments of its forward, given ``padded``.
+        num_layers: Attention calls of one forward.
         library: The package it comes from.
         outside: What acts on its logits outside the energy field.
         num_cross: How many of its attention calls are cross attention.
@@ -52,7 +72,7 @@ class Architecture:
 
     @property
     def missing(self) -> str:
-        """Why it cannot be built here, ``""`` if it can."""
+        """The reason why it cannot be built here, ``""`` if it can."""
         return "" if importlib.util.find_spec(self.library) else f"{self.library} is not installed"
 
 
@@ -72,6 +92,7 @@ def sharpen(model: nn.Module) -> nn.Module:
 
 
 def token_ids(padded: bool) -> dict[str, Tensor]:
+    """Return random tokens, with an attention mask that hides the end of the second sequence where ``padded``."""
     ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids}
     if padded:
@@ -153,7 +174,7 @@ def _hugging_face(model_class: str, options: dict[str, Any]) -> Callable[[str], 
     return build
 
 
-OTHERWISE_IN_TRANSFORMERS_4 = {
+DIFFERENT_IN_TRANSFORMERS_4 = {
     ("gpt2 upcast", "sdpa"): "its sdpa leaves out the scale of each layer that its eager attention has",
     ("gemma2", "sdpa"): "its sdpa leaves out the soft-cap",
     ("deepseek_v3", "eager"): "its experts do not run in float64, so there is no reference",
@@ -162,17 +183,18 @@ OTHERWISE_IN_TRANSFORMERS_4 = {
     ("t5", "sdpa"): "it has no sdpa",
     ("clip_text", "flex_attention"): "its mask has one row for all queries: its layers are named as not seen",
 }
-"""What the last transformers 4 does otherwise than the tests expect, by architecture and implementation."""
+"""Where the last transformers 4 differs from what the tests expect, by architecture and implementation."""
 
 
-def otherwise_in_this_transformers(architecture: str, implementation: str) -> str:
-    """Why the installed transformers cannot be held to what the tests expect of the pair, ``""`` where it can."""
+def transformers_difference(architecture: str, implementation: str) -> str:
+    """Return why the installed transformers differs from what the tests expect of this pair, ``""`` if it does not."""
     if int(importlib.metadata.version("transformers").partition(".")[0]) >= 5:
         return ""
-    return OTHERWISE_IN_TRANSFORMERS_4.get((architecture, implementation), "")
+    return DIFFERENT_IN_TRANSFORMERS_4.get((architecture, implementation), "")
 
 
 def hugging_face_architectures() -> Iterator[Architecture]:
+    """Yield the architectures of transformers."""
     for name, model_class, options, differs in TRANSFORMERS:
         settings = {"inputs": _without_cache, "num_layers": 2, **differs}
         settings["outside"] = frozenset(settings.get("outside", ()))
@@ -180,128 +202,7 @@ def hugging_face_architectures() -> Iterator[Architecture]:
         yield Architecture(name, build, ("eager", "sdpa", "flex_attention"), library="transformers", **settings)
 
 
-# Attention outside of transformers: torch's own modules, hand-written layers, other libraries.
-
-
-def _hidden(padded: bool) -> dict[str, Any]:
-    return {"x": torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(1))}
-
-
-def _hidden_masked(padded: bool) -> dict[str, Any]:
-    inputs = _hidden(padded)
-    if padded:
-        inputs["padding"] = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-        inputs["padding"][1, LENGTH - 4 :] = True
-    return inputs
-
-
-class TorchAttention(nn.Module):
-    """`nn.MultiheadAttention` as a layer of its own."""
-
-    def __init__(self, need_weights: bool = False, **options: Any) -> None:
-        super().__init__()
-        self.need_weights = need_weights
-        self.attn = nn.MultiheadAttention(32, 4, batch_first=True, **options)
-
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        return self.attn(x, x, x, key_padding_mask=padding, need_weights=self.need_weights)[0]
-
-
-class TorchEncoder(nn.Module):
-    """`nn.TransformerEncoder`, which takes a fused path of its own in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        return self.encoder(x, src_key_padding_mask=padding)
-
-
-class TorchSeq2Seq(nn.Module):
-    """`nn.Transformer`: sequences first, a causal decoder, cross attention between sequences of equal length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = nn.Transformer(32, 4, 2, 2, 48)
-
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        source = x.transpose(0, 1)
-        causal = nn.Transformer.generate_square_subsequent_mask(len(source))
-        return self.transformer(
-            source,
-            source.flip(0).contiguous(),
-            tgt_mask=causal,
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-        )
-
-
-class HandWritten(nn.Module):
-    """Causal self-attention with the logits and their use written out by ``attend(q, k, v, blocked)``."""
-
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], layout: str = "bhtd") -> None:
-        super().__init__()
-        self.qkv = nn.Linear(32, 96)
-        self.out = nn.Linear(32, 32)
-        self.attend, self.layout = attend, layout
-
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).unbind(2)
-        if self.layout == "bhtd":
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        blocked = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-        y = self.attend(q, k, v, blocked)
-        return self.out((y.transpose(1, 2) if self.layout == "bhtd" else y).flatten(2))
-
-
-def _by_matmul(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    return nn.functional.softmax(logits.masked_fill(blocked, float("-inf")), dim=-1) @ v
-
-
-def _keys_first(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    logits = (k @ q.mT / 8**0.5).masked_fill(blocked.mT, float("-inf"))
-    return (v.mT @ logits.softmax(-2)).mT
-
-
-def _in_place(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    logits = torch.matmul(q, k.mT)
-    logits /= 8**0.5
-    logits.masked_fill_(blocked[None, None], -1e9)
-    return torch.matmul(logits.softmax(-1), v)
-
-
-def _by_einsum(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    logits = torch.einsum("bthd,bshd->bhts", q, k).div(8**0.5)
-    weights = torch.where(blocked, torch.finfo(logits.dtype).min, logits).softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
-
-
-def _sequence_first(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    logits = torch.einsum("bind,bjnd->ijbn", q, k) * 8**-0.5
-    weights = torch.softmax(logits - 1e30 * blocked[:, :, None, None], dim=1)
-    return torch.einsum("ijbn,bjnd->bind", weights, v)
-
-
-def _flattened(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    q, k, v = (y.reshape(-1, LENGTH, 8) for y in (q, k, v))
-    bias = torch.zeros(LENGTH, LENGTH).masked_fill(blocked, float("-inf"))
-    logits = torch.baddbmm(bias.expand(len(q), -1, -1), q * 8**-0.5, k.transpose(1, 2))
-    return torch.bmm(torch.softmax(logits, -1), v).view(BATCH, 4, LENGTH, 8)
-
-
-def _learned_temperature(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
-    temperature = torch.tensor([4.0, 6.0, 8.0, 10.0])[:, None, None]
-    return (q @ k.transpose(-2, -1) * temperature).masked_fill(blocked, float("-inf")).softmax(-1) @ v
-
-
-def _imported_by_name(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    from torch.nn.functional import scaled_dot_product_attention
-
-    return scaled_dot_product_attention(q, k, v, is_causal=True)
+# Attention outside of transformers.
 
 
 class _Placeholder(type):
@@ -310,7 +211,7 @@ class _Placeholder(type):
 
 
 class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules in place of torchvision, whose wheel does not load beside a CPU-only torch of the same version."""
+    """Import empty modules in place of torchvision."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return (
@@ -321,20 +222,21 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        def invent(name: str) -> object:
+        def placeholder(name: str) -> object:
             if name.startswith("__"):
                 raise AttributeError(name)
             return _Placeholder(name, (), {})
 
-        module.__dict__["__getattr__"] = invent
+        module.__dict__["__getattr__"] = placeholder
 
 
 @contextmanager
 def _torchvision_optional() -> Iterator[None]:
-    """timm's models need torchvision only to import: its image transforms are never called here."""
+    """Let timm be imported without torchvision, whose image transforms its models do not call."""
     if importlib.util.find_spec("torchvision"):
         yield
         return
+    # Not installed with the tests: its wheel does not load beside a CPU-only torch of the same version.
     finder = _Placeholders()
     sys.meta_path.insert(0, finder)
     try:
@@ -377,9 +279,11 @@ def _image(name: str, size: int) -> Callable[[bool], dict[str, Any]]:
 
 
 def other_architectures() -> Iterator[Architecture]:
+    """Yield torch's own modules, hand-written attention and the models of other libraries."""
+
     def torch_row(name: str, build: Callable[[], nn.Module], num_layers: int = 1, num_cross: int = 0) -> Architecture:
         return Architecture(
-            name, lambda _: sharpen(build()), ("own",), _hidden_masked, num_layers, "torch", num_cross=num_cross
+            name, lambda _: sharpen(build()), ("own",), hidden_masked, num_layers, "torch", num_cross=num_cross
         )
 
     yield torch_row("nn.MultiheadAttention", TorchAttention)
@@ -388,20 +292,20 @@ def other_architectures() -> Iterator[Architecture]:
     yield torch_row("nn.TransformerEncoder", TorchEncoder, 2)
     yield torch_row("nn.Transformer", TorchSeq2Seq, 6, 2)
     for name, attend, layout in (
-        ("sdpa imported by name", _imported_by_name, "bhtd"),
-        ("matmul", _by_matmul, "bhtd"),
-        ("matmul k qᵀ", _keys_first, "bhtd"),
-        ("matmul in place", _in_place, "bhtd"),
-        ("einsum bthd", _by_einsum, "bthd"),
-        ("einsum ijbn", _sequence_first, "bthd"),
-        ("baddbmm (B·H, L, d)", _flattened, "bhtd"),
-        ("cosine with temperature per head", _learned_temperature, "bhtd"),
+        ("sdpa imported by name", imported_by_name, "bhtd"),
+        ("matmul", by_matmul, "bhtd"),
+        ("matmul k qᵀ", keys_first, "bhtd"),
+        ("matmul in place", in_place, "bhtd"),
+        ("einsum bthd", by_einsum, "bthd"),
+        ("einsum ijbn", sequence_first, "bthd"),
+        ("baddbmm (B·H, L, d)", flattened, "bhtd"),
+        ("cosine with temperature per head", learned_temperature, "bhtd"),
     ):
         yield Architecture(
             name,
             lambda _, attend=attend, layout=layout: sharpen(HandWritten(attend, layout)),
             ("own",),
-            _hidden,
+            hidden,
             1,
             "torch",
         )
@@ -412,28 +316,26 @@ def other_architectures() -> Iterator[Architecture]:
     outside = frozenset({"bias"})
     yield Architecture("timm Swin", _timm("swin_tiny_patch4_window7_224", **swin), ("own",), _image("x", 32), 2, "timm", outside)  # fmt: skip
     yield Architecture("timm Swin unfused", _timm("swin_tiny_patch4_window7_224", fused=False, **swin), ("own",), _image("x", 32), 2, "timm", outside)  # fmt: skip
-    yield Architecture("x-transformers", _x_transformers(attn_flash=False), ("own",), _hidden, 2, "x_transformers")
-    yield Architecture("x-transformers flash", _x_transformers(attn_flash=True), ("own",), _hidden, 2, "x_transformers")
-    yield Architecture("x-transformers grouped", _x_transformers(attn_flash=False, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
-    yield Architecture("x-transformers grouped flash", _x_transformers(attn_flash=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
-    yield Architecture("x-transformers qk_norm", _x_transformers(attn_qk_norm=True, attn_kv_heads=2), ("own",), _hidden, 2, "x_transformers")  # fmt: skip
+    yield Architecture("x-transformers", _x_transformers(attn_flash=False), ("own",), hidden, 2, "x_transformers")
+    yield Architecture("x-transformers flash", _x_transformers(attn_flash=True), ("own",), hidden, 2, "x_transformers")
+    yield Architecture("x-transformers grouped", _x_transformers(attn_flash=False, attn_kv_heads=2), ("own",), hidden, 2, "x_transformers")  # fmt: skip
+    yield Architecture("x-transformers grouped flash", _x_transformers(attn_flash=True, attn_kv_heads=2), ("own",), hidden, 2, "x_transformers")  # fmt: skip
+    yield Architecture("x-transformers qk_norm", _x_transformers(attn_qk_norm=True, attn_kv_heads=2), ("own",), hidden, 2, "x_transformers")  # fmt: skip
     yield Architecture("litgpt", _litgpt, ("own",), lambda padded: {"idx": token_ids(False)["input_ids"]}, 2, "litgpt")
 
 
 @dataclass
 class Captured:
-    """Everything one capture of one forward gave."""
+    """The result of capturing one forward."""
 
-    calls: list[Any]
+    calls: list[AttentionCall]
     missed: dict[str, str]
     output: Any
 
 
 def captured(model: nn.Module, **inputs: Any) -> Captured:
-    """Run one quiet forward the way a probe does, and keep every attention call of it."""
-    from attnmonitor.capture import capture_attention
-
-    calls: list[Any] = []
+    """Run one forward as a probe does, and return every attention call of it."""
+    calls: list[AttentionCall] = []
     torch.compiler.set_stance("force_eager")
     try:
         with torch.no_grad(), capture_attention(model, calls.append) as report:
