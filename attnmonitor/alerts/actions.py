@@ -1,7 +1,7 @@
-"""What happens when an alert begins: stop, save a checkpoint, or whatever function the user gives.
+"""What happens when an alert begins: stop training, save a checkpoint, or call a function of the user.
 
-A monitor cannot stop a run; only the training loop can, and on every rank at once. So "stop" and "checkpoint" are
-requests that travel with the sample, decided on the one process that measures and carried out by the adapters.
+Only the training loop can stop a run, and it must do so on all ranks in the same step. So "stop" and "checkpoint" are
+requests: the process that measures decides on them, they travel with the sample, and the adapters carry them out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from attnmonitor.alerts import Rule
+from attnmonitor.alerts.rules import Rule
 from attnmonitor.sample import AlertEvent, Sample
 
 __all__ = ["Action", "Actions", "calls_of", "check_actions", "requests_of"]
@@ -25,8 +25,7 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
     """Return the actions as tuples.
 
     Raises:
-        ValueError: A key is neither a rule, a fault kind nor ``"critical"``, or an action is neither a request nor
-            callable.
+        ValueError: A key is not a rule, a fault kind or ``"critical"``, or an action is neither a request nor callable.
     """
     rules = list(rules)
     keys = {"critical", *(rule.name for rule in rules), *(rule.kind for rule in rules)}
@@ -44,16 +43,16 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
 
 
 def requests_of(events: Sequence[AlertEvent], actions: Actions) -> tuple[str, ...]:
-    """What the events ask of the training loop, without repeats."""
-    return tuple(dict.fromkeys(action for _, action in _due(events, actions) if isinstance(action, str)))
+    """Return what the events request of the training loop, without repeats."""
+    return tuple(dict.fromkeys(action for _, action in _triggered(events, actions) if isinstance(action, str)))
 
 
 def calls_of(events: Sequence[AlertEvent], actions: Actions) -> list[tuple[AlertEvent, ActionFunction]]:
-    """The functions that are due, each with the event it is due for."""
-    return [(event, action) for event, action in _due(events, actions) if not isinstance(action, str)]
+    """Return the functions to call, each with the event that triggers it."""
+    return [(event, action) for event, action in _triggered(events, actions) if not isinstance(action, str)]
 
 
-def _due(events: Sequence[AlertEvent], actions: Actions) -> Iterator[tuple[AlertEvent, Action]]:
+def _triggered(events: Sequence[AlertEvent], actions: Actions) -> Iterator[tuple[AlertEvent, Action]]:
     for event in events:
         if event.state == "firing":
             for key in (event.rule, event.kind, event.severity):

@@ -1,13 +1,13 @@
-"""The rules a monitor watches by unless it is told otherwise, one fault kind each.
+"""The default rules, at least one for each fault kind.
 
-Two facts shape them. A head at fault leaves the other heads, so head rules ask both how far it went (the contrast) and
-how unusual that is among the heads of this model (its robust z): the first alone is loud where all heads are restless,
-the second alone is loud where all are quiet. And whatever hits all heads alike cancels in that comparison, so rules
-about the run look at quantiles over all heads, against a short past: at once means within a few samples.
+Two facts shape them. A faulty head moves away from the other heads, so head rules ask both how far it moved (the
+contrast) and how unusual that is among the heads of this model (the robust z): the first alone gives false alarms where
+all heads fluctuate, the second alone where all are steady. And what hits all heads alike cancels in that comparison, so
+rules about the run look at quantiles over all heads, against a short past, to fire within a few samples.
 
 The levels were chosen on the development runs of ``benchmarks/detection`` and reported once on others; the margins
-and what stays undetected are in ``docs/alert-evaluation.md``. Nothing here looks at entropy, energy rank, sink mass or
-a largest logit: healthy heads reach the extremes of all of them.
+and what stays undetected are in ``docs/alerts.md``. No rule uses entropy, energy rank, sink mass or the largest logit:
+healthy heads reach the extremes of all of them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Reading, Rule, S
 __all__ = ["DEFAULT_RULES"]
 
 
-def _left_the_others(
+def _apart_from_others(
     metric: str, contrast: float, robust_z: float, reading: Reading = "log", *, window: int = 15, gap: int = 8
 ) -> AllOf:
-    """A head that went this far from the others, in the direction of the sign; half way back is healthy again."""
+    """A head this far from the others, in the direction of the sign; it clears half way back."""
     levels: dict[Signal, float] = {"contrast": contrast, "robust_z": robust_z}
     return AllOf(
         *(
@@ -32,17 +32,17 @@ def _left_the_others(
     )
 
 
-def _drifted_away(metric: str, contrast: float, robust_z: float) -> AllOf:
-    """The same against a long past: a drift of a few percent per sample takes its short baseline along."""
-    return _left_the_others(metric, contrast, robust_z, window=20, gap=40)
+def _slow_drift(metric: str, contrast: float, robust_z: float) -> AllOf:
+    """The same against a longer past: the short baseline follows a drift of a few percent per sample."""
+    return _apart_from_others(metric, contrast, robust_z, window=20, gap=40)
 
 
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
-"""A head's energy is not finite when its queries or its keys are not; one threshold, so that one source is named."""
+"""A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule("non_finite", "non_finite", "query_head", NON_FINITE, patience=1, grace=0, hold=0, source_only=True),
-    # When every head is hit at once, the source cannot be told.
+    # When every head is hit at once, the source is unknown.
     Rule(
         "non_finite_run",
         "non_finite",
@@ -56,51 +56,53 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "query_grown",
         "logit_blowup",
         "query_head",
-        AnyOf(_left_the_others("query_rms", 0.55, 2.8), _drifted_away("query_rms", 0.8, 4.0)),
+        AnyOf(_apart_from_others("query_rms", 0.55, 2.8), _slow_drift("query_rms", 0.8, 4.0)),
     ),
     Rule(
         "key_grown",
         "logit_blowup",
         "kv_head",
-        AnyOf(_left_the_others("key_rms", 0.6, 2.8), _drifted_away("key_rms", 0.9, 4.0)),
+        AnyOf(_apart_from_others("key_rms", 0.6, 2.8), _slow_drift("key_rms", 0.9, 4.0)),
     ),
-    # Queries and keys can also turn towards each other, at a size that stays; energy is restless, so it needs more.
-    Rule("energy_hot", "logit_blowup", "query_head", _left_the_others("energy_rms", 1.3, 4.0)),
+    # Queries and keys can also align with each other at constant size. Energy fluctuates more, so the levels are higher.
+    Rule("energy_hot", "logit_blowup", "query_head", _apart_from_others("energy_rms", 1.3, 4.0)),
     Rule(
         "query_faded",
         "dead_head",
         "query_head",
-        AnyOf(_left_the_others("query_rms", -0.42, -2.2), _drifted_away("query_rms", -0.95, -4.0)),
+        AnyOf(_apart_from_others("query_rms", -0.42, -2.2), _slow_drift("query_rms", -0.95, -4.0)),
     ),
     Rule(
         "key_faded",
         "dead_head",
         "kv_head",
-        AnyOf(_left_the_others("key_rms", -0.42, -2.5), _drifted_away("key_rms", -0.95, -4.0)),
+        AnyOf(_apart_from_others("key_rms", -0.42, -2.5), _slow_drift("key_rms", -0.95, -4.0)),
     ),
-    Rule("energy_cold", "dead_head", "query_head", _left_the_others("energy_rms", -1.0, -3.5)),
+    Rule("energy_cold", "dead_head", "query_head", _apart_from_others("energy_rms", -1.0, -3.5)),
     Rule(
         "key_sink",
         "key_sink",
         "kv_head",
         AnyOf(
-            _left_the_others("key_leverage_max", -0.4, -2.2, "log_slack"),
-            _left_the_others("key_incoherence", 0.4, 3.2),
+            _apart_from_others("key_leverage_max", -0.4, -2.2, "log_slack"),
+            _apart_from_others("key_incoherence", 0.4, 3.2),
         ),
     ),
-    # Each is restless for reasons of its own; a few keys that take over move both. Two witnesses in one sample stand
-    # for one witness in two samples, at lower levels and a sample earlier.
+    # Each of the two metrics fluctuates for its own reasons; a few dominant keys move both. Two metrics in one sample
+    # replace one metric in two samples, at lower levels and one sample earlier.
     Rule(
         "key_takeover",
         "key_sink",
         "kv_head",
         AllOf(
-            _left_the_others("key_leverage_max", -0.3, -1.5, "log_slack"),
-            _left_the_others("key_incoherence", 0.2, 1.5),
+            _apart_from_others("key_leverage_max", -0.3, -1.5, "log_slack"),
+            _apart_from_others("key_incoherence", 0.2, 1.5),
         ),
         patience=1,
     ),
-    Rule("key_rank", "rank_collapse", "kv_head", _left_the_others("key_participation_ratio", -0.8, -5.0, "log_excess")),
+    Rule(
+        "key_rank", "rank_collapse", "kv_head", _apart_from_others("key_participation_ratio", -0.8, -5.0, "log_excess")
+    ),
     # Rotary positions spread keys of rank 1 over several directions: there only the weights show the collapse.
     Rule(
         "learned_rank",
@@ -109,8 +111,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         Threshold("interaction_participation_ratio", "contrast", "log_excess", fire_below=-3.3, clear_above=-1.6),
         optional=True,
     ),
-    # Healthy heads earn their sharpness: the levels below are beyond what they reach late in the best high-rate runs,
-    # so that they need no window in which to hold, whatever the pace of sampling.
+    # Healthy heads become sharp late, while they learn. The levels below are beyond what they reach in the best
+    # high-rate runs, so the rule may fire at any time and at any sampling rate.
     Rule(
         "broken_start",
         "broken_start",
@@ -121,7 +123,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         ),
         grace=0,
     ),
-    # Sharp before anything was learned: a matter of the first two samples.
+    # Sharp before anything was learned: only in the first two samples.
     Rule(
         "hot_start",
         "broken_start",
@@ -148,6 +150,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
             ),
         ),
     ),
-    # Head alarms have been patient already.
+    # Head alarms have had their patience and grace already.
     Rule("mass", "mass", "run", FiringShare(), patience=1, grace=0),
 )

@@ -1,7 +1,7 @@
-"""What a person is sent: one notification per sample and rule, however many heads it names.
+"""Notifications for people: one per sample and rule, however many heads it names.
 
-A title is the same for every notification of a rule, because services limit how often one title is sent; what differs
-from sample to sample is in the text: who, what value, since when, what that usually means and what to try.
+All notifications of a rule have the same title, because services limit how often one title is sent. The text says which
+head, which value, since when, what that usually means and what to try.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from attnmonitor.sample import AlertEvent
+from attnmonitor.sample import AlertEvent, head_name
 
-__all__ = ["Notification", "log_events", "notifications_of"]
+__all__ = ["ADVICE", "Advice", "Notification", "log_events", "notifications_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ class Notification:
 
     Attributes:
         rule: Name of the rule.
-        title: Stable per rule, under 64 characters.
+        title: The same for every notification of a rule, under 64 characters.
         text: Several lines for a person.
-        level: ``"error"`` for something critical or a run at fault, ``"warning"`` for a new alarm, ``"info"`` when all
-            it tells is recovery.
+        level: ``"error"`` for a critical alarm or a run at fault, ``"warning"`` for a new alarm, ``"info"`` when all of
+            its alarms recovered.
     """
 
     rule: str
@@ -59,7 +59,7 @@ ADVICE = {
     ),
     "dead_head": Advice(
         "attention head goes dead",
-        "Queries or keys shrink towards zero: the head attends uniformly, whatever it reads.",
+        "Queries or keys shrink towards zero: the head attends uniformly, whatever its input.",
         "Look at weight decay and gradients of this head's W_Q and W_K, at a frozen or pruned slice, at a bad restore.",
     ),
     "key_sink": Advice(
@@ -69,33 +69,33 @@ ADVICE = {
     ),
     "rank_collapse": Advice(
         "keys lose rank",
-        "The keys fall into few directions: the head can tell little apart.",
+        "The keys lie in few directions, so the head can hardly distinguish positions.",
         "Lower the learning rate, and look at weight decay and at the singular values of this head's W_K.",
     ),
     "non_finite": Advice(
         "values are not finite",
-        "Queries or keys are NaN or infinite. Layers after the one named are infected by it.",
+        "Queries or keys are NaN or infinite. Later layers take over these values.",
         "Return to the last good checkpoint, skip steps whose loss or gradient is not finite, check float16 ranges.",
     ),
     "broken_start": Advice(
         "training starts broken",
-        "Most heads are far outside of what healthy runs show, as a rule from early on; the loss need not tell.",
+        "Most heads are far outside the range of healthy runs, usually from early on; the loss may look normal.",
         "Add warm-up, lower the learning rate, check the initial scale of W_Q and W_K, add QK-norm.",
     ),
     "mass": Advice(
         "many heads at once: the run is at fault",
-        "A large share of the heads in most layers changed at once: not a head is at fault, but something they share.",
+        "A large share of the heads in most layers changed at once: the cause is something they share, not one head.",
         "Look at the learning rate, the data and the optimizer at that step; return to an earlier checkpoint.",
     ),
 }
-"""Wording per kind of fault; a rule of a kind of its own is told without advice."""
+"""Texts per kind of fault; a rule whose kind is not listed has notifications without advice."""
 
 
 def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
     """Return one notification per rule that has events, the run at fault first.
 
-    Where the run is found at fault (kind ``"mass"``), the head alarms that begin with the same sample are its symptoms:
-    they are counted in its text and, unless critical, not sent on their own.
+    Where the run is at fault (kind ``"mass"``), new head alarms of the same sample are its symptoms: they are counted in
+    its text and, unless critical, have no notification of their own.
 
     Args:
         events: Events of one sample.
@@ -107,13 +107,13 @@ def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
         if event not in symptoms:
             by_rule.setdefault(event.rule, []).append(event)
     return [
-        _notify(rule, group, symptoms=len(symptoms) if group[0].kind == "mass" else 0)
+        _notification(rule, group, symptoms=len(symptoms) if group[0].kind == "mass" else 0)
         for rule, group in by_rule.items()
     ]
 
 
 def log_events(events: Sequence[AlertEvent]) -> None:
-    """Hand each notification to Python's logging, which shows warnings and errors where nobody has set it up."""
+    """Log each notification with Python's logging, which by default shows warnings and errors."""
     for notification in notifications_of(events):
         _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", notification.title, notification.text)
 
@@ -122,16 +122,11 @@ def _is_new_head_alarm(event: AlertEvent) -> bool:
     return event.scope != "run" and event.state == "firing" and event.severity == "warning"
 
 
-def _notify(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> Notification:
+def _notification(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> Notification:
     advice = ADVICE.get(events[0].kind)
     began = [event for event in events if event.state == "firing"]
-    lines = [_line(event) for event in began[:MAX_LINES]]
-    if len(began) > MAX_LINES:
-        lines.append(f"... and {len(began) - MAX_LINES} more")
-    over = [event for event in events if event.state == "cleared"]
-    lines += [_line(event) for event in over[:MAX_LINES]]
-    if len(over) > MAX_LINES:
-        lines.append(f"... and {len(over) - MAX_LINES} more recovered")
+    cleared = [event for event in events if event.state == "cleared"]
+    lines = _lines(began, rest="more") + _lines(cleared, rest="more recovered")
     if symptoms:
         lines.append(f"Head alarms that began with it: {symptoms}.")
     if began and advice is not None:
@@ -146,11 +141,11 @@ def _notify(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> Notifi
     )
 
 
+def _lines(events: Sequence[AlertEvent], *, rest: str) -> list[str]:
+    lines = [_line(event) for event in events[:MAX_LINES]]
+    return lines if len(events) <= MAX_LINES else [*lines, f"... and {len(events) - MAX_LINES} {rest}"]
+
+
 def _line(event: AlertEvent) -> str:
-    """Say who, what and since when."""
-    scope = {"query_head": "query head", "kv_head": "KV head"}.get(event.scope, event.scope)
-    where = (
-        "run" if event.layer is None else event.layer if event.head is None else f"{event.layer} {scope} {event.head}"
-    )
-    told = "recovered" if event.state == "cleared" else "still" if event.severity == "critical" else "alarm"
-    return f"step {event.global_step}, {where}: {told}: {event.message}, since step {event.since_step}"
+    state = "recovered" if event.state == "cleared" else "still" if event.severity == "critical" else "alarm"
+    return f"step {event.global_step}, {head_name(event)}: {state}: {event.message}, since step {event.since_step}"

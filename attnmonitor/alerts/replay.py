@@ -1,7 +1,7 @@
-"""Any rule set over a run that was recorded: what would have fired, and when.
+"""Any rule set applied to a recorded run: what would have fired, and when.
 
-No model and no logger is needed, so thresholds can be tuned on runs of the past. A replay asks of a record only its
-steps and its trajectories, and feeds them to `Alerts` as the monitor did.
+No model and no logger is needed, so thresholds can be tuned on old runs. A replay reads the steps and trajectories of a
+record and feeds them to `Alerts` as the monitor did.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attnmonitor.alerts.defaults import DEFAULT_RULES
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import Rule
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.sample import AlertEvent
+from attnmonitor.sample import AlertEvent, head_name
 
 __all__ = ["Recorded", "replay", "replay_text"]
 
@@ -33,7 +33,7 @@ class RecordedSample(Protocol):
 
 
 class Recorded(Protocol):
-    """What a replay asks of a record; `attnmonitor.record.RunRecord` has it."""
+    """What a replay reads of a record, for example of an `attnmonitor.record.RunRecord`."""
 
     @property
     def samples(self) -> Sequence[RecordedSample]:
@@ -52,15 +52,15 @@ class Recorded(Protocol):
 
 
 def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: int = 1) -> list[AlertEvent]:
-    """Return the events that a rule set finds in a recorded run.
+    """Return the events that a rule set gives for a recorded run.
 
     A record writes NaN both for what is not finite and for what was not measured. Here a layer counts as measured from
     its first finite value on, and a metric that is NaN in all heads while another one is not counts as not measured.
 
     Args:
         record: The run.
-        rules: Rules to watch by.
-        stride: Take only every so many samples, to see what seldomer sampling would have found.
+        rules: The rules.
+        stride: Use every ``stride``-th sample only, to see what less frequent sampling would have found.
 
     Raises:
         ValueError: A rule that is not optional needs a metric that was not recorded.
@@ -78,13 +78,13 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
         >>> [(event.head, event.global_step) for event in events]
         [(1, 20)]
     """
-    watch = Alerts(rules)
-    if missing := watch.required_metrics - set(record.metrics):
-        needy = sorted(rule.name for rule in watch.rules if rule.metrics & missing and not rule.optional)
-        raise ValueError(f"rules {', '.join(needy)}: the run did not record {', '.join(sorted(missing))}")
-    read = {metric for rule in watch.rules for metric in rule.metrics} & set(record.metrics)
-    trajectories = {metric: record.trajectories(metric) for metric in METRICS if metric in read}
-    begins = {
+    alerts = Alerts(rules)
+    if missing := alerts.required_metrics - set(record.metrics):
+        affected = sorted(rule.name for rule in alerts.rules if rule.metrics & missing and not rule.optional)
+        raise ValueError(f"rules {', '.join(affected)}: the run did not record {', '.join(sorted(missing))}")
+    needed = {metric for rule in alerts.rules for metric in rule.metrics} & set(record.metrics)
+    trajectories = {metric: record.trajectories(metric) for metric in METRICS if metric in needed}
+    first_finite = {
         (metric, layer): np.isfinite(rows).any(axis=1).argmax() if np.isfinite(rows).any() else len(rows)
         for metric, layers in trajectories.items()
         for layer, rows in layers.items()
@@ -95,31 +95,33 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
             continue
         sample = {
             metric: {
-                layer: torch.from_numpy(rows[index]) for layer, rows in layers.items() if begins[metric, layer] <= index
+                layer: torch.from_numpy(rows[index])
+                for layer, rows in layers.items()
+                if first_finite[metric, layer] <= index
             }
             for metric, layers in trajectories.items()
         }
-        events += watch.observe(_measured(sample), int(record.steps[index]))
+        events += alerts.observe(_measured(sample), int(record.steps[index]))
     return events
 
 
 def _measured(sample: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
     """Return the metrics that have a value, or all of them where none has."""
-    having = {
+    with_values = {
         metric: layers
         for metric, layers in sample.items()
         if any(bool(row.isfinite().any()) for row in layers.values())
     }
-    return having or sample
+    return with_values or sample
 
 
 def replay_text(events: Sequence[AlertEvent]) -> str:
-    """Return one line per event, or one that says that nothing fired."""
+    """Return one line per event, or a line that says that nothing fired."""
     if not events:
         return "nothing would have fired"
     return "\n".join(
         f"step {event.global_step:>8}  {event.state:<8} {event.severity:<8} {event.rule:<16} "
-        f"{event.layer or 'run'}{'' if event.head is None else f' {event.scope} {event.head}'}"
+        f"{head_name(event)}"
         f"{'' if math.isnan(event.value) else f'  {event.message}'}"
         for event in events
     )

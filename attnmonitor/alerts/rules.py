@@ -1,29 +1,35 @@
-"""What an alert watches for, written down as data.
+"""Alert rules as data.
 
 A rule names a fault and says when a head, a layer or the run shows it: a tree of `AllOf` and `AnyOf` over `Threshold`
-leaves. A threshold reads one metric, usually in logarithms, compares it with the head's own past or with what the other
-heads did meanwhile, and has two levels: one at which it fires and one, nearer to health, below which it lets go. Rules
-hold no state and no code, so that they can be printed, stored as JSON, edited by hand and replayed over a recorded
-run.
+leaves. A threshold reads one metric, usually in logarithms, and compares it with the head's own past or with the change
+of the other heads. It has two levels: one at which it fires, and one on the healthy side of it at which it clears.
+Rules hold no state and no code, so they can be printed, stored as JSON, edited by hand and replayed over a recorded run.
 
-Letters: ``x`` is the metric as it is read (``reading``), ``base`` the median of ``x`` over ``window`` samples that
-ended ``gap`` samples ago (a gap keeps a slow ramp from eating its own baseline), ``rel = x − base``.
+Letters: ``x`` is the metric as it is read (``reading``), ``base`` the median of ``x`` over the ``window`` samples that
+ended ``gap`` samples ago (without the gap, a slow ramp would become part of its own baseline), ``rel = x − base``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from attnmonitor.metrics.catalog import METRICS, check_metric_names
 
-__all__ = ["AllOf", "AnyOf", "Condition", "FiringShare", "Rule", "Threshold", "check_rules", "load_rules", "save_rules"]
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Condition",
+    "FiringShare",
+    "Reading",
+    "Rule",
+    "Signal",
+    "Threshold",
+    "check_rules",
+    "leaves",
+]
 
 Scope = Literal["query_head", "kv_head", "layer", "run"]
 Signal = Literal["value", "change", "contrast", "robust_z", "non_finite"]
@@ -36,7 +42,7 @@ _READINGS = ("identity", "log", "log_slack", "log_excess")
 
 @dataclass(frozen=True)
 class Threshold:
-    """One metric, seen in one way, beyond one level.
+    """One signal of one metric, with the level at which it fires and the level at which it clears.
 
     Attributes:
         metric: Name from `attnmonitor.metrics.catalog.METRICS`.
@@ -44,15 +50,15 @@ class Threshold:
             median over the heads of the model; ``"robust_z"`` is the contrast over its robust spread,
             ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite
             and 0 elsewhere.
-        reading: How x is made of the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
+        reading: How x is computed from the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
             ``"log_excess"`` ln(m − 1). Ignored by ``"non_finite"``.
-        fire_above: The condition holds above this level; `clear_below` says when it lets go.
-        clear_below: At most `fire_above`.
-        fire_below: The mirrored pair: the condition holds below this level.
-        clear_above: At least `fire_below`.
+        fire_above: The condition holds above this level.
+        clear_below: An alarm clears below this level; at most `fire_above`.
+        fire_below: For the other direction: the condition holds below this level.
+        clear_above: An alarm clears above this level; at least `fire_below`.
         window: Samples in the baseline.
         gap: Samples between the baseline's end and now.
-        quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that stands for them all.
+        quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used.
     """
 
     metric: str
@@ -84,7 +90,7 @@ class Threshold:
 
     @property
     def levels(self) -> tuple[float, float, float]:
-        """Sign, firing level and clearing level: it holds where ``sign · signal > sign · firing level``."""
+        """Sign, firing level, clearing level: the condition holds where ``sign · signal > sign · firing level``."""
         if self.fire_above is not None and self.clear_below is not None:
             return 1.0, self.fire_above, self.clear_below
         if self.fire_below is not None and self.clear_above is not None:
@@ -104,12 +110,12 @@ class Threshold:
 
 @dataclass(frozen=True)
 class FiringShare:
-    """A large share of the heads, spread over many layers, has a head alarm: the run is at fault, not a head.
+    """A large share of the heads, in many layers, has a head alarm: the run is at fault, not a head.
 
     Attributes:
         heads: Holds when at least this share of the heads (query heads or KV heads, whichever is larger) is firing ...
         layers: ... and at least this share of the layers has a firing head.
-        clear_heads: Lets go when the share of heads is below this.
+        clear_heads: Clears when the share of heads is below this.
     """
 
     heads: float = 0.25
@@ -117,9 +123,9 @@ class FiringShare:
     clear_heads: float = 0.1
 
     def check(self, scope: Scope) -> None:
-        """Raise ValueError when the shares make no sense or the rule is not about the run."""
+        """Raise ValueError when a share is invalid or the rule is not about the run."""
         if scope != "run":
-            raise ValueError(f"scope={scope!r}: a share of firing heads is a matter of scope 'run'")
+            raise ValueError(f"scope={scope!r}: a share of firing heads needs a rule of scope 'run'")
         for name in ("heads", "layers", "clear_heads"):
             share = getattr(self, name)
             if not 0.0 < share <= 1.0:
@@ -162,24 +168,24 @@ def leaves(condition: Condition) -> Iterator[Threshold | FiringShare]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A fault with a name: when it fires, for whom, and how patiently.
+    """A named fault: its condition, what can have it, and how many samples it takes.
 
     Attributes:
         name: Unique among the rules of a run, for example ``"energy_hot"``.
-        kind: Kind of fault it points to, for example ``"logit_blowup"``; rules of one kind share their advice.
-        scope: What is alarmed: ``"query_head"``, ``"kv_head"``, ``"layer"`` or ``"run"``.
+        kind: Kind of fault it points to, for example ``"logit_blowup"``; rules of one kind share their advice text.
+        scope: What an alarm is about: ``"query_head"``, ``"kv_head"``, ``"layer"`` or ``"run"``.
         when: The condition.
-        patience: Samples in a row for which it must hold before it fires, and be over before it clears.
-        grace: Samples of a head that must have been seen before it may fire.
+        patience: Consecutive samples in which it must be violated to fire, and recovered to clear.
+        grace: Samples of a head that are needed before it may fire.
         until: No new alarm after this many samples; None for no end.
         hold: Samples after which a firing alarm becomes critical; 0 for at once.
         least_heads: Heads the contrast needs; with fewer, it falls back to the head's own past and the message says so.
-        source_only: For faults that spread with the forward pass: only heads of the earliest layer concerned are named,
-            and nobody new while those fire; nobody when every head of the model is concerned.
-        optional: Whether the rule rests when its metrics are not collected, instead of demanding them.
+        source_only: For faults that spread with the forward pass: only heads of the earliest affected layer get an alarm,
+            no other head while those fire, and none at all when every head of the model is affected.
+        optional: Whether the rule is skipped when its metrics are not collected; otherwise that is an error.
 
     Raises:
-        ValueError: A field makes no sense; the message names the rule, the field and what arrived.
+        ValueError: A field is invalid; the message names the rule, the field and what arrived.
     """
 
     name: str
@@ -235,97 +241,19 @@ def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
         if not isinstance(rule, Rule):
             raise TypeError(f"alerts: expected Rule records, got {rule!r}; load_rules(path) reads them from a file")
         if rule.name in names:
-            raise ValueError(f"rule {rule.name!r}: the name is used twice; rules of one run need names of their own")
+            raise ValueError(f"rule {rule.name!r}: the name is used twice; each rule of a run needs its own name")
         names.add(rule.name)
     return checked
 
 
-# -- As JSON -----------------------------------------------------------------------------------------------------------
-
-
-def to_plain(item: Rule | Condition) -> dict[str, Any]:
-    """Return a rule or condition as plain containers, fields at their default left out."""
-    if isinstance(item, (AllOf, AnyOf)):
-        return {_GROUP_KEYS[type(item)]: [to_plain(part) for part in item.conditions]}
-    plain: dict[str, Any] = {}
-    for spec in dataclasses.fields(item):
-        value = getattr(item, spec.name)
-        if spec.default is dataclasses.MISSING or value != spec.default:
-            plain[spec.name] = to_plain(value) if spec.name == "when" else value
-    return {"firing_share": plain} if isinstance(item, FiringShare) else plain
-
-
-def save_rules(rules: Sequence[Rule], path: str | PathLike[str]) -> None:
-    """Write rules as JSON, a start for rules of one's own."""
-    Path(path).write_text(
-        json.dumps([to_plain(rule) for rule in check_rules(rules)], indent=2) + "\n", encoding="utf-8"
-    )
-
-
-def load_rules(path: str | PathLike[str]) -> tuple[Rule, ...]:
-    """Read rules from a JSON file: a list of objects with the fields of `Rule`.
-
-    A condition is an object with the fields of `Threshold`, or ``{"all_of": [...]}``, ``{"any_of": [...]}`` or
-    ``{"firing_share": {...}}``.
-
-    Raises:
-        ValueError: The file is not JSON, or a rule has an unknown, missing or senseless field; the message names it.
-    """
-    try:
-        plain = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"rules file {path}: not JSON: {error}") from None
-    if not isinstance(plain, list):
-        raise ValueError(f"rules file {path}: expected a list of rules, got {type(plain).__name__}")
-    return check_rules(_rule_from_plain(item, position) for position, item in enumerate(plain))
-
-
-def _rule_from_plain(plain: object, position: int) -> Rule:
-    name = plain.get("name", f"number {position}") if isinstance(plain, Mapping) else f"number {position}"
-    try:
-        fields = _fields_of(Rule, plain)
-        fields["when"] = _condition_from_plain(fields["when"])
-    except ValueError as error:
-        raise ValueError(f"rule {name!r}: {error}") from None
-    return Rule(**fields)
-
-
-def _condition_from_plain(plain: object) -> Condition:
-    if isinstance(plain, Mapping) and len(plain) == 1:
-        ((key, content),) = plain.items()
-        for group, group_key in _GROUP_KEYS.items():
-            if key == group_key:
-                if not isinstance(content, list):
-                    raise ValueError(f"{key}: expected a list of conditions, got {content!r}")
-                return group(*(_condition_from_plain(part) for part in content))
-        if key == "firing_share":
-            return FiringShare(**_fields_of(FiringShare, content))
-    return Threshold(**_fields_of(Threshold, plain))
-
-
-def _fields_of(record: type[Rule | Threshold | FiringShare], plain: object) -> dict[str, Any]:
-    if not isinstance(plain, Mapping):
-        raise ValueError(f"expected an object with the fields of {record.__name__}, got {plain!r}")
-    known = {spec.name: spec.default is dataclasses.MISSING for spec in dataclasses.fields(record)}
-    unknown = sorted(set(plain) - set(known))
-    missing = [name for name, required in known.items() if required and name not in plain]
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; {record.__name__} has {', '.join(known)}")
-    if missing:
-        raise ValueError(f"{record.__name__} lacks the field {missing[0]!r}")
-    return dict(plain)
-
-
-_GROUP_KEYS: dict[type[AllOf | AnyOf], str] = {AllOf: "all_of", AnyOf: "any_of"}
-
-
-# -- Checks ------------------------------------------------------------------------------------------------------------
+GROUP_KEYS: dict[type[AllOf | AnyOf], str] = {AllOf: "all_of", AnyOf: "any_of"}
+"""What a group is called in files and messages."""
 
 
 def _check_tree(condition: Condition) -> None:
     if isinstance(condition, (AllOf, AnyOf)):
         if not condition.conditions:
-            raise ValueError(f"{_GROUP_KEYS[type(condition)]} has no conditions")
+            raise ValueError(f"{GROUP_KEYS[type(condition)]} has no conditions")
         for part in condition.conditions:
             _check_tree(part)
     elif not isinstance(condition, (Threshold, FiringShare)):
@@ -355,4 +283,6 @@ def _check_levels(threshold: Threshold) -> None:
     if len(given) > 2:
         raise ValueError(f"{threshold.metric}: got {given}; one threshold has one direction, AnyOf combines two")
     if sign * clear > sign * fire:
-        raise ValueError(f"{threshold.metric}: {given}: clear must lie on the healthy side of fire, or at it")
+        raise ValueError(
+            f"{threshold.metric}: {given}: the clearing level must equal the firing level or lie on its healthy side"
+        )

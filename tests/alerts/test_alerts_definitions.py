@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, AllOf, AnyOf, FiringShare, Rule, Threshold, load_rules, save_rules
-from attnmonitor.alerts.signals import SMALLEST, Heads, Past, Reference, evaluate, read, unread
+from attnmonitor.alerts.heads import Heads
+from attnmonitor.alerts.past import MetricPast, Reference
+from attnmonitor.alerts.readings import SMALLEST, apply_reading, invert_reading
+from attnmonitor.alerts.signals import evaluate
 from attnmonitor.alerts.states import FIRING, INACTIVE, PENDING, AlarmStates, advance
 from attnmonitor.sample import AlertEvent
 
@@ -56,14 +59,14 @@ def test_a_thousand_alarms_live_as_one_alarm_is_defined_to(patience, hold):
     chance = torch.tensor([0.5, 0.2, 0.1, 0.2])
     drawn = torch.multinomial(chance.expand(1000, 4), 40, True, generator=torch.Generator().manual_seed(0))
     expected = [life([words[i] for i in row], patience, hold) for row in drawn.tolist()]
-    states = AlarmStates.inactive(600).followed_by(AlarmStates.inactive(400))
+    states = AlarmStates.inactive(600).extended(AlarmStates.inactive(400))
     assert states.since_step.tolist() == [-1] * 1000
     for step, now in enumerate(drawn.T):
         states, changes = advance(
             states,
-            ill=now == 0,
-            not_ill=(now == 1) | (now == 2),
-            well=now == 1,
+            violated=now == 0,
+            not_violated=(now == 1) | (now == 2),
+            recovered=now == 1,
             patience=patience,
             hold=hold,
             global_step=step,
@@ -107,7 +110,7 @@ def signals(threshold: Threshold, rows, is_sick, kept: Reference, is_kept, least
     crowd = [median(now) - median(change) if enough else NAN] * len(now)
     for head in heads:
         if is_kept[head] or math.isnan(base[head]):
-            base[head], crowd[head] = kept.base[head].item(), kept.crowd[head].item()
+            base[head], crowd[head] = kept.base[head].item(), kept.peers[head].item()
     change = [now[head] - base[head] for head in heads]
     moved = [0.0 if math.isnan(median(now) - level) else median(now) - level for level in crowd]
     contrast = [change[head] - moved[head] for head in heads]
@@ -130,15 +133,15 @@ def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, lea
         rows[torch.rand(11, 9, generator=generator) < 0.25] = NAN
         if least_heads > 5:
             rows[-9:] = rows[-9:].nan_to_num(nan=0.5)
-        past = Past(depth=8)
+        past = MetricPast(depth=8)
         is_sick = torch.rand(11, 9, generator=generator) < 0.2
         for row, sick in zip(rows, is_sick, strict=True):
             past.append(row, torch.ones(9, dtype=torch.bool))
-            past.mark_sick(sick)
+            past.exclude_from_baseline(sick)
         assert past.seen.tolist() == rows.isfinite().sum(0).tolist()
         kept = Reference(*torch.randn(2, 9, generator=generator))
         is_kept = torch.rand(9, generator=generator) < 0.3
-        found, used = evaluate(threshold, past, kept=kept, is_kept=is_kept, least_heads=least_heads)
+        found, used = evaluate(threshold, past, frozen=kept, is_frozen=is_kept, least_heads=least_heads)
         expected = torch.tensor(signals(threshold, rows, is_sick, kept, is_kept, least_heads))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(used.base[is_kept], kept.base[is_kept], rtol=0, atol=0)
@@ -147,14 +150,14 @@ def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, lea
 def test_thresholds_that_differ_in_their_past_alone_are_not_given_each_others():
     generator = torch.Generator().manual_seed(0)
     rows = 1 + torch.rand(30, 9, generator=generator)
-    past, unknown, nobody = Past(depth=30), Reference.unknown(9), torch.zeros(9, dtype=torch.bool)
+    past, unknown, nobody = MetricPast(depth=30), Reference.unknown(9), torch.zeros(9, dtype=torch.bool)
     for row in rows:
         past.append(row, ~nobody)
     healthy = torch.zeros(30, 9, dtype=torch.bool)
     first = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=5, gap=3)
     for other in (first, replace(first, window=9), replace(first, gap=7), replace(first, reading="log_excess")):
         for least_heads in (5, 10):
-            found, _ = evaluate(other, past, kept=unknown, is_kept=nobody, least_heads=least_heads)
+            found, _ = evaluate(other, past, frozen=unknown, is_frozen=nobody, least_heads=least_heads)
             expected = torch.tensor(signals(other, rows, healthy, unknown, nobody, least_heads))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -163,9 +166,9 @@ def test_a_head_is_non_finite_only_where_it_was_measured():
     threshold = Threshold("query_rms", "non_finite", fire_above=0.5, clear_below=0.5)
     heads = Heads({"a": 2, "b": 1})
     row, is_measured = heads.flatten({"a": torch.tensor([math.inf, 2.0])})
-    past, unknown = Past(depth=1), Reference.unknown(3)
+    past, unknown = MetricPast(depth=1), Reference.unknown(3)
     past.append(row, is_measured)
-    found, _ = evaluate(threshold, past, kept=unknown, is_kept=is_measured, least_heads=1)
+    found, _ = evaluate(threshold, past, frozen=unknown, is_frozen=is_measured, least_heads=1)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, NAN]), equal_nan=True)
 
 
@@ -175,8 +178,8 @@ def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
     metric = {"log_slack": torch.linspace(0.01, 0.99, 9), "log_excess": torch.linspace(1.01, 9, 9)}.get(
         reading, torch.linspace(0.1, 5, 9)
     )
-    torch.testing.assert_close(unread(threshold, read(threshold, metric)), metric)
-    lowest = read(threshold, torch.tensor([{"log_slack": 1.0, "log_excess": 1.0}.get(reading, 0.0)]))
+    torch.testing.assert_close(invert_reading(reading, apply_reading(reading, metric)), metric)
+    lowest = apply_reading(reading, torch.tensor([{"log_slack": 1.0, "log_excess": 1.0}.get(reading, 0.0)]))
     assert lowest.item() == pytest.approx(0.0 if reading == "identity" else math.log(SMALLEST))
 
 

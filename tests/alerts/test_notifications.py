@@ -22,7 +22,7 @@ def test_one_notification_per_rule_however_many_heads():
     [notification] = notifications_of([*events, event(head=31, state="cleared")])
     assert notification.text.count("alarm:") == 8
     assert "... and 22 more" in notification.text
-    assert "l query head 0: alarm: energy_rms is 9, was 1, since step 40" in notification.text
+    assert "l head 0: alarm: energy_rms is 9, was 1, since step 40" in notification.text
     assert "recovered" in notification.text
     assert "Try:" in notification.text
     assert notification.level == "warning"
@@ -33,18 +33,18 @@ def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_l
     over = [event(head=head, message="m", state="cleared") for head in range(10)]
     [notification] = notifications_of([*began, *over])
     lines = notification.text.splitlines()
-    assert lines[0] == "step 50, l query head 0: alarm: m, since step 40"
+    assert lines[0] == "step 50, l head 0: alarm: m, since step 40"
     assert lines[8] == "... and 1 more"
-    assert lines[9] == "step 50, l query head 0: recovered: m, since step 40"
+    assert lines[9] == "step 50, l head 0: recovered: m, since step 40"
     assert lines[17] == "... and 2 more recovered"
     assert [line.split(":")[0] for line in lines[18:]] == ["Usually", "Try"]
     [short] = notifications_of([*began[:8], *over[:8]])
     assert "more" not in short.text.replace("gradient", "")
     [recovered] = notifications_of(over[:1])
-    assert recovered.text == "step 50, l query head 0: recovered: m, since step 40"
+    assert recovered.text == "step 50, l head 0: recovered: m, since step 40"
     assert recovered.level == "info"
     [own] = notifications_of([event(kind="mine", rule="r", message="m")])
-    assert (own.title, own.text) == ("mine (r)", "step 50, l query head 0: alarm: m, since step 40")
+    assert (own.title, own.text) == ("mine (r)", "step 50, l head 0: alarm: m, since step 40")
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_l
     [
         ({"scope": "kv_head"}, "step 50, l KV head 0: alarm: m, since step 40"),
         ({"scope": "layer", "head": None}, "step 50, l: alarm: m, since step 40"),
-        ({"scope": "run", "layer": None, "head": None}, "step 50, run: alarm: m, since step 40"),
-        ({"severity": "critical"}, "step 50, l query head 0: still: m, since step 40"),
-        ({"severity": "critical", "state": "cleared"}, "step 50, l query head 0: recovered: m, since step 40"),
+        ({"scope": "run", "layer": None, "head": None}, "step 50, the whole run: alarm: m, since step 40"),
+        ({"severity": "critical"}, "step 50, l head 0: still: m, since step 40"),
+        ({"severity": "critical", "state": "cleared"}, "step 50, l head 0: recovered: m, since step 40"),
     ],
 )
 def test_a_line_names_the_head_the_layer_or_the_run(fields, line):

@@ -64,7 +64,7 @@ def test_a_replay_with_other_rules_needs_no_model(tmp_path):
     assert (held.severity, held.global_step, held.since_step) == ("critical", 460, 350)
     text = replay_text([event])
     assert "faint" in text
-    assert "layers.1 query_head 2" in text
+    assert "layers.1 head 2" in text
     assert replay_text(replay(record, [])) == "nothing would have fired"
 
 
@@ -75,9 +75,9 @@ def test_a_line_of_a_replay_names_the_head_the_layer_or_the_run():
     ).splitlines()
     assert [line.split()[:4] for line in lines] == [["step", "70", "firing", "warning"]] * 3
     assert [line.split()[4:] for line in lines] == [
-        ["faint", "a", "kv_head", "3", "m"],
+        ["faint", "a", "KV", "head", "3", "m"],
         ["faint", "a", "m"],
-        ["faint", "run"],
+        ["faint", "the", "whole", "run"],
     ]
 
 

@@ -118,7 +118,7 @@ def test_an_alert_reaches_the_sample_the_record_and_wandb_once_and_names_the_hea
     logged = offline_run(in_own_folder)
     [(title, text, _)] = logged["alerts"]
     assert "faint_query" in title
-    assert "blocks.1.attn query head 2" in text
+    assert "blocks.1.attn head 2" in text
     assert curve(logged, "attention/alerts/firing") == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1}
     assert curve(logged, "attention/alerts/new") == {0: 0, 1: 0, 2: 1, 3: 0, 4: 0}
 
@@ -158,7 +158,7 @@ def test_alerts_reach_python_logging_without_any_tracker_once_and_their_end_as_w
         ("WARNING", "attnmonitor.alerts.notifications"),
         ("INFO", "attnmonitor.alerts.notifications"),
     ]
-    assert "blocks.1.attn query head 2: alarm" in caplog.text
+    assert "blocks.1.attn head 2: alarm" in caplog.text
     assert "recovered" in caplog.records[1].getMessage()
 
 

@@ -1,0 +1,60 @@
+"""All heads of a model in one flat tensor, in forward order: N is their number.
+
+What an alarm can be about (a unit) is a head, a layer or the run; the tensors of a rule have one element per unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["Heads", "Unit"]
+
+Unit = tuple[str | None, int | None]
+"""What one alarm is about: (layer, head), (layer, None), or (None, None) for the run."""
+
+
+class Heads:
+    """The heads of one scope in a fixed order: layers as they first appear, then heads by index.
+
+    Attributes:
+        layers: Number of heads of each layer.
+    """
+
+    def __init__(self, layers: Mapping[str, int] | None = None) -> None:
+        self.layers: dict[str, int] = dict(layers or {})
+
+    def __len__(self) -> int:
+        return sum(self.layers.values())
+
+    def add_layers(self, values: Mapping[str, Tensor]) -> None:
+        """Add the layers that were not seen before.
+
+        Raises:
+            ValueError: A known layer arrives with another number of heads.
+        """
+        for layer, value in values.items():
+            if self.layers.setdefault(layer, len(value)) != len(value):
+                raise ValueError(
+                    f"alerts: layer {layer!r} arrived with {len(value)} heads but had {self.layers[layer]}; "
+                    "a changed model needs new Alerts"
+                )
+
+    def flatten(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (N,) float32, NaN where there is no finite value, and (N,) bool: whether it was measured at all."""
+        parts = [values.get(layer, torch.full((count,), torch.nan)) for layer, count in self.layers.items()]
+        row = torch.cat([part.detach().to("cpu", torch.float32) for part in parts])
+        is_measured = torch.tensor([layer in values for layer in self.layers])
+        return torch.where(row.isfinite(), row, torch.nan), self.per_head(is_measured)
+
+    def quantile(self, row: Tensor, q: float, *, per_layer: bool) -> Tensor:
+        """Return the quantile of an (N,) row over the heads of each layer, (layers,), or over all heads, (1,)."""
+        groups = torch.split(row, list(self.layers.values())) if per_layer else (row,)
+        return torch.stack([group.nanquantile(q) for group in groups])
+
+    def per_head(self, row: Tensor) -> Tensor:
+        """Return a row of layers, (layers,), or of the run, (1,), repeated for each head, (N,)."""
+        counts = list(self.layers.values()) if len(row) == len(self.layers) else [len(self)]
+        return row.repeat_interleave(torch.tensor(counts))
