@@ -18,7 +18,7 @@ from attnmonitor.callbacks.framework import FrameworkCallback
 from attnmonitor.loggers import summary_scalars
 from attnmonitor.messages import needed
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.monitor.summary import print_ending
+from attnmonitor.monitor.final_report import print_final_report
 
 with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -111,7 +111,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         if (bar := trainer.progress_bar_callback) is not None:
             # A bar that lives draws itself again below whatever is printed. Stopping it twice is harmless.
             bar.teardown(trainer, pl_module, "fit")
-        print_ending(monitor)
+        print_final_report(monitor)
 
     def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)

@@ -18,8 +18,8 @@ from torch import nn
 from attnmonitor.callbacks.framework import check_settings
 from attnmonitor.messages import warn
 from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.monitor.final_report import print_final_report
 from attnmonitor.monitor.schedules import Schedule, one_schedule
-from attnmonitor.monitor.summary import print_ending
 
 __all__ = ["attach"]
 
@@ -104,7 +104,7 @@ def attach(
 
 def _close_at_exit(monitor: AttentionMonitor) -> None:
     """Close a monitor that is still there, and not closed, when this process ends; and say what the run came to."""
-    monitor.on_close(lambda: print_ending(monitor))
+    monitor.on_close(lambda: print_final_report(monitor))
     process, watching = os.getpid(), weakref.ref(monitor)
 
     def close() -> None:

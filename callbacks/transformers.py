@@ -21,7 +21,7 @@ from attnmonitor.callbacks.framework import FrameworkCallback
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
 from attnmonitor.messages import needed
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.monitor.summary import print_ending
+from attnmonitor.monitor.final_report import print_final_report
 from attnmonitor.sample import Sample
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
@@ -114,7 +114,7 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         """Finish the record and the loggers and say what the run comes to."""
         if self.monitor is not None:
             self.monitor.close()
-            print_ending(self.monitor)
+            print_final_report(self.monitor)
 
     @property
     def _state_file(self) -> str:

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is watched: counted, told once, kept from the training step, and in the end a pause."""
+"""Failures of one monitor: counted, warned about once, kept out of the training step; too many in a row pause it."""
 
 from __future__ import annotations
 
@@ -15,81 +15,88 @@ _PAUSE_AFTER = 5  # samples in a row that measured nothing
 
 
 class Failures:
-    """The failures of one monitor.
+    """Counts failures, warns about each kind once, and says when to pause.
 
     Args:
         name: The monitor's, for its warnings.
-        strict: Raise what goes wrong instead of passing it over.
-        silent: Warn of nothing, where another process says the same.
+        strict: Raise failures instead of containing them.
+        silent: Do not warn, because another process gives the same warnings.
 
     Attributes:
-        count: How often something failed and was passed over so far.
+        count: Failures so far.
     """
 
     def __init__(self, name: str | None, *, strict: bool, silent: bool) -> None:
         self.count = 0
-        self._speaker = f"attnmonitor {name!r}" if name else "attnmonitor"
+        self._prefix = f"attnmonitor {name!r}" if name else "attnmonitor"
         self._strict = strict
         self._silent = silent
-        self._told: set[str] = set()
-        self._in_a_row = 0
+        self._warned: set[str] = set()
+        self._num_empty_in_row = 0
 
     @property
     def paused(self) -> bool:
         """Whether several samples in a row measured nothing."""
-        return self._in_a_row >= _PAUSE_AFTER
+        return self._num_empty_in_row >= _PAUSE_AFTER
 
     def resume(self) -> None:
         """End a pause."""
-        self._in_a_row = 0
+        self._num_empty_in_row = 0
 
     @contextmanager
     def contained(self, what: str) -> Iterator[None]:
-        """Keep what goes wrong in a consumer of samples from the training loop."""
+        """Keep an exception in this context out of the training loop."""
         try:
             yield
         except Exception as error:
-            self.pass_over(what, error)
+            self.contain(what, error)
 
-    def pass_over(self, what: str, error: Exception) -> None:
-        """Count an exception and tell of it once."""
+    def contain(self, what: str, error: Exception) -> None:
+        """Count an exception and warn about it once; raise it if strict."""
         if self._strict:
             raise error
         self.count += 1
-        self._tell_once(what, f"{what} failed and is passed over: {type(error).__name__}: {error}")
+        self._warn_once(what, f"{what} failed and was ignored: {type(error).__name__}: {error}")
 
-    def of_a_sample(
+    def note_sample(
         self, measured: Measured, at_attach: Mapping[str, LayerCoverage], failure: str | None, global_step: int
     ) -> None:
-        """Count and tell what failed in a sample; begin a pause where nothing was measured for too long."""
+        """Count and report what failed in a sample; pause after too many samples without any value.
+
+        Args:
+            measured: What was measured.
+            at_attach: How each layer was captured at attach.
+            failure: Why the whole sample failed; None if it did not.
+            global_step: Optimizer steps done.
+        """
         lost = [layer for name, layer in at_attach.items() if layer.measured and not measured.coverage[name].measured]
         self.count += bool(lost)
-        anything = any(layer.measured for layer in measured.coverage.values())
-        self._in_a_row = 0 if anything else self._in_a_row + 1
+        is_empty = not any(layer.measured for layer in measured.coverage.values())
+        self._num_empty_in_row = self._num_empty_in_row + 1 if is_empty else 0
         if failure is not None:
-            self._tell_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
-        elif new := [layer.layer for layer in lost if layer.layer not in self._told]:
-            self._told.update(new)
+            self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
+        elif new := [layer.layer for layer in lost if layer.layer not in self._warned]:
+            self._warned.update(new)
             reason = measured.coverage[new[0]].reason
-            self.tell(f"not measured at step {global_step}, and NaN: {', '.join(new)} ({reason})")
+            self.warn(f"not measured at step {global_step}, and NaN: {', '.join(new)} ({reason})")
         if "halved_probe" in measured.diagnostics:
-            self._tell_once(
+            self._warn_once(
                 "memory",
                 f"the sample at step {global_step} ran out of memory and measured the first half of the probe's "
                 "sequences; give a smaller probe",
             )
-        if self._in_a_row == _PAUSE_AFTER:
-            self.tell(
+        if self._num_empty_in_row == _PAUSE_AFTER:
+            self.warn(
                 f"nothing was measured in {_PAUSE_AFTER} samples in a row, the last at step {global_step}: no "
                 "more are taken until monitor.resume()"
             )
 
-    def tell(self, message: str) -> None:
-        """Warn the user."""
+    def warn(self, message: str) -> None:
+        """Warn the user, in the monitor's name."""
         if not self._silent:
-            warn(f"{self._speaker}: {message}")
+            warn(f"{self._prefix}: {message}")
 
-    def _tell_once(self, topic: str, message: str) -> None:
-        if topic not in self._told:
-            self._told.add(topic)
-            self.tell(message)
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            self.warn(message)

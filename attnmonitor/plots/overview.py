@@ -12,8 +12,9 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.record import RunRecord
+from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import ALARM_COLOR, INK
-from attnmonitor.summary.verdict import verdict_of_record
+from attnmonitor.summary.verdict import verdict
 
 __all__ = ["overview"]
 
@@ -44,7 +45,7 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
         step = int(steps[-1]) if len(steps) else None
         heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
         bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
-    line = verdict_of_record(record)
+    line = verdict(RunSummary.of_record(record))
     colour = ALARM_COLOR if firing else INK
     figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=colour)
     return figure

@@ -19,7 +19,8 @@ from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
 from attnmonitor.sample import head_name
 from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.verdict import verdict_of_record
+from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.verdict import verdict
 
 __all__ = ["write_report"]
 
@@ -81,7 +82,7 @@ def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
 <section class="run" id="run-{index}">
   <div>
     <p class="name">{escape(record.path.name)} · {escape(str(record.config.get("model", "")))}</p>
-    <h1 class="{state}">{escape(verdict_of_record(record))}</h1>
+    <h1 class="{state}">{escape(verdict(RunSummary.of_record(record)))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>
   <div>

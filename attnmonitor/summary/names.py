@@ -1,4 +1,4 @@
-"""Short names of layers."""
+"""What layers and faults are called in every text and chart."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["short_layer_names"]
+from attnmonitor.sample import AlertEvent
+
+__all__ = ["MAX_NAMED", "fault_names", "short_layer_names"]
+
+MAX_NAMED = 3
+"""Heads named in one line of text; of the others it gives the number."""
+
+
+def fault_names(events: Iterable[AlertEvent]) -> str:
+    """Each kind of fault once, with the step of its first alarm.
+
+    Example:
+        >>> sink = AlertEvent("key_rank", "key_sink", "kv_head", "h.0", 1, 9.0, 2.0, 900, "firing", since_step=400)
+        >>> fault_names([sink])
+        'key sink since step 400'
+    """
+    since: dict[str, int] = {}
+    for event in events:  # several rules may see the same fault
+        since[event.kind] = min(event.began, since.get(event.kind, event.began))
+    return ", ".join(f"{kind.replace('_', ' ')} since step {step:,}" for kind, step in since.items())
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Names of layers without what all of them share, still unique.
+    """Names of layers without the parts that all of them share, still unique.
 
     Example:
         >>> short_layer_names(["model.layers.0.self_attn", "model.layers.1.self_attn"])
@@ -24,11 +43,11 @@ def short_layer_names(layers: Iterable[str]) -> dict[str, str]:
         return {name: name for name in names}
     end = min(_num_shared(zip(*map(reversed, parts), strict=False)), shortest - start - 1)
     if all(part[start].isdigit() for part in parts):
-        start = max(0, start - 1)  # a bare number needs its noun
+        start = max(0, start - 1)  # keep the noun before a number: "layers.0", not "0"
     short = {name: ".".join(part[start : len(part) - end]) for name, part in zip(names, parts, strict=True)}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
 def _num_shared(columns: Iterable[tuple[Any, ...]]) -> int:
-    """How many leading columns hold one value only."""
+    """Number of leading columns that hold only one value."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

@@ -1,7 +1,6 @@
-"""Which heads stand out or fire, and what they are called: what charts, tables and the verdict mark alike.
+"""Which heads differ most from the others in the model.
 
-A head that is merely unlike the others is named as unlike, never as sick, because healthy heads differ by factors of
-ten: only alarms say that something is wrong.
+An outlier is not a fault: healthy heads differ by factors of ten. Only alarms say that something is wrong.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from attnmonitor.metrics.catalog import METRICS
 
 __all__ = ["OutlierHead", "outlier_heads", "range_without_outliers"]
 
-# Added to the spread of the heads when distances are taken. Where most heads agree (integer ranks do) the spread is 0,
-# and a head that differs by a trifle would be infinitely far: below 10 % nobody needs to look.
+# Added to the spread of the heads in a distance. Where most heads are equal (integer ranks often are) the spread is 0,
+# and the smallest difference would be infinitely far: below 10 % nobody needs to look.
 _SPREAD_FLOOR = 0.1
-_FAR_OUT = 4.0  # robust standard deviations
+_OUTLIER_DISTANCE = 4.0  # robust standard deviations
 
 
 class OutlierHead(NamedTuple):
-    """A head and how far it is from the others: ``distance`` in robust standard deviations, signed."""
+    """A head, its value, and its signed ``distance`` from the others in robust standard deviations."""
 
     layer: str
     head: int
@@ -32,18 +31,19 @@ class OutlierHead(NamedTuple):
 
 
 def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[OutlierHead]:
-    r"""The ``k`` heads that are furthest from the rest of the model, furthest first.
+    r"""The ``k`` heads that differ most from the others in the model, largest distance first.
 
     .. math:: z = (x - \operatorname{median} x) \,/\, (1.4826 \operatorname{MAD} x + 0.1 c)
 
     over all heads of the model, where x is the logarithm of the value for metrics whose differences are read as ratios
     (``log_scale`` of the catalog; c = 1), and the value itself otherwise (c the larger of 1 and the median's size for
-    counts, 1 for fractions). Median and MAD, because a head far out must not hide itself by widening the scale.
+    counts, 1 for fractions). Median and MAD, because with mean and standard deviation an outlier widens the scale it
+    is measured on.
 
     Args:
-        values: For each layer ``(num_heads,)``; heads that are NaN are passed over.
+        values: For each layer ``(num_heads,)``; NaN heads are ignored.
         metric: Name of the metric, for its scale.
-        k: How many to name.
+        k: Number of heads to return.
 
     Example:
         >>> values = {"h.0": [1.0, 1.1, 0.9, 1.0], "h.1": [1.2, 1.0, 9.0, 0.8]}
@@ -61,33 +61,33 @@ def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[
 
 
 def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
-    """Distances of `outlier_heads`, ``(num_heads,)`` in and out."""
+    """Signed distances as in `outlier_heads`, ``(num_heads,)`` in and out."""
     log_scale = metric in METRICS and METRICS[metric].log_scale
-    with np.errstate(divide="ignore", invalid="ignore"):  # a dead head: log 0 is as far as can be
+    with np.errstate(divide="ignore", invalid="ignore"):  # a dead head: log 0 is infinitely far
         x = np.log(values) if log_scale else values
     if not np.isfinite(x).any():
         return np.full_like(x, np.nan)
-    centre = np.median(x[np.isfinite(x)])
-    mad = np.median(np.abs(x[np.isfinite(x)] - centre))
-    unit = 1.0 if log_scale else max(1.0, abs(centre))
-    return np.asarray((x - centre) / (1.4826 * mad + _SPREAD_FLOOR * unit))
+    center = np.median(x[np.isfinite(x)])
+    mad = np.median(np.abs(x[np.isfinite(x)] - center))
+    unit = 1.0 if log_scale else max(1.0, abs(center))
+    return np.asarray((x - center) / (1.4826 * mad + _SPREAD_FLOOR * unit))
 
 
 def range_without_outliers(
     values: NDArray[np.float64], metric: str, quantiles: tuple[float, float]
 ) -> tuple[float, float] | None:
-    """Ends of a scale that belongs to the crowd: quantiles over the heads, without the few that are far out.
+    """Limits of a color or y scale: quantiles over the heads that are no outliers.
 
-    Among a dozen heads a quantile is nearly the greatest of them, so one that runs away would paint all others alike.
-    Where more than a quarter of the heads are far from the middle they are no outliers, and all count.
+    Among a dozen heads a high quantile is nearly the maximum, so a single outlier would give all others one color. If
+    more than a quarter of the heads are far from the median they are no outliers, and all count.
 
     Args:
-        values: Of any shape; what is no number, or not positive where ratios are read, is passed over.
+        values: Any shape; entries that are not finite, or not positive for ratio metrics, are ignored.
         metric: Name of the metric, for its scale.
-        quantiles: Of the heads that count, at the low and at the high end.
+        quantiles: The lower and the upper one, in [0, 1].
 
     Returns:
-        The ends, or None where nothing is known.
+        The limits, or None if no entry is left.
 
     Example:
         >>> range_without_outliers(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]), "energy_rms", (0.0, 1.0))
@@ -97,6 +97,6 @@ def range_without_outliers(
     known = values[np.isfinite(values) & ((values > 0) | (not log_scale))].astype(np.float64)
     if not known.size:
         return None
-    crowd = known[np.abs(robust_distances(known, metric)) <= _FAR_OUT]
-    low, high = np.quantile(crowd if 4 * crowd.size >= 3 * known.size else known, quantiles)
+    inliers = known[np.abs(robust_distances(known, metric)) <= _OUTLIER_DISTANCE]
+    low, high = np.quantile(inliers if 4 * inliers.size >= 3 * known.size else known, quantiles)
     return float(low), float(high)

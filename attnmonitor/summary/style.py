@@ -1,7 +1,7 @@
-"""What all charts share, whatever draws them, so that one eye reads them all: colours, and where ticks stand.
+"""Colors and tick positions that all charts share, in matplotlib and in Plotly.
 
-Colour means one thing each: a perceptually uniform map (*viridis*) is a value, grey is the crowd, blue the bands over
-it, the colour-blind safe palette of Okabe and Ito names heads, and vermilion is an alarm and nothing else.
+Each color has one meaning: a perceptually uniform map (*viridis*) shows values, gray the other heads, blue the bands
+over all heads, the color-blind safe palette of Okabe and Ito single heads, and vermilion only alarms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """A few round values from ``low`` to ``high``, both positive, for a logarithmic axis; fewer than three if need be.
+    """Round values from ``low`` to ``high`` for ticks of a logarithmic axis, three or more where the range has them.
+
+    Both ends are positive.
 
     Example:
         >>> log_ticks(0.8, 30)

@@ -1,4 +1,4 @@
-"""Text tables of layers: their values, alarms and how they are captured."""
+"""Text tables with one row per layer: values and alarms, or how the layer is captured."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.verdict import _MOST_NAMED, _kinds_text
+from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
 
-__all__ = ["coverage_table", "layer_table", "print_layer_table"]
-
+__all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table"]
 
 TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
+"""Columns of a layer table where none are asked for."""
 
 
 def layer_table(
@@ -26,7 +25,7 @@ def layer_table(
     coverage: Mapping[str, LayerCoverage] | None = None,
     metrics: Sequence[str] = TABLE_METRICS,
 ) -> str:
-    """A text table, one row per layer: the median over its heads with the least and the greatest, and its alarms.
+    """A text table, one row per layer: median (least–greatest) over its heads, and its alarms.
 
     Args:
         values: ``values[metric][layer]`` is ``(num_heads,)``, as `Sample.values` has it.
@@ -80,7 +79,7 @@ def print_layer_table(
     coverage: Mapping[str, LayerCoverage] | None = None,
     metrics: Sequence[str] = TABLE_METRICS,
 ) -> None:
-    """Print `layer_table`, with lines and colour where ``rich`` is installed."""
+    """Print `layer_table`, with lines and color where ``rich`` is installed."""
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -113,13 +112,13 @@ def _table(
     for layer in layers:
         cells = [_range_text(values[name].get(layer)) for name in shown]
         alarms = [
-            f"{head_name(events[0], {layer: ''})}: {_kinds_text(events)}".removeprefix(": ").strip()
+            f"{head_name(events[0], {layer: ''})}: {fault_names(events)}".removeprefix(": ").strip()
             for events in most_severe_first((event for event in firing if event.layer == layer), coverage)
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
-        more = [f"and {len(alarms) - _MOST_NAMED} more"] if len(alarms) > _MOST_NAMED else []
-        rows.append([short[layer], *cells, "; ".join(alarms[:_MOST_NAMED] + more)])
+        more = [f"and {len(alarms) - MAX_NAMED} more"] if len(alarms) > MAX_NAMED else []
+        rows.append([short[layer], *cells, "; ".join(alarms[:MAX_NAMED] + more)])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows
 

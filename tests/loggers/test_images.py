@@ -16,7 +16,7 @@ from synthetic_runs import SyntheticRun
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import MetricsLogger
-from attnmonitor.monitor.summary import print_ending
+from attnmonitor.monitor.final_report import print_final_report
 
 
 def watched(logger: Any, num_steps: int = 4, **settings: Any) -> AttentionMonitor:
@@ -91,7 +91,7 @@ def test_the_last_word_is_the_verdict_with_cost_and_the_way_to_the_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monitor = watched([], record=tmp_path / "run.sqlite")
-    print_ending(monitor)
+    print_final_report(monitor)
     printed = capsys.readouterr().out
     assert monitor.last_sample is not None
     assert printed.startswith(f"\nattnmonitor: {monitor.last_sample.verdict}\n")
@@ -105,7 +105,7 @@ def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nob
 ) -> None:
     model = TinyGPT()
     with AttentionMonitor(model, token_batch(), record=None) as monitor:
-        print_ending(monitor)
+        print_final_report(monitor)
         assert capsys.readouterr().out == ""
         monitor.sample(0)
 
@@ -114,4 +114,4 @@ def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nob
 
     monkeypatch.setattr("builtins.print", closed)
     with pytest.warns(UserWarning, match="could not be printed: nobody listens"):
-        print_ending(monitor)
+        print_final_report(monitor)

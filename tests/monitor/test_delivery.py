@@ -134,7 +134,7 @@ def test_actions_are_called_and_requests_told_when_the_alert_begins_and_a_broken
     monitor = AttentionMonitor(model, token_batch(), alerts=[FAINT], actions=actions, record=None)
     assert monitor.sample(0).requests == ()
     starve(model)
-    with pytest.warns(UserWarning, match="broken failed and is passed over: RuntimeError: pager is down"):
+    with pytest.warns(UserWarning, match="broken failed and was ignored: RuntimeError: pager is down"):
         sample = monitor.sample(1)
     assert sample.requests == ("stop",)
     assert monitor.should_stop

@@ -291,31 +291,31 @@ FAULTS: dict[str, Fault] = {
     ),
     "the alerts": Fault(
         lambda monitor, model, patch: patch.setattr(monitor._alerts, "observe", raising(ValueError("rule"))),
-        "alerts failed and is passed over: ValueError: rule",
+        "alerts failed and was ignored: ValueError: rule",
         NO_LAYER,
     ),
     "an action": Fault(
         lambda *_: None,
-        "action stumbling_action failed and is passed over: ConnectionError: pager is down",
+        "action stumbling_action failed and was ignored: ConnectionError: pager is down",
         NO_LAYER,
         failures=1,
         settings={"alerts": [ALWAYS_FIRING], "actions": {"always": stumbling_action}},
     ),
     "a logger": Fault(
         logger_breaks("log_sample", OSError("tracker is gone")),
-        "Logger failed and is passed over: OSError",
+        "Logger failed and was ignored: OSError",
         NO_LAYER,
         settings={"loggers": [Logger()]},
     ),
     "a logger of scalars": Fault(
         lambda monitor, model, patch: patch.setattr(Tracker, "log_metrics", raising(TimeoutError("no answer"))),
-        "MetricsLogger failed and is passed over: TimeoutError",
+        "MetricsLogger failed and was ignored: TimeoutError",
         NO_LAYER,
         settings={"loggers": [Tracker()]},
     ),
     "the writing of the record": Fault(
         lambda monitor, model, patch: patch.setattr(RecordWriter, "append", raising(MemoryError("row"))),
-        "record failed and is passed over: MemoryError: row",
+        "record failed and was ignored: MemoryError: row",
         NO_LAYER,
         settings={"record": True},
     ),
@@ -641,7 +641,7 @@ def test_a_wandb_run_that_ends_before_training_does_costs_its_curves_only(
         monitor.close()
     assert same(end, unwatched)
     assert len(told(caught)) == 1
-    assert "WandbLogger failed and is passed over" in told(caught)[0]
+    assert "WandbLogger failed and was ignored" in told(caught)[0]
     assert [sample.global_step for sample in kept.samples] == list(range(8))
     assert list(curve(offline_run(in_own_folder), "attention/energy_rms/median")) == [0, 1, 2]
 

@@ -19,8 +19,9 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
 from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent
+from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import ALARM_COLOR
-from attnmonitor.summary.verdict import verdict_of_record
+from attnmonitor.summary.verdict import verdict
 
 SIZES = {"12 heads": (2, 6, 1), "144 heads": (12, 12, 1), "1024 heads": (32, 32, 4), "uneven": (4, [4, 12, 8, 2], 1)}
 
@@ -190,7 +191,7 @@ def test_a_spectrum_marks_the_effective_rank_of_each_head() -> None:
 
 def test_the_overview_leads_with_the_verdict(run: RunRecord, tmp_path: Path) -> None:
     figure = overview(run)
-    assert figure.get_suptitle().replace("\n", " ") == verdict_of_record(run)
+    assert figure.get_suptitle().replace("\n", " ") == verdict(RunSummary.of_record(run))
     assert len(figure.axes) == 4 * 3
     assert not overlaps(figure, figure.axes[0].get_yticklabels())
     figure.savefig(tmp_path / "overview.png", dpi=40)

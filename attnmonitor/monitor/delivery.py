@@ -1,0 +1,135 @@
+"""Where a sample goes: history, record, log of alerts, loggers and actions, in this order.
+
+Each step is contained: an exception in one of them is counted and warned about once, and the others still get the
+sample.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from attnmonitor.alerts import log_events
+from attnmonitor.alerts.actions import Actions, calls_of
+from attnmonitor.loggers import as_logger
+from attnmonitor.measurement.quiet import default_torch_state
+from attnmonitor.monitor.failures import Failures
+from attnmonitor.record.history import History
+from attnmonitor.record.writer import RecordWriter
+from attnmonitor.sample import Sample
+
+__all__ = ["Delivery"]
+
+
+class Delivery:
+    """Hands each sample to everything that keeps it, shows it or acts on it.
+
+    Args:
+        failures: Counts what fails here, and warns.
+        loggers: As in `AttentionMonitor`.
+        record: As in `AttentionMonitor`.
+        actions: What to do when an alert begins, checked.
+        name: The monitor's, part of the record's file name.
+
+    Raises:
+        ValueError: A logger can take neither samples nor metrics.
+    """
+
+    def __init__(
+        self,
+        failures: Failures,
+        *,
+        loggers: Any,
+        record: bool | str | Path | None,
+        actions: Actions,
+        name: str | None,
+    ) -> None:
+        self._failures = failures
+        self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
+        self._record_path, self._is_new_path = _record_path(record, name)
+        self._record: RecordWriter | None = None
+        self._actions = actions
+        self._on_close = ExitStack()
+
+    @property
+    def record_path(self) -> Path | None:
+        """File of the run's record; None without one."""
+        return self._record.path if self._record is not None else self._record_path
+
+    def connect_loggers(self, history: History, run: Mapping[str, Any]) -> None:
+        """Give each logger what it asks for beside samples: run settings, trajectories, a call of ``close()``."""
+        for logger in self._loggers:
+            if callable(log_run := getattr(logger, "log_run", None)):
+                log_run(run)
+            if callable(follow := getattr(logger, "follow", None)):
+                follow(history)
+            if callable(close := getattr(logger, "close", None)):
+                self.on_close(close)
+
+    def record_to_continue(self) -> str | None:
+        """Return the path that a resumed run passes to `continue_record`."""
+        return None if self._record_path is None else str(self._record_path)
+
+    def continue_record(self, path: str | None) -> None:
+        """Write to the record of a resumed run if it still exists, unless the user has named a file."""
+        if self._is_new_path and path is not None and Path(path).exists():
+            self._record_path = Path(path)
+
+    def deliver(self, sample: Sample, history: History, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Hand out one sample; ``describe()`` gives the run's settings when the record is created."""
+        with default_torch_state():
+            history.append(sample)
+        with self._failures.contained("record"):
+            self._write(sample, describe)
+        with self._failures.contained("logging of alerts"):
+            log_events(sample.events)
+        for logger in self._loggers:
+            with self._failures.contained(type(logger).__name__):
+                logger.log_sample(sample)
+        for event, action in calls_of(sample.events, self._actions):
+            with self._failures.contained(f"action {_name_of(action)}"):
+                action(event, sample)
+
+    def describe_actions(self) -> dict[str, list[str]]:
+        """Return the actions by name, for the run's settings."""
+        return {key: [_name_of(action) for action in actions] for key, actions in self._actions.items()}
+
+    def on_close(self, action: Callable[[], object]) -> None:
+        """Call ``action()`` once in `close`; what was added last is called first."""
+        self._on_close.callback(self._close_one, action)
+
+    def close(self) -> None:
+        """Close loggers and record and run the other `on_close` actions; a second call does nothing."""
+        self._on_close.close()
+        self._record = None
+
+    def _write(self, sample: Sample, describe: Callable[[], Mapping[str, Any]]) -> None:
+        if self._record is None and self._record_path is not None:
+            self._record = RecordWriter(self._record_path, run=describe())
+            self.on_close(self._record.close)
+        if self._record is not None:
+            self._record.append(sample)
+
+    def _close_one(self, action: Callable[[], object]) -> None:
+        with self._failures.contained(getattr(action, "__qualname__", "closing")):
+            action()
+
+
+def _name_of(action: object) -> str:
+    return action if isinstance(action, str) else str(getattr(action, "__qualname__", repr(action)))
+
+
+def _record_path(record: bool | str | Path | None, name: str | None) -> tuple[Path | None, bool]:
+    """Return the path of the record, and whether its file name was made here."""
+    if record is None or record is False:
+        return None, False
+    path = Path("attnmonitor_runs" if record is True else record)
+    if path.suffix:
+        return path, False
+    # Not from `random`: naming a file must not advance the user's generators.
+    run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return path / f"{run_id}{f'-{name}' if name else ''}.sqlite", True

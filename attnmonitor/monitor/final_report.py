@@ -1,0 +1,58 @@
+"""What is printed at the end of a run: verdict, layers, cost of monitoring, and where the record is."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import Counter
+
+from attnmonitor.messages import warn
+from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.sample import Sample
+from attnmonitor.summary.tables import print_layer_table
+
+__all__ = ["print_final_report"]
+
+_MAX_ROWS = 24  # of the layer table: it was not asked for
+
+
+def print_final_report(monitor: AttentionMonitor) -> None:
+    """Print verdict, number of faults of each kind, layer table, cost and path of the record.
+
+    Of a deep model the table shows only the layers to look at. Nothing is printed on processes that only train, or if
+    no sample was taken.
+    """
+    if monitor.last_sample is None:
+        return
+    try:
+        _print(monitor, monitor.last_sample)
+    except (OSError, ValueError) as error:  # a closed pipe or a console without Unicode must not fail the run
+        warn(f"attnmonitor: the final report could not be printed: {error}")
+
+
+def _print(monitor: AttentionMonitor, sample: Sample) -> None:
+    print(f"\nattnmonitor{f' {monitor.name!r}' if monitor.name else ''}: {sample.verdict}")
+    places = {(event.kind, event.scope, event.layer, event.head) for event in monitor.summary.firing}
+    if len(places) > 1:
+        kinds = Counter(kind.replace("_", " ") for kind, *_ in places)
+        print("  " + ", ".join(f"{kind} in {number}" for kind, number in kinds.most_common()))
+    _print_layers(monitor, sample)
+    elapsed = time.perf_counter() - monitor.attached_at
+    print(f"  watching took {monitor.seconds:.1f} s, {monitor.seconds / elapsed:.1%} of the time since attach")
+    if monitor.record_path is not None:
+        command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
+        print(f"  record: {monitor.record_path}\n  charts: {command} report {monitor.record_path}")
+
+
+def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:
+    coverage, firing = monitor.summary.coverage, monitor.summary.firing
+    layers = list(coverage)
+    if len(layers) > _MAX_ROWS:
+        alarmed = {event.layer for event in firing}
+        layers = [name for name in layers if name in alarmed or not coverage[name].measured][:_MAX_ROWS]
+    if layers:
+        values = {
+            metric: {name: heads[name] for name in layers if name in heads} for metric, heads in sample.values.items()
+        }
+        print_layer_table(values, firing=firing, coverage={name: coverage[name] for name in layers})
