@@ -1,7 +1,8 @@
-"""Telling the user something: without ever raising into the training step, and with the way out."""
+"""Messages to the user: warnings that never raise into the training step, and errors that name the way out."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import warnings
 from collections.abc import Collection, Iterator
@@ -13,11 +14,11 @@ _logger = logging.getLogger("attnmonitor")
 
 
 class AttentionMonitorWarning(UserWarning):
-    """Something about the monitoring needs a look; training goes on."""
+    """A problem of the monitoring, not of training, which continues."""
 
 
 def warn(message: str) -> None:
-    """Warn; where warnings are turned into errors, log instead: a run must not stop for its monitor."""
+    """Warn; where warnings are turned into errors, log instead, because a run must not stop for its monitor."""
     try:
         warnings.warn(message, AttentionMonitorWarning, stacklevel=3)
     except AttentionMonitorWarning:
@@ -25,9 +26,7 @@ def warn(message: str) -> None:
 
 
 def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str:
-    """The known names nearest to an unknown one, as a question; ``otherwise`` and all of them if none is near."""
-    import difflib
-
+    """Return a question with the known names most similar to ``name``, or ``otherwise`` and all names if none is."""
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
@@ -36,10 +35,10 @@ def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str
 
 @contextmanager
 def needed(*, by: str, extra: str) -> Iterator[None]:
-    """Import optional libraries in this context.
+    """Turn the ModuleNotFoundError of an import in this context into one that names the extra to install.
 
     Args:
-        by: What needs them, in words the user has written.
+        by: What needs the libraries, in the user's words.
         extra: The extra of this package that installs them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What one measurement says: plain records that travel from the monitor to the record, the loggers and the user."""
+"""The plain records of one sample: values, coverage and alert events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scope = Literal["query_head", "kv_head"]
 
 
 class ByLayer(dict[str, _Value]):
-    """Something of every layer by its name; asked for another name, it says which there are.
+    """A dict by layer name whose KeyError suggests similar layer names.
 
     Example:
         >>> ByLayer({"blocks.0": 1, "blocks.1": 2})["blocks.1.attn"]
@@ -35,21 +35,22 @@ class LayerCoverage:
 
     Attributes:
         layer: Name of the module; a module called again in one forward is ``name#2``, ``name#3``.
-        how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"explicit"``; ``""`` when not captured.
+        how: How it was captured: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"explicit"``; ``""`` when it
+            was not.
         kind: ``"self"`` or ``"cross"``; ``""`` when not captured.
         num_query_heads: Query heads of the layer.
         num_kv_heads: Key/value heads of the layer.
         head_dim: Size d of one head.
-        scale: The softmax scale the layer really uses; NaN when not captured.
-        error: Largest deviation between the attention rebuilt from q, k, scale and mask and what the layer produced,
-            relative to the size of that output. None where nothing to compare with was visible.
+        scale: The softmax scale that the layer uses; NaN when not captured.
+        error: Largest deviation between the attention rebuilt from q, k, scale and mask and the layer's own output,
+            relative to the size of that output. None where there was no output to compare with.
         outside: What acts on the logits outside the energy field: ``"softcap"``, ``"sinks"``, ``"bias"``, ``"window"``.
-        reason: Why the layer has no numbers; ``""`` when it has.
-        weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were, or
-            were not looked for.
+        reason: Why the layer was not measured; ``""`` when it was.
+        weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were found
+            or not needed.
         num_keys: Key positions of the probe in this layer, padding included; 0 when not captured.
-        tiled: Whether query head h reads KV head h % num_kv_heads, as in code that lays its keys out again and again,
-            and not h // (num_query_heads / num_kv_heads).
+        tiled: Whether query head h reads KV head h % num_kv_heads, as in code that repeats all keys as one block, and
+            not h // (num_query_heads / num_kv_heads).
     """
 
     layer: str
@@ -81,13 +82,13 @@ class LayerCoverage:
 
     @property
     def measured(self) -> bool:
-        """Whether the layer's numbers may be trusted and are logged."""
+        """Whether the layer was measured: its numbers are verified and are logged."""
         return not self.reason
 
 
 @dataclass(frozen=True)
 class AlertEvent:
-    """One head, layer or run that began or ceased to look sick.
+    """The beginning, the escalation or the end of an alarm about a head, a layer or the run.
 
     Attributes:
         rule: Name of the rule, for example ``"energy_hot"``.
@@ -96,10 +97,10 @@ class AlertEvent:
         layer: Name of the layer, or None for a run-level event.
         head: Index in that scope, or None for a layer or the run.
         value: The metric's value now.
-        baseline: What the value used to be (the metric's own past), NaN where the rule has none.
+        baseline: The value it is compared with (the metric's own past), NaN where the rule has none.
         global_step: Optimizer steps done.
         state: ``"firing"`` or ``"cleared"``.
-        severity: ``"warning"``; ``"critical"`` once an alarm has held.
+        severity: ``"warning"``; ``"critical"`` once an alarm has fired for the rule's ``hold`` samples.
         since_step: Step at which the alarm began.
         message: One line for a person.
     """
@@ -119,13 +120,13 @@ class AlertEvent:
 
     @property
     def began(self) -> int:
-        """Step at which the alarm began; that of the event itself where nothing else is known."""
+        """Step at which the alarm began; the step of the event where that is unknown."""
         return self.global_step if self.since_step is None else self.since_step
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything one probe forward said.
+    """Everything that one probe forward gave.
 
     Attributes:
         global_step: Optimizer steps done when it was taken.
@@ -135,13 +136,13 @@ class Sample:
         coverage: How each layer was captured, or why it was not.
         events: Alerts that began or cleared with this sample.
         firing: Alerts that are firing now, the new ones among them.
-        diagnostics: The monitor's own figures: ``certified_fraction``, ``invariant_residual``, ``overhead``.
-        seconds: What the sample cost, in seconds.
-        failures: What failed in this run so far and was passed over: samples, lost layers, what is done with samples.
+        diagnostics: Numbers about the measurement itself: ``certified_fraction``, ``invariant_residual``, ``overhead``.
+        seconds: Cost of the sample, in seconds.
+        failures: Number of failures in this run so far: of samples, layers, the record, loggers and actions.
         failure: Why this sample has no values; None when it has.
-        requests: What alerts ask of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
-        verdict: What the run comes to so far, in one line for people.
-        name: Name of the monitor that took it, the middle of its keys ``attention/<name>/…``; None without one.
+        requests: What alerts request of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
+        verdict: State of the run so far, in one line for people.
+        name: Name of the monitor, the middle part of its keys ``attention/<name>/…``; None without one.
     """
 
     global_step: int
@@ -160,7 +161,12 @@ class Sample:
 
 
 def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
-    """Who an event is about: ``layers.3 head 7``, ``layers.3 KV head 1``, ``layers.3`` or ``the whole run``."""
+    """Return what an event is about: ``layers.3 head 7``, ``layers.3 KV head 1``, ``layers.3`` or ``the whole run``.
+
+    Args:
+        event: The event.
+        short: Shorter names of layers.
+    """
     if event.layer is None:
         return "the whole run"
     layer: str = (short or {}).get(event.layer, event.layer)
@@ -172,10 +178,10 @@ def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
 def heads_concerned(
     event: AlertEvent, scope: Scope | None, coverage: Mapping[str, LayerCoverage] | None = None
 ) -> tuple[int, ...]:
-    """Indices of the heads an event is about, counted in ``scope``.
+    """Return the indices of the heads an event is about, counted in ``scope``.
 
-    An alarm on a KV head concerns all its query heads, one on a query head the KV head it reads. Without the
-    ``coverage`` that says how many share one, only the alarm's own scope has an answer.
+    An alarm on a KV head concerns all its query heads, one on a query head the KV head it reads. Without ``coverage``,
+    which says how many query heads share a KV head, only the alarm's own scope has an answer.
 
     Args:
         event: The event.

@@ -64,7 +64,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "kv_head",
         AnyOf(_apart_from_others("key_rms", 0.6, 2.8), _slow_drift("key_rms", 0.9, 4.0)),
     ),
-    # Queries and keys can also align with each other at constant size. Energy fluctuates more, so the levels are higher.
+    # Queries and keys can also align with each other at constant size; energy fluctuates more, so it needs more.
     Rule("energy_hot", "logit_blowup", "query_head", _apart_from_others("energy_rms", 1.3, 4.0)),
     Rule(
         "query_faded",

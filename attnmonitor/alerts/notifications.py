@@ -94,8 +94,8 @@ ADVICE = {
 def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
     """Return one notification per rule that has events, the run at fault first.
 
-    Where the run is at fault (kind ``"mass"``), new head alarms of the same sample are its symptoms: they are counted in
-    its text and, unless critical, have no notification of their own.
+    Where the run is at fault (kind ``"mass"``), new head alarms of the same sample are its symptoms: they are counted
+    in its text and, unless critical, have no notification of their own.
 
     Args:
         events: Events of one sample.

@@ -1,9 +1,10 @@
 """Alert rules as data.
 
 A rule names a fault and says when a head, a layer or the run shows it: a tree of `AllOf` and `AnyOf` over `Threshold`
-leaves. A threshold reads one metric, usually in logarithms, and compares it with the head's own past or with the change
-of the other heads. It has two levels: one at which it fires, and one on the healthy side of it at which it clears.
-Rules hold no state and no code, so they can be printed, stored as JSON, edited by hand and replayed over a recorded run.
+leaves. A threshold reads one metric, usually in logarithms, and compares it with the head's own past or with the
+change of the other heads. It has two levels: one at which it fires, and one on the healthy side of it at which it
+clears. Rules hold no state and no code, so they can be printed, stored as JSON, edited by hand and replayed over a
+recorded run.
 
 Letters: ``x`` is the metric as it is read (``reading``), ``base`` the median of ``x`` over the ``window`` samples that
 ended ``gap`` samples ago (without the gap, a slow ramp would become part of its own baseline), ``rel = x − base``.
@@ -180,8 +181,8 @@ class Rule:
         until: No new alarm after this many samples; None for no end.
         hold: Samples after which a firing alarm becomes critical; 0 for at once.
         least_heads: Heads the contrast needs; with fewer, it falls back to the head's own past and the message says so.
-        source_only: For faults that spread with the forward pass: only heads of the earliest affected layer get an alarm,
-            no other head while those fire, and none at all when every head of the model is affected.
+        source_only: For faults that spread with the forward pass: only heads of the earliest affected layer get an
+            alarm, no other head while those fire, and none at all when every head of the model is affected.
         optional: Whether the rule is skipped when its metrics are not collected; otherwise that is an error.
 
     Raises:

@@ -174,7 +174,6 @@ def test_a_head_is_non_finite_only_where_it_was_measured():
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
-    threshold = Threshold("query_rms", "value", reading, fire_above=1.0, clear_below=0.5)
     metric = {"log_slack": torch.linspace(0.01, 0.99, 9), "log_excess": torch.linspace(1.01, 9, 9)}.get(
         reading, torch.linspace(0.1, 5, 9)
     )
