@@ -1,8 +1,7 @@
-"""Trajectories in memory: what each head's numbers were at each sample of this run.
+"""Trajectories in memory: the values of each head in the latest samples of this run.
 
-One float32 row per metric and sample holds all heads of the model; a layer is a stretch of it. The rows kept are
-bounded, so that neither memory nor a checkpoint that carries them grows with the length of the run: older samples are
-in the run's record.
+One float32 row per metric and sample holds all heads of the model, layer after layer. The number of rows is bounded, so
+that neither memory nor a checkpoint with the history grows with the length of the run; the record has older samples.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class History:
     NaN where a head could not be measured, and for weight metrics in the samples that did not measure them.
 
     Args:
-        num_heads: For each layer name, its number of heads per scope: ``{"query_head": 12, "kv_head": 4}``.
-        metrics: Names of the metrics that are kept.
-        max_samples: How many of the latest samples are kept.
+        num_heads: Number of heads of each layer per scope: ``{"query_head": 12, "kv_head": 4}``.
+        metrics: Names of the metrics to keep.
+        max_samples: Number of latest samples to keep.
     """
 
     def __init__(
@@ -53,12 +52,12 @@ class History:
         """Return the trajectories of a metric: layer name to ``(num_samples, num_heads)``."""
         if metric not in self._rows:
             raise KeyError(f"{metric!r} is not measured by this monitor; it measures {', '.join(self._rows)}")
-        stretches = torch.split(self._table(metric), self._widths(metric), dim=1)
-        return ByLayer(zip(self.num_heads, stretches, strict=True))
+        layers = torch.split(self._table(metric), self._widths(metric), dim=1)
+        return ByLayer(zip(self.num_heads, layers, strict=True))
 
     def append(self, sample: Sample) -> None:
-        """Add a sample; one taken again at an earlier step replaces what came after it."""
-        self._cut(sample.global_step)
+        """Add a sample; it replaces all samples of its step and later ones (a resume from an older checkpoint)."""
+        self._drop_from(sample.global_step)
         self._steps.append(sample.global_step)
         for metric, rows in self._rows.items():
             layers = sample.values.get(metric)
@@ -78,7 +77,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the trajectories of a run over the same layers; a metric it did not measure is NaN there."""
+        """Continue the trajectories of a run with the same layers; a metric that it did not measure is NaN."""
         self._steps = list(state["steps"])
         for metric in self._rows:
             saved = state["values"].get(metric)
@@ -86,7 +85,7 @@ class History:
                 saved = torch.full((len(self._steps), sum(self._widths(metric))), torch.nan)
             self._rows[metric] = list(saved.float().cpu())
 
-    def _cut(self, global_step: int) -> None:
+    def _drop_from(self, global_step: int) -> None:
         keep = len(self._steps)
         while keep and self._steps[keep - 1] >= global_step:
             keep -= 1

@@ -1,4 +1,4 @@
-"""The tables of a record file, and how a file is checked to be one."""
+"""The tables of a record file, and the check that a file is one."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["EVENT_COLUMNS", "RecordError", "check_is_record", "damaged_record"]
-
+__all__ = [
+    "APPLICATION_ID",
+    "BUSY_TIMEOUT_SECONDS",
+    "EVENT_COLUMNS",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "RecordError",
+    "check_is_record",
+    "damaged_record",
+]
 
 SCHEMA_VERSION = 1
-
-
 APPLICATION_ID = 0x61746D6E  # "atmn": tells a record from any other SQLite file
-
-
 EVENT_COLUMNS = tuple(column.name for column in fields(AlertEvent))
-
-
 BUSY_TIMEOUT_SECONDS = 5.0
 
-
-_SCHEMA = f"""
+TABLES = f"""
 CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
 CREATE TABLE layout (id INTEGER PRIMARY KEY, layers TEXT NOT NULL UNIQUE);
 CREATE TABLE sample (
@@ -58,9 +59,9 @@ def check_is_record(db: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def damaged_record(path: Path, complaint: sqlite3.DatabaseError) -> RecordError:
-    """SQLite's complaint about a file, in words a user can act on."""
+def damaged_record(path: Path, error: sqlite3.DatabaseError) -> RecordError:
+    """Return the error for a file that SQLite cannot read, with what to do."""
     return RecordError(
-        f"{path}: damaged, truncated or not a run record ({complaint});"
+        f"{path}: damaged, truncated or not a run record ({error});"
         " copy it again, or try what `sqlite3 FILE .recover` can save"
     )

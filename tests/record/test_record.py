@@ -241,7 +241,7 @@ def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> N
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
         child = os.fork()
     if child == 0:
-        record._release()
+        record.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     with pytest.warns(UserWarning, match="another run is writing"):
