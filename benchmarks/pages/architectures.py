@@ -83,12 +83,12 @@ real run; each row is a tiny random model of that library's own classes, with tw
   unfused rows of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 
-Known not to be seen: a softmax written as `exp / sum` or as `log_softmax` and `exp`; scripted modules; logits that
-are the sum of two query-key products (Transformer-XL); attention whose softmax does not run over the positions its
-values come from (slot attention); products written as a broadcast multiplication and a sum. A module that looks like
-attention, by its own name or that of its projections, and gave no record is named in a warning and in `coverage` with
-the reason; `attnmonitor.capture.capture(...)` hands its tensors over. A layer that works through its queries in
-chunks is measured chunk by chunk, as `name`, `name#2`, ...
+Not captured: a softmax written as `exp / sum` or as `log_softmax` and `exp`; scripted modules; logits that are the sum
+of two query-key products (Transformer-XL); attention whose softmax does not run over the positions its values come
+from (slot attention); products written as a broadcast multiplication and a sum. A module that looks like attention, by
+its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
+Register its tensors with `attnmonitor.capture.capture(...)` ([how](extending.md#an-attention-the-capture-does-not-see)).
+A layer that works through its queries in chunks is measured chunk by chunk, as `name`, `name#2`, ...
 """
 
 
