@@ -24,6 +24,11 @@ import attnmonitor.metrics  # noqa: F401  # what the first attach would import, 
 PATIENCE = 60.0  # seconds without a sign of life
 TO_START = 180.0  # seconds until the first one: a busy machine imports torch slowly
 
+# FSDP2 of torch 2.6 runs on GPUs only: it calls `record_event` on a CPU stream, which torch 2.6 does not have.
+FSDP2 = ("fsdp2",) if hasattr(torch.cpu.Stream, "record_event") else ()
+ON_TWO = ("ddp", "fsdp1", *FSDP2, "tp")
+"""The ways to spread a model over two processes."""
+
 
 def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
     """Run ``work(rank, *arguments)`` on each process and return what each returned.

@@ -93,7 +93,7 @@ def _in_lightning(name: str, watched: bool) -> dict[str, Any]:
 
 
 def _in_transformers(watched: bool) -> dict[str, Any]:
-    from test_transformers_callback import trainer_of
+    from trainer_run import trainer_of
 
     from attnmonitor.callbacks.transformers import AttentionMonitorCallback
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import MixedPrecision
-from models import TinyGPT, everything, language_loss, token_batch
+from lightning_run import HELD_OUT, LIGHTNING_WARNINGS, TRAIN, Module, fit
+from models import TinyGPT, everything, language_loss
 from torch import Tensor
 from torch.utils.data import DataLoader
 from wandb_files import curve, offline_run
@@ -24,63 +24,7 @@ from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.record import RunRecord
 
-
-@pytest.fixture(autouse=True)
-def lightning_as_it_is() -> Iterator[None]:
-    """Lightning warns about itself and about tiny runs; ours stay errors."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|log_every_n_steps).*")
-        yield
-
-
-class Module(lightning.LightningModule):
-    def __init__(self, **size: Any) -> None:
-        super().__init__()
-        self.gpt = TinyGPT(**size)
-        self.losses: list[float] = []
-        self.seen: list[int] = []
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return self.gpt(token_ids)
-
-    def training_step(self, token_ids: Tensor, index: int) -> Tensor:
-        loss = language_loss(self(token_ids), token_ids)
-        self.losses.append(loss.item())
-        self.seen.append(int(token_ids.sum()))
-        return loss
-
-    def validation_step(self, token_ids: Tensor, index: int) -> None:
-        self.log("val_loss", language_loss(self(token_ids), token_ids))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-TRAIN, HELD_OUT = token_batch(batch=24), token_batch(seed=1, batch=6)
-
-
-def fit(
-    module: Module,
-    *callbacks: Callback,
-    train: Any = None,
-    val: Any = None,
-    ckpt_path: Any = None,
-    **settings: Any,
-) -> lightning.Trainer:
-    settings = {
-        "max_steps": 6,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        **settings,
-    }
-    trainer = lightning.Trainer(callbacks=list(callbacks), **settings)
-    train = DataLoader(TRAIN, batch_size=4, shuffle=True) if train is None else train
-    trainer.fit(module, train, val, ckpt_path=ckpt_path)
-    return trainer
+pytestmark = LIGHTNING_WARNINGS
 
 
 def test_lightning_raw_pytorch_and_a_direct_sample_give_identical_numbers() -> None:
@@ -167,7 +111,7 @@ def test_the_probe_defaults_to_the_first_validation_batch_else_the_first_trainin
     for val, expected in ((DataLoader(HELD_OUT, batch_size=2), HELD_OUT[:2]), (None, TRAIN[:4])):
         watcher = AttentionMonitorCallback(every_n_steps=3)
         fit(Module(), watcher, train=DataLoader(TRAIN, batch_size=4), val=val)
-        assert torch.equal(watcher.monitor._probe.batch, expected)
+        assert torch.equal(watcher.monitor.probe.batch, expected)
     watcher = AttentionMonitorCallback()
     with pytest.raises(ValueError, match=r"AttentionMonitorCallback\(probe=None\)"):
         fit(Module(), watcher, train=list(TRAIN.split(4)))

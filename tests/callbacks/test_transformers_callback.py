@@ -17,14 +17,9 @@ from lightning.pytorch import Trainer as LightningTrainer
 from models import everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainer_run import gpt2, llama, texts, trainer_of
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
 )
 from wandb_files import curve, offline_run
@@ -35,53 +30,6 @@ from attnmonitor.callbacks.lightning import AttentionMonitorCallback as Lightnin
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback
 from attnmonitor.record import RunRecord
-
-VOCABULARY = 61
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attention_dropout=0.1,
-    )
-    return LlamaForCausalLM(config)
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32))
-
-
-def texts(seed: int, count: int = 16) -> list[dict[str, Tensor]]:
-    rows = torch.randint(VOCABULARY, (count, 20), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def trainer_of(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **settings: Any) -> Trainer:
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "learning_rate": 1e-2,
-    }
-    data = {"train_dataset": texts(1), "eval_dataset": texts(2)}
-    for name in ("train_dataset", "eval_dataset", "data_collator"):
-        if name in settings:
-            data[name] = settings.pop(name)
-    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-    return Trainer(model or llama(), arguments, callbacks=list(callbacks), **data)
 
 
 def numbers(values: Any) -> list[Tensor]:
@@ -203,7 +151,7 @@ def test_without_a_probe_the_first_evaluation_rows_are_taken_by_the_trainers_col
         callback = AttentionMonitorCallback(record=None)
         trainer_of(tmp_path, callback, eval_dataset=eval_dataset, max_steps=1, data_collator=padded).train()
         assert callback.monitor is not None
-        batch = callback.monitor._probe.batch
+        batch = callback.monitor.probe.batch
         assert batch["input_ids"].shape == (3, 20)
         assert batch["attention_mask"].sum(1).tolist() == [20, 17, 14]
 
@@ -212,7 +160,7 @@ def test_without_an_evaluation_dataset_the_training_rows_are_taken_in_order(tmp_
     callback = AttentionMonitorCallback(record=None)
     trainer_of(tmp_path, callback, eval_dataset=None, max_steps=1).train()
     assert callback.monitor is not None
-    assert torch.equal(callback.monitor._probe.batch["input_ids"], default_data_collator(texts(1)[:3])["input_ids"])
+    assert torch.equal(callback.monitor.probe.batch["input_ids"], default_data_collator(texts(1)[:3])["input_ids"])
 
 
 def test_a_probe_of_floats_follows_the_forward_it_is_given_with(tmp_path: Path) -> None:
@@ -437,7 +385,9 @@ import json, os, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
-from test_transformers_callback import AttentionMonitorCallback, Rule, Threshold, trainer_of
+from attnmonitor.alerts import Rule, Threshold
+from attnmonitor.callbacks.transformers import AttentionMonitorCallback
+from trainer_run import trainer_of
 
 folder = Path(sys.argv[2])
 always = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0)
@@ -457,7 +407,7 @@ for name, actions, resume in (("stopped", {"always": "stop"}, None), ("resumed",
 def test_of_two_processes_one_measures_and_both_stop_and_resume_together(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, "script.py", str(Path(__file__).parent), str(tmp_path)], check=True, timeout=300)
+    subprocess.run([*launch, "script.py", str(Path(__file__).parents[1]), str(tmp_path)], check=True, timeout=300)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["stopped"][:2] == [3, [0, 1, 2, 3]]
     assert second["stopped"][:2] == [3, []]

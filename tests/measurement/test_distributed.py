@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import TinyGPT, token_batch, train_step
-from processes import on_processes, spread, tell
+from processes import ON_TWO, on_processes, spread, tell
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -21,9 +21,6 @@ from attnmonitor.messages import AttentionMonitorWarning
 from attnmonitor.parallel.collectives import CollectiveRecorder
 from attnmonitor.record import RunRecord
 
-# FSDP2 of torch 2.6 runs on GPUs only: it has a CPU's stream record events, which that torch's cannot.
-FSDP2 = ("fsdp2",) if hasattr(torch.cpu.Stream, "record_event") else ()
-ON_TWO = ("ddp", "fsdp1", *FSDP2, "tp")
 Ends = tuple[Path, list[dict[str, Any]]]
 
 

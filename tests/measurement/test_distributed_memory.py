@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import TinyGPT, token_batch, train_step
-from processes import on_processes, spread, tell
-from test_distributed import FSDP2, ON_TWO
+from processes import FSDP2, ON_TWO, on_processes, spread, tell
 from torch import Tensor, nn
 
 from attnmonitor import AttentionMonitor

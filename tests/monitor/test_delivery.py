@@ -9,8 +9,8 @@ import lightning
 import pytest
 import torch
 import wandb
+from lightning_run import HELD_OUT, LIGHTNING_WARNINGS, Module, fit
 from models import TinyGPT, token_batch, train
-from test_lightning_callback import HELD_OUT, Module, fit, lightning_as_it_is  # noqa: F401
 from wandb_files import curve, offline_run
 
 from attnmonitor import OPT_IN_METRICS, WEIGHT_METRICS, AlertEvent, AttentionMonitor, Sample
@@ -18,6 +18,8 @@ from attnmonitor.alerts import DEFAULT_RULES, Rule, Threshold
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import WandbLogger
+
+pytestmark = LIGHTNING_WARNINGS
 
 FAINT = Rule(
     "faint_query",

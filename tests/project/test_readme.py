@@ -16,10 +16,12 @@ import transformers
 import wandb
 from checkpoints import save_llama, save_tokenizer
 from lightning.pytorch.loggers import WandbLogger
+from lightning_run import HELD_OUT, LIGHTNING_WARNINGS, TRAIN, Module
 from models import TinyGPT, train
-from test_distributed import FSDP2
-from test_lightning_callback import HELD_OUT, TRAIN, Module, lightning_as_it_is  # noqa: F401
+from processes import FSDP2
 from torch.utils.data import DataLoader
+
+pytestmark = LIGHTNING_WARNINGS
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = README.parent / "examples"
