@@ -195,6 +195,14 @@ def test_rules_of_the_alerts_guide_work(in_own_folder: Path) -> None:
     assert load_rules("rules.json")[-1] == names["sink"]
 
 
+def test_architectures_page_opens_as_generated() -> None:
+    from benchmarks.pages.architectures import HEADINGS, PREAMBLE
+
+    text = (DOCS / "architectures.md").read_text()
+    assert text.startswith(PREAMBLE)
+    assert "| " + " | ".join(HEADINGS) + " |" in text
+
+
 def test_extending_has_its_six_recipes() -> None:
     headings = re.findall(r"^## (.+)$", (DOCS / "extending.md").read_text(), flags=re.MULTILINE)
     wanted = ["A metric", "An attention the capture does not see", "A logger", "An adapter", "A rule", "A plot"]

@@ -1,4 +1,4 @@
-"""Every Python snippet of the README runs as written; the examples run at small size."""
+"""Every Python snippet of the README and the quick start runs as written; the examples run at small size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,31 @@ from torch.utils.data import DataLoader
 pytestmark = LIGHTNING_WARNINGS
 
 README = Path(__file__).parents[2] / "README.md"
+QUICK_START = README.parent / "docs" / "quick-start.md"
 EXAMPLES = README.parent / "examples"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+BOTH_PAGES = pytest.mark.parametrize("page", [README, QUICK_START], ids=lambda page: page.stem)
 
 
-def snippet(containing: str) -> str:
-    [found] = [text for text in SNIPPETS if containing in text]
+def snippets(page: Path) -> list[str]:
+    found = re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(text) for _, text in found]
+
+
+def snippet(page: Path, containing: str) -> str:
+    [found] = [text for text in snippets(page) if containing in text]
     return found
 
 
-def test_the_snippets_are_the_ones_tested_here() -> None:
-    assert len(SNIPPETS) == 5
+def test_no_snippet_is_left_out() -> None:
+    assert len(snippets(README)) == 5
+    assert len(snippets(QUICK_START)) == 4
 
 
-def test_the_lightning_snippet(in_own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH_PAGES
+def test_lightning_snippet_runs(page: Path, in_own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = lightning.Trainer
     small = {"max_steps": 2, "enable_checkpointing": False, "accelerator": "cpu", "enable_progress_bar": False}
-    monkeypatch.setattr(lightning, "Trainer", lambda **settings: real(**settings, **small))
+    monkeypatch.setattr(lightning, "Trainer", lambda **settings: real(**{**settings, **small}))
     names: dict[str, Any] = {
         "lightning": lightning,
         "WandbLogger": WandbLogger,
@@ -48,13 +57,14 @@ def test_the_lightning_snippet(in_own_folder: Path, monkeypatch: pytest.MonkeyPa
         "train_loader": DataLoader(TRAIN, batch_size=4),
         "val_loader": DataLoader(HELD_OUT, batch_size=2),
     }
-    exec(snippet("attnmonitor.callbacks.lightning"), names)
+    exec(snippet(page, "attnmonitor.callbacks.lightning"), names)
     wandb.finish()
-    [watcher] = [one for one in names["trainer"].callbacks if type(one).__name__ == "AttentionMonitorCallback"]
-    assert watcher.monitor.history.steps == [0]
+    [callback] = [one for one in names["trainer"].callbacks if type(one).__name__ == "AttentionMonitorCallback"]
+    assert callback.monitor.history.steps == [0]
 
 
-def test_the_transformers_snippet(in_own_folder: Path) -> None:
+@BOTH_PAGES
+def test_transformers_snippet_runs(page: Path, in_own_folder: Path) -> None:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50, n_positions=32)
     names: dict[str, Any] = {
         "transformers": transformers,
@@ -69,20 +79,29 @@ def test_the_transformers_snippet(in_own_folder: Path) -> None:
         ),
         "data": [{"input_ids": row, "labels": row} for row in TRAIN],
     }
-    exec(snippet("attnmonitor.callbacks.transformers"), names)
-    names["trainer"].train()
+    exec(snippet(page, "attnmonitor.callbacks.transformers"), names)
+    if page is README:
+        names["trainer"].train()
     assert any("attention/energy_rms/median" in row for row in names["trainer"].state.log_history)
 
 
-def test_the_raw_snippet_and_what_one_asks_afterwards(in_own_folder: Path) -> None:
+def test_raw_snippets_of_readme_run(in_own_folder: Path) -> None:
     model = TinyGPT(num_layers=4)
     names: dict[str, Any] = {"model": model, "probe": HELD_OUT, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
-    exec(snippet("attach(model, optimizer"), names)
+    exec(snippet(README, "attach(model, optimizer"), names)
     train(model, names["optimizer"], 2)
-    exec(snippet("monitor.history"), names)
+    exec(snippet(README, "monitor.history"), names)
     names["monitor"].close()
-    exec(snippet("RunRecord.open(monitor"), names)
+    exec(snippet(README, "RunRecord.open(monitor"), names)
     assert Path("heads.png").stat().st_size > 10_000
+
+
+def test_quick_start_loop_runs_to_a_verdict(in_own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(snippet(QUICK_START, "attach(model, optimizer"), names)
+    assert "8 heads in 2 layers watched over 31 samples: healthy" in capsys.readouterr().out
+    exec(snippet(QUICK_START, "monitor.history"), names)
+    assert names["monitor"].firing == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +119,7 @@ def test_the_raw_snippet_and_what_one_asks_afterwards(in_own_folder: Path) -> No
         ("audit", ["model", "--length", "64"], "model: 8 heads, 0 layers not seen"),
     ],
 )
-def test_the_example_runs(
+def test_example_runs(
     module: str, arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "model" in arguments:
@@ -112,7 +131,7 @@ def test_the_example_runs(
     assert printed in capsys.readouterr().out
 
 
-def test_the_demo_runs_and_writes_picture_report_and_record(
+def test_demo_writes_picture_report_and_record(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from attnmonitor.cli import main
@@ -124,7 +143,7 @@ def test_the_demo_runs_and_writes_picture_report_and_record(
     assert {"heads.png", "report.html", "wandb", "attnmonitor_runs"} <= {path.name for path in Path("out").iterdir()}
 
 
-def test_the_example_on_several_processes_runs_under_torchrun() -> None:
+def test_distributed_example_runs_under_torchrun() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     strategy = "fsdp" if FSDP2 else "ddp"
     example = [str(EXAMPLES / "distributed.py"), "--strategy", strategy, "--steps", "10"]
@@ -132,7 +151,7 @@ def test_the_example_on_several_processes_runs_under_torchrun() -> None:
     assert "2 samples of a model on 2 processes" in done.stdout, done.stderr
 
 
-def test_every_example_is_run_here_and_named_in_the_readme() -> None:
+def test_every_example_is_tested_and_in_the_readme() -> None:
     examples = {path.stem for path in EXAMPLES.glob("*.py")}
     run = Path(__file__).read_text()
     assert [name for name in examples if f'"{name}",' not in run and f"{name}.py" not in run] == []
