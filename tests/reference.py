@@ -1,120 +1,252 @@
 """Every statistic the obvious way: the dense L×L field in float64, a full SVD, loops over heads.
 
-Slow, and written without a look at the fast route: tests compare the two.
+`TWINS` holds one function for each metric of the table, by its name. They are slow and share no code with the package:
+tests compare the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-
-def field(query: Tensor, key: Tensor, scale: float, query_valid: Tensor | None = None, key_valid: Tensor | None = None):
-    """The energy field of one head: ``(Lq, d), (Lk, d) -> (n, m)``, padding left out, rows centred."""
-    query, key = query.double(), key.double()
-    if query_valid is not None:
-        query = query[query_valid]
-    if key_valid is not None:
-        key = key[key_valid]
-    return centred(scale * query @ key.T, -1)
+from attnmonitor import DEFAULT_METRICS
 
 
-def centred(x: Tensor, axis: int) -> Tensor:
-    """Less the mean along an axis; exactly zero where all are equal, whose mean rounding would put beside them."""
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """The keys of one head in one sequence, ``(m, d)`` float64, padding left out."""
+
+    key: Tensor
+
+    @cached_property
+    def centered(self) -> Tensor:
+        return centered(self.key, 0)
+
+    @cached_property
+    def variances(self) -> Tensor:
+        return torch.linalg.svdvals(self.centered) ** 2
+
+    def leverage(self, energy: float) -> tuple[Tensor, int]:
+        return leverage(self.key, energy)
+
+
+@dataclass(frozen=True, eq=False)
+class Head(Keys):
+    """One query head in one sequence in float64, padding left out.
+
+    Attributes:
+        query: ``(n, d)``.
+        scale: The softmax scale.
+        visible: ``(n, m)`` bool, the keys that each query attends to.
+    """
+
+    query: Tensor
+    scale: float
+    visible: Tensor
+
+    @cached_property
+    def field(self) -> Tensor:
+        return field(self.query, self.key, self.scale)
+
+    @cached_property
+    def field_variances(self) -> Tensor:
+        return torch.linalg.svdvals(self.field) ** 2
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The rows of the queries that see a key, -inf where they see none, ``(rows, m)``."""
+        rows = self.visible.any(-1)
+        logits = self.scale * self.query[rows] @ self.key.T
+        return logits.masked_fill(~self.visible[rows], -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What one layer attends with.
+
+    Attributes:
+        query: ``(B, Hq, Lq, d)``.
+        key: ``(B, Hkv, Lk, d)``.
+        scale: The softmax scale.
+        query_mask: ``(B, Lq)`` bool, True where the query is not padding; None where all are.
+        key_mask: ``(B, Lk)`` bool, likewise.
+        visible: ``(B, Lq, Lk)`` bool, the keys each query attends to; None where it attends to all.
+        w_q: ``(Hq, d, D)``; None where no metric of the weights is asked for.
+        w_k: ``(Hkv, d, D)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    visible: Tensor | None = None
+    w_q: Tensor | None = None
+    w_k: Tensor | None = None
+
+    @cached_property
+    def heads(self) -> list[list[Head]]:
+        """Query heads of each sequence."""
+        group = self.query.shape[1] // self.key.shape[1]
+        found = []
+        for sequence, (query, keys) in enumerate(zip(self.query, self.keys, strict=True)):
+            valid_query, valid_key = (
+                torch.ones(x.shape[2], dtype=torch.bool) if mask is None else mask[sequence]
+                for x, mask in ((self.query, self.query_mask), (self.key, self.key_mask))
+            )
+            visible = valid_query[:, None] & valid_key
+            if self.visible is not None:
+                visible = visible & self.visible[sequence]
+            visible = visible[valid_query][:, valid_key]
+            found.append(
+                [
+                    Head(keys[head // group].key, each.double()[valid_query], self.scale, visible)
+                    for head, each in enumerate(query)
+                ]
+            )
+        return found
+
+    @cached_property
+    def keys(self) -> list[list[Keys]]:
+        """Key heads of each sequence."""
+        masks = [None] * len(self.key) if self.key_mask is None else list(self.key_mask)
+        return [
+            [Keys(each.double() if mask is None else each.double()[mask]) for each in key]
+            for key, mask in zip(self.key, masks, strict=True)
+        ]
+
+    @cached_property
+    def interaction_variances(self) -> list[Tensor]:
+        """Squared singular values of W_Qᵀ W_K of each query head."""
+        assert self.w_q is not None
+        assert self.w_k is not None
+        group = len(self.w_q) // len(self.w_k)
+        return [
+            torch.linalg.svdvals(w_q.double().T @ self.w_k[head // group].double()) ** 2
+            for head, w_q in enumerate(self.w_q)
+        ]
+
+
+def field(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The energy field of one head: ``(n, d), (m, d) -> (n, m)``, each row less its mean."""
+    # Not by a matrix product: BLAS may round the products with equal keys in different ways.
+    return centered(scale * (query.double()[:, None] * key.double()).sum(-1), -1)
+
+
+def centered(x: Tensor, axis: int) -> Tensor:
+    """Less the mean along an axis; exactly zero where all are equal, whose mean is rounded."""
     x = x - x.narrow(axis, 0, 1)
     return x - x.mean(axis, keepdim=True)
 
 
 def effective_rank(matrix: Tensor, fraction: float = 0.9) -> int:
-    variances = torch.linalg.svdvals(matrix) ** 2
+    return count_to_fraction(torch.linalg.svdvals(matrix) ** 2, fraction)
+
+
+def count_to_fraction(variances: Tensor, fraction: float = 0.9) -> int:
     total = variances.sum()
-    if total == 0:
+    if not total > 0:
         return 0
     reached = variances.cumsum(0) >= fraction * total * (1 - 1e-12)
     return int(reached.int().argmax()) + 1
 
 
-def spectrum_statistics(matrix: Tensor) -> dict[str, float]:
-    variances = torch.linalg.svdvals(matrix) ** 2
-    total = variances.sum()
-    shares = (matrix**2).sum(0) / total
-    return {
-        "energy_effective_rank": effective_rank(matrix),
-        "energy_participation_ratio": float(total**2 / (variances**2).sum()) if total > 0 else 0.0,
-        "energy_stable_rank": float(total / variances[0]) if total > 0 else 0.0,
-        "energy_rms": float((matrix**2).mean().sqrt()),
-        "energy_delocalization": float(1 / (len(shares) * (shares**2).sum())),
-    }
+def participation_ratio(variances: Tensor) -> float:
+    return float(variances.sum() ** 2 / (variances**2).sum()) if variances.sum() > 0 else 0.0
 
 
-def leverage(key: Tensor, energy: float = 1.0, valid: Tensor | None = None) -> tuple[Tensor, int]:
-    """Leverage of each valid position and the rank of the subspace it is taken in."""
-    key = key.double() if valid is None else key.double()[valid]
-    centered = centred(key, 0)
-    left, singular, _ = torch.linalg.svd(centered, full_matrices=False)
-    if energy == 1:
-        rank = int((singular > max(key.shape) * torch.finfo(torch.float32).eps * singular[0]).sum())
-    else:
-        rank = effective_rank(centered, energy)
+def spread_over_positions(weight: Tensor) -> float:
+    share = weight / weight.sum()
+    return float(1 / (len(share) * (share**2).sum()))
+
+
+def leverage(key: Tensor, energy: float = 1.0) -> tuple[Tensor, int]:
+    """Leverage of each position of ``(m, d)`` and the rank of the subspace it is taken in."""
+    matrix = centered(key.double(), 0)
+    left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int(above_noise(matrix, singular).sum()) if energy == 1 else effective_rank(matrix, energy)
     return (left[:, :rank] ** 2).sum(-1), rank
 
 
-def key_statistics(key: Tensor, valid: Tensor | None = None) -> dict[str, float]:
-    cut, rank = leverage(key, 0.9, valid)
-    full, _ = leverage(key, 1.0, valid)
-    key = key.double() if valid is None else key.double()[valid]
-    centered = centred(key, 0)
-    variances = torch.linalg.svdvals(centered) ** 2
-    weight = (centered**2).sum(-1) / (centered**2).sum()
-    return {
-        "key_incoherence": float(len(key) / rank * cut.max()) if rank else float("nan"),
-        "key_rank": rank,
-        "key_leverage_max": float(full.max()),
-        "key_participation_ratio": float(variances.sum() ** 2 / (variances**2).sum()) if variances.sum() > 0 else 0.0,
-        "key_norm_participation": float(1 / (len(key) * (weight**2).sum())),
-        "key_rms": float((centered**2).mean().sqrt()),
-    }
+def above_noise(matrix: Tensor, singular: Tensor) -> Tensor:
+    """Which singular values float32 can tell from rounding."""
+    return singular > max(matrix.shape) * torch.finfo(torch.float32).eps * singular[0]
+
+
+def key_incoherence(keys: Keys) -> float:
+    cut, rank = keys.leverage(0.9)
+    return float(len(keys.key) / rank * cut.max()) if rank else float("nan")
+
+
+def key_condition_number(keys: Keys) -> float:
+    singular = keys.variances.sqrt()
+    kept = singular[above_noise(keys.centered, singular)]
+    return float(kept[0] / kept[-1]) if len(kept) else float("nan")
+
+
+def sink_mass(head: Head) -> float:
+    return float(head.logits.softmax(-1)[:, 0].mean())
+
+
+Twin = Callable[[Layer], Tensor]
+
+
+def per_query_head(statistic: Callable[[Head], float]) -> Twin:
+    return lambda layer: torch.tensor(
+        [[statistic(head) for head in heads] for heads in layer.heads], dtype=torch.float64
+    )
+
+
+def per_key_head(statistic: Callable[[Keys], float]) -> Twin:
+    return lambda layer: torch.tensor([[statistic(keys) for keys in heads] for heads in layer.keys]).double()
+
+
+def of_weights(statistic: Callable[[Tensor], float]) -> Twin:
+    return lambda layer: torch.tensor([[statistic(each) for each in layer.interaction_variances]]).double()
+
+
+TWINS: dict[str, Twin] = {
+    "energy_effective_rank": per_query_head(lambda head: count_to_fraction(head.field_variances)),
+    "energy_participation_ratio": per_query_head(lambda head: participation_ratio(head.field_variances)),
+    "energy_stable_rank": per_query_head(
+        lambda head: float(head.field_variances.sum() / head.field_variances[0]) if head.field.any() else 0.0
+    ),
+    "energy_rms": per_query_head(lambda head: float((head.field**2).mean().sqrt())),
+    "energy_delocalization": per_query_head(lambda head: spread_over_positions((head.field**2).sum(0))),
+    "key_incoherence": per_key_head(key_incoherence),
+    "key_rank": per_key_head(lambda keys: count_to_fraction(keys.variances)),
+    "key_leverage_max": per_key_head(lambda keys: float(keys.leverage(1.0)[0].max())),
+    "key_participation_ratio": per_key_head(lambda keys: participation_ratio(keys.variances)),
+    "key_norm_participation": per_key_head(lambda keys: spread_over_positions((keys.centered**2).sum(-1))),
+    "key_condition_number": per_key_head(key_condition_number),
+    "query_rms": per_query_head(lambda head: float((head.query**2).mean().sqrt())),
+    "key_rms": per_key_head(lambda keys: float((keys.centered**2).mean().sqrt())),
+    "attention_entropy": per_query_head(lambda head: float(torch.special.entr(head.logits.softmax(-1)).sum(-1).mean())),
+    "max_logit": per_query_head(lambda head: float(head.logits.max())),
+    "sink_mass": per_query_head(sink_mass),
+    "interaction_effective_rank": of_weights(count_to_fraction),
+    "interaction_participation_ratio": of_weights(participation_ratio),
+    "spectral_gap": lambda layer: (
+        TWINS["interaction_effective_rank"](layer) / TWINS["energy_effective_rank"](layer).mean(0)
+    ),
+}
+"""Each metric of a layer, ``(B, Hq)`` or ``(B, Hkv)`` float64; ``(1, Hq)`` of the weights."""
 
 
 def layer_statistics(
-    query: Tensor, key: Tensor, scale: float, query_mask: Tensor | None = None, key_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    visible: Tensor | None = None,
+    metrics: Iterable[str] = DEFAULT_METRICS,
 ) -> dict[str, Tensor]:
-    """Every default metric of a layer, ``(B, Hq)`` or ``(B, Hkv)`` float64."""
-    group = query.shape[1] // key.shape[1]
-    rows: dict[str, list[list[float]]] = {}
-    for sequence in range(query.shape[0]):
-        query_valid = None if query_mask is None else query_mask[sequence]
-        key_valid = None if key_mask is None else key_mask[sequence]
-        found: dict[str, list[float]] = {}
-        for head in range(query.shape[1]):
-            matrix = field(query[sequence, head], key[sequence, head // group], scale, query_valid, key_valid)
-            valid_queries = (
-                query[sequence, head].double() if query_valid is None else query[sequence, head].double()[query_valid]
-            )
-            for name, value in spectrum_statistics(matrix).items():
-                found.setdefault(name, []).append(value)
-            found.setdefault("query_rms", []).append(float((valid_queries**2).mean().sqrt()))
-        for head in range(key.shape[1]):
-            for name, value in key_statistics(key[sequence, head], key_valid).items():
-                found.setdefault(name, []).append(value)
-        for name, values in found.items():
-            rows.setdefault(name, []).append(values)
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
-
-
-def row_statistics(
-    query: Tensor, key: Tensor, scale: float, visible: Tensor | None = None, query_mask: Tensor | None = None
-) -> dict[str, Tensor]:
-    """What softmax attention makes of its rows, ``(B, Hq)`` float64; ``visible`` is ``(B, Lq, Lk)``."""
-    logits = scale * query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    rows: dict[str, list[Tensor]] = {"attention_entropy": [], "max_logit": [], "sink_mass": []}
-    for sequence, heads in enumerate(logits):
-        seen = torch.ones(heads.shape[1:], dtype=torch.bool) if visible is None else visible[sequence]
-        looked_at = seen.any(-1) if query_mask is None else seen.any(-1) & query_mask[sequence]
-        heads, seen = heads[:, looked_at], seen[looked_at]
-        probability = heads.masked_fill(~seen, -torch.inf).softmax(-1)
-        first = int((seen.any(0) if visible is None else visible[sequence].any(0)).int().argmax())
-        rows["attention_entropy"].append(torch.special.entr(probability).sum(-1).mean(-1))
-        rows["max_logit"].append(heads.masked_fill(~seen, -torch.inf).amax((-2, -1)))
-        rows["sink_mass"].append(probability[..., first].mean(-1))
-    return {name: torch.stack(values) for name, values in rows.items()}
+    """Some metrics of a layer, the default ones unless others are named."""
+    layer = Layer(query, key, scale, query_mask, key_mask, visible)
+    return {name: TWINS[name](layer) for name in metrics}

@@ -1,200 +1,391 @@
-"""torchmetrics classes: thin over the functions, and the same on one process and on two."""
+"""Properties of every metric in the table: a new line of the table is tried on all of them."""
 
 from __future__ import annotations
 
+import math
 import pickle
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
+import reference
 import torch
+from drawn_layers import PADDINGS, SHAPES, padding_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metric_case import (
+    CASES,
+    CHANGES_WITH,
+    CLASS_CASES,
+    POWERS,
+    MetricCase,
+    causal_layer,
+    sample_of_heads,
+    sample_of_model,
+    some_sequences,
+)
 from processes import on_processes
+from reference import Layer
+from torch import Tensor
 from torchmetrics import MetricCollection
 
-from attnmonitor.functional import (
-    energy_effective_rank,
-    energy_spectrum,
-    head_cores,
-    head_statistics,
-    key_incoherence,
-    query_gram,
+from attnmonitor import METRICS
+from attnmonitor.metrics import METRIC_CLASSES
+from attnmonitor.sample import Sample
+
+GROUPED = (3, 4, 2, 30, 8)
+
+every_metric = pytest.mark.parametrize("case", CASES, ids=str)
+every_class = pytest.mark.parametrize("case", CLASS_CASES, ids=str)
+every_class_over_positions = pytest.mark.parametrize(
+    "case", [case for case in CLASS_CASES if case.sees_positions], ids=str
 )
-from attnmonitor.metrics import (
-    METRIC_CLASSES,
-    EnergyEffectiveRank,
-    EnergyParticipationRatio,
-    InteractionEffectiveRank,
-    InteractionParticipationRatio,
-    KeyIncoherence,
-    KeyRank,
-    MaxLogit,
-    SinkMass,
-)
-from attnmonitor.metrics.catalog import METRICS
-
-NUM_HEADS = {"query_head": 4, "kv_head": 2}
-LAYER_METRICS = [name for name in METRIC_CLASSES if not name.startswith("interaction")]
 
 
-def layer(num_sequences=3, length=30, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(num_sequences, 4, length, 8, generator=generator) * torch.logspace(0, -1, 8)
-    key = torch.randn(num_sequences, 2, length, 8, generator=generator) + 1
-    return {"query": query, "key": key}
+@every_metric
+def test_metric_has_a_twin(case: MetricCase) -> None:
+    assert callable(case.twin)
 
 
-def metric_of(name, **keywords):
-    return METRIC_CLASSES[name](num_heads=NUM_HEADS[METRICS[name].scope], **keywords)
+def test_missing_twin_says_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(reference.TWINS, "key_rank")
+    with pytest.raises(pytest.fail.Exception, match=r"add TWINS\['key_rank'\] to tests/reference.py"):
+        _ = MetricCase("key_rank").twin
 
 
-def update(metric, tensors):
-    metric.update(**metric._filter_kwargs(**tensors))
-    return metric
-
-
-def test_every_metric_of_the_catalog_but_the_ratio_has_a_class_of_its_name():
+def test_every_metric_but_the_ratio_has_a_class() -> None:
     assert set(METRIC_CLASSES) == set(METRICS) - {"spectral_gap"}
     assert all(cls.name == name for name, cls in METRIC_CLASSES.items())
 
 
-@pytest.mark.parametrize("name", LAYER_METRICS)
-def test_compute_is_the_mean_and_spread_the_deviation_over_all_sequences_seen(name):
-    first, second = layer(3), layer(2, length=41, seed=1)
-    metric = update(update(metric_of(name), first), second)
-    one_by_one = []
-    for tensors in (first, second):
-        for index in range(len(tensors["key"])):
-            alone = update(metric_of(name), {part: value[index : index + 1] for part, value in tensors.items()})
-            assert alone.spread().tolist() == [0] * alone.num_heads
-            one_by_one.append(alone.compute())
-    values = torch.stack(one_by_one)
-    assert metric.compute().shape == (metric.num_heads,)
+def test_exceptions_name_known_metrics() -> None:
+    assert set(POWERS).union(*CHANGES_WITH.values()) <= set(METRICS)
+
+
+# Values
+
+
+@cache
+def drawn(shape: str, dtype: torch.dtype, padding: str) -> Layer:
+    """One layer for all metrics, so that its fields and their singular values are computed once."""
+    batch, _, _, length, _ = SHAPES[shape]
+    return causal_layer(SHAPES[shape], dtype, padding_mask(padding, batch, length))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@every_class
+def test_class_equals_its_twin(case: MetricCase, shape: str, padding: str) -> None:
+    check_class(case, drawn(shape, torch.float32, padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@every_class
+def test_class_takes_every_type(case: MetricCase, dtype: torch.dtype) -> None:
+    check_class(case, drawn("grouped queries", dtype, "right padded"))
+
+
+def check_class(case: MetricCase, layer: Layer) -> None:
+    found = case.per_sequence(with_junk_at_padding(layer))
+    assert found.dtype == torch.float32
+    case.assert_equal(found, case.twin(layer))
+
+
+def with_junk_at_padding(layer: Layer) -> Layer:
+    """NaN and infinity where a mask hides them: what stands at padding must not matter."""
+    if layer.key_mask is None:
+        return layer
+    padding = ~layer.key_mask[:, None, :, None]
+    return replace(
+        layer, query=layer.query.masked_fill(padding, torch.nan), key=layer.key.masked_fill(padding, torch.inf)
+    )
+
+
+@pytest.fixture(scope="module", params=PADDINGS)
+def sample_and_layers(request: pytest.FixtureRequest) -> tuple[Sample, dict[str, Layer]]:
+    return sample_of_model(padding_mask(request.param, 3, 40))
+
+
+@every_metric
+def test_sample_equals_the_twin(case: MetricCase, sample_and_layers: tuple[Sample, dict[str, Layer]]) -> None:
+    sample, layers = sample_and_layers
+    assert set(sample.values[case.name]) == set(layers)
+    for name, layer in layers.items():
+        expected = case.twin(layer)
+        assert sample.values[case.name][name].shape == (case.num_heads(layer),)
+        case.assert_equal(sample.values[case.name][name], expected.mean(0))
+        if case.sees_positions:
+            spread = sample.spread[case.name][name].double()
+            torch.testing.assert_close(spread, expected.std(0, unbiased=False), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sample_of_drawn_heads_equals_the_twins(shape: str, dtype: torch.dtype, padding: str) -> None:
+    layer = drawn(shape, dtype, padding)
+    metrics = [case for case in CLASS_CASES if METRICS[case.name].source not in ("rows", "weights")]
+    sample = sample_of_heads(layer, [case.name for case in metrics])
+    assert set(sample.values) == {case.name for case in metrics}
+    for case in metrics:
+        case.assert_equal(sample.values[case.name]["GivenHeads"], case.twin(layer).mean(0))
+        assert sample.values[case.name]["GivenHeads"].dtype == torch.float32
+    assert sample.diagnostics["invariant_residual"] < 1e-4
+
+
+@every_class
+def test_compute_is_mean_and_spread_over_sequences(case: MetricCase) -> None:
+    layers = causal_layer(GROUPED), causal_layer((2, 4, 2, 41, 8), seed=1)
+    for one in case.sequences(layers[0]):
+        assert case.updated(one).spread().tolist() == [0] * case.num_heads(one)
+    values = torch.cat([case.per_sequence(layer) for layer in layers])
+    metric = case.metric(layers[1])  # the longer one decides how many rows there are
+    for layer in layers:
+        metric.update(**case.arguments(layer))
+    assert metric.compute().shape == (case.num_heads(layers[0]),)
     torch.testing.assert_close(metric.compute(), values.mean(0))
     torch.testing.assert_close(metric.spread(), values.std(0, unbiased=False), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYER_METRICS)
-def test_padding_is_left_out(name):
-    tensors = layer(2)
+@every_class_over_positions
+def test_padded_equals_cut(case: MetricCase) -> None:
+    layer = causal_layer((2, 4, 2, 30, 8))
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[:, 22:] = False
-    short = {part: value[:, :, :22] for part, value in tensors.items()}
-    keywords = {"num_rows": 30} if METRIC_CLASSES[name].__module__.endswith("rows") else {}
-    padded = update(metric_of(name, **keywords), {**tensors, "mask": mask})
-    torch.testing.assert_close(padded.compute(), update(metric_of(name, **keywords), short).compute())
+    padded = replace(layer, query_mask=mask, key_mask=mask)
+    cut = replace(
+        layer, query=layer.query[:, :, :22], key=layer.key[:, :, :22], visible=torch.ones(22, 22).tril().bool()
+    )
+    torch.testing.assert_close(case.updated(padded).compute(), case.updated(cut).compute())
 
 
-def test_accumulating_the_monitors_values_gives_what_updating_gives():
-    tensors = layer()
-    cores = head_cores(query_gram(tensors["query"]), tensors["key"], scale=8**-0.5, metrics=LAYER_METRICS)
-    statistics = head_statistics([cores])[0]
-    for name, values in statistics.values.items():
-        metric = metric_of(name)
-        metric.accumulate(values)
-        torch.testing.assert_close(metric.compute(), update(metric_of(name), tensors).compute(), msg=name)
+@every_class
+def test_heads_and_sequences_do_not_mix(case: MetricCase) -> None:
+    layer = causal_layer(GROUPED)
+    whole = case.per_sequence(layer)
+    assert layer.w_q is not None
+    assert layer.w_k is not None
+    heads_per_group = case.num_heads(layer) // 2
+    for group in range(2):
+        queries = slice(2 * group, 2 * group + 2)
+        alone = replace(
+            layer,
+            query=layer.query[:, queries],
+            key=layer.key[:, group : group + 1],
+            w_q=layer.w_q[queries],
+            w_k=layer.w_k[group : group + 1],
+        )
+        part = whole[:, group * heads_per_group : (group + 1) * heads_per_group]
+        torch.testing.assert_close(case.updated(alone).compute(), part.mean(0))
+        torch.testing.assert_close(case.per_sequence(alone), part)
 
 
-@pytest.mark.parametrize("name", LAYER_METRICS)
-def test_a_layer_with_one_head_has_an_axis_of_one_head(name):
-    metric = METRIC_CLASSES[name](num_heads=1)
+# Invariances
+
+
+few_seeds = settings(max_examples=4, deadline=None)
+
+
+@every_class
+@few_seeds
+@given(seed=st.integers(0, 10_000))
+def test_rotation_changes_nothing(case: MetricCase, seed: int) -> None:
+    layer = causal_layer(GROUPED, torch.float64, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator))[0]
+    assert layer.w_q is not None
+    assert layer.w_k is not None
+    turned = replace(
+        layer,
+        query=layer.query @ rotation,
+        key=layer.key @ rotation,
+        w_q=rotation.T @ layer.w_q,
+        w_k=rotation.T @ layer.w_k,
+    )
+    assert_same(case.per_sequence(turned), case.per_sequence(layer))
+
+
+@every_class_over_positions
+@few_seeds
+@given(seed=st.integers(0, 10_000))
+def test_order_of_positions_changes_nothing(case: MetricCase, seed: int) -> None:
+    layer = replace(causal_layer(GROUPED, torch.float64, seed=seed), visible=None)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
+    after, before = (
+        case.per_sequence(each)
+        for each in (replace(layer, query=layer.query[:, :, order], key=layer.key[:, :, order]), layer)
+    )
+    if case.name in CHANGES_WITH["order"]:
+        assert not torch.allclose(after, before, rtol=1e-4)
+    else:
+        assert_same(after, before)
+
+
+@every_class_over_positions
+def test_vector_added_to_all_keys_changes_nothing(case: MetricCase) -> None:
+    layer = causal_layer((1, 2, 2, 64, 8), torch.float64, key_offset=0.0)
+    offset = 1e6 if METRICS[case.name].source != "rows" else 10  # logits are read in float32
+    moved = replace(layer, key=layer.key + offset * torch.randn(8, dtype=torch.float64))
+    after, before = case.per_sequence(moved), case.per_sequence(layer)
+    if case.name in CHANGES_WITH["offset"]:
+        assert not torch.allclose(after, before, rtol=1e-4)
+    else:
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-6)
+
+
+sizes = st.floats(1e-3, 1e3).filter(lambda size: abs(size - 1) > 1e-2)
+
+
+@every_class
+@few_seeds
+@given(seed=st.integers(0, 10_000), query_size=sizes, key_size=sizes)
+def test_size_enters_as_a_power(case: MetricCase, seed: int, query_size: float, key_size: float) -> None:
+    layer = causal_layer(GROUPED, torch.float64, seed=seed)
+    assert layer.w_q is not None
+    assert layer.w_k is not None
+    scaled = replace(
+        layer,
+        query=query_size * layer.query,
+        key=key_size * layer.key,
+        w_q=query_size * layer.w_q,
+        w_k=key_size * layer.w_k,
+    )
+    after, before = case.per_sequence(scaled), case.per_sequence(layer)
+    if case.name in CHANGES_WITH["size"]:
+        assert not torch.allclose(after, before, rtol=1e-6)
+    else:
+        query_power, key_power = POWERS.get(case.name, (0, 0))
+        torch.testing.assert_close(
+            after, query_size**query_power * key_size**key_power * before, rtol=1e-4, atol=0, equal_nan=True
+        )
+
+
+@every_metric
+def test_scale_free_is_what_no_size_changes(case: MetricCase) -> None:
+    moves = case.name in POWERS or case.name in CHANGES_WITH["size"]
+    assert METRICS[case.name].scale_free == (case.sees_positions and not moves)
+
+
+def assert_same(after: Tensor, before: Tensor) -> None:
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+# Heads that are broken or dead
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@every_class
+def test_head_that_is_not_finite_is_nan_alone(case: MetricCase, bad: float) -> None:
+    layer = causal_layer((2, 4, 2, 40, 16))
+    before = case.per_sequence(layer)
+    broken = replace(
+        layer,
+        query=layer.query.clone(),
+        key=layer.key.clone(),
+        w_q=None if layer.w_q is None else layer.w_q.clone(),
+        w_k=None if layer.w_k is None else layer.w_k.clone(),
+    )
+    for tensor in (broken.query[0], broken.w_q):
+        assert tensor is not None
+        tensor[1, 5, 3] = bad
+    for tensor in (broken.key[1], broken.w_k):
+        assert tensor is not None
+        tensor[1, 7, 2] = bad
+    expected = torch.zeros(2, 4, dtype=torch.bool)
+    if METRICS[case.name].scope == "kv_head":
+        expected = torch.tensor([[False, False], [False, True]])
+    else:
+        expected[0, 1] = bool({"query", "w_q"} & case.inputs)
+        expected[1, 2:] = bool({"key", "w_k"} & case.inputs)
+    if not case.sees_positions:
+        expected = expected.any(0, keepdim=True)
+    after, mean = case.per_sequence(broken), case.updated(broken).compute()
+    if case.name == "max_logit" and bad == math.inf:  # which is the largest logit then
+        after, mean = (torch.where(x == math.inf, torch.nan, x) for x in (after, mean))
+    assert after.isnan().tolist() == expected.tolist()
+    assert torch.equal(after[~expected], before[~expected]), "bit by bit"
+    assert mean.isnan().tolist() == expected.any(0).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every_class
+def test_dead_head_equals_its_twin(case: MetricCase, dtype: torch.dtype) -> None:
+    layer = causal_layer((1, 2, 2, 33, 8), dtype)
+    assert layer.w_q is not None
+    assert layer.w_k is not None
+    layer.query[0, 0] = layer.w_q[0] = 0
+    layer.key[0, 1] = 0.1  # all equal: their mean is not exactly 0.1 in floating point
+    layer.w_k[1] = 0
+    case.assert_equal(case.per_sequence(layer), case.twin(layer))
+
+
+# What torchmetrics offers
+
+
+def test_collection_gives_what_each_gives_alone() -> None:
+    first, second = causal_layer(GROUPED), causal_layer(GROUPED, seed=1)
+    collection = MetricCollection({case.name: case.metric(first) for case in CLASS_CASES})
+    for layer in (first, second):
+        collection.update(**{name: value for case in CLASS_CASES for name, value in case.arguments(layer).items()})
+    found = collection.compute()
+    assert set(found) == set(METRIC_CLASSES)
+    for case in CLASS_CASES:
+        assert torch.equal(found[case.name], case.updated(first, second).compute()), case.name
+
+
+@every_class
+def test_accumulated_values_give_what_updates_give(case: MetricCase) -> None:
+    layer = causal_layer(GROUPED)
+    metric = case.metric(layer)
+    metric.accumulate(case.per_sequence(layer))
+    torch.testing.assert_close(metric.compute(), case.updated(layer).compute())
+
+
+@every_class
+def test_one_head_keeps_its_axis(case: MetricCase) -> None:
+    metric = METRIC_CLASSES[case.name](num_heads=1)
     metric.accumulate(torch.ones(3, 1))
     assert pickle.loads(pickle.dumps(metric)).compute().tolist() == metric.compute().tolist() == [1]
-    assert metric.clone()(**metric._filter_kwargs(query=torch.ones(1, 1, 5, 2), key=torch.ones(1, 1, 5, 2))).ndim == 1
+    assert metric.clone()(**case.arguments(causal_layer((1, 1, 1, 5, 2)))).ndim == 1
 
 
-def test_arguments_reach_the_functions():
-    tensors = layer()
-    query, key = tensors["query"], tensors["key"]
-    half = EnergyEffectiveRank(2, fraction=0.5, per="kv_head", method="randomized")
-    half.update(query, key)
-    expected = energy_effective_rank(query, key, fraction=0.5, per="kv_head").mean(0).float()
-    torch.testing.assert_close(half.compute(), expected)
-    sharp = METRIC_CLASSES["energy_rms"](4, scale=3.0)
-    sharp.update(query, key)
-    torch.testing.assert_close(sharp.compute(), energy_spectrum(query, key, scale=3.0).energy_rms.mean(0).float())
-    full = KeyIncoherence(2, energy=1.0)
-    full.update(key)
-    torch.testing.assert_close(full.compute(), key_incoherence(key, energy=1.0).mean(0).float())
-    every, few = MaxLogit(4, num_rows=30), MaxLogit(4, num_rows=2)
-    every.update(query, key)
-    few.update(query, key)
-    assert (few.compute() <= every.compute()).all()
-    both_ways = SinkMass(4, num_rows=30)
-    both_ways.update(query, key, causal=False)
-    attention = (8**-0.5 * query @ key.repeat_interleave(2, 1).mT).softmax(-1)
-    torch.testing.assert_close(both_ways.compute(), attention[..., 0].mean((0, 2)))
-
-
-def test_weights_are_measured_once_per_update():
-    for metric in (InteractionEffectiveRank(num_heads=3), InteractionParticipationRatio(num_heads=3)):
-        metric.update(torch.eye(6).expand(3, 6, 6), torch.eye(6).expand(3, 6, 6))
-        assert metric.compute().tolist() == [6, 6, 6]
-
-
-def test_a_nan_head_makes_that_head_nan_only():
-    tensors = layer()
-    tensors["key"][0, 1, 3] = torch.nan
-    metric = update(metric_of("key_rank"), tensors)
-    assert metric.compute().isnan().tolist() == [False, True]
-
-
-def test_a_collection_never_takes_one_metric_for_another():
-    """After a first update with equal numbers torchmetrics merges metrics whose states look alike."""
-    rank_one = {"query": torch.ones(1, 2, 9, 4), "key": torch.arange(9.0)[None, None, :, None].expand(1, 2, 9, 4)}
-    collection = MetricCollection(
-        {
-            "rank": EnergyEffectiveRank(2),
-            "to_half": EnergyEffectiveRank(2, fraction=0.5),
-            "smooth": EnergyParticipationRatio(2),
-            "key_rank": KeyRank(2),
-        }
-    )
-    collection.update(**rank_one)
-    assert all(value.round().tolist() == [1, 1] for value in collection.compute().values())
-    spread_out = layer(1)
-    spread_out = {"query": spread_out["query"][:, :2], "key": spread_out["key"]}
-    collection.reset()
-    collection.update(**rank_one)
-    collection.update(**spread_out)
-    found = {name: value.tolist() for name, value in collection.compute().items()}
-    alone = {name: type(metric)(2) for name, metric in collection.items() if name != "to_half"}
-    alone["to_half"] = EnergyEffectiveRank(2, fraction=0.5)
-    for metric in alone.values():
-        update(update(metric, rank_one), spread_out)
-    assert found == {name: metric.compute().tolist() for name, metric in alone.items()}
-    assert found["rank"] != found["to_half"]
-
-
-@pytest.mark.parametrize("name", ["energy_effective_rank", "key_incoherence"])
-def test_clone_pickle_state_dict_and_reset(name):
-    metric = update(metric_of(name), layer())
+@every_class
+def test_clone_pickle_state_dict_and_reset(case: MetricCase) -> None:
+    layer, other = causal_layer(GROUPED), causal_layer(GROUPED, seed=5)
+    metric = case.updated(layer)
     expected = metric.compute()
     assert torch.equal(metric.clone().compute(), expected)
     assert torch.equal(pickle.loads(pickle.dumps(metric)).compute(), expected)
     metric.persistent(True)
-    restored = metric_of(name)
+    restored = case.metric(layer)
     restored.persistent(True)
     restored.load_state_dict(metric.state_dict())
-    restored._update_count = 1
-    assert torch.equal(restored.compute(), expected)
+    for each in (metric, restored):
+        each.update(**case.arguments(other))
+    assert torch.equal(restored.compute(), metric.compute())
+    assert torch.equal(restored.compute(), case.updated(layer, other).compute())
     metric.reset()
-    update(metric, layer(seed=5))
-    assert torch.equal(metric.compute(), update(metric_of(name), layer(seed=5)).compute())
+    metric.update(**case.arguments(other))
+    assert torch.equal(metric.compute(), case.updated(other).compute())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_tensors_are_taken_and_half_keeps_the_sums(dtype):
-    tensors = layer()
-    exact = update(metric_of("energy_stable_rank"), tensors).compute()
-    metric = metric_of("energy_stable_rank").half()
-    update(metric, {part: value.to(dtype) for part, value in tensors.items()})
-    torch.testing.assert_close(metric.compute(), exact, rtol=2e-2, atol=0)
-    assert metric.to("cpu").compute().shape == (4,)
+@every_class
+def test_half_precision_does_not_round_the_sums(case: MetricCase, dtype: torch.dtype) -> None:
+    layer = causal_layer(GROUPED, dtype)
+    metric = case.metric(layer).half()
+    metric.update(**case.arguments(layer))
+    case.assert_equal(metric.compute(), case.twin(layer).mean(0))
+    assert metric.to("cpu").compute().shape == (case.num_heads(layer),)
 
 
-def test_plot_draws_the_heads_now_and_over_time_also_into_given_axes():
+@every_class
+def test_plot_draws_heads_now_and_over_time(case: MetricCase) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    metric = update(metric_of("key_incoherence"), layer())
+    metric = case.updated(causal_layer(GROUPED))
     _, axes = metric.plot()
     assert axes.has_data()
     given = Figure().add_subplot()
@@ -203,33 +394,28 @@ def test_plot_draws_the_heads_now_and_over_time_also_into_given_axes():
     assert given.has_data()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: KeyIncoherence(0), r"num_heads=0"),
-        (lambda: KeyIncoherence(2, energy=0), r"energy=0: must be in"),
-        (lambda: EnergyEffectiveRank(2, fraction=2), r"fraction=2: must be in"),
-        (lambda: KeyIncoherence(3).update(layer()["key"]), r"num_heads=3.*\(3, 2\).*expected \(sequences, 3\)"),
-        (lambda: EnergyEffectiveRank(2).update(**layer()), r"num_heads=2.*\(3, 4\)"),
-    ],
-)
-def test_errors_quote_what_arrived(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+@every_class
+def test_wrong_number_of_heads_is_an_error(case: MetricCase) -> None:
+    with pytest.raises(ValueError, match="num_heads=0"):
+        METRIC_CLASSES[case.name](0)
+    layer = causal_layer(GROUPED)
+    heads = case.num_heads(layer)
+    with pytest.raises(ValueError, match=rf"num_heads=3.*\(\d, {heads}\).*expected \(sequences, 3\)"):
+        METRIC_CLASSES[case.name](3).update(**case.arguments(layer))
 
 
-def shard_and_sync(rank):
+# Two processes
+
+
+def shard_and_sync(rank: int) -> dict[str, Tensor]:
     """One of two processes: its share of the sequences, 5 and 2, then `compute` over both."""
-    tensors = layer(7)
-    share = slice(0, 5) if rank == 0 else slice(5, 7)
-    return {
-        name: update(metric_of(name), {part: value[share] for part, value in tensors.items()}).compute()
-        for name in LAYER_METRICS
-    }
+    share = some_sequences(causal_layer((7, 4, 2, 30, 8)), slice(0, 5) if rank == 0 else slice(5, 7))
+    return {case.name: case.updated(share).compute() for case in CLASS_CASES}
 
 
-def test_two_processes_with_unequal_shards_compute_what_one_computes(tmp_path):
-    tensors = layer(7)
+def test_two_unequal_processes_equal_one(tmp_path: Path) -> None:
+    layer = causal_layer((7, 4, 2, 30, 8))
     for found in on_processes(tmp_path, shard_and_sync):
-        for name in LAYER_METRICS:
-            torch.testing.assert_close(found[name], update(metric_of(name), tensors).compute(), msg=name)
+        assert set(found) == set(METRIC_CLASSES)
+        for case in CLASS_CASES:
+            torch.testing.assert_close(found[case.name], case.updated(layer).compute(), msg=case.name)
