@@ -208,7 +208,7 @@ class Measurement:
                 by_head[metric][name] = values[metric]
         for metric, per_sequence in by_head.items():
             waiting |= _averaged(metric, per_sequence)
-        arrived = _to_host(waiting)
+        arrived = to_host(waiting)
 
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.troubles.get(name, ""), arrived)
@@ -294,7 +294,7 @@ def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Ten
     return averaged
 
 
-def _to_host(waiting: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+def to_host(waiting: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
     """Carry all tensors to the host as one float32 vector: the one place where a sample waits for the device."""
     if not waiting:
         return {}

@@ -143,7 +143,7 @@ STAGES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "a layer's reduction": (_in_a_layer("_reduced", lambda call: call.layer), LAYERS),
     "the eigenvectors": (_in_function("torch.linalg.eigh"), ("",)),
     "the statistics": (_in_function("attnmonitor.measurement.reduction.head_statistics"), ("",)),
-    "the transfer": (_in_function("attnmonitor.measurement._to_host"), ("",)),
+    "the transfer": (_in_function("attnmonitor.measurement.measurement.to_host"), ("",)),
     "weights that are NaN": (_nan_in_weights, WEIGHTS),
     "the alerts": (
         lambda monitor, model, case, patch: patch.setattr(monitor._alerts, "observe", raising(case.error)), ("",)

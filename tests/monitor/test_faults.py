@@ -264,7 +264,7 @@ FAULTS: dict[str, Fault] = {
         in_function("attnmonitor.metrics.base.HeadMetric.accumulate", RuntimeError("sum")), WHOLE + "RuntimeError: sum"
     ),
     "the transfer to the host": Fault(
-        in_function("attnmonitor.measurement.measurement._to_host", torch.AcceleratorError("device lost", 1)
+        in_function("attnmonitor.measurement.measurement.to_host", torch.AcceleratorError("device lost", 1)
         if hasattr(torch, "AcceleratorError") else RuntimeError("device lost")),
         WHOLE + ".*device lost",
     ),
