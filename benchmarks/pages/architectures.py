@@ -87,7 +87,8 @@ Not captured: a softmax written as `exp / sum` or as `log_softmax` and `exp`; sc
 of two query-key products (Transformer-XL); attention whose softmax does not run over the positions its values come
 from (slot attention); products written as a broadcast multiplication and a sum. A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
-Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see). A layer that works through its queries in chunks is measured chunk by chunk, as `name`, `name#2`, ...
+Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).
+A layer that works through its queries in chunks is measured chunk by chunk, as `name`, `name#2`, ...
 """
 
 
