@@ -48,7 +48,7 @@ from torch import Tensor
 
 from attnmonitor.functional.eigenvalues import symmetric_eigenvalues
 
-__all__ = ["sketched_spectrum"]
+__all__ = ["orthonormal_columns", "sketched_spectrum"]
 
 NUM_POWER_ITERATIONS = 4
 """After 1, 2, 3, 4 iterations of 32 columns, 92 %, 98 %, 98.8 % and 99.6 % of SmolLM2-135M's 1,080 fields (L = 512,
@@ -77,9 +77,9 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, T
     )
     weight = torch.where(coordinate < target_rank, 1.0, 0.5)
     start = torch.where(coordinate % target_rank == column, weight, 0).to(core.dtype)
-    basis = _orthonormal(core @ start + SHIFT * start)
+    basis = orthonormal_columns(core @ start + SHIFT * start)
     for _ in range(NUM_POWER_ITERATIONS):
-        basis = _orthonormal(core @ basis + SHIFT * basis)
+        basis = orthonormal_columns(core @ basis + SHIFT * basis)
     image = core @ basis
     compressed = basis.mT @ image
     compressed = (compressed + compressed.mT) / 2
@@ -100,7 +100,7 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, T
     return ritz.clamp_min(0), bounds, error
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def orthonormal_columns(columns: Tensor) -> Tensor:
     """Orthonormal basis of the columns by Cholesky QR, twice; products and triangular solves only, no wait."""
     for _ in range(2):
         factor = torch.linalg.cholesky_ex(columns.mT @ columns).L

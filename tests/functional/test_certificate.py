@@ -1,4 +1,4 @@
-"""A certified count is never wrong: adversarial spectra, near-ties, and a certificate that knows when to refuse.
+"""A certified count is never wrong: adversarial spectra, near-ties, and a certificate that refuses where it cannot tell.
 
 The reference counts in extended precision, on the spectrum each core was built from.
 """
@@ -114,7 +114,7 @@ def check_certificates(number: int, size: int, target_rank: int, method: str, se
 @pytest.mark.parametrize(
     ("size", "target_rank", "method"), [(8, 3, "randomized"), (24, 12, "randomized"), (24, 24, "exact")]
 )
-def test_no_certified_count_is_wrong_on_adversarial_spectra(size, target_rank, method, seed):
+def test_certified_counts_are_right_on_adversarial_spectra(size, target_rank, method, seed):
     share = check_certificates(400, size, target_rank, method, seed)
     assert share["zero"] == 1
     assert share["one dominant"] > 0.8
@@ -124,7 +124,7 @@ def test_no_certified_count_is_wrong_on_adversarial_spectra(size, target_rank, m
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(4))
-def test_no_certified_count_is_wrong_on_a_hundred_thousand_adversarial_spectra(seed):
+def test_certified_counts_are_right_on_120000_spectra(seed):
     """4 × 10 families × 3,000 = 120,000 spectra."""
     for size, target_rank in ((8, 3), (16, 8), (32, 12)):
         check_certificates(1_000, size, target_rank, "randomized", seed)
@@ -145,7 +145,7 @@ def test_trained_like_heads_are_nearly_all_certified():
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
-def test_a_tie_closer_than_rounding_is_refused_and_a_wider_one_is_not(method):
+def test_tie_is_refused_only_within_rounding(method):
     generator = torch.Generator().manual_seed(0)
     for gap, expected in ((1e-13, False), (-1e-13, False), (1e-6, True), (-1e-6, True)):
         variances = torch.tensor([[0.5, 0.4 + gap, 0.1 - gap, 0, 0, 0, 0, 0]], dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_a_tie_closer_than_rounding_is_refused_and_a_wider_one_is_not(method):
             assert found.effective_rank().item() == (2 if gap > 0 else 3)
 
 
-def test_rounding_in_the_products_of_nearly_orthogonal_queries_and_keys_takes_the_certificate_away():
+def test_rounding_of_products_takes_the_certificate_away():
     """Where q and k cancel to 1e-12 of their size the core is rounding noise, and says so."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 1, 64, 8, generator=generator, dtype=torch.float64) * torch.tensor([1.0] * 4 + [1e-9] * 4)
@@ -166,7 +166,7 @@ def test_rounding_in_the_products_of_nearly_orthogonal_queries_and_keys_takes_th
     assert energy_spectrum(query + key, key).certified().item() is True
 
 
-def test_what_the_sketch_did_not_reach_is_not_claimed():
+def test_flat_spectrum_past_the_sketch_is_not_certified():
     variances = torch.ones(1, 16, dtype=torch.float64)
     found = core_spectrum(fields(torch.diag_embed(variances)), method="randomized", target_rank=4)
     lower, upper = found.effective_rank_bounds()
@@ -176,14 +176,14 @@ def test_what_the_sketch_did_not_reach_is_not_claimed():
     assert 5 <= found.effective_rank().item() <= 15
 
 
-def test_where_the_sketch_holds_too_little_the_least_count_that_is_possible_is_told():
+def test_short_sketch_gives_the_least_possible_count():
     """Four of six components hold 89.5 %: at least a fifth is needed."""
     variances = torch.tensor([[0.3, 0.25, 0.2, 0.145, 0.1, 0.005, 0.0, 0.0]], dtype=torch.float64)
     found = core_spectrum(fields(torch.diag_embed(variances)), method="randomized", target_rank=4)
     assert found.effective_rank().item() == 5
 
 
-def test_a_sketch_may_have_one_column():
+def test_sketch_may_have_one_column():
     variances = torch.tensor([[0.95, 0.05, 0.0, 0.0]], dtype=torch.float64)
     found = core_spectrum(fields(torch.diag_embed(variances)), method="randomized", target_rank=1)
     assert found.variances.shape == (1, 1)
@@ -191,7 +191,7 @@ def test_a_sketch_may_have_one_column():
     assert found.certified().item()
 
 
-def test_energy_outside_the_leading_coordinates_is_found():
+def test_energy_outside_leading_coordinates_is_found():
     """The start must not be blind to any direction: all energy in the last three of sixteen coordinates."""
     core = torch.zeros(1, 16, 16, dtype=torch.float64)
     core[0, -3:, -3:] = torch.diag(torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64))
@@ -200,7 +200,7 @@ def test_energy_outside_the_leading_coordinates_is_found():
     assert found.effective_rank().item() == 3
 
 
-def test_a_failed_factorisation_certifies_nothing(monkeypatch):
+def test_failed_factorization_certifies_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     core = rotated(spectra("geometric", 5, 16, generator), generator, graded=True)
     whole = torch.linalg.cholesky_ex
@@ -216,8 +216,8 @@ def test_a_failed_factorisation_certifies_nothing(monkeypatch):
 
 def test_columns_that_are_not_orthonormal_are_noticed(monkeypatch):
     """The proof needs an orthonormal V; how far it is from one is measured, not assumed."""
-    orthonormal = sketch._orthonormal
-    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: 0.999 * orthonormal(columns))
+    orthonormal = sketch.orthonormal_columns
+    monkeypatch.setattr(sketch, "orthonormal_columns", lambda columns: 0.999 * orthonormal(columns))
     generator = torch.Generator().manual_seed(0)
     variances = spectra("random", 50, 16, generator)
     core = rotated(variances, generator, graded=True)
@@ -229,11 +229,11 @@ def test_columns_that_are_not_orthonormal_are_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["geometric", "random", "condition number 1e12"])
-def test_the_sketch_returns_what_the_proof_names(monkeypatch, family):
+def test_sketch_returns_the_bounds_of_the_proof(monkeypatch, family):
     """θ, and θ₁ + … + θᵢ + ‖R‖² / (θᵢ - γ), written down from the V that the sketch ended with."""
     made = []
-    orthonormal = sketch._orthonormal
-    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: made.append(orthonormal(columns)) or made[-1])
+    orthonormal = sketch.orthonormal_columns
+    monkeypatch.setattr(sketch, "orthonormal_columns", lambda columns: made.append(orthonormal(columns)) or made[-1])
     generator = torch.Generator().manual_seed(0)
     variances = spectra(family, 60, 16, generator)
     core = rotated(variances / variances.sum(-1, keepdim=True), generator, graded=True)
@@ -254,11 +254,13 @@ def test_the_sketch_returns_what_the_proof_names(monkeypatch, family):
     assert (error < 1e-11).all()
 
 
-def test_what_rounding_and_skew_columns_can_have_moved_enlarges_every_bound(monkeypatch):
+def test_rounding_and_skew_columns_enlarge_every_bound(monkeypatch):
     """Columns a thousandth too short: the error is far above rounding, and every place where it enters can be seen."""
     made = []
-    orthonormal = sketch._orthonormal
-    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: made.append(0.999 * orthonormal(columns)) or made[-1])
+    orthonormal = sketch.orthonormal_columns
+    monkeypatch.setattr(
+        sketch, "orthonormal_columns", lambda columns: made.append(0.999 * orthonormal(columns)) or made[-1]
+    )
     generator = torch.Generator().manual_seed(0)
     variances = spectra("geometric", 60, 16, generator)
     core = rotated(variances / variances.sum(-1, keepdim=True), generator, graded=True)
@@ -278,24 +280,24 @@ def test_what_rounding_and_skew_columns_can_have_moved_enlarges_every_bound(monk
     assert (bounds[gap < -1e-3] == 1).all()
 
 
-def test_columns_without_any_rounding_leave_the_bound_of_the_products_and_of_the_eigensolver(monkeypatch):
-    monkeypatch.setattr(sketch, "_orthonormal", lambda columns: torch.eye(16, dtype=torch.float64)[None, :, :6])
+def test_exact_columns_leave_only_the_solvers_error(monkeypatch):
+    monkeypatch.setattr(sketch, "orthonormal_columns", lambda columns: torch.eye(16, dtype=torch.float64)[None, :, :6])
     variances = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25] + [0.025] * 10, dtype=torch.float64) / 16
     _, _, error = sketched_spectrum(torch.diag_embed(variances)[None], 6)
     _, of_eigenvalues = symmetric_eigenvalues(torch.diag_embed(variances[:6])[None])
     torch.testing.assert_close(error, 8 * 16**1.5 * 2.0**-53 + of_eigenvalues, rtol=1e-12, atol=0)
 
 
-def test_columns_as_badly_conditioned_as_the_shift_allows_come_out_orthonormal():
+def test_ill_conditioned_columns_come_out_orthonormal():
     generator = torch.Generator().manual_seed(0)
     columns = torch.randn(20, 24, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, -6, 8).double()
     columns = columns @ torch.randn(8, 8, generator=generator, dtype=torch.float64)  # no scaling of columns mends these
-    basis = sketch._orthonormal(columns)
+    basis = sketch.orthonormal_columns(columns)
     assert torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(8, dtype=torch.float64)).max() < 1e-14
     torch.testing.assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=1e-13)
 
 
-def test_the_sketch_holds_nearly_all_that_as_many_eigenvalues_can_in_any_basis():
+def test_sketch_holds_nearly_all_the_leading_energy():
     """Within 0.7 %; without power iterations 7 % are missed."""
     variances = 1.5 ** -torch.arange(24, dtype=torch.float64).expand(40, 24)
     core = rotated(variances / variances.sum(-1, keepdim=True), torch.Generator().manual_seed(0), graded=False)
@@ -303,7 +305,7 @@ def test_the_sketch_holds_nearly_all_that_as_many_eigenvalues_can_in_any_basis()
     assert held.min() > 0.98
 
 
-def test_auto_takes_every_eigenvalue_where_heads_are_small_and_sketches_large_ones():
+def test_auto_sketches_large_heads_only():
     for head_dim, columns in ((64, 64), (256, spectrum_module.DEFAULT_TARGET_RANK)):
         core = torch.eye(head_dim, dtype=torch.float64)[None]
         assert core_spectrum(fields(core)).variances.shape[-1] == columns

@@ -1,4 +1,4 @@
-"""What random heads read: the line in the charts that tells learned from not learned."""
+"""The null line of the charts: what a metric is on heads with random queries and keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 
 
 @pytest.mark.parametrize(("num_positions", "head_dim"), [(24, 8), (96, 16), (40, 64)])
-def test_null_statistics_are_those_of_other_random_heads_and_of_no_size(num_positions: int, head_dim: int) -> None:
+def test_null_equals_other_random_heads_of_any_size(num_positions: int, head_dim: int) -> None:
     before = torch.get_rng_state()
     null = null_statistics(num_positions, head_dim)
     assert torch.equal(torch.get_rng_state(), before)
@@ -26,7 +26,7 @@ def test_null_statistics_are_those_of_other_random_heads_and_of_no_size(num_posi
     assert null["key_incoherence"] == pytest.approx(float(key_incoherence(0.1 * key).mean()), rel=0.1)
 
 
-def test_every_metric_that_no_size_moves_has_a_null_and_no_other() -> None:
+def test_exactly_scale_free_metrics_have_a_null() -> None:
     assert set(NULL_METRICS) == set(null_statistics(24, 8)) == {
         "energy_delocalization",
         "energy_effective_rank",
@@ -43,7 +43,7 @@ def test_every_metric_that_no_size_moves_has_a_null_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("num_positions", "head_dim", "num_heads"), [(20, 8, 16), (4096, 128, 8), (65536, 64, 1), (131072, 64, 1)]
 )
-def test_a_long_probe_takes_fewer_heads_and_never_none(
+def test_long_probe_takes_fewer_heads_but_at_least_one(
     num_positions: int, head_dim: int, num_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     null_statistics.cache_clear()
