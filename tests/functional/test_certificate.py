@@ -1,4 +1,4 @@
-"""A certified count is never wrong: adversarial spectra, near-ties, and a certificate that refuses where it cannot tell.
+"""A certified count is never wrong: adversarial spectra, near-ties, and a certificate that refuses what it cannot prove.
 
 The reference counts in extended precision, on the spectrum each core was built from.
 """
