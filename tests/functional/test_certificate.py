@@ -1,4 +1,4 @@
-"""A certified count is never wrong: adversarial spectra, near-ties, and a certificate that refuses what it cannot prove.
+"""A certified count is never wrong: adversarial spectra, near-ties, and heads that the certificate must refuse.
 
 The reference counts in extended precision, on the spectrum each core was built from.
 """
