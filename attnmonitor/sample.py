@@ -10,10 +10,20 @@ from torch import Tensor
 
 from attnmonitor.messages import did_you_mean
 
-__all__ = ["AlertEvent", "ByLayer", "LayerCoverage", "Sample", "head_name", "heads_concerned"]
+__all__ = [
+    "HEAD_NOUNS",
+    "AlertEvent",
+    "ByLayer",
+    "LayerCoverage",
+    "Sample",
+    "head_name",
+    "heads_concerned",
+    "scoped_head_name",
+]
 
 _Value = TypeVar("_Value")
 Scope = Literal["query_head", "kv_head"]
+HEAD_NOUNS: Mapping[str, str] = {"query_head": "head", "kv_head": "KV head"}
 
 
 class ByLayer(dict[str, _Value]):
@@ -172,7 +182,12 @@ def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
     layer: str = (short or {}).get(event.layer, event.layer)
     if event.head is None:
         return layer
-    return f"{layer} {'KV head' if event.scope == 'kv_head' else 'head'} {event.head}"
+    return scoped_head_name(layer, event.head, event.scope)
+
+
+def scoped_head_name(layer: str, head: int, scope: str | None) -> str:
+    """Name of a head in tables, charts and messages: ``layers.3 head 7`` or ``layers.3 KV head 1``."""
+    return f"{layer} {HEAD_NOUNS.get(scope or '', 'head')} {head}"
 
 
 def heads_concerned(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attnmonitor.messages import did_you_mean
-from attnmonitor.sample import Scope
+from attnmonitor.sample import HEAD_NOUNS, Scope
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -227,7 +227,7 @@ def metric_unit(metric: str | None) -> str:
 
 def head_noun(metric: str | None) -> str:
     """What a metric counts: heads, or the KV heads that several of them share."""
-    return "KV head" if metric in METRICS and METRICS[metric].scope == "kv_head" else "head"
+    return HEAD_NOUNS[metric_scope(metric) or "query_head"]
 
 
 def metric_scope(metric: str | None) -> Scope | None:

@@ -1,8 +1,8 @@
-"""Curves as charts that a tracker draws: the heads that moved most against the whole model, and layer by layer.
+"""Figures of a metric's curves: the heads that moved most against the whole model, and layer by layer.
 
-The charts are Plotly figures, as plain dictionaries: W&B draws them as they are, with names at the pointer, logarithmic
-axes and a colour for each head. (The line charts of its own give one colour to all lines of a run, and five kinds of
-dashes: with more than five heads nobody can tell which is which.)
+All are Plotly figures as plain dictionaries. W&B draws them as they are, with names at the pointer, logarithmic axes
+and a color for each head. (W&B's own line charts give one color to all lines of a run, and five kinds of dashes: with
+more than five heads nobody can tell which is which.) The page draws the same traces from its packed numbers.
 
 A tracker keeps every version it is sent, so a chart holds few points: of models with many heads the layers' charts have
 bands in place of single heads. Random queries and keys of the same shape give a level line where a number means little
@@ -13,40 +13,48 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnmonitor.metrics.catalog import METRICS, metric_scope
+from attnmonitor.metrics.catalog import metric_title, metric_unit
 from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 from attnmonitor.record.history import History
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned
-from attnmonitor.summary.names import short_layer_names
-from attnmonitor.summary.style import (
-    ALARM_COLOR,
-    AXIS_INK,
-    BAND_COLOR,
-    FAINT_INK,
-    HEAD_COLORS,
-    INK,
-    OTHER_HEADS_COLOR,
-    log_ticks,
+from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
+from attnmonitor.report.traces import (
+    QUANTILES,
+    Chart,
+    axis,
+    bands,
+    base_layout,
+    heading,
+    line,
+    other_heads,
+    other_points,
+    points,
+    small_charts,
+    upright_line,
+    value_axis,
 )
+from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, FAINT_INK, HEAD_COLORS, OTHER_HEADS_COLOR
 
-__all__ = ["Chart", "as_figure", "layers_chart", "model_chart", "rank_chart"]
+__all__ = [
+    "Chart",
+    "alarm_lines",
+    "as_figure",
+    "layers_chart",
+    "model_chart",
+    "model_layout",
+    "model_traces",
+    "rank_chart",
+]
 
-Chart = dict[str, Any]
-Head = tuple[str, int]
-Steps = NDArray[np.int64]
-Curves = NDArray[np.float64]
-
-_MOST_HEADS = 10
 _MOST_POINTS, _MOST_LAYER_POINTS = 64, 32
 _MOST_LAYERS = 48  # small charts on one page
-_MOST_SINGLE_CURVES = 320  # of all layers together; a page with more is slow, and large to send
-_QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_MOST_SINGLE_CURVES = 320  # of all layers; a page with more is slow, and large to send
 _RANKS = {
     "learned rank": ("interaction_effective_rank", HEAD_COLORS[3]),
     "energy rank": ("energy_effective_rank", BAND_COLOR),
@@ -63,270 +71,159 @@ def as_figure(chart: Chart) -> Any:
 def model_chart(history: History, sample: Sample, metric: str) -> Chart:
     """A metric's heads that fire and those that moved furthest from the others, before the bands and the null line.
 
-    How far a head moved is the range, over the samples, of its distance to the median head: what all heads do
-    together is no movement. It is taken of logarithms for metrics whose differences are read as ratios.
+    How far a head moved is the range, over the samples, of its distance to the median head: what all heads do alike is
+    no movement. It is taken of logarithms for metrics whose differences are read as ratios.
     """
-    steps, curves, heads = _curves(history, metric)
-    steps, curves = _thinned(steps, curves, _MOST_POINTS)
-    if not len(steps):
+    curves = _followed(history, sample, metric, _MOST_POINTS)
+    if not len(curves.steps):
         return {}
-    faults = _faults(sample.firing, metric, sample.coverage)
-    names = _names(history, metric, heads, faults)
-    traces = [*_bands(steps, curves, BAND_COLOR), *_null_line(steps, metric, sample.coverage)]
-    for head, colour in _coloured(heads, curves, metric, faults).items():
-        traces.append(_line(names[head], steps, curves[:, heads.index(head)], colour, width=2))
-    began = {event.since_step for event in sample.firing if event.since_step is not None and event.layer is not None}
-    return {"data": traces, "layout": {**_layout(metric, curves), "shapes": [_mark(step) for step in sorted(began)]}}
+    traces = model_traces(
+        curves,
+        _quantile_points(curves.steps, curves.values),
+        lambda column: points(curves.steps, curves.values[:, column]),
+        sample.coverage,
+    )
+    return {"data": traces, "layout": {**model_layout(metric, _ends(curves)), "shapes": alarm_lines(sample.firing)}}
 
 
 def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
     """Every layer in a small chart of its own, on common axes: each head, or bands where there are too many.
 
-    Heads have the colours that `model_chart` gives them. Of a model with more layers than a page shows, those whose
+    Heads have the colors that `model_chart` gives them. Of a model with more layers than a page shows, those whose
     heads fire or moved furthest are chosen.
     """
-    steps, curves, heads = _curves(history, metric)
-    steps, curves = _thinned(steps, curves, _MOST_LAYER_POINTS)
-    if not len(steps):
+    curves = _followed(history, sample, metric, _MOST_LAYER_POINTS)
+    if not len(curves.steps):
         return {}
-    faults = _faults(sample.firing, metric, sample.coverage)
-    names, coloured = _names(history, metric, heads, faults), _coloured(heads, curves, metric, faults)
-    shown, short = _shown_layers(heads, curves, metric, faults), short_layer_names(history.num_heads)
-    traces, layout = (
-        [],
-        _grid(_layout(metric, curves), [short[layer] for layer in shown], {short[at] for at, _ in faults}),
-    )
-    if len(shown) < len(history.num_heads):
-        layout["title"]["text"] += f": {len(shown)} of {len(history.num_heads)} layers"
+    shown = _shown_layers(curves)
+    traces: list[Chart] = []
     for index, layer in enumerate(shown):
-        at = [place for place, (name, _) in enumerate(heads) if name == layer]
         axes = {"xaxis": f"x{index + 1}", "yaxis": f"y{index + 1}", "showlegend": False}
-        if len(heads) > _MOST_SINGLE_CURVES:
-            crowd = _bands(steps, curves[:, at], OTHER_HEADS_COLOR)
-        else:
-            plain = [place for place in at if heads[place] not in coloured]
-            crowd = [_crowd([names[heads[place]] for place in plain], steps, curves[:, plain])]
-        named = [
-            _line(names[heads[place]], steps, curves[:, place], coloured[heads[place]], width=1.6)
-            for place in at
-            if heads[place] in coloured
-        ]
-        traces += [{**trace, **axes} for trace in (*crowd, *named)]
-    return {"data": traces, "layout": layout}
+        traces += [{**trace, **axes} for trace in _layer_traces(curves, curves.layers[layer])]
+    layout = model_layout(metric, _ends(curves))
+    if len(shown) < len(curves.layers):
+        layout["title"]["text"] += f": {len(shown)} of {len(curves.layers)} layers"
+    return {"data": traces, "layout": _common_axes(layout, curves, shown)}
 
 
 def rank_chart(history: History) -> Chart:
     """What heads have learned to tell apart beside what the text makes of it: median and quartiles of both ranks."""
     traces = []
     if all(metric in history for metric, _ in _RANKS.values()):
-        for name, (metric, colour) in _RANKS.items():
-            steps, curves, _ = _curves(history, metric)
-            steps, curves = _thinned(steps, curves, _MOST_POINTS)
-            if len(steps):
-                _, _, low, high, median = _bands(steps, curves, colour)
+        for name, (metric, color) in _RANKS.items():
+            curves = head_curves(metric, history.steps, history[metric], most=_MOST_POINTS)
+            if len(curves.steps):
+                _, _, low, high, median = bands(_quantile_points(curves.steps, curves.values), color)
                 traces += [low, {**high, "name": f"{name}, half of the heads"}, {**median, "name": f"{name}, median"}]
-    layout = _layout("energy_effective_rank", np.empty(0))
+    layout = model_layout("energy_effective_rank", None)
     layout["title"]["text"] = "learned rank and energy rank [components] over optimizer steps"
     return {"data": traces, "layout": layout} if traces else {}
 
 
-def _curves(history: History, metric: str) -> tuple[Steps, Curves, list[Head]]:
-    """Steps ``(num_samples,)``, values ``(num_samples, num_heads)``, and which heads these are."""
-    layers = {layer: values.double().numpy() for layer, values in history[metric].items()}
-    heads = [(layer, head) for layer, values in layers.items() for head in range(values.shape[1])]
-    return np.array(history.steps, dtype=np.int64), np.concatenate(list(layers.values()), axis=1), heads
+def model_traces(
+    curves: HeadCurves,
+    band_numbers: Sequence[Chart],
+    head_numbers: Callable[[int], Chart],
+    coverage: Mapping[str, LayerCoverage],
+    others: Sequence[Chart] = (),
+) -> list[Chart]:
+    """Bands over all heads, the null line, and the heads drawn in color.
+
+    Args:
+        curves: The curves; they decide which heads are drawn.
+        band_numbers: The numbers of the five lines of the bands.
+        head_numbers: From a column of ``curves.values`` to the numbers of that head's line.
+        coverage: The shapes that the null line is drawn for.
+        others: Traces of other heads, drawn below those in color.
+    """
+    heads = [line(curves.names[at], color, head_numbers(at), width=2) for at, color in curves.colors.items()]
+    null_line = _null_line(curves.steps, curves.metric, coverage)
+    return [*bands(band_numbers, BAND_COLOR), *others, *null_line, *heads]
 
 
-def _thinned(steps: Steps, curves: Curves, most: int) -> tuple[Steps, Curves]:
-    """At most so many of the samples in which a head has a number, evenly chosen, first and last among them."""
-    known = np.flatnonzero(np.isfinite(curves).any(axis=1))
-    if len(known) > most:
-        known = known[np.linspace(0, len(known) - 1, most).round().astype(int)]
-    return steps[known], np.where(np.isfinite(curves), curves, np.nan)[known]
+def model_layout(metric: str, ends: tuple[float, float] | None) -> Chart:
+    """Layout of a metric's curves, whose least and greatest values are ``ends``."""
+    unit = f" [{metric_unit(metric)}]" if metric_unit(metric) else ""
+    layout = base_layout(f"{metric_title(metric)}{unit} over optimizer steps")
+    return {**layout, "xaxis": axis(tickformat=",d"), "yaxis": value_axis(metric, ends)}
 
 
-def _coloured(heads: Sequence[Head], curves: Curves, metric: str, faults: Mapping[Head, str]) -> dict[Head, str]:
-    """The heads that are told from the crowd, and the colour of each; those that fire come last, on top."""
-    moved = _movement(curves, metric)
-    order = [heads[at] for at in np.argsort(-moved, kind="stable") if np.isfinite(curves[:, at]).any()]
-    sick = [head for head in order if head in faults][:_MOST_HEADS]
-    others = [head for head in order if head not in faults][: _MOST_HEADS - len(sick)]
-    # As many as there are colours: two heads in one colour are no heads that can be told apart.
-    return {**dict(zip(others, HEAD_COLORS, strict=False)), **dict.fromkeys(reversed(sick), ALARM_COLOR)}
+def alarm_lines(firing: Sequence[AlertEvent]) -> list[Chart]:
+    """A thin upright line wherever an alarm of a layer or head began that still fires."""
+    began = {event.since_step for event in firing if event.since_step is not None and event.layer is not None}
+    return [upright_line(step, ALARM_COLOR) for step in sorted(began)]
 
 
-def _movement(curves: Curves, metric: str) -> NDArray[np.float64]:
-    """How far each head moved, ``(num_heads,)``; a head without numbers did not."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x = np.log(curves) if METRICS[metric].log_scale else curves
-    x = np.where(np.isfinite(x), x, np.nan)[np.isfinite(x).any(axis=1)]
-    distances = x - np.nanmedian(x, axis=1, keepdims=True)
-    moved = np.fmax.reduce(distances, initial=np.nan) - np.fmin.reduce(distances, initial=np.nan)
-    return np.asarray(np.nan_to_num(moved), dtype=np.float64)
+def _followed(history: History, sample: Sample, metric: str, most: int) -> HeadCurves:
+    alarms = sample.firing
+    return head_curves(metric, history.steps, history[metric], most=most, alarms=alarms, coverage=sample.coverage)
 
 
-def _shown_layers(heads: Sequence[Head], curves: Curves, metric: str, faults: Mapping[Head, str]) -> list[str]:
-    layers, rank = list(dict.fromkeys(layer for layer, _ in heads)), dict[str, float]()
-    for head, moved in zip(heads, _movement(curves, metric), strict=True):
-        rank[head[0]] = max(rank.get(head[0], 0.0), math.inf if head in faults else float(moved))
-    most = set(sorted(layers, key=lambda layer: -rank[layer])[:_MOST_LAYERS])
-    return [layer for layer in layers if layer in most]
+def _ends(curves: HeadCurves) -> tuple[float, float] | None:
+    """Least and greatest positive value: ends of a logarithmic axis."""
+    drawn = curves.values[np.nan_to_num(curves.values) > 0]
+    return (float(drawn.min()), float(drawn.max())) if drawn.size else None
 
 
-def _faults(firing: Sequence[AlertEvent], metric: str, coverage: Mapping[str, LayerCoverage]) -> dict[Head, str]:
-    """What each head that an alarm is about suffers from."""
-    return {
-        (event.layer, head): event.kind.replace("_", " ")
-        for event in firing
-        if event.layer is not None
-        for head in heads_concerned(event, metric_scope(metric), coverage)
-    }
-
-
-def _names(history: History, metric: str, heads: Sequence[Head], faults: Mapping[Head, str]) -> dict[Head, str]:
-    short = short_layer_names(history.num_heads)
-    noun = "KV head" if METRICS[metric].scope == "kv_head" else "head"
-    marks = {head: f" ▲ {fault}" for head, fault in faults.items()}
-    return {head: f"{_escaped(short[head[0]])} {noun} {head[1]}{marks.get(head, '')}" for head in heads}
-
-
-def _line(
-    name: str, steps: Steps, curve: Curves, colour: str, *, width: float, dash: str = "solid", **more: Any
-) -> Chart:
-    """One line through the samples in which it has a number."""
-    known = np.isfinite(curve)
-    return {
-        "type": "scatter",
-        "mode": "lines" if known.sum() > 1 else "lines+markers",
-        "name": name,
-        "x": steps[known].tolist(),
-        "y": _short(curve[known]),
-        "line": {"color": colour, "width": width, "dash": dash},
-        "hovertemplate": f"{name}: %{{y}}<br>step %{{x:,}}<extra></extra>",
-        **more,
-    }
-
-
-def _crowd(names: Sequence[str], steps: Steps, curves: Curves) -> Chart:
-    """Many heads as one line with gaps, which browsers draw faster than many lines."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [*steps.tolist(), None] * len(names),
-        "y": [number for curve in curves.T for number in (*_short(curve), None)],
-        "text": [name for name in names for _ in range(len(steps) + 1)],
-        "line": {"color": OTHER_HEADS_COLOR, "width": 0.8},
-        "hovertemplate": "%{text}: %{y}<br>step %{x:,}<extra></extra>",
-    }
-
-
-def _bands(steps: Steps, curves: Curves, colour: str) -> list[Chart]:
-    """Range, quartiles and median over the heads: five lines, two of them with what lies below them filled."""
-    known = np.isfinite(curves).any(axis=1)
+def _quantile_points(steps: NDArray[np.int64], values: NDArray[np.float64]) -> list[Chart]:
+    """The five lines of the bands over ``values (num_samples, num_heads)``; none where no head has a number."""
+    known = np.isfinite(values).any(axis=1)
     if not known.any():
         return []
-    steps = steps[known]
-    least, low, median, high, most = np.nanquantile(curves[known], _QUARTILES, axis=1)
-    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return [points(steps[known], curve) for curve in np.nanquantile(values[known], QUANTILES, axis=1)]
 
-    def edge(name: str, curve: Curves, **more: Any) -> Chart:
-        return _line(name, steps, curve, f"rgba({red},{green},{blue},0.3)", width=0, **more)
 
-    def fill(alpha: float) -> Chart:
-        return {"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},{alpha})"}
+def _shown_layers(curves: HeadCurves) -> list[str]:
+    """At most so many layers as fit on a page: those with alarms, then those whose heads moved furthest."""
+    rank = {
+        layer: max(math.inf if at in curves.faults else float(curves.movement[at]) for at in columns)
+        for layer, columns in curves.layers.items()
+        if columns
+    }
+    most = set(sorted(rank, key=lambda layer: -rank[layer])[:_MOST_LAYERS])
+    return [layer for layer in curves.layers if layer in most]
 
-    return [
-        edge("least of all heads", least, showlegend=False),
-        edge("all heads", most, **fill(0.13)),
-        edge("lower quartile", low, showlegend=False),
-        edge("half of the heads", high, **fill(0.3)),
-        _line("median head", steps, median, colour, width=1.6),
+
+def _layer_traces(curves: HeadCurves, columns: Sequence[int]) -> list[Chart]:
+    """One layer's heads in gray, or as bands in a model with many heads, and those in color on top."""
+    if len(curves.heads) > _MOST_SINGLE_CURVES:
+        below = bands(_quantile_points(curves.steps, curves.values[:, columns]), OTHER_HEADS_COLOR)
+    else:
+        plain = [at for at in columns if at not in curves.colors]
+        names = [curves.names[at] for at in plain]
+        below = [other_heads(other_points(names, curves.steps, curves.values[:, plain]))]
+    colored = [
+        line(curves.names[at], curves.colors[at], points(curves.steps, curves.values[:, at]), width=1.6)
+        for at in columns
+        if at in curves.colors
     ]
+    return [*below, *colored]
 
 
-def _null_line(steps: Steps, metric: str, coverage: Mapping[str, LayerCoverage]) -> Iterator[Chart]:
+def _common_axes(layout: Chart, curves: HeadCurves, layers: Sequence[str]) -> Chart:
+    """The layout for one small chart per layer, all on the scales of the first."""
+    columns = round(math.sqrt(1.5 * len(layers)))
+    alarmed = {curves.heads[at][0] for at in curves.faults}
+    first = {name: {**layout.pop(name), "tickfont": {"size": 9}, "tickangle": 0} for name in ("xaxis", "yaxis")}
+    axes = []
+    for index in range(len(layers)):
+        lowest, leftmost = index + columns >= len(layers), index % columns == 0
+        x, y = ({"matches": name} if index else {} for name in "xy")
+        axes.append(
+            (
+                {**first["xaxis"], "nticks": 3, **x, "showticklabels": lowest},
+                {**first["yaxis"], **y, "showticklabels": leftmost},
+            )
+        )
+    headings = [heading(plain_text(curves.short[layer]), alarmed=layer in alarmed) for layer in layers]
+    return layout | small_charts(headings, axes, columns, {"xgap": 0.06, "ygap": 0.22})
+
+
+def _null_line(steps: NDArray[np.int64], metric: str, coverage: Mapping[str, LayerCoverage]) -> Iterator[Chart]:
     """A level line at what random queries and keys give, of the shape that most layers have."""
     shapes = Counter((layer.num_keys, layer.head_dim) for layer in coverage.values() if layer.num_keys > 1)
-    if metric in NULL_METRICS and shapes:
+    if metric in NULL_METRICS and shapes and len(steps):
         [((num_keys, head_dim), _)] = shapes.most_common(1)
         level = np.full(2, null_statistics(num_keys, head_dim)[metric])
         name = f"random q and k ({num_keys} × {head_dim})"
-        yield _line(name, steps[[0, -1]], level, FAINT_INK, width=1.2, dash="dash")
-
-
-def _mark(step: int) -> Chart:
-    """A thin upright line where an alarm began that still fires."""
-    line = {"color": ALARM_COLOR, "width": 1, "dash": "dot"}
-    return {"type": "line", "xref": "x", "yref": "paper", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": line}
-
-
-def _layout(metric: str, curves: Curves) -> Chart:
-    drawn = curves[np.nan_to_num(curves) > 0]
-    is_log = METRICS[metric].log_scale and drawn.size > 0
-    ticks = log_ticks(float(drawn.min()), float(drawn.max())) if is_log else []
-    return {
-        "title": {"text": _title(metric), "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
-        "xaxis": {**_axis(), "tickformat": ",d"},
-        "yaxis": {
-            **_axis(),
-            "tickformat": "~g",
-            "type": "log" if is_log else "linear",
-            **({"tickvals": ticks} if len(ticks) >= 3 else {}),
-        },
-        "legend": {"orientation": "h", "y": -0.14, "font": {"size": 10}},
-        "margin": {"l": 48, "r": 12, "t": 44, "b": 24},
-        "plot_bgcolor": "white",
-        "template": {"layout": {}},
-    }
-
-
-def _grid(layout: Chart, layers: Sequence[str], alarmed: set[str]) -> Chart:
-    """Small charts, a few in a row, all on the scales of the first."""
-    columns = round(math.sqrt(1.5 * len(layers)))
-    rows = math.ceil(len(layers) / columns)
-    first = {axis: {**layout.pop(axis), "tickfont": {"size": 9}, "tickangle": 0} for axis in ("xaxis", "yaxis")}
-    first["xaxis"]["nticks"] = 3
-    layout["annotations"] = []
-    layout |= {"grid": {"rows": rows, "columns": columns, "pattern": "independent", "xgap": 0.06, "ygap": 0.22}}
-    for index, layer in enumerate(layers):
-        number = str(index + 1) if index else ""
-        lowest, leftmost = index + columns >= len(layers), index % columns == 0
-        for axis, has_labels in (("xaxis", lowest), ("yaxis", leftmost)):
-            common = {"matches": axis[0]} if index else {}
-            layout[f"{axis}{number}"] = {**first[axis], **common, "showticklabels": has_labels}
-        colour = ALARM_COLOR if layer in alarmed else INK
-        layout["annotations"].append(_heading(layer, f"x{number} domain", f"y{number} domain", colour))
-    return layout
-
-
-def _heading(layer: str, x_axis: str, y_axis: str, colour: str) -> Chart:
-    return {
-        "text": _escaped(layer),
-        "xref": x_axis,
-        "yref": y_axis,
-        "x": 0,
-        "y": 1,
-        "xanchor": "left",
-        "yanchor": "bottom",
-        "showarrow": False,
-        "font": {"size": 10, "color": colour},
-    }
-
-
-def _axis() -> Chart:
-    return {"gridcolor": "#eceef0", "linecolor": AXIS_INK, "zeroline": False, "automargin": True, "nticks": 5}
-
-
-def _title(metric: str) -> str:
-    unit = "" if METRICS[metric].unit == "1" else f" [{METRICS[metric].unit}]"
-    return f"{metric.replace('_', ' ')}{unit} over optimizer steps"
-
-
-def _short(values: Curves) -> list[float | None]:
-    """Five digits: more than a chart shows, and half of what a file would hold; a gap where there is no number."""
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
-
-
-def _escaped(name: str) -> str:
-    """A model's name for a layer, where Plotly would read markup."""
-    return name.replace("&", "&amp;").replace("<", "&lt;")
+        yield line(name, FAINT_INK, points(steps[[0, -1]], level), width=1.2, dash="dash")

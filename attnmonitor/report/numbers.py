@@ -1,4 +1,4 @@
-"""The numbers a report carries: small enough to open, and honest about what was left out.
+"""The numbers of a run that the report holds: few enough to open quickly, with what was left out counted.
 
 A run of 1,024 heads, 12 metrics and 2,000 samples is 25 million values. A browser is comfortable with one million, so
 the curves of a longer run are thinned to evenly spaced samples (the first, the last and those with alarms always among
@@ -17,17 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnmonitor.alerts.firing import most_severe_first, still_firing
-from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.catalog import METRICS, is_log, metric_scope, metric_title
 from attnmonitor.record import RunRecord
-from attnmonitor.sample import AlertEvent, Scope, heads_concerned
+from attnmonitor.report.curves import thinned
+from attnmonitor.report.traces import QUANTILES
+from attnmonitor.sample import AlertEvent, Scope, head_name, heads_concerned, scoped_head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 
-__all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts"]
+__all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts", "unpacked"]
 
 MOST_VALUES = 1_000_000
 MOST_BAND_SAMPLES = 1000
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")
 
@@ -42,7 +43,7 @@ class AlarmSpan:
 
 
 def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
-    """Join the events of each alarm, in the order in which alarms event.began."""
+    """Join the events of each alarm, in the order in which the alarms began."""
     spans: list[AlarmSpan] = []
     running: dict[tuple[str, str | None, str, int | None], int] = {}
     for event in events:
@@ -61,18 +62,17 @@ def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
 
 
 def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[str, Any]:
-    """Everything the page draws of one run, ready for JSON.
+    """The numbers of one run that the page needs, ready for JSON.
 
     Args:
         record: The run.
         most_values: Values of single heads in the whole report of this run.
 
     Returns:
-        ``steps``, ``short`` names of the layers, ``kv_heads`` that their query heads read, ``metrics`` (per metric
-        ``frames``, indices into ``steps``, and the values at them, ``(num_frames, num_heads of all layers)``),
-        ``alarms``, ``seconds``,
-        ``segments``, and ``first_look``: the layer, head and scope to open the page with, and the metric that
-        the alarm there speaks of.
+        ``steps``; ``layers``, their ``short`` names, the ``names`` of their heads per scope, and ``kv_heads``, those
+        that their query heads read; ``metrics`` (per metric ``frames``, indices into ``steps``, and the values at
+        them, ``(num_frames, num_heads of all layers)``); ``alarms``; ``seconds``; ``segments``; and ``first_look``: the
+        layer, head and scope to open the page with, and the metric that the alarm there names.
     """
     spans, steps = alarm_spans(record.events), record.steps
     trajectories = {name: record.trajectories(name) for name in record.metrics}
@@ -84,10 +84,18 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
     share = most_values // max(1, len(trajectories))
     return {
         "steps": steps.tolist(),
+        "layers": layers,
         "short": [short[layer] for layer in layers],
+        "names": {
+            scope: [
+                [scoped_head_name(short[layer], head, scope) for head in range(_num_heads(trajectories, layer, scope))]
+                for layer in layers
+            ]
+            for scope in _SCOPES
+        },
         "kv_heads": [_kv_heads(record, layer) for layer in layers],
         "metrics": {name: _metric_numbers(name, shown, layers, keep, share) for name, shown in trajectories.items()},
-        "alarms": [_alarm(span, record, layers) for span in spans],
+        "alarms": [_alarm(span, record, layers, short) for span in spans],
         "first_look": _first_look(record, layers),
         "seconds": packed(record.seconds),
         "segments": segment_starts(record),
@@ -105,6 +113,21 @@ def packed(values: NDArray[Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii")
 
 
+def unpacked(text: str) -> NDArray[np.float32]:
+    """Values from `packed`, as one row."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def _num_heads(trajectories: Mapping[str, Mapping[str, NDArray[np.float32]]], layer: str, scope: Scope) -> int:
+    """The most heads that a metric of this scope has in the layer."""
+    widths = (
+        shown[layer].shape[1]
+        for name, shown in trajectories.items()
+        if layer in shown and (metric_scope(name) or "query_head") == scope
+    )
+    return max(widths, default=0)
+
+
 def _metric_numbers(
     name: str,
     trajectories: Mapping[str, NDArray[np.float32]],
@@ -115,34 +138,23 @@ def _metric_numbers(
     shown = [layer for layer in layers if layer in trajectories]
     heads = np.concatenate([trajectories[layer] for layer in shown], axis=1)  # (num_samples, num_heads of all layers)
     measured = np.flatnonzero(np.isfinite(heads).any(axis=1))
-    frames = _thinned(measured, keep, most_values // max(1, heads.shape[1]))
-    band_samples = _thinned(measured, keep, MOST_BAND_SAMPLES)
+    frames = thinned(measured, most_values // max(1, heads.shape[1]), keep)
+    band_samples = thinned(measured, MOST_BAND_SAMPLES, keep)
     bands = np.nanquantile(heads[band_samples], QUANTILES, axis=1) if len(band_samples) else np.empty((5, 0))
-    info = METRICS.get(name)
-    log_scale = info is not None and info.log_scale
+    drawn = bands[np.isfinite(bands) & ((bands > 0) | (not is_log(name)))]
     return {
-        "title": name.replace("_", " "),
-        "unit": "" if info is None or info.unit == "1" else info.unit,
-        "meaning": "" if info is None else info.meaning,
-        "scope": "query_head" if info is None else info.scope,
-        "log": log_scale,
+        "title": metric_title(name),
+        "meaning": METRICS[name].meaning if name in METRICS else "",
+        "scope": metric_scope(name) or "query_head",
         "rows": [[layers.index(layer), trajectories[layer].shape[1]] for layer in shown],
         "frames": frames.tolist(),
         "thinned": len(frames) < len(measured),
         "values": packed(heads[frames]),
         "band_samples": band_samples.tolist(),
         "bands": packed(bands),
+        "ends": (float(drawn.min()), float(drawn.max())) if drawn.size else None,
         "limits": range_without_outliers(heads[frames], name, (0.01, 0.99)),
     }
-
-
-def _thinned(candidates: NDArray[np.intp], keep: NDArray[np.intp], most: int) -> NDArray[np.intp]:
-    """At most about ``most`` of ``candidates``, evenly spaced, the first and the last and ``keep`` among them."""
-    if len(candidates) <= most:
-        return candidates
-    spaced = candidates[np.linspace(0, len(candidates) - 1, max(2, most)).round().astype(int)]
-    kept = np.intersect1d(keep, candidates)
-    return np.union1d(spaced, kept if len(kept) <= most else kept[:: -(-len(kept) // most)])
 
 
 def _kv_heads(record: RunRecord, layer: str) -> list[int]:
@@ -154,21 +166,22 @@ def _kv_heads(record: RunRecord, layer: str) -> list[int]:
 def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
     for event, *_ in most_severe_first(still_firing(record.events)):
         if event.layer in layers and event.head is not None:
-            told_of = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
+            named = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
             return {
                 "layer": layers.index(event.layer),
                 "head": event.head,
                 "scope": event.scope,
-                "metric": next(told_of, None),
+                "metric": next(named, None),
             }
     return None
 
 
-def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str]) -> dict[str, Any]:
+def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str], short: Mapping[str, str]) -> dict[str, Any]:
     event = span.event
     return {
         "layer": layers.index(event.layer) if event.layer in layers else None,
         "heads": {scope: heads_concerned(event, scope, record.coverage) for scope in _SCOPES},
+        "where": head_name(event, short),
         "scope": event.scope,
         "head": event.head,
         "rule": event.rule,

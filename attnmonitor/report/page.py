@@ -17,6 +17,7 @@ from attnmonitor.alerts.notifications import ADVICE
 from attnmonitor.messages import needed
 from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
+from attnmonitor.report.page_charts import page_charts, shared_scales
 from attnmonitor.sample import head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.run_summary import RunSummary
@@ -48,6 +49,8 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
     paths = [Path(record_path)] if compare is None else [Path(record_path), Path(compare)]
     records = [RunRecord.open(path) for path in paths]
     numbers = [run_numbers(record) for record in records]
+    scales = shared_scales(numbers)
+    runs = [{**run, "charts": page_charts(record, run, scales)} for record, run in zip(records, numbers, strict=True)]
     page = Template(_source("page.html")).substitute(
         title=escape(" and ".join(path.stem for path in paths)),
         runs="".join(
@@ -55,7 +58,7 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
         ),
         layout="two" if compare is not None else "one",
         style=_source("page.css"),
-        numbers=_json_in_html({"runs": numbers}),
+        numbers=_json_in_html({"runs": runs}),
         plotly=get_plotlyjs(),
         script=_source("page.js"),
     )
@@ -98,7 +101,7 @@ def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
   <div>
     <h2>Every metric <small class="head-name"></small></h2>
     <p class="note">Band: range and quartiles of all heads; dark line: median.</p>
-    <div class="chart" id="metrics-{index}"></div>
+    <div class="chart" id="grid-{index}"></div>
   </div>
   <div>
     <h2>Coverage</h2>

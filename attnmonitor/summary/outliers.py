@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.catalog import is_log
 
-__all__ = ["OutlierHead", "outlier_heads", "range_without_outliers"]
+__all__ = ["OutlierHead", "movement", "outlier_heads", "range_without_outliers"]
 
 # Added to the spread of the heads in a distance. Where most heads are equal (integer ranks often are) the spread is 0,
 # and the smallest difference would be infinitely far: below 10 % nobody needs to look.
@@ -62,7 +62,7 @@ def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[
 
 def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
     """Signed distances as in `outlier_heads`, ``(num_heads,)`` in and out."""
-    log_scale = metric in METRICS and METRICS[metric].log_scale
+    log_scale = is_log(metric)
     with np.errstate(divide="ignore", invalid="ignore"):  # a dead head: log 0 is infinitely far
         x = np.log(values) if log_scale else values
     if not np.isfinite(x).any():
@@ -71,6 +71,25 @@ def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.flo
     mad = np.median(np.abs(x[np.isfinite(x)] - center))
     unit = 1.0 if log_scale else max(1.0, abs(center))
     return np.asarray((x - center) / (1.4826 * mad + _SPREAD_FLOOR * unit))
+
+
+def movement(curves: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
+    """How far each head moved from the median head: the range of its distance over the samples, ``(num_heads,)``.
+
+    Args:
+        curves: ``(num_samples, num_heads)``; a head without a number has not moved.
+        metric: Name of the metric: distances are of logarithms where differences are read as ratios.
+
+    Example:
+        >>> movement(np.array([[1.0, 1.0, 1.0], [2.0, 2.0, 7.0]]), "key_rank").tolist()
+        [0.0, 0.0, 5.0]
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x = np.log(curves) if is_log(metric) else curves
+    x = np.where(np.isfinite(x), x, np.nan)[np.isfinite(x).any(axis=1)]
+    distances = x - np.nanmedian(x, axis=1, keepdims=True)
+    moved = np.fmax.reduce(distances, initial=np.nan) - np.fmin.reduce(distances, initial=np.nan)
+    return np.asarray(np.nan_to_num(moved), dtype=np.float64)
 
 
 def range_without_outliers(
@@ -93,7 +112,7 @@ def range_without_outliers(
         >>> range_without_outliers(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]), "energy_rms", (0.0, 1.0))
         (1.0, 4.0)
     """
-    log_scale = metric in METRICS and METRICS[metric].log_scale
+    log_scale = is_log(metric)
     known = values[np.isfinite(values) & ((values > 0) | (not log_scale))].astype(np.float64)
     if not known.size:
         return None

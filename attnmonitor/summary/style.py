@@ -1,30 +1,59 @@
 """Colors and tick positions that all charts share, in matplotlib and in Plotly.
 
 Each color has one meaning: a perceptually uniform map (*viridis*) shows values, gray the other heads, blue the bands
-over all heads, the color-blind safe palette of Okabe and Ito single heads, and vermilion only alarms.
+over all heads, the color-blind safe palette of Okabe and Ito single heads, black the head
+that a reader has chosen, and vermilion only alarms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 __all__ = [
     "ALARM_COLOR",
+    "ALARM_SHADES",
     "AXIS_INK",
     "BAND_COLOR",
+    "CHOSEN_COLOR",
     "FAINT_INK",
     "HEAD_COLORS",
     "INK",
     "OTHER_HEADS_COLOR",
     "PAPER_GRAY",
+    "color_heads",
     "log_ticks",
 ]
 
 ALARM_COLOR = "#D55E00"
+ALARM_SHADES = (ALARM_COLOR, "#8C3D00", "#F2A46B", "#B5472F", "#5C2600", "#D98B8B")  # kinds of faults side by side
 HEAD_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CHOSEN_COLOR = "#000000"  # the head that a reader has chosen
 OTHER_HEADS_COLOR = "#8a929c"
 BAND_COLOR = "#35608d"
 INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+
+
+def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
+    """The first ``most`` heads of ``order`` that have different colors, each with its color.
+
+    A head's color follows from its index among all heads of the model, so it is the same in the charts of all metrics,
+    at every sample and in every run of the model. Of two heads with one color the first is taken.
+
+    Args:
+        order: Indices among all heads of the model, most important first.
+        most: How many are colored at most.
+
+    Example:
+        >>> color_heads([7, 2, 3], most=5)
+        {7: '#CC79A7', 3: '#E69F00'}
+    """
+    head_of: dict[str, int] = {}
+    for head in order:
+        color = HEAD_COLORS[head % len(HEAD_COLORS)]
+        if len(head_of) < most:
+            head_of.setdefault(color, head)
+    return {head: color for color, head in head_of.items()}
 
 
 def log_ticks(low: float, high: float) -> list[float]:

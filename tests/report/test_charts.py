@@ -1,9 +1,10 @@
-"""What the charts of a tracker hold: compared with the trajectories they are made of."""
+"""The charts sent to trackers hold the trajectories they are made of."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,19 @@ from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS
 BANDS = ["least of all heads", "all heads", "lower quartile", "half of the heads", "median head"]
 
 
-def followed(run: SyntheticRun) -> tuple[History, Sample]:
-    """The trajectories of a run, and its last sample with what fires then."""
+Change = Callable[[int, Mapping[str, Mapping[str, torch.Tensor]]], None]
+
+
+def followed(run: SyntheticRun, change: Change | None = None) -> tuple[History, Sample]:
+    """The trajectories of a run and its last sample with the alarms that fire; ``change`` edits a sample's values."""
     heads = {
         layer: {"query_head": count, "kv_head": count // run.group}
         for layer, count in zip(run.layers, run.heads, strict=True)
     }
     history, firing = History(heads, tuple(run.metrics)), []
-    for sample in run.samples():
+    for index, sample in enumerate(run.samples()):
+        if change is not None:
+            change(index, sample.values)
         history.append(sample)
         firing += [event for event in sample.events if event.state == "firing"]
     return history, dataclasses.replace(sample, firing=firing)
@@ -40,20 +46,33 @@ def lines(chart: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {trace["name"]: trace for trace in chart["data"] if "name" in trace}
 
 
-def test_a_chart_has_the_bands_then_the_heads_that_moved_and_on_top_those_that_fire() -> None:
+def test_bands_then_moved_heads_then_alarmed_heads() -> None:
     history, sample = followed(SyntheticRun(6, 8, 40, sick=(3, 5), group=2))
     chart = model_chart(history, sample, "energy_rms")
     drawn = lines(chart)
     assert list(drawn)[:5] == BANDS
     assert set(list(drawn)[-2:]) == {"layers.3 head 4 ▲ key sink", "layers.3 head 5 ▲ key sink"}
-    colours = [drawn[name]["line"]["color"] for name in list(drawn)[5:]]
-    assert colours == [*HEAD_COLORS, ALARM_COLOR, ALARM_COLOR], "no two healthy heads in one colour"
+    colors = [drawn[name]["line"]["color"] for name in list(drawn)[5:]]
+    assert sorted(colors[:-2]) == sorted(HEAD_COLORS), "no two healthy heads in one color"
+    assert colors[-2:] == [ALARM_COLOR, ALARM_COLOR]
     assert {shape["x0"] for shape in chart["layout"]["shapes"]} == {event.since_step for event in sample.firing}
     assert list(lines(model_chart(history, sample, "key_incoherence")))[-1] == "layers.3 KV head 2 ▲ key sink"
 
 
+def test_a_head_keeps_its_color_in_all_charts() -> None:
+    history, sample = followed(SyntheticRun(6, 8, 40, group=2))
+    colors: dict[str, set[str]] = {}
+    for metric in history:
+        for chart in (model_chart(history, sample, metric), layers_chart(history, sample, metric)):
+            for name, line in lines(chart).items():
+                if name.startswith("layers."):
+                    colors.setdefault(name, set()).add(line["line"]["color"])
+    assert len(colors) > len(HEAD_COLORS)
+    assert {len(used) for used in colors.values()} == {1}
+
+
 @pytest.mark.parametrize(("layers", "heads"), [(2, 6), (12, 12), (32, 32), (80, 64)])
-def test_few_lines_are_named_and_few_points_sent_however_many_heads_there_are(layers: int, heads: int) -> None:
+def test_charts_stay_small_for_models_of_any_size(layers: int, heads: int) -> None:
     history, sample = followed(SyntheticRun(layers, heads, 70, sick=(1, 5), metrics=("energy_rms", "key_incoherence")))
     chart = model_chart(history, sample, "energy_rms")
     assert len(chart["data"]) <= 5 + 10 + 1
@@ -66,23 +85,26 @@ def test_few_lines_are_named_and_few_points_sent_however_many_heads_there_are(la
     assert ("48 of 80 layers" in of_layers["layout"]["title"]["text"]) == (layers == 80)
 
 
-def test_the_head_that_leaves_the_others_moved_most_though_all_heads_move_together() -> None:
-    history, sample = followed(SyntheticRun(4, 4, 30))
-    together = np.geomspace(1, 1e4, 30)
-    for step, row in enumerate(history._rows["energy_rms"]):
-        row.copy_(torch.full_like(row, together[step]))
-        row[9] *= 1.02**step
+def test_common_movement_is_not_counted() -> None:
+    common = np.geomspace(1, 1e4, 30)
+
+    def change(index: int, values: Any) -> None:
+        for heads in values["energy_rms"].values():
+            heads.fill_(common[index])
+        values["energy_rms"]["model.layers.2.self_attn"][1] *= 1.02**index
+
+    history, sample = followed(SyntheticRun(4, 4, 30), change)
     assert list(lines(model_chart(history, sample, "energy_rms")))[5] == "layers.2 head 1"
 
 
 @settings(max_examples=12, deadline=None)
 @given(num_samples=st.integers(1, 150), seed=st.integers(0, 5), num_missing=st.integers(0, 3))
-def test_lines_are_subsets_of_the_trajectories_with_both_ends_and_few_points(
-    num_samples: int, seed: int, num_missing: int
-) -> None:
-    history, sample = followed(SyntheticRun(2, 4, num_samples, seed=seed, metrics=("key_rank",)))
-    for row in history._rows["key_rank"][: num_missing and num_missing + 1]:
-        row[2] = torch.nan
+def test_lines_are_thinned_trajectories_with_both_ends(num_samples: int, seed: int, num_missing: int) -> None:
+    def change(index: int, values: Any) -> None:
+        if num_missing and index <= num_missing:
+            values["key_rank"]["model.layers.0.self_attn"][2] = torch.nan
+
+    history, sample = followed(SyntheticRun(2, 4, num_samples, seed=seed, metrics=("key_rank",)), change)
     drawn = lines(model_chart(history, sample, "key_rank"))
     steps = history.steps
     curves = {
@@ -111,7 +133,7 @@ def test_bands_are_quantiles_over_all_heads() -> None:
         assert drawn[name]["y"] == pytest.approx(heads.quantile(share, dim=1).tolist(), rel=1e-4)
 
 
-def of_one_layer(chart: dict[str, Any], number: int) -> dict[str, list[tuple[int, float]]]:
+def points_of_layer(chart: dict[str, Any], number: int) -> dict[str, list[tuple[int, float]]]:
     """The points of every head in one of the small charts."""
     points: dict[str, list[tuple[int, float]]] = {}
     for trace in chart["data"]:
@@ -123,11 +145,11 @@ def of_one_layer(chart: dict[str, Any], number: int) -> dict[str, list[tuple[int
     return points
 
 
-def test_each_layer_has_a_small_chart_of_its_heads_and_no_others() -> None:
+def test_each_small_chart_shows_the_heads_of_its_layer() -> None:
     history, sample = followed(SyntheticRun(3, (2, 4, 3), 20))
     chart = layers_chart(history, sample, "energy_rms")
     for number, (layer, values) in enumerate(history["energy_rms"].items(), 1):
-        points = of_one_layer(chart, number)
+        points = points_of_layer(chart, number)
         assert set(points) == {f"layers.{number - 1} head {head}" for head in range(values.shape[1])}, layer
         for name, drawn in points.items():
             curve = values[:, int(name.split()[-1])].tolist()
@@ -135,37 +157,41 @@ def test_each_layer_has_a_small_chart_of_its_heads_and_no_others() -> None:
             assert drawn == [(x, pytest.approx(y, rel=1e-4)) for x, y in expected]
 
 
-def test_a_head_or_a_layer_without_numbers_leaves_a_gap_and_a_dead_head_no_error() -> None:
-    history, sample = followed(SyntheticRun(3, 4, 20, metrics=("energy_rms",)))
-    for index, row in enumerate(history._rows["energy_rms"]):
-        row[4:8] = torch.nan
-        row[8] = 0.0
-        row[9] = torch.nan if index < 5 else torch.inf if index == 7 else row[9]
+def test_missing_values_leave_gaps() -> None:
+    def change(index: int, values: Any) -> None:
+        _, second, third = values["energy_rms"].values()
+        second.fill_(torch.nan)
+        third[0] = 0.0
+        third[1] = torch.nan if index < 5 else torch.inf if index == 7 else third[1]
+
+    history, sample = followed(SyntheticRun(3, 4, 20, metrics=("energy_rms",)), change)
     for chart in (model_chart(history, sample, "energy_rms"), layers_chart(history, sample, "energy_rms")):
         json.dumps(chart, allow_nan=False)
-    assert len(of_one_layer(layers_chart(history, sample, "energy_rms"), 3)) == 4
+    assert len(points_of_layer(layers_chart(history, sample, "energy_rms"), 3)) == 4
 
 
-def test_names_of_layers_are_text_and_no_markup() -> None:
+def test_layer_names_are_escaped() -> None:
     history, sample = followed(SyntheticRun(2, 3, 12, sick=(1, 2), layer_name="<b>{}</b>&x"))
     for chart in (model_chart(history, sample, "energy_rms"), layers_chart(history, sample, "energy_rms")):
         assert "<b>" not in json.dumps(chart)
         assert "&lt;b>" in json.dumps(chart)
 
 
-def test_learned_and_energy_rank_stand_in_one_chart_where_both_are_measured() -> None:
+def test_rank_chart_needs_both_ranks() -> None:
     metrics = ("energy_effective_rank", *WEIGHT_METRICS)
-    history, _ = followed(SyntheticRun(3, 4, 20, metrics=metrics))
-    for index, row in enumerate(history._rows["interaction_effective_rank"]):
-        if index % 10:
-            row.fill_(torch.nan)
+
+    def change(index: int, values: Any) -> None:
+        for heads in values["interaction_effective_rank"].values() if index % 10 else ():
+            heads.fill_(torch.nan)
+
+    history, _ = followed(SyntheticRun(3, 4, 20, metrics=metrics), change)
     drawn = lines(rank_chart(history))
     assert drawn["learned rank, median"]["x"] == [0, 500]
     assert len(drawn["energy rank, median"]["x"]) == 20
     assert rank_chart(followed(SyntheticRun(3, 4, 20))[0]) == {}
 
 
-def test_the_null_line_is_what_random_heads_of_the_layers_shape_give() -> None:
+def test_null_line_is_the_value_of_random_heads() -> None:
     history, sample = followed(SyntheticRun(3, 4, 20))
     known = {name: dataclasses.replace(entry, num_keys=48, head_dim=16) for name, entry in sample.coverage.items()}
     sample = dataclasses.replace(sample, coverage=known)
@@ -178,8 +204,10 @@ def test_the_null_line_is_what_random_heads_of_the_layers_shape_give() -> None:
             assert line["y"] == pytest.approx([null_statistics(48, 16)[metric]] * 2, rel=1e-4)
 
 
-def test_nothing_to_draw_makes_no_chart() -> None:
-    history, sample = followed(SyntheticRun(2, 4, 5, metrics=("energy_rms",)))
-    for row in history._rows["energy_rms"]:
-        row.fill_(torch.nan)
+def test_no_values_make_no_chart() -> None:
+    def change(index: int, values: Any) -> None:
+        for heads in values["energy_rms"].values():
+            heads.fill_(torch.nan)
+
+    history, sample = followed(SyntheticRun(2, 4, 5, metrics=("energy_rms",)), change)
     assert model_chart(history, sample, "energy_rms") == layers_chart(history, sample, "energy_rms") == {}

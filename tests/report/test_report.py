@@ -19,6 +19,7 @@ from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.report import write_report
 from attnmonitor.report.numbers import alarm_spans, run_numbers
 from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR
 
 pytest.importorskip("plotly")
 
@@ -235,7 +236,7 @@ def set_slider(browser: Any, position: int) -> None:
         slider.send_keys(Keys.ARROW_RIGHT)
 
 
-CHOSEN, ALARM = "#0072B2", "#D55E00"
+CHOSEN, ALARM = CHOSEN_COLOR, ALARM_COLOR
 
 
 @pytest.fixture(scope="module", params=["12 heads", "1024 heads"])
@@ -259,7 +260,7 @@ def test_a_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[
     (shown,) = curve(browser, "curves-0", CHOSEN)
     np.testing.assert_allclose(shown, expected, rtol=1e-6)
     group = record.coverage[layers[0]].num_query_heads // record.coverage[layers[0]].num_kv_heads
-    in_every_metric = curve(browser, "metrics-0", CHOSEN)
+    in_every_metric = curve(browser, "grid-0", CHOSEN)
     num_key_metrics = 6
     assert len(in_every_metric) == num_key_metrics + (len(record.metrics) - num_key_metrics) * group
     np.testing.assert_allclose(
