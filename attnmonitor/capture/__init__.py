@@ -1,10 +1,19 @@
-"""q, k and s of every attention layer during one forward of any model, each verified against what the layer produced::
+"""Queries, keys and scale of every attention layer in one forward of any model, verified by the layer's own output::
 
     with capture_attention(model, emit) as report:
         model(**batch)
 
-calls ``emit`` once per attention, in order, with an `AttentionCall`; afterwards ``report.missed`` names what looked
-like attention and gave no record. Nothing stays on the model.
+1. ``mode.py``: a torch function mode sees every torch function that the model calls, in any module or library.
+2. ``fused.py``: ``scaled_dot_product_attention`` and FlexAttention have q, k and scale as arguments.
+3. ``tracing/``: hand-written attention is a product ``q kᵀ``, followed through scale, mask and bias to its softmax and
+   its values. ``nn.MultiheadAttention`` is run with the mode on inside it, and is then found in the same ways.
+4. ``interface.py``: a kernel that torch cannot see, called by transformers, is read from its arguments.
+5. ``explicit.py``: for all else, the model calls ``capture(module, q, k, ...)`` itself.
+6. ``modules.py`` names the layer; ``verify.py`` rebuilds a few rows of its output from q, k and scale and compares.
+7. ``emit`` gets one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names the modules that
+   look like attention but gave no record. Nothing stays on the model.
+
+``projections/`` finds W_Q and W_K of each head, on top of this.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ from torch import nn
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.explicit import capture, listening
-from attnmonitor.capture.interface import kernels_in_sight
+from attnmonitor.capture.interface import watched_kernels
 from attnmonitor.capture.mode import AttentionMode
 
 __all__ = ["AttentionCall", "CaptureReport", "capture", "capture_attention"]
@@ -29,20 +38,21 @@ def capture_attention(
     *,
     layouts: dict[str, tuple[str, ...]] | None = None,
 ) -> Iterator[CaptureReport]:
-    """Hand every softmax attention of the forwards run inside the context to ``emit``.
+    """Call ``emit`` with every softmax attention of the forwards run inside the context.
 
-    Train mode, RNG, buffers, grad mode and the compile stance are not touched: guard them outside.
+    Train mode, RNG, buffers, grad mode and the compile stance are left as they are: `attnmonitor.measurement.quiet`
+    sets and restores them.
 
     Args:
         model: The model whose modules name the layers.
         emit: Called with each `AttentionCall` while its tensors are alive. What it raises propagates.
-        layouts: What was learnt of each layer's mask, by layer name; filled on the first pass and read on later ones.
-            Learning waits for the device, so keep one dictionary per model between passes.
+        layouts: For each layer name, what acts on its logits outside ``s q kᵀ``; filled on the first pass and read on
+            later ones. Finding it out waits for the device, so keep one dictionary per model between passes.
 
     Yields:
         The report; its ``missed`` is complete once the context has been left.
     """
     mode = AttentionMode(model, emit, {} if layouts is None else layouts)
-    with mode.frames, listening(mode), kernels_in_sight(mode.watch_kernel), mode:
+    with mode.frames, listening(mode), watched_kernels(mode.watch_kernel), mode:
         yield mode.report
-    mode.name_missed()
+    mode.report_missed()

@@ -1,4 +1,4 @@
-"""What capture hands over: one softmax attention of one forward."""
+"""The records of a capture: one `AttentionCall` per softmax attention, and a report of what gave none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["AttentionCall", "CaptureReport"]
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One softmax attention of one forward. It lives only while ``emit`` runs: reduce it, do not keep it.
+    """One softmax attention of one forward. Reduce it inside ``emit`` and do not keep it: its tensors are large.
 
     Attributes:
         layer: The module's own qualified name; further calls of the module in one forward are
@@ -21,19 +21,20 @@ class AttentionCall:
         query: ``(B, Hq, Lq, d)`` as softmax sees it (after RoPE, QK-norm, bias), in the dtype it arrived
             in, not scaled.
         key: ``(B, Hkv, Lk, d)``, never repeated per query head.
-        tiled: Which key head query head h reads: h // (Hq / Hkv) where False, h % Hkv where True.
-        scale: The factor on ``q kᵀ`` that the layer really uses. A factor that lives on the device (a learned
-            temperature) is folded into ``query`` instead, for reading it would wait for the device.
+        tiled: Query head h reads key head h // (Hq / Hkv) where False, h % Hkv where True.
+        scale: The factor on ``q kᵀ`` that the layer really uses. A factor on the device (a learned temperature) is
+            multiplied into ``query`` instead, because reading it would wait for the device.
         query_mask: ``(B, Lq)`` bool, True = a token, False = padding; None when no mask arrived.
         key_mask: ``(B, Lk)`` bool, likewise.
         kind: ``"self"`` or ``"cross"``.
         how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"`` or ``"explicit"``.
-        outside: What acts on the logits outside ``s q kᵀ``: of ``"bias"``, ``"sinks"``, ``"softcap"``, ``"window"``.
-        error: 0-dim float32 tensor on the device: worst deviation of a few rebuilt output rows from what the layer
-            produced, relative to the largest entry of those rows. None when there was nothing to compare with.
-        precision: The coarsest type the layer computed in, and so what ``error`` can be held against: under autocast
+        outside: What acts on the logits outside ``s q kᵀ``: any of ``"bias"``, ``"sinks"``, ``"softcap"``,
+            ``"window"``.
+        error: 0-dim float32 tensor on the device: largest deviation of a few rebuilt output rows from the layer's
+            output, relative to the largest entry of those rows. None when there was nothing to compare with.
+        precision: The coarsest type the layer computed in, which sets how large ``error`` may be: under autocast
             queries may be float32 while the attention itself runs in bfloat16.
-        logit_rows: Row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
+        logit_rows: Maps row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
             -inf where hidden.
     """
 
@@ -54,10 +55,10 @@ class AttentionCall:
 
 @dataclass
 class CaptureReport:
-    """What a capture could not see.
+    """The attention that a capture could not record.
 
     Attributes:
-        missed: Layer name to the reason why a module that looks like attention gave no record; complete after exit.
+        missed: For each module that looks like attention and gave no record, the reason; complete after exit.
     """
 
     missed: dict[str, str] = field(default_factory=dict)

@@ -1,11 +1,11 @@
-"""Say it outright: one call for attention that nothing can see, such as a kernel of one's own or a scripted function.
+"""Register q and k explicitly, for attention that cannot be captured: an own kernel or a scripted function.
 
     def forward(self, x):
         ...
         out = my_kernel(q, k, v)
         capture(self, q, k, scale=self.scale, causal=True)
 
-Outside of a capture the call is one test of a module-level dictionary, and a compiled region traces through it.
+Outside of a capture the call costs one test of a module-level dictionary, and a compiled region traces through it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["capture", "listening"]
 
 
 class Listener(Protocol):
-    """What takes an explicit call while a capture is open."""
+    """Receives the explicit calls made while a capture is open."""
 
-    def take_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
-        """Record ``attention`` as that of ``module``."""
+    def record_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
+        """Record ``attention`` as the attention of ``module``."""
 
 
 _listeners: dict[int, list[Listener]] = {}
-"""The captures that are open, by thread."""
+"""The open captures of each thread."""
 
 
 def listening(listener: Listener) -> AbstractContextManager[None]:
@@ -49,13 +49,13 @@ def capture(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> None:
-    """Hand queries and keys of ``module`` to the capture that is open, if one is.
+    """Register queries and keys of ``module`` with the open capture; without one, do nothing.
 
-    The first record of a module's call stands: an explicit call before the attention is computed replaces whatever
-    would have been seen of it, one after it counts only where nothing was seen.
+    The first record of a module's call is kept: an explicit call before the attention is computed replaces what would
+    have been found in it; one after it is used only where nothing was found.
 
     Args:
-        module: The layer they belong to; it names them.
+        module: The layer they belong to, whose name the record gets.
         query: ``(B, Hq, Lq, d)`` as softmax sees it, not scaled.
         key: ``(B, Hkv, Lk, d)``, Hkv dividing Hq.
         scale: Factor on ``q kᵀ``; ``d ** -0.5`` when None.
@@ -82,4 +82,4 @@ def capture(
         attention.affine.append(Step(hide_future))
     if value is not None:
         attention.after.append(attend(value))
-    thread_stack(_listeners)[-1].take_explicit(module, attention, output if value is not None else None)
+    thread_stack(_listeners)[-1].record_explicit(module, attention, output if value is not None else None)

@@ -1,4 +1,4 @@
-"""Attention that arrives as one call: `scaled_dot_product_attention` and FlexAttention name their operands outright."""
+"""Attention in one call: `scaled_dot_product_attention` and FlexAttention have q, k and scale as arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
-__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "with_heads"]
+__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "unflatten_heads"]
 
 
 def read_sdpa(
@@ -24,7 +24,7 @@ def read_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
-    """A call of ``scaled_dot_product_attention`` on ``(B, H, L, d)`` or ``(B·H, L, d)`` operands."""
+    """Return the attention of one ``scaled_dot_product_attention`` on ``(B, H, L, d)`` or ``(B·H, L, d)`` operands."""
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         attention.affine.append(mask_step(attn_mask, query.shape[-2]))
@@ -36,19 +36,19 @@ def read_sdpa(
     return attention
 
 
-def with_heads(attention: Attention, num_sequences: int) -> Attention:
-    """An attention read from ``(B·H, L, d)`` operands as one of ``(B, H, L, d)``."""
+def unflatten_heads(attention: Attention, num_sequences: int) -> Attention:
+    """Return an attention read from ``(B·H, L, d)`` operands with operands ``(B, H, L, d)``."""
 
-    def apart(x: Tensor) -> Tensor:
+    def unflatten(x: Tensor) -> Tensor:
         return x.reshape(num_sequences, -1, *x.shape[1:])
 
     return replace(
         attention,
-        query=apart(attention.query),
-        key=apart(attention.key),
+        query=unflatten(attention.query),
+        key=unflatten(attention.key),
         arrange=lambda x: x.flatten(0, 1),
-        restore=apart,
-        visible=[apart(seen).any(1) for seen in attention.visible],
+        restore=unflatten,
+        visible=[unflatten(seen).any(1) for seen in attention.visible],
     )
 
 
@@ -63,10 +63,10 @@ def read_flex(
     score_mod_other_buffers: tuple[Any, ...] = (),
     mask_mod_other_buffers: tuple[Any, ...] = (),
 ) -> Attention:
-    """A call of FlexAttention's operator.
+    """Return the attention of one call of FlexAttention's operator.
 
-    Its score and mask functions are written for one entry and built of elementwise operations and indexing, so they are
-    evaluated on the wanted rows by broadcasting the indices.
+    Its score and mask functions are written for one entry, in elementwise operations and indexing, so broadcast indices
+    evaluate them on the wanted rows.
     """
     mask_mod = block_mask[-1]
     attention = Attention(query, key, scale)
@@ -85,17 +85,17 @@ def read_flex(
         seen: Tensor = mask_mod(batch[..., 0, 0], torch.zeros_like(column), row, column, *mask_mod_other_buffers)
         return seen.expand(query.shape[0], key.shape[-2])
 
-    attention.bent += [Step(modify), Step(hide)]
+    attention.nonlinear += [Step(modify), Step(hide)]
     attention.after.append(attend(value))
     # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key
-    # from everyone, its own position and the last query included; other masks let one of those two see it.
+    # from all queries, also from that at its own position and the last one; other masks show it to one of these two.
     last = torch.full_like(column, query.shape[-2] - 1)
     attention.visible.append(seen_by(torch.minimum(column, last)) | seen_by(last))
     return attention
 
 
 def mask_step(mask: Tensor, num_rows: int) -> Step:
-    """Apply a bool (True = may be seen) or additive mask, broadcast against ``(B, Hq, Lq, Lk)``."""
+    """Return the step that applies a bool (True = visible) or additive mask, broadcast against ``(B, Hq, Lq, Lk)``."""
 
     def apply(x: Tensor, rows: Tensor) -> Tensor:
         part = mask.index_select(-2, rows) if mask.dim() >= 2 and mask.shape[-2] == num_rows and num_rows > 1 else mask
@@ -105,7 +105,7 @@ def mask_step(mask: Tensor, num_rows: int) -> Step:
 
 
 def mask_visibility(mask: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
-    """The keys a mask ``(B|1, H|1, Lq|1, Lk)`` lets be seen, as one ``(B, Lk)`` tensor; none if it has no key axis."""
+    """Return the keys that a mask ``(B|1, H|1, Lq|1, Lk)`` shows as a ``(B, Lk)`` tensor; none without a key axis."""
     if mask.shape[-1] != key.shape[-2]:
         return []
     seen = visible_keys(mask if mask.dim() >= 2 else mask[None])  # (..., Lk)
@@ -115,13 +115,13 @@ def mask_visibility(mask: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
 
 
 def hide_future(x: Tensor, rows: Tensor) -> Tensor:
-    """The causal mask, row i seeing keys 0 to i."""
+    """Apply the causal mask: row i sees keys 0 to i."""
     future = torch.arange(x.shape[-1], device=x.device) > rows[:, None]
     return x.masked_fill(future, -torch.inf)
 
 
 def attend(value: Tensor) -> Step:
-    """Softmax over the keys, then the mean of ``value`` ``(B, Hv, Lk, dv)`` or ``(B·H, Lk, dv)``."""
+    """Return the step from logits to output: softmax times ``value`` ``(B, Hv, Lk, dv)`` or ``(B·H, Lk, dv)``."""
     if value.dim() == 3:
         return Step(lambda logits, rows: logits.softmax(-1) @ value.to(logits.dtype))
     return Step(lambda logits, rows: grouped_product(logits.softmax(-1), value.transpose(-1, -2)))

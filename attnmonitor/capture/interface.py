@@ -1,8 +1,8 @@
-"""Read what transformers hands to a kernel that torch cannot show: FlashAttention and others from outside of torch.
+"""Read the arguments that transformers passes to a kernel outside of torch, such as FlashAttention.
 
-Recent transformers dispatch every attention through one table, ``AttentionInterface``. While the context is open, what
-comes out of the table is wrapped: the real function runs, and if nothing of its work was seen at the level of torch
-functions, the arguments it was called with are the record. The output it returned verifies them like any other.
+Recent transformers look up every attention function in one table, ``AttentionInterface``. While the context is open,
+functions from the table are wrapped: the real one runs, and if the function mode found no attention in it, its
+arguments are the record. They are verified by its output like any other.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visib
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
-__all__ = ["kernels_in_sight", "read_interface_call"]
+__all__ = ["read_interface_call", "watched_kernels"]
 
 Kernel = Callable[..., Any]
 
 _watching: dict[int, list[Callable[..., Any]]] = {}
-"""Who watches the kernels that a thread runs, by thread."""
+"""The functions that watch the kernels of each thread."""
 
 
 @contextmanager
-def kernels_in_sight(watch: Callable[..., Any]) -> Iterator[None]:
-    """Route the attention functions of transformers through ``watch(kernel, module, query, key, value, mask, ...)``.
+def watched_kernels(watch: Callable[..., Any]) -> Iterator[None]:
+    """Run attention functions of transformers as ``watch(kernel, module, query, key, value, mask, ...)``.
 
-    Only those this thread calls. Does nothing where transformers has not been imported or has no such table.
+    Only those that this thread calls. Does nothing where transformers is not imported or has no such table.
     """
     if _table() is None:
         yield
         return
-    with pushed(_watching, watch), _lookups_in_sight():
+    with pushed(_watching, watch), _watched_lookups():
         yield
 
 
@@ -47,8 +47,8 @@ def _table() -> Any:
 
 @ProcessSetting
 @contextmanager
-def _lookups_in_sight() -> Iterator[None]:
-    """Have the table hand out kernels that ask who watches."""
+def _watched_lookups() -> Iterator[None]:
+    """Make the table return kernels that run under this thread's watching functions."""
     table = _table()
     inherited = "__getitem__" not in vars(table)
     lookup = table.__getitem__
@@ -90,34 +90,33 @@ def read_interface_call(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> Attention:
-    """The arguments of one call of the interface, keys and values with their own heads, as an attention.
+    """Return the attention of one call of the interface; keys and values are not repeated per query head.
 
-    What such a function returns is ``(B, Lq, Hq, dv)``, and that is the layout of the rebuilt rows.
-
-    Kernels behind the interface take a padding mask ``(B, Lk)`` or none, and apply causality and windows themselves.
+    Such a function returns ``(B, Lq, Hq, dv)``, which is the layout of the rebuilt rows. Kernels behind the interface
+    take a padding mask ``(B, Lk)`` or none, and apply causality and windows themselves.
     """
     num_rows, num_keys = query.shape[-2], key.shape[-2]
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, exact=dropout == 0)
     if softcap is not None:
-        attention.bent.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
+        attention.nonlinear.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
         attention.outside.add("softcap")
     if position_bias is not None:
-        attention.bent.append(mask_step(position_bias, num_rows))
+        attention.nonlinear.append(mask_step(position_bias, num_rows))
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         valid = attention_mask.bool()
-        attention.bent.append(Step(lambda x, rows: x.masked_fill(~valid[:, None, None, :], -torch.inf)))
-        if num_rows == num_keys:  # such kernels skip padded queries altogether
-            attention.bent.append(
+        attention.nonlinear.append(Step(lambda x, rows: x.masked_fill(~valid[:, None, None, :], -torch.inf)))
+        if num_rows == num_keys:  # such kernels skip padded queries
+            attention.nonlinear.append(
                 Step(lambda x, rows: x.masked_fill(~valid.index_select(-1, rows)[:, None, :, None], -torch.inf))
             )
         attention.visible.append(valid)
     elif isinstance(attention_mask, Tensor):
-        attention.bent.append(mask_step(attention_mask, num_rows))
+        attention.nonlinear.append(mask_step(attention_mask, num_rows))
         attention.visible.extend(mask_visibility(attention_mask, query, key))
     if (is_causal if is_causal is not None else getattr(module, "is_causal", False)) and num_rows > 1:
-        attention.bent.append(Step(hide_future))
+        attention.nonlinear.append(Step(hide_future))
     if sliding_window is not None:
-        attention.bent.append(_hide_distant(sliding_window, num_keys))
+        attention.nonlinear.append(_hide_distant(sliding_window, num_keys))
     if s_aux is None:
         attention.after.append(attend(value))
     else:
@@ -128,6 +127,8 @@ def read_interface_call(
 
 
 def _hide_distant(window: int, num_keys: int) -> Step:
+    """Return the step that hides keys ``window`` or more positions before the query."""
+
     def apply(x: Tensor, rows: Tensor) -> Tensor:
         distance = rows[:, None] - torch.arange(num_keys, device=x.device)
         return x.masked_fill(distance >= window, -torch.inf)
@@ -136,7 +137,7 @@ def _hide_distant(window: int, num_keys: int) -> Step:
 
 
 def _attend_with_sinks(value: Tensor, sinks: Tensor) -> Step:
-    """One learned logit per head takes part in the softmax and has no value."""
+    """Return the step from logits to output where the softmax also has one learned logit per head without a value."""
     plain = attend(value)
 
     def apply(x: Tensor, rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Watch a forward at the level of torch functions and recognise attention by what it computes.
+"""The function mode of a capture: sees every torch function of a forward and recognizes attention by its operations.
 
-A `TorchFunctionMode` sees every torch function the model calls, whichever module, library or compiled wrapper it comes
-from. It looks each function's name up once and hands the call, after it ran, to those who understand it: the fused
+A `TorchFunctionMode` sees every torch function that the model calls, whichever module, library or compiled wrapper it
+comes from. It looks up each function's name once and passes the call, after it has run, to its observers: the fused
 calls, the tracer of hand-written attention, the notes on repeated keys. What they find is named, verified and emitted
 here.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attnmonitor.capture.call import AttentionCall, CaptureReport
-from attnmonitor.capture.fused import read_flex, read_sdpa, with_heads
+from attnmonitor.capture.fused import read_flex, read_sdpa, unflatten_heads
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tracing.repeats import Repeats
@@ -30,11 +30,12 @@ __all__ = ["AttentionMode"]
 
 Observer = Callable[..., None]
 
+# Operations that are attention for certain: where one cannot be read, its layer is missed.
 _CERTAINLY_ATTENTION = {"scaled_dot_product_attention", "flex_attention", "capture", "an attention kernel"}
 
 
 class AttentionMode(TorchFunctionMode):
-    """The function mode of one capture: follows a forward and emits every attention it recognises."""
+    """The function mode of one capture: follows a forward and emits every attention that it recognizes."""
 
     def __init__(
         self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: dict[str, tuple[str, ...]]
@@ -45,13 +46,13 @@ class AttentionMode(TorchFunctionMode):
         self._emit = emit
         self._layouts = layouts
         self._calls: Counter[str] = Counter()
-        self._troubles: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
         self._last_self_mask: Tensor | None = None
         self._inside_mha = False
-        self._busy = False
+        self._paused = False
         self._emitting = False
         self._repeats = Repeats()
-        self._tracer = Tracer(self.frames, self._repeats.before, self._found_traced, self._lost)
+        self._tracer = Tracer(self.frames, self._repeats.original, self._found_traced, self._missed)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -66,34 +67,34 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._busy:
+        if self._paused:
             return func(*args, **kwargs)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._look_up(func)
         name, observers = known
         if name == "multi_head_attention_forward":
-            return self._enter_mha(func, args, kwargs)
+            return self._run_mha(func, args, kwargs)
         output = func(*args, **kwargs)
         for observe in observers:
             self._attempt(name, observe, name, func, args, kwargs, output)
         return output
 
     def _attempt(self, what: str, observe: Callable[..., None], *args: Any) -> None:
-        """Observe a call of the model; what cannot be understood may cost a layer, and never disturbs the forward."""
+        """Observe a call of the model; a failure may lose a layer, but never reaches the forward."""
         try:
             observe(*args)
         except Exception as error:
             if self._emitting:
                 raise
-            layer, reason = self.frames.layer()[0], f"a call of {what} could not be followed: {error}"
+            layer, reason = self.frames.current_layer()[0], f"a call of {what} could not be followed: {error}"
             if what in _CERTAINLY_ATTENTION:
-                self._lost(layer, reason)
+                self._missed(layer, reason)
             else:
-                self._troubles[layer] = reason
+                self._failures[layer] = reason
 
     def _look_up(self, func: Any) -> tuple[str, list[Observer]]:
-        """The plain name of a function (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and who observes it."""
+        """Return a function's plain name (``add_`` is ``add``, the getter of ``x.mT`` is ``mT``) and its observers."""
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
@@ -101,24 +102,22 @@ class AttentionMode(TorchFunctionMode):
             name = name[:-1]
         return name, self._observers.get(name, [])
 
-    def _enter_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``multi_head_attention_forward`` with the mode on inside it.
-
-        Torch offers this function to a mode as one opaque call. A copy of it whose own test for overrides says no
-        computes the same with every inner call in sight; torch's own module stays as it is.
-        """
-        opened = FunctionType(
+    def _run_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``multi_head_attention_forward`` with the mode on inside it."""
+        # Torch passes this function to a mode as one opaque call. A copy of it whose test for overrides is always false
+        # computes the same, and the mode sees its inner calls. Torch's own module stays as it is.
+        observable = FunctionType(
             func.__code__,
             {**func.__globals__, "has_torch_function": lambda _: False},
             func.__name__,
             func.__defaults__,
             func.__closure__,
         )
-        opened.__kwdefaults__ = func.__kwdefaults__
+        observable.__kwdefaults__ = func.__kwdefaults__
         self._inside_mha = True
         try:
             with self:
-                return opened(*args, **kwargs)
+                return observable(*args, **kwargs)
         finally:
             self._inside_mha = False
 
@@ -139,13 +138,13 @@ class AttentionMode(TorchFunctionMode):
     def _observe_fused(
         self, read: Callable[..., Attention], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        layer, frame = self.frames.layer()
+        layer, frame = self.frames.current_layer()
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        query, before = named["query"], self._repeats.before(named["key"])
+        query, before = named["query"], self._repeats.original(named["key"])
         lead, num_rows = tuple(query.shape[:-2]), query.shape[-2]
         num_sequences = num_sequences_in(lead, frame, num_rows) if query.dim() in (3, 4) else None
         if num_sequences is None:
-            self._lost(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
+            self._missed(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
             return
         is_repeated = before is not None and before.source.shape[2:] == named["key"].shape[2:]
         if before is not None and is_repeated:
@@ -154,7 +153,7 @@ class AttentionMode(TorchFunctionMode):
         attention = read(*operands, *args[3:], **named)
         attention.tiled = before is not None and is_repeated and before.tiled
         if query.dim() == 3:
-            attention = with_heads(attention, num_sequences)
+            attention = unflatten_heads(attention, num_sequences)
         attention.operands_in = output.dtype
         self._found(layer, frame, attention, "sdpa", output, -2)
 
@@ -163,18 +162,18 @@ class AttentionMode(TorchFunctionMode):
     ) -> None:
         self._found(layer, frame, attention, "traced", output, row_axis)
 
-    def take_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
-        """Record what a module said of itself, unless this call of it was seen already."""
-        frame = self.frames.running(module)
+    def record_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
+        """Record the attention that a module registered, unless this call of it has a record already."""
+        frame = self.frames.running_call(module)
         if frame is None:
-            layer, frame = self.frames.layer()
+            layer, frame = self.frames.current_layer()
         else:
             layer = frame.name
         if frame is None or not frame.recorded_by:
             self._attempt("capture", self._found, layer, frame, attention, "explicit", output, -2)
 
     def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an attention function of transformers, and record its arguments if nothing inside it was seen."""
+        """Run an attention function of transformers, and record its arguments if no attention was found inside it."""
         seen = self._calls.total()
         result = kernel(*args, **kwargs)
         if self._calls.total() == seen:
@@ -182,26 +181,26 @@ class AttentionMode(TorchFunctionMode):
         return result
 
     def _record_kernel(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer, frame = self.frames.layer()
+        layer, frame = self.frames.current_layer()
         self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", output, 1)
 
     def _next_name(self, name: str) -> str:
         self._calls[name] += 1
         return name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
 
-    def _lost(self, name: str, reason: str) -> None:
+    def _missed(self, name: str, reason: str) -> None:
         self.report.missed[self._next_name(name)] = reason
 
     def _found(
         self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
     ) -> None:
-        """Emit one attention, unless its module speaks for itself. Nothing done here is taken for the model's doing."""
-        if how != "explicit" and self.frames.explicit():
+        """Emit one attention, unless its module registers its own. The mode is paused: nothing here is observed."""
+        if how != "explicit" and self.frames.has_explicit_record():
             return
         if frame is not None:
             frame.recorded_by = how
         layer = self._next_name(name)
-        self._busy = True
+        self._paused = True
         try:
             call = self._verified(layer, frame, attention, how, output if attention.exact else None, row_axis)
             self._emitting = True
@@ -212,7 +211,7 @@ class AttentionMode(TorchFunctionMode):
                 raise
             self.report.missed[layer] = f"its attention could not be rebuilt: {error}"
         finally:
-            self._busy = False
+            self._paused = False
 
     def _verified(
         self, layer: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
@@ -223,7 +222,7 @@ class AttentionMode(TorchFunctionMode):
         key_mask = attention.key_mask()
         query_mask = key_mask if is_self else self._last_self_mask
         if is_self and self._inside_mha and key_mask is not None:
-            query_mask = key_mask[:, : lengths[0]]  # torch's own module appends its learned and its zero key at the end
+            query_mask = key_mask[:, : lengths[0]]  # nn.MultiheadAttention appends its learned and its zero key
         if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[-2]):
             query_mask = None
         if is_self:
@@ -231,7 +230,7 @@ class AttentionMode(TorchFunctionMode):
         types = [query.dtype, *([] if output is None else [output.dtype])]
         outside = self._layouts.get(layer)
         if outside is None:
-            outside = self._layouts[layer] = attention.act_outside(
+            outside = self._layouts[layer] = attention.outside_effects(
                 query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
             )
         return AttentionCall(
@@ -250,13 +249,13 @@ class AttentionMode(TorchFunctionMode):
             logit_rows=attention.logit_rows,
         )
 
-    def name_missed(self) -> None:
-        """Add to the report every module that looks like attention and gave no record."""
-        for name in self.frames.unseen(self._calls):
+    def report_missed(self) -> None:
+        """Add every module that looks like attention and gave no record to the report."""
+        for name in self.frames.unrecorded(self._calls):
             if name in self.frames.scripted:
-                reason = "it is a scripted module, which shows nothing of its inside"
-            elif trouble := [why for layer, why in self._troubles.items() if f"{layer}.".startswith(f"{name}.")]:
-                reason = trouble[0]
+                reason = "it is a scripted module, whose operations cannot be seen"
+            elif failures := [why for layer, why in self._failures.items() if f"{layer}.".startswith(f"{name}.")]:
+                reason = failures[0]
             elif name in self.frames.called:
                 reason = "no softmax of a query-key product was seen in it"
             else:

@@ -1,8 +1,8 @@
-"""Which module is running: a stack of module calls, so that each attention gets the name of the layer that did it.
+"""The stack of running module calls, which gives each attention the name of its layer.
 
-The stack is kept by hooks that live as long as the context. A softmax often sits in a small parameterless child
-(``attn.softmax``, ``attend``); the layer is the nearest enclosing module that owns parameters. Each call also keeps the
-tensors it was handed: they tell self from cross attention, and how many sequences a flattened ``(B·H, L, d)`` holds.
+Hooks keep the stack while the context is open. A softmax is often in a small child without parameters
+(``attn.softmax``, ``attend``); the layer is the nearest enclosing module that has parameters. Each call also keeps its
+input tensors: from them follow self or cross attention, and the number of sequences in a flattened ``(B·H, L, d)``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frame", "Frames", "own_name"]
+__all__ = ["Frame", "Frames", "unwrapped_name"]
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -26,7 +26,7 @@ _FUSED_NAME = re.compile(r"^(c_attn|in_proj|to_qkv|wqkv|qkv|qkv_proj|query_key_v
 
 
 class Frame:
-    """One running call of one module: its name, the module, and the activations it was handed."""
+    """One running call of one module: its name, the module, and its input activations."""
 
     def __init__(self, name: str, module: nn.Module, arguments: Iterable[Any]) -> None:
         self.name = name
@@ -36,17 +36,16 @@ class Frame:
         self.recorded_by = ""
 
     def note_projection(self, source: Tensor) -> None:
-        """Remember that a weight was applied to one of this call's own inputs, or to a learned sequence."""
+        """Note that a weight was applied to one of this call's own inputs, or to a learned sequence."""
         origins = [tensor for tensor in self.inputs if tensor is source or tensor._base is source]
         for tensor in origins[:1] or ([source] if isinstance(source, nn.Parameter) else []):
             if tensor.dim() >= 3 and not any(tensor is seen for seen in self.projected):
                 self.projected.append(tensor)
 
     def is_self_attention(self, num_rows: int, num_keys: int) -> bool:
-        """Whether queries and keys were made from one sequence: the call projected no second one as long as the keys.
-
-        Lengths alone do not tell: biases appended to the keys make them longer, and two sequences may be equally long.
-        """
+        """Return whether q and k come from one sequence: the call projected no second one of the keys' length."""
+        # Lengths alone do not decide: biases appended to the keys make them longer, and two sequences may be equally
+        # long.
         if any(num_keys in x.shape[:-1] for x in self.projected[1:]):
             return False
         return num_rows == num_keys or len(self.projected) == 1
@@ -65,8 +64,8 @@ class Frames:
     def __enter__(self) -> Frames:
         try:
             for path, module in self._model.named_modules():
-                name = own_name(path) or type(self._model).__name__
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks of this kind, and shows nothing inside
+                name = unwrapped_name(path) or type(self._model).__name__
+                if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks, and its operations cannot be seen
                     self.scripted.add(name)
                     continue
                 enter = partial(self._enter_module, name)
@@ -94,30 +93,30 @@ class Frames:
             self._stack.pop()
 
     def note_projection(self, x: Tensor) -> None:
-        """Tell every running call that a weight was applied to ``x``, a view of which counts as ``x``."""
+        """Note in every running call that a weight was applied to ``x``; a view of a tensor counts as that tensor."""
         source = x if x._base is None else x._base
         for frame in self._stack:
             frame.note_projection(source)
 
-    def running(self, module: nn.Module) -> Frame | None:
-        """The innermost running call of ``module``."""
+    def running_call(self, module: nn.Module) -> Frame | None:
+        """Return the innermost running call of ``module``."""
         return next((frame for frame in reversed(self._stack) if frame.module is module), None)
 
-    def explicit(self) -> bool:
-        """Whether a running call has said outright what its queries and keys are."""
+    def has_explicit_record(self) -> bool:
+        """Return whether a running call has registered its q and k explicitly."""
         return any(frame.recorded_by == "explicit" for frame in self._stack)
 
-    def layer(self) -> tuple[str, Frame | None]:
-        """Name and call of the layer that is running: the innermost module with parameters of its own or below it."""
+    def current_layer(self) -> tuple[str, Frame | None]:
+        """Return name and call of the running layer: the innermost module that has parameters, also in its children."""
         for frame in reversed(self._stack):
             if next(frame.module.parameters(), None) is not None:
                 return frame.name, frame
         return type(self._model).__name__, None
 
-    def unseen(self, layers: Iterable[str]) -> Iterator[str]:
-        """Names of modules that one would take for attention, with nothing of ``layers`` in, at or around them."""
+    def unrecorded(self, layers: Iterable[str]) -> Iterator[str]:
+        """Yield the names of modules that look like attention and have none of ``layers`` in, at or around them."""
         layers = set(layers)
-        names = {own_name(path): module for path, module in self._model.named_modules() if path}
+        names = {unwrapped_name(path): module for path, module in self._model.named_modules() if path}
         names = {name: module for name, module in names.items() if _looks_like_attention(name, module)}
         whole = type(self._model).__name__
         if not names and not layers and _looks_like_attention(whole, self._model):
@@ -129,8 +128,8 @@ class Frames:
                 yield name
 
 
-def own_name(name: str) -> str:
-    """A module's name without the parts that compile, FSDP and checkpoint wrappers add."""
+def unwrapped_name(name: str) -> str:
+    """Return a module's name without the parts that compile, FSDP and checkpoint wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -1,13 +1,13 @@
-"""Rebuild attention from what was captured: one formula for the logits a softmax sees and for the check of them.
+"""Rebuild rows of attention from q, k and s, and verify them by the layer's own output.
 
-What a layer does to its logits is a bilinear product followed by a few row-wise operations,
+A layer's logits are a bilinear product followed by a few row-wise operations,
 
-    logits = bent( s · q kᵀ + bias ),
+    logits = nonlinear( s · q kᵀ + bias ),
 
-`bias` being whatever is added before the first non-linear operation (masks, ALiBi, relative positions) and `bent`
-what follows it (a soft-cap, learned sinks). Both are kept as **steps**, functions of a block of rows, so that any
-few rows can be rebuilt from q, k, s without the L×L matrix. The same rows are then sent through softmax and the
-values and held against the layer's own output: a wrong scale, a wrong key head, a forgotten mask all show.
+where `bias` is whatever is added before the first nonlinear operation (masks, ALiBi, relative positions), and
+`nonlinear` what follows it (a soft-cap, learned sinks). Both are kept as **steps**, functions of a block of rows, so
+that any few rows can be rebuilt from q, k, s without the L×L matrix. The same rows then go through softmax and the
+values and are compared with the layer's own output, which shows a wrong scale, a wrong key head or a missing mask.
 
 Letters: B sequences, Hq query heads, Hkv key heads, Lq query and Lk key positions, d head size, R chosen rows.
 """
@@ -24,9 +24,9 @@ from torch import Tensor
 __all__ = ["HIDDEN", "Attention", "Step", "checked_rows", "grouped_product", "visible_keys"]
 
 HIDDEN = -9e3
-"""A logit at or below this hides its key: exp of it is 0 in every floating type. To hide a key, code adds anything from
--1e4 to -inf (a logit of 1,000 on top does not show it), while ALiBi slopes and learned biases stay above it for the
-nearest keys, and a key is padding only if no query sees it.
+"""A logit at or below this hides its key: exp of it is 0 in every floating type. To hide a key, code adds a value from
+-1e4 to -inf, which stays hidden under a logit of 1,000. ALiBi slopes and learned biases stay above this for the nearest
+keys, and a key counts as padding only if no query sees it.
 """
 
 NUM_CHECKED_ROWS = 8
@@ -37,15 +37,15 @@ class Step:
     """One operation on logits, as a function of some of their rows.
 
     Attributes:
-        apply: ``apply(x, rows)``: what the code did, done to rows ``rows`` of its operand, in the code's own layout.
-        moves: Whether it only rearranges entries (a view, a transpose), so that it acts on product and bias alike.
+        apply: ``apply(x, rows)``: the code's operation on rows ``rows`` of its operand, in the code's own layout.
+        rearranges: Whether it only rearranges entries (a view, a transpose), and so applies to product and bias alike.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
-    moves: bool = False
+    rearranges: bool = False
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -58,27 +58,27 @@ class Attention:
         key: ``(B, Hkv, Lk, d)``.
         scale: Factor on ``q kᵀ``.
         tiled: Whether query head h reads key head h % Hkv, not h // (Hq / Hkv).
-        arrange: ``(B, Hq, R, Lk)`` into the layout in which the code keeps its logits.
+        arrange: From ``(B, Hq, R, Lk)`` to the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
-        bent: Steps from the first non-linear one up to the softmax.
+        nonlinear: Steps from the first nonlinear one up to the softmax.
         after: The softmax, the product with the values, and what lies between.
         key_axis: Axis of the softmax in the code's layout.
-        outside: What acts on the logits outside the energy field, as far as the operations alone tell.
+        outside: What acts on the logits outside ``s q kᵀ``, as far as known from the operations alone.
         visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see.
-        exact: Whether the layer's output can be rebuilt: False where dropout acted on the weights.
-        operands_in: Type the code rounded q and k to before their product, None for the type they have.
-        logits_in: Type the code kept the product in, None for full precision.
+        exact: Whether the layer's output can be rebuilt: False where dropout was applied to the weights.
+        operands_in: Type the code rounded q and k to before their product; None for the type they have.
+        logits_in: Type the code kept the product in; None for full precision.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     tiled: bool = False
-    arrange: Callable[[Tensor], Tensor] = _as_it_is
-    restore: Callable[[Tensor], Tensor] = _as_it_is
+    arrange: Callable[[Tensor], Tensor] = _identity
+    restore: Callable[[Tensor], Tensor] = _identity
     affine: list[Step] = field(default_factory=list)
-    bent: list[Step] = field(default_factory=list)
+    nonlinear: list[Step] = field(default_factory=list)
     after: list[Step] = field(default_factory=list)
     key_axis: int = -1
     outside: set[str] = field(default_factory=set)
@@ -88,7 +88,7 @@ class Attention:
     logits_in: torch.dtype | None = None
 
     def key_mask(self) -> Tensor | None:
-        """Keys that every mask lets be seen by some query, ``(B, Lk)``; None when no mask arrived."""
+        """Return the keys that every mask shows to some query, ``(B, Lk)``; None when no mask arrived."""
         mask = None
         for seen in self.visible:
             mask = seen if mask is None else mask & seen
@@ -106,41 +106,40 @@ class Attention:
         product = self.arrange(product)
         bias = torch.zeros_like(product)
         for step in self.affine:
-            product = step.apply(product, rows) if step.moves else product
+            product = step.apply(product, rows) if step.rearranges else product
             bias = step.apply(bias, rows)
         return product, bias
 
-    def _bend(self, logits: Tensor, rows: Tensor) -> Tensor:
-        for step in self.bent:
+    def _apply_nonlinear(self, logits: Tensor, rows: Tensor) -> Tensor:
+        for step in self.nonlinear:
             logits = step.apply(logits, rows)
         return logits
 
     def _softmax_argument(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
         product, bias = self._product_and_bias(rows, as_rounded=as_rounded)
-        return self._bend(product + bias, rows)
+        return self._apply_nonlinear(product + bias, rows)
 
     def logit_rows(self, rows: Tensor) -> Tensor:
-        """Rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where a key is hidden."""
+        """Return rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where hidden."""
         with _full_precision(self.query):
             logits = self.restore(self._softmax_argument(rows)).float()
             return logits.masked_fill(logits <= HIDDEN, -torch.inf)
 
     def deviation(self, output: Tensor, row_axis: int = -2) -> Tensor:
-        """Worst deviation of the rebuilt rows from ``output``, relative to its largest entry: a 0-dim tensor.
-
-        Rows that may see no key are left out: there is no right answer (eager code gives uniform attention, fused
-        kernels give zeros), and nothing of them is measured. Code in half precision rounds its logits: a logit of 100
-        in bfloat16 is off by 0.25, which would move a sharp softmax by as much, so the check rounds where the code did.
+        """Return the largest deviation of rebuilt rows from ``output``, relative to its largest entry: a 0-dim tensor.
 
         Args:
-            output: What the layer made of its values, in the code's layout.
+            output: The layer's attention output, in the code's layout.
             row_axis: The axis of ``output`` that counts query positions.
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
+            # Code in half precision rounds its logits: one of 100 in bfloat16 is off by 0.25, which changes a sharp
+            # softmax by as much. So the check rounds where the code did.
             logits = self._softmax_argument(rows, as_rounded=True)
-            blind = logits.amax(self.key_axis, keepdim=True) <= HIDDEN
-            expected = logits.masked_fill(blind, torch.nan)
+            # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
+            sees_nothing = logits.amax(self.key_axis, keepdim=True) <= HIDDEN
+            expected = logits.masked_fill(sees_nothing, torch.nan)
             for step in self.after:
                 expected = step.apply(expected, rows)
             actual = output.index_select(row_axis, rows).to(expected.dtype)
@@ -148,19 +147,19 @@ class Attention:
             size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
             return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
 
-    def act_outside(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
-        """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: ask once per layer, not per sample.
+    def outside_effects(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
+        """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: call once per layer, not per sample.
 
-        Read from the checked rows: a bias is what differs between visible keys when the product is nought, a soft-cap
-        what keeps logits of 1,000 from growing with the product (however small they are today: a cap that does not bend
-        them yet will), a window what hides part of the past (also chunks and packed documents).
+        Found on the checked rows. A bias differs between visible keys when the product is zero. A soft-cap keeps logits
+        of 1,000 from growing with the product; they are scaled up to that size, so that a cap is found while the
+        layer's logits are still small. A window hides part of the past (also chunks and packed documents).
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
             product, bias = self._product_and_bias(rows)
             large = 1e3 / product.abs().amax().clamp_min(1e-30)
             at_zero, logits, half, far = (
-                self.restore(self._bend(t * product + bias, rows)) for t in (0.0, 1.0, large / 2, large)
+                self.restore(self._apply_nonlinear(t * product + bias, rows)) for t in (0.0, 1.0, large / 2, large)
             )
         seen = logits > HIDDEN
         highest = at_zero.masked_fill(~seen, -torch.inf).amax(-1)
@@ -179,22 +178,25 @@ class Attention:
 
 
 def checked_rows(query: Tensor) -> Tensor:
-    """The rows every check looks at: at most 8, evenly spaced, the last one included; made on the device, no wait."""
+    """Return the rows that are checked: at most 8, evenly spaced, with the last; made on the device without a wait."""
     length = query.shape[-2]
     count = min(NUM_CHECKED_ROWS, length)
     return length - 1 - torch.arange(count, device=query.device) * (length // count)
 
 
 def grouped_product(query: Tensor, key: Tensor) -> Tensor:
-    """``q kᵀ`` of query heads in groups that share a key head: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``."""
+    """Return ``q kᵀ`` where groups of query heads share a key head.
+
+    Shapes: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``.
+    """
     batch, num_query_heads, num_rows, head_dim = query.shape
-    together = query.to(_wide(query)).reshape(batch, key.shape[1], -1, head_dim)  # a group's rows in one product
-    product = together @ key.to(_wide(query)).transpose(-1, -2)
+    groups = query.to(_accumulation_dtype(query)).reshape(batch, key.shape[1], -1, head_dim)  # rows of a whole group
+    product = groups @ key.to(groups.dtype).transpose(-1, -2)
     return product.reshape(batch, num_query_heads, num_rows, key.shape[-2])
 
 
 def visible_keys(mask: Tensor, query_axis: int = -2) -> Tensor:
-    """Which keys at least one query may see: the query axis of a bool (True = may) or additive mask reduced away."""
+    """Return the keys that at least one query may see, from a bool (True = visible) or additive mask."""
     return mask.any(query_axis) if mask.dtype == torch.bool else mask.amax(query_axis) > HIDDEN
 
 
@@ -202,11 +204,11 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """The probe may run under the user's autocast; what verifies it must not be rounded by it."""
+    """Return a context without autocast: the probe may run under the user's, the check must not be rounded by it."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from attnmonitor.capture.modules import own_name
+from attnmonitor.capture.modules import unwrapped_name
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state
@@ -258,7 +258,7 @@ def _inside_forwards(model: nn.Module, visit: Callable[[str, nn.Module], None]) 
     """Call ``visit(name, module)`` at the start of each module's forward, while the context is open."""
     handles = ExitStack()
     for path, module in model.named_modules():
-        name = own_name(path) or type(model).__name__
+        name = unwrapped_name(path) or type(model).__name__
         handle = module.register_forward_pre_hook(lambda module, _, name=name: visit(name, module))
         handles.callback(handle.remove)
     return handles

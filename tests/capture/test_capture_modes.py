@@ -256,7 +256,7 @@ def test_a_second_sample_never_waits_for_the_device(
     own = waits(None)
     waits(calls.append)
     # Learning what a mask carries is the one place that reads a value; a second sample must not come there.
-    monkeypatch.delattr(Attention, "act_outside")
+    monkeypatch.delattr(Attention, "outside_effects")
     assert waits(calls.append) == own
     first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
     assert [call.outside for call in first] == [call.outside for call in second]

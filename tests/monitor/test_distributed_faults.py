@@ -27,7 +27,7 @@ from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.capture.mode import AttentionMode
-from attnmonitor.capture.modules import own_name
+from attnmonitor.capture.modules import unwrapped_name
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.messages import AttentionMonitorWarning
@@ -75,7 +75,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 def _in_a_module(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
-    module = next(each for name, each in model.named_modules() if own_name(name).endswith(case.where))
+    module = next(each for name, each in model.named_modules() if unwrapped_name(name).endswith(case.where))
     forward = module.forward
 
     def stumbling(*args: Any) -> Any:
@@ -110,7 +110,7 @@ def _in_function(where: str) -> Callable[..., None]:
 def _nan_in_weights(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
     """What this process holds of a weight is NaN while the probe runs."""
     run = monitor._probe.run
-    weight = next(each for name, each in model.named_parameters() if own_name(name).endswith(case.where))
+    weight = next(each for name, each in model.named_parameters() if unwrapped_name(name).endswith(case.where))
     mine = weight.to_local() if isinstance(weight, DTensor) else weight
 
     def run_on_broken(module: nn.Module) -> None:

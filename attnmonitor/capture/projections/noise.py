@@ -1,4 +1,8 @@
-"""Forwards in which noise stands in for what the weights of attention layers put out, and what they show."""
+"""Forwards in which noise replaces the outputs of the modules with weights in attention layers.
+
+Hooks put the noise in, bypass norms inside the layers, and note for each module its input, its noise and the norms
+before it; `note_call` adds the queries and keys that result.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,17 @@ __all__ = ["Draws", "block_norms", "noisy", "note_call"]
 
 @dataclass(eq=False)
 class Draws:
-    """What the noisy forwards showed of one layer.
+    """The random draws of one layer: inputs, noise, and the queries and keys that result, at position 0.
 
     Attributes:
-        block_norms: Normalisations that belong to the layer's block: only their gain is folded in.
-        inputs: Per module, what it was given at position 0, one ``(B, width)`` per forward.
-        noise: Per module, what its output was replaced by at position 0, one ``(B, N)`` per forward.
-        norms: Per module, the normalisations in front of it.
+        block_norms: Norms that belong to the layer's block: only their gain is multiplied in.
+        inputs: Per module, its input at position 0, one ``(B, width)`` per forward.
+        noise: Per module, the noise in place of its output at position 0, one ``(B, N)`` per forward.
+        norms: Per module, the norms before it.
         query: ``(B, Hq, d)`` per forward, at position 0.
         key: ``(B, Hkv, d)`` per forward.
-        running: Inputs and noise of the forward under way, all positions.
-        complete: Whether the layer has been called in the forward under way; a shared layer counts once.
+        running: Inputs and noise of the current forward, all positions.
+        complete: Whether the layer has been called in the current forward; a shared layer counts once.
     """
 
     block_norms: set[nn.Module] = field(default_factory=set)
@@ -45,22 +49,22 @@ class Draws:
 
 @contextmanager
 def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: torch.Generator) -> Iterator[None]:
-    """Replace what the weights inside the layers put out by noise and bypass their norms, while the context is open."""
+    """Replace the outputs of modules with weights inside the layers by noise, and bypass their norms."""
     handles: list[RemovableHandle] = []
     inside = {layer: set(modules[layer].modules()) for layer in draws}
-    in_front = Notes[tuple[nn.Module, ...]]()
+    norms_before = Notes[tuple[nn.Module, ...]]()
     try:
         for name, module in modules.items():
             layer = next((layer for layer in draws if name != layer and module in inside[layer]), None)
             kind = _kind(module)
             if layer is None and kind == "norm":
-                hook: Callable[..., Any] = partial(_note_norm, in_front)
+                hook: Callable[..., Any] = partial(_note_norm, norms_before)
             elif layer is not None and kind == "weight":
-                hook = partial(_make_noise, draws[layer], in_front, generator)
+                hook = partial(_make_noise, draws[layer], norms_before, generator)
             elif layer is not None and kind != "weight":
-                hook = partial(_bypass, in_front)
+                hook = partial(_bypass, norms_before)
             elif name in draws and isinstance(module, nn.MultiheadAttention):
-                hook = partial(_note_front, draws[name], in_front)
+                hook = partial(_note_mha_inputs, draws[name], norms_before)
             else:
                 continue
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -74,18 +78,18 @@ def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: tor
 
 
 def block_norms(layer: str, layers: Collection[str], modules: dict[str, nn.Module]) -> set[nn.Module]:
-    """Normalisations of the block that holds ``layer``.
+    """Return the norms of the block that holds ``layer``.
 
-    Those inside it, those beside it or beside a module around it, and all of what holds no other layer. The last norm
-    of the block before, which feeds a post-norm block, is none of these.
+    These are the norms inside it, those beside it or beside a module around it, and all in a module around it that
+    holds no other layer. The last norm of the preceding block, which feeds a post-norm block, is not one of them.
     """
     found = set(modules[layer].modules())
     parts = layer.split(".")
     for depth in range(1, len(parts)):
         holder = modules[".".join(parts[:depth])]
         held = set(holder.modules())
-        alone = sum(modules[other] in held for other in layers if other in modules) == 1
-        found |= held if alone else set(holder.children())
+        holds_no_other = sum(modules[other] in held for other in layers if other in modules) == 1
+        found |= held if holds_no_other else set(holder.children())
     return {module for module in found if _kind(module) == "norm"}
 
 
@@ -101,38 +105,40 @@ def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return x if isinstance(x, Tensor) and x.is_floating_point() else None
 
 
-def _note_norm(in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _note_norm(
+    norms_before: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
     x = _first_input(args, kwargs)
     if x is not None and isinstance(output, Tensor) and output.shape == x.shape:
-        in_front.put(output, (module,))
+        norms_before.put(output, (module,))
 
 
-def _bypass(in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+def _bypass(norms_before: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     x = _first_input(args, kwargs)
     if x is None or not isinstance(output, Tensor) or isinstance(module, nn.Softmax):
         return None
     if output.shape != x.shape or output.dtype != x.dtype:
         return None
-    passed = x.clone()  # a tensor of its own, so that what is made from it is known to have come through here
-    in_front.put(passed, (*_front_of(x, in_front), *((module,) if _kind(module) == "norm" else ())))
+    passed = x.clone()  # a new tensor object, which can carry a note of its own
+    norms_before.put(passed, (*_norms_before(x, norms_before), *((module,) if _kind(module) == "norm" else ())))
     return passed
 
 
-def _front_of(x: Tensor, in_front: Notes[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
-    return in_front.get(x) or in_front.get(x._base) or ()
+def _norms_before(x: Tensor, norms_before: Notes[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
+    return norms_before.get(x) or norms_before.get(x._base) or ()
 
 
-def _note_front(
-    draws: Draws, in_front: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any
+def _note_mha_inputs(
+    draws: Draws, norms_before: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any
 ) -> None:
     named = dict(zip(("query", "key"), args, strict=False)) | kwargs
-    draws.norms[module] = _front_of(named["query"], in_front)
+    draws.norms[module] = _norms_before(named["query"], norms_before)
     draws.inputs[module] = [named["query"], named["key"]]
 
 
 def _make_noise(
     draws: Draws,
-    in_front: Notes[tuple[nn.Module, ...]],
+    norms_before: Notes[tuple[nn.Module, ...]],
     generator: torch.Generator,
     module: nn.Module,
     args: Any,
@@ -145,12 +151,12 @@ def _make_noise(
     noise = torch.randn(output.shape, generator=generator).to(output)
     if module not in draws.running and not draws.complete:
         draws.running[module] = x, noise
-        draws.norms[module] = _front_of(x, in_front)
+        draws.norms[module] = _norms_before(x, norms_before)
     return noise
 
 
 def note_call(draws: dict[str, Draws], call: AttentionCall) -> None:
-    """Keep position 0 of a layer's queries and keys, and of what its modules took in and put out."""
+    """Keep position 0 of a layer's queries and keys, and of its modules' inputs and noise."""
     draw = draws.get(call.layer)
     if draw is None:
         return
@@ -168,7 +174,7 @@ def note_call(draws: dict[str, Draws], call: AttentionCall) -> None:
 
 
 def _first_position(x: Tensor, num_sequences: int, lengths: Collection[int]) -> Tensor | None:
-    """Position 0 of every sequence, ``(B, N)``, of ``(B, L, N)``, ``(L, B, N)`` or ``(B·L, N)``; None for others."""
+    """Return position 0 of every sequence, ``(B, N)``, of ``(B, L, N)``, ``(L, B, N)`` or ``(B·L, N)``; else None."""
     if x.dim() == 4 and x.shape[1] == 1:
         x = x.squeeze(1)
     for length in lengths:

@@ -1,4 +1,4 @@
-"""From noise that a head's coordinates follow to the weights behind it."""
+"""Match a head's coordinates with columns of noise by correlation, and read the weights of these columns."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.projections.noise import Draws
 
-__all__ = ["Coordinates", "match", "packed"]
+__all__ = ["Coordinates", "match_columns", "mha_projections"]
 
 MATCH = 0.999
-"""Least absolute correlation of a match; a copied column rounded to bfloat16 still has 0.99999."""
+"""Smallest absolute correlation of a match; a copied column rounded to bfloat16 still has 0.99999."""
 
 
 class _UnmatchedError(LookupError):
-    """A coordinate of the queries or keys does not lead back to a weight."""
+    """A coordinate of the queries or keys follows no column of a weight."""
 
 
 @dataclass(eq=False)
 class _LinearMap:
-    """One weight-bearing module as a matrix from the layer's input to its output columns.
+    """One module with weights as a matrix from the layer's input to its output columns.
 
     Attributes:
         function: The module, or a function that applies a bare parameter.
         width: Size of its input.
-        norms: Normalisations that act on its input.
-        source: The coordinates of other modules' outputs that its input consists of, None for the layer's own input.
+        norms: Norms that act on its input.
+        source: The coordinates of other modules' outputs that make up its input; None for the layer's own input.
         like: A parameter of it: its dtype and device are those of the input.
     """
 
@@ -40,7 +40,7 @@ class _LinearMap:
     like: Tensor
 
     def matrix(self) -> Tensor:
-        """The effective weight, ``(N, D)`` float32."""
+        """Return the effective weight, ``(N, D)`` float32."""
         options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
         inputs = torch.eye(self.width, **options)[None]
         origin = self.function(torch.zeros(1, 1, self.width, **options))
@@ -58,7 +58,7 @@ class Coordinates:
     parts: list[tuple[_LinearMap, Tensor, Tensor, Tensor]]  # map, which coordinates, their columns, their gains
 
     def weight(self) -> Tensor:
-        """``(*shape, D)`` float32."""
+        """Return the weight of each coordinate, ``(*shape, D)`` float32."""
         with torch.no_grad():
             rows: list[Tensor] = []
             order: list[Tensor] = []
@@ -68,7 +68,7 @@ class Coordinates:
             return torch.cat(rows)[torch.cat(order).argsort()].reshape(*self.shape, -1)
 
     def norms(self) -> tuple[nn.Module, ...]:
-        """Every normalisation folded in, without repeats."""
+        """Return every norm whose gain is multiplied in, each once."""
         found: dict[int, nn.Module] = {}
         for linear, *_ in self.parts:
             inner = () if linear.source is None else linear.source.norms()
@@ -76,11 +76,11 @@ class Coordinates:
         return tuple(found.values())
 
 
-def match(coordinates: Tensor, draws: Draws) -> Coordinates:
-    """Coordinates ``(S, *shape)`` as columns of the noise they follow.
+def match_columns(coordinates: Tensor, draws: Draws) -> Coordinates:
+    """Return coordinates ``(S, *shape)`` as the columns of noise that they are multiples of.
 
     Raises:
-        LookupError: One of them follows none.
+        LookupError: One of them matches no column.
     """
     num_samples, *shape = coordinates.shape
     modules = [module for module, noise in draws.noise.items() if sum(map(len, noise)) == num_samples]
@@ -88,7 +88,7 @@ def match(coordinates: Tensor, draws: Draws) -> Coordinates:
         raise _UnmatchedError("no module with weights was seen inside the layer")
     widths = torch.tensor([draws.noise[module][0].shape[-1] for module in modules])
     noise = torch.cat([torch.cat(draws.noise[module]) for module in modules], -1)
-    wanted, offered = _standardised(coordinates.flatten(1)), _standardised(noise)
+    wanted, offered = _standardized(coordinates.flatten(1)), _standardized(noise)
     best, column = (wanted.mT @ offered).abs().max(-1)
     if not bool((best > MATCH).all()):
         raise _UnmatchedError(f"{int((best <= MATCH).sum())} of {len(best)} coordinates follow no column of a weight")
@@ -102,8 +102,8 @@ def match(coordinates: Tensor, draws: Draws) -> Coordinates:
     return Coordinates(tuple(shape), parts)
 
 
-def _standardised(x: Tensor) -> Tensor:
-    """Columns over samples, mean removed, of unit length; a constant column stays nought and matches nothing."""
+def _standardized(x: Tensor) -> Tensor:
+    """Return columns over samples without their mean, of unit length; a constant column is zero and has no match."""
     x = x - x.mean(0)
     norm = x.norm(dim=0)
     return torch.where(norm > 1e-6 * norm.max(), x / norm.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
@@ -112,7 +112,7 @@ def _standardised(x: Tensor) -> Tensor:
 def _linear_map(module: nn.Module, draws: Draws) -> _LinearMap:
     inputs = torch.cat(draws.inputs[module])  # (S, width)
     try:
-        source = match(inputs, _without(draws, module))
+        source = match_columns(inputs, _without(draws, module))
     except _UnmatchedError:
         source = None
     norms = tuple(norm for norm in draws.norms[module] if norm in draws.block_norms)
@@ -120,24 +120,24 @@ def _linear_map(module: nn.Module, draws: Draws) -> _LinearMap:
 
 
 def _without(draws: Draws, module: nn.Module) -> Draws:
-    """The draws of a layer without one of its modules, for what that module is fed by."""
+    """Return the draws of a layer without one of its modules, to find what that module's input is made of."""
     noise = {other: rows for other, rows in draws.noise.items() if other is not module}
     return Draws(draws.block_norms, draws.inputs, noise, draws.norms)
 
 
-def packed(module: nn.MultiheadAttention, draws: Draws) -> tuple[Coordinates, Coordinates]:
-    """The projections of torch's own module: bare parameters, which no hook can see."""
+def mha_projections(module: nn.MultiheadAttention, draws: Draws) -> tuple[Coordinates, Coordinates]:
+    """Return the projections of ``nn.MultiheadAttention``: its parameters, which are no modules with hooks."""
     head_dim, num_heads, width = module.head_dim, module.num_heads, module.embed_dim
     query, key = draws.inputs[module]
     norms = tuple(norm for norm in draws.norms[module] if norm in draws.block_norms)
 
-    def block(name: str, start: int, width_in: int, in_front: tuple[nn.Module, ...]) -> Coordinates:
+    def block(name: str, start: int, width_in: int, norms_before: tuple[nn.Module, ...]) -> Coordinates:
         weight = getattr(module, name)
 
         def apply(x: Tensor) -> Tensor:
             return nn.functional.linear(x, getattr(module, name)[start : start + width])
 
-        linear = _LinearMap(apply, width_in, in_front, None, weight)
+        linear = _LinearMap(apply, width_in, norms_before, None, weight)
         every = torch.arange(width, device=weight.device)
         return Coordinates((num_heads, head_dim), [(linear, every, every, torch.ones_like(every))])
 
@@ -148,10 +148,10 @@ def packed(module: nn.MultiheadAttention, draws: Draws) -> tuple[Coordinates, Co
 
 
 def _gain(norm: nn.Module, width: int, options: dict[str, Any]) -> Tensor:
-    """The per-coordinate gain of a normalisation, ``(width,)``, whether it keeps it as g or as 1 + g.
+    """Return the gain of a norm per coordinate, ``(width,)``, whether it is stored as g or as 1 + g.
 
-    On a vector of zero mean, layer norm and RMS norm alike divide by its root mean square, so that an odd difference
-    leaves the gain and removes the bias.
+    On a vector of zero mean, both layer norm and RMS norm divide by its root mean square, so the difference of the
+    responses to x and -x keeps the gain and removes the bias.
     """
     x = torch.ones(width, **options)
     x[1::2] = -1.0

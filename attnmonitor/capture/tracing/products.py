@@ -1,8 +1,8 @@
-"""Products of two activations, read the same way however they are written.
+"""Products of two activations, read the same way whether written as ``a @ b``, ``torch.bmm`` or ``torch.einsum``.
 
-``a @ b``, ``torch.bmm`` and ``torch.einsum`` are all one thing: operands with labelled axes, some of which are summed
-over. With labels, a product of queries and keys is one that contracts a single axis (the head size) and keeps one
-position axis of each operand; the axes both share, or that one of them broadcasts, are sequences and heads.
+Each of these is a product of operands with labeled axes, some of which are summed over. A product of queries and keys
+contracts a single axis (the head size) and keeps one position axis of each operand; the axes that both share, or that
+one of them broadcasts, are sequences and heads.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Labelled", "PairwiseProduct", "is_weight", "labelled", "pairwise_product"]
+__all__ = ["LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "pairwise_product"]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledProduct:
     """A product of two tensors and the label of every axis: ``einsum(f"{left_axes},{right_axes}->{out_axes}")``."""
 
     left: Tensor
@@ -53,12 +53,12 @@ class PairwiseProduct:
 
 
 def is_weight(x: Any) -> bool:
-    """Whether ``x`` is a parameter or a view of one: a product with it is a projection, not attention."""
+    """Return whether ``x`` is a parameter or a view of one: a product with it is a projection, not attention."""
     return isinstance(x, nn.Parameter) or (isinstance(x, Tensor) and isinstance(x._base, nn.Parameter))
 
 
-def labelled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Labelled | None:
-    """Read a call of ``matmul``, ``bmm``, ``baddbmm`` or ``einsum``; None where it is not a product of two tensors."""
+def labeled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LabeledProduct | None:
+    """Return a ``matmul``, ``bmm``, ``baddbmm`` or ``einsum`` with labeled axes; None if not of two tensors."""
     if name == "einsum":
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return _read_equation(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
@@ -68,7 +68,7 @@ def labelled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Label
     left, right = tensors[-2:]
     num_batch = max(left.dim(), right.dim()) - 2
     batch = string.ascii_uppercase[:num_batch]
-    return Labelled(
+    return LabeledProduct(
         left,
         right,
         batch[num_batch - left.dim() + 2 :] + "ic",
@@ -77,7 +77,7 @@ def labelled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Label
     )
 
 
-def _read_equation(equation: str, operands: Sequence[Any]) -> Labelled | None:
+def _read_equation(equation: str, operands: Sequence[Any]) -> LabeledProduct | None:
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow or len(terms) != 2 or not all(isinstance(x, Tensor) for x in operands):
@@ -93,14 +93,14 @@ def _read_equation(equation: str, operands: Sequence[Any]) -> Labelled | None:
     out = out.replace("...", ellipsis)
     if any(len(set(axes)) != len(axes) for axes in (left, right, out)):
         return None
-    return Labelled(operands[0], operands[1], left, right, out)
+    return LabeledProduct(operands[0], operands[1], left, right, out)
 
 
-def pairwise_product(product: Labelled, *, keys_first: bool = False) -> PairwiseProduct | None:
-    """The product as queries times keys, None where it has another form or one operand is a weight.
+def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> PairwiseProduct | None:
+    """Return the product as queries times keys; None where it has another form or one operand is a weight.
 
-    Which operand holds the queries is decided by the order of the axes in the result: rows come before columns, and
-    rows are queries unless ``keys_first``. Only the softmax tells, later: it runs over the keys.
+    In the result's axes rows come before columns, and rows are taken for queries unless ``keys_first``. Which is right
+    is known only at the softmax, which runs over the keys.
     """
     if is_weight(product.left) or is_weight(product.right) or not product.left.is_floating_point():
         return None
@@ -123,7 +123,7 @@ def pairwise_product(product: Labelled, *, keys_first: bool = False) -> Pairwise
 
 
 def _ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:
-    """``x`` with its axes in the order ``wanted``, a missing one as an axis of size 1."""
+    """Return ``x`` with its axes in the order ``wanted``, a missing one as an axis of size 1."""
     present = [axes.index(axis) for axis in wanted if axis in axes]
     x = x.permute(present)
     for position, axis in enumerate(wanted):

@@ -1,9 +1,9 @@
-"""Keys that code repeats once per query head, and what they were before.
+"""Keys before code repeats them once per query head.
 
-Grouped-query attention written without kernel support copies each key head to the query heads that share it. The copy
-is made in plain sight, by an expand, a repeat or `repeat_interleave`; a note on the copy leads back to the keys as they
-were, through the views and casts that follow. Copies come in two orders: most code keeps the copies of a key head side
-by side (query head h reads key head h // g), some lays the whole set of keys out again and again (h % Hkv).
+Grouped-query attention written without kernel support copies each key head to the query heads that share it, by an
+expand, a repeat or `repeat_interleave`. A note on the copy holds the original keys, and passes through the views and
+casts that follow. Copies come in two orders: most code keeps the copies of a key head side by side (query head h reads
+key head h // g), some repeats the whole set of key heads (h % Hkv).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from attnmonitor.capture.tensor_notes import Notes
 
 __all__ = ["Repeated", "Repeats"]
 
-_CARRIED = {
+_LAYOUT_CHANGES = {
     "transpose",
     "permute",
     "swapaxes",
@@ -35,11 +35,11 @@ _CARRIED = {
 
 @dataclass(frozen=True, eq=False)
 class Repeated:
-    """What keys were before their heads were repeated.
+    """Keys before their heads were repeated.
 
     Attributes:
-        source: The keys with their own heads, axes in the order of the repeated ones.
-        tiled: Whether the whole set was laid out again and again, instead of each head's copies side by side.
+        source: The original keys, with axes in the order of the repeated ones.
+        tiled: Whether the whole set of heads was repeated, instead of each head's copies side by side.
     """
 
     source: Tensor
@@ -47,26 +47,26 @@ class Repeated:
 
 
 class Repeats:
-    """Notes from repeated keys to what they were repeated from."""
+    """Notes from repeated keys to the keys before repetition."""
 
     def __init__(self) -> None:
         self._notes = Notes[Repeated]()
-        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_CARRIED, self._observe_carried)
+        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_LAYOUT_CHANGES, self._observe_layout_change)
         self.observers |= dict.fromkeys(("reshape", "view", "flatten"), self._observe_merge)
         self.observers |= dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), self._observe_copies)
         self.observers |= {"repeat_interleave": self._observe_repeat_interleave}
 
-    def before(self, x: Tensor) -> Repeated | None:
-        """``x`` before its heads were repeated; None if they were not, or if something else was as well."""
+    def original(self, x: Tensor) -> Repeated | None:
+        """Return ``x`` before its heads were repeated; None if they were not, or if something else was as well."""
         return self._notes.get(x)
 
     def _observe_copies(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        """Copies along one axis that may count heads.
+        """Note copies along one axis that may count heads.
 
         ``(B, Hkv, 1, L, d) -> (B, Hkv, g, L, d)`` becomes a repetition of heads when the two axes are merged;
-        ``(B, Hkv, L, d) -> (B, g·Hkv, L, d)`` is one already.
+        ``(B, Hkv, L, d) -> (B, g·Hkv, L, d)`` is a repetition of heads.
         """
         source = args[0]
         if source.dim() != output.dim() or output.dim() not in (4, 5):
@@ -88,9 +88,9 @@ class Repeats:
                 self._notes.put(output, replace(before, source=source.flatten(0, 1)))
             return
         copies = next(axis for axis in range(5) if source.shape[axis] != whole.shape[axis])
-        for first in (copies - 1, copies):  # merged with the axis in front of it, or with the one behind
+        for first in (copies - 1, copies):  # merged with the axis before it, or with the one after it
             if first in (1, 2) and output.shape == whole.flatten(first, first + 1).shape:
-                tiled = first == copies and source.shape[copies + 1] > 1  # one head's copies are in both orders
+                tiled = first == copies and source.shape[copies + 1] > 1  # copies of a single head are in both orders
                 self._notes.put(output, Repeated(source.squeeze(copies), tiled))
                 return
 
@@ -102,7 +102,7 @@ class Repeats:
         if isinstance(count, int) and isinstance(axis, int) and args[0].dim() == 4 and axis % 4 in (1, 2):
             self._notes.put(output, Repeated(args[0], tiled=False))
 
-    def _observe_carried(
+    def _observe_layout_change(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         before = self._notes.get(args[0]) if self._notes and args else None

@@ -1,7 +1,7 @@
-"""A product of queries and keys on its way to a softmax: what was done to it, and how to do it again on a few rows.
+"""The operations on a product of queries and keys up to its softmax, kept so that they can be replayed on a few rows.
 
-Every operation is kept as the call that was made, with the place of the traced operand in it. To replay it on some
-rows, the rows take that place and every other operand that has the query axis is cut to the same rows.
+Every operation is kept as the call that was made, with the position of the traced operand in it. To replay it on some
+rows, the rows replace that operand, and every other operand that has the query axis is cut to the same rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.modules import Frame
-from attnmonitor.capture.tracing.products import Labelled, PairwiseProduct
+from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.verify import Attention, Step
 
@@ -25,7 +25,7 @@ __all__ = [
     "add_rows",
     "as_attention",
     "as_batch",
-    "lift_cap",
+    "as_soft_cap",
     "num_sequences_in",
     "rows_of",
     "size_along",
@@ -36,38 +36,38 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Origin:
-    """Where a trace began: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
+    """The start of a trace: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
 
-    ``reached`` says whether its softmax has weighted values already; what else is done with the weights is no news.
+    ``values_reached``: its softmax has weighted values already; further uses of the weights are ignored.
     """
 
-    labelled: Labelled
+    labeled: LabeledProduct
     product: PairwiseProduct
     repeated_key: Repeated | None
     layer: str
     frame: Frame | None
     dtype: torch.dtype
-    reached: bool = False
+    values_reached: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What has been done to a product so far, seen from the tensor that holds it now.
+    """The operations on a product so far; a note on the tensor that holds the result.
 
     Attributes:
         origin: The product.
         query_axis: Axis of the query positions, counted from the right.
         key_axis: Axis of the key positions, counted from the right.
-        scale: Product of the plain numbers that multiplied it.
-        factors: Tensors that multiplied it and are constant along the keys, ``(*batch, Lq or 1, 1)``.
-        stage: ``"affine"`` before the first non-linear step, ``"bent"`` up to the softmax, ``"after"`` from it on.
-        steps: What was done, each step with its stage.
-        calls: The calls that did it.
+        scale: Product of the plain numbers by which it was multiplied.
+        factors: Tensors by which it was multiplied, constant along the keys, ``(*batch, Lq or 1, 1)``.
+        stage: ``"affine"`` before the first nonlinear step, ``"nonlinear"`` up to the softmax, ``"after"`` from it on.
+        steps: The operations, each with its stage.
+        calls: The calls of these operations.
         first_column: Index of the first key among the columns.
         softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
         outside: What acts on the logits outside the product.
-        visible: Per mask, the keys it lets be seen, ``(*batch, Lk)``.
-        exact: Whether a replay gives what the model computed: no dropout in between.
+        visible: The keys that each mask shows to at least one query, ``(*batch, Lk)``.
+        exact: Whether a replay gives what the model computed: False after dropout.
         capped: Whether the last step was a tanh.
         fused_bias: Whether a bias was added within the product, before any rounding.
         doubt: Why this cannot be measured, ``""`` if it can.
@@ -88,15 +88,15 @@ class Trace:
     exact: bool = True
     capped: bool = False
     fused_bias: bool = False
-    doubt: str = ""
+    ambiguity: str = ""
 
-    def then(self, apply: Apply, *, moves: bool = False, **changes: Any) -> Trace:
-        """The trace after one more step."""
+    def then(self, apply: Apply, *, rearranges: bool = False, **changes: Any) -> Trace:
+        """Return the trace after one more step."""
         trace = replace(self, **{"capped": False, **changes})
-        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, moves))))
+        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, rearranges))))
 
-    def staged(self, stage: str) -> list[Step]:
-        """The steps of one stage, in order."""
+    def steps_of(self, stage: str) -> list[Step]:
+        """Return the steps of one stage, in order."""
         return [step for at, step in self.steps if at == stage]
 
 
@@ -119,13 +119,13 @@ class TracedCall:
         else:
             self.operands = [*args, *kwargs.values()]
 
-    def again(self, x: Tensor) -> Tensor:
-        """The same call on another first operand."""
+    def repeat_on(self, x: Tensor) -> Tensor:
+        """Return the result of the same call on another first operand."""
         result: Tensor = self.func(x, *self.args[1:], **self.kwargs)
         return result
 
     def replay(self, trace: Trace, traced: Tensor | None = None) -> Apply:
-        """The same call with rows in the traced operand's place, other operands cut to those rows if they have them."""
+        """Return the same call for some rows of the traced operand, with other operands cut to the same rows."""
         target = self.operands[self.slot] if traced is None else traced
         axis, num_rows = trace.query_axis, target.shape[trace.query_axis]
 
@@ -147,36 +147,36 @@ class TracedCall:
         return apply
 
 
-def lift_cap(trace: Trace, cap: float) -> Trace:
-    """``cap · tanh(x / cap)``: the logits are x, so the division belongs to the cap and not to their scale."""
-    lift = ("affine", Step(lambda x, rows: x * cap)), ("bent", Step(lambda x, rows: x / cap))
-    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *lift, trace.steps[-1]))
+def as_soft_cap(trace: Trace, cap: float) -> Trace:
+    """Return the trace of ``cap · tanh(x / cap)``: the logits are x, so the division is not a part of their scale."""
+    moved = ("affine", Step(lambda x, rows: x * cap)), ("nonlinear", Step(lambda x, rows: x / cap))
+    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *moved, trace.steps[-1]))
 
 
 def size_along(x: Tensor, axis: int) -> int:
-    """Size of an axis counted from the right, 1 where broadcasting would add it."""
+    """Return the size of an axis counted from the right; 1 where broadcasting would add it."""
     return x.shape[axis] if x.dim() >= -axis else 1
 
 
 def rows_of(x: Tensor, rows: Tensor, axis: int, num_rows: int) -> Tensor:
-    """The rows of an operand that has the query axis; the whole of one that is broadcast along it."""
+    """Return the rows of an operand that has the query axis; all of one that is broadcast along it."""
     return x.index_select(axis, rows) if num_rows > 1 and size_along(x, axis) == num_rows else x
 
 
 def add_rows(added: Tensor, beta: float, axis: int, num_rows: int, x: Tensor, rows: Tensor) -> Tensor:
-    """``x + beta · added``, on some rows."""
+    """Return ``x + beta · added`` on some rows."""
     return x + beta * rows_of(added, rows, axis, num_rows)
 
 
 def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
-    """A factor that is constant along the keys, as ``(*batch of the product, Lq or 1, 1)``."""
+    """Return a factor that is constant along the keys as ``(*batch of the product, Lq or 1, 1)``."""
     shape = [1 if axis - logits.dim() == trace.key_axis else size for axis, size in enumerate(logits.shape)]
     full = factor.expand(shape).movedim((trace.query_axis, trace.key_axis), (-2, -1))
     return full.reshape(*trace.origin.product.batch, full.shape[-2], 1)
 
 
 def as_attention(trace: Trace) -> Attention | None:
-    """The finished trace as (B, Hq, L, d) operands with the steps of its replay, None where B and Hq cannot be told."""
+    """Return the attention of a finished trace, operands (B, Hq, L, d); None where B and Hq cannot be told apart."""
     origin, product = trace.origin, trace.origin.product
     num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
     num_sequences = num_sequences_in(product.batch, origin.frame, num_rows)
@@ -206,9 +206,9 @@ def as_attention(trace: Trace) -> Attention | None:
         tiled=origin.repeated_key is not None and origin.repeated_key.tiled,
         arrange=arrange,
         restore=restore,
-        affine=trace.staged("affine"),
-        bent=trace.staged("bent"),
-        after=trace.staged("after"),
+        affine=trace.steps_of("affine"),
+        nonlinear=trace.steps_of("nonlinear"),
+        after=trace.steps_of("after"),
         key_axis=softmax_key_axis,
         outside=set(trace.outside),
         visible=visible,
@@ -218,10 +218,10 @@ def as_attention(trace: Trace) -> Attention | None:
 
 
 def num_sequences_in(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
-    """How many sequences the leading axes of a product hold: their first axis, or what the layer was handed.
+    """Return the number of sequences in a product's leading axes; None where it is unknown.
 
-    In ``(B·H, L, d)`` sequences and heads are one axis; the layer's own input, ``(B, L, D)`` in any order, tells them
-    apart.
+    It is the first of several axes. In ``(B·H, L, d)`` sequences and heads are one axis, and the number follows from
+    the layer's own input, ``(B, L, D)`` in any order.
     """
     if len(batch) > 1:
         return batch[0]
@@ -233,7 +233,7 @@ def num_sequences_in(batch: tuple[int, ...], frame: Frame | None, num_rows: int)
 
 
 def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
-    """Keys as (B, Hkv, Lk, d): as they were before repetition, or without the axes along which they are broadcast."""
+    """Return the keys as (B, Hkv, Lk, d): those before repetition, or without the axes that are broadcast."""
     key, batch = origin.product.key, origin.product.batch
     num_keys, head_dim = key.shape[-2:]
     if origin.repeated_key is not None:

@@ -1,10 +1,10 @@
-"""Recognise hand-written attention by following a product of queries and keys to its softmax and its values.
+"""Recognize hand-written attention by following a product of queries and keys to its softmax and its values.
 
-No name tells a hand-written attention apart, but what it computes does: a product ``q kᵀ`` of two activations is
-scaled, masked, biased and reshaped, goes through a softmax over the keys, and the softmax weights a third activation. A
-`Trace` is a note on the tensor that holds the logits just now; every operation that is understood moves the note on and
-adds a `Step`, every other one drops it. Only where the values are reached is the layer reported, with the whole chain
-ready to be replayed on a few rows. A router, a contrastive loss, a bilinear form or linear attention never gets there.
+Hand-written attention has no name of its own but a known computation: a product ``q kᵀ`` of two activations is scaled,
+masked, biased and reshaped, goes through a softmax over the keys, and the softmax weights a third activation. A `Trace`
+is a note on the tensor that holds the logits; every known operation puts it on its output with one more `Step`, any
+other operation ends it. The layer is reported only where the trace reaches the values, and all its steps can then be
+replayed on a few rows. A router, a contrastive loss, a bilinear form or linear attention never reaches values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
-from attnmonitor.capture.tracing.products import Labelled, PairwiseProduct, is_weight, labelled, pairwise_product
+from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, is_weight, labeled, pairwise_product
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.trace import (
     Origin,
@@ -29,7 +29,7 @@ from attnmonitor.capture.tracing.trace import (
     add_rows,
     as_attention,
     as_batch,
-    lift_cap,
+    as_soft_cap,
     size_along,
 )
 from attnmonitor.capture.verify import HIDDEN, Attention, visible_keys
@@ -39,9 +39,9 @@ __all__ = ["Tracer"]
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
 ADDITIONS = {"add", "sub", "subtract"}
-BENDINGS = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
+NONLINEAR = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
-MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
+PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
 RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 
@@ -52,10 +52,10 @@ class Tracer:
     """Follows products of activations through one forward.
 
     Args:
-        frames: Says which layer is running.
-        repeated: What a key was before it was repeated per query head, None if it was not.
+        frames: The running module calls.
+        repeated: Returns a key as it was before it was repeated per query head; None if it was not.
         found: Called with ``(layer, frame, attention, output or None, row axis of output)`` for each attention.
-        lost: Called with ``(layer, reason)`` when an attention was recognised but cannot be measured.
+        missed: Called with ``(layer, reason)`` when an attention was recognized but cannot be measured.
     """
 
     def __init__(
@@ -63,27 +63,27 @@ class Tracer:
         frames: Frames,
         repeated: Callable[[Tensor], Repeated | None],
         found: Callable[[str, Frame | None, Attention, Tensor | None, int], None],
-        lost: Callable[[str, str], None],
+        missed: Callable[[str, str], None],
     ) -> None:
         self._frames = frames
         self._repeated = repeated
         self._found = found
-        self._lost = lost
+        self._missed = missed
         self._traces = Notes[Trace]()
         self._constants = Notes[float]()
         follow: dict[str, _Follow] = dict.fromkeys(SCALINGS, self._scale)
         follow |= dict.fromkeys(ADDITIONS, self._add)
-        follow |= dict.fromkeys(BENDINGS, self._bend) | dict.fromkeys(CASTS, self._keep)
-        follow |= dict.fromkeys(MOVES, self._move) | dict.fromkeys(RESHAPES, self._reshape)
-        follow |= dict.fromkeys(SOFTMAXES, self._soften)
-        follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": self._slice, "dropout": self._drop}
+        follow |= dict.fromkeys(NONLINEAR, self._nonlinear) | dict.fromkeys(CASTS, self._pass_through)
+        follow |= dict.fromkeys(PERMUTATIONS, self._permute) | dict.fromkeys(RESHAPES, self._reshape)
+        follow |= dict.fromkeys(SOFTMAXES, self._softmax)
+        follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": self._slice, "dropout": self._dropout}
         self._follow = follow
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self._follow["baddbmm"] = self._add_input
         self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
 
-    # What arrives.
+    # Observers of torch functions.
 
     def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._traces or not isinstance(output, Tensor):
@@ -96,19 +96,19 @@ class Tracer:
         trace = self._traces.get(call.operands[call.slot])
         assert trace is not None
         if len(slots) > 1 and any(call.operands[slot] is not call.operands[call.slot] for slot in slots):
-            trace = replace(trace, doubt="its logits are the sum of several query-key products")
-        elementwise = name not in MOVES and name not in RESHAPES and name not in ("cat", "__getitem__")
+            trace = replace(trace, ambiguity="its logits are the sum of several query-key products")
+        elementwise = name not in PERMUTATIONS and name not in RESHAPES and name not in ("cat", "__getitem__")
         if elementwise and output.shape != call.operands[call.slot].shape:
             return
         moved = self._follow[name](trace, call)
         if moved is not None:
-            # Past the softmax it is settled which operand holds the keys, and nobody will ask for the calls again.
+            # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
             self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
 
     def _observe_product(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        product = labelled(name, args, kwargs)
+        product = labeled(name, args, kwargs)
         if product is None or not isinstance(output, Tensor):
             return
         for operand, axes, other in (
@@ -117,28 +117,28 @@ class Tracer:
         ):
             trace = self._traces.get(operand)
             if trace is not None:
-                if trace.stage != "after" or trace.origin.reached:
+                if trace.stage != "after" or trace.origin.values_reached:
                     return
-                if trace.doubt:
-                    self._lost(trace.origin.layer, trace.doubt)
+                if trace.ambiguity:
+                    self._missed(trace.origin.layer, trace.ambiguity)
                 elif product.contracted == {axes[trace.key_axis]}:
                     row_axis = product.out_axes.index(axes[trace.query_axis])
-                    self._reach_values(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
+                    self._finish(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
                 elif product.contracted == {axes[trace.query_axis]}:
-                    self._lost(trace.origin.layer, "its softmax does not run over the positions its values come from")
+                    self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
                 return
             if is_weight(other):
                 self._frames.note_projection(operand)
-        layer, frame = self._frames.layer()
-        trace = self._begin(product, layer, frame, output.dtype)
+        layer, frame = self._frames.current_layer()
+        trace = self._start(product, layer, frame, output.dtype)
         if trace is not None and name == "baddbmm":
             call = TracedCall(name, func, args, kwargs, output)
             trace = replace(self._add_input(trace, call), calls=(call,))
         if trace is not None:
             self._traces.put(output, trace)
 
-    def _begin(
-        self, product: Labelled, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
+    def _start(
+        self, product: LabeledProduct, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
     ) -> Trace | None:
         pair = pairwise_product(product, keys_first=keys_first)
         if pair is None:
@@ -149,15 +149,17 @@ class Tracer:
         return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
 
     def _with_keys_first(self, trace: Trace) -> Trace | None:
-        """The same trace with the operands' roles exchanged, as in ``k qᵀ`` with a softmax over its rows."""
+        """Return the same trace with queries and keys exchanged, as for ``k qᵀ`` with a softmax over its rows."""
         origin = trace.origin
-        mirrored = self._begin(origin.labelled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+        mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
         for call in trace.calls:
             mirrored = mirrored and self._follow[call.name](mirrored, call)
-        return mirrored and replace(mirrored, calls=trace.calls, doubt=trace.doubt)
+        return mirrored and replace(mirrored, calls=trace.calls, ambiguity=trace.ambiguity)
 
-    def _key_before_repetition(self, product: Labelled, pair: PairwiseProduct, keys_first: bool) -> Repeated | None:
-        """The key of ``pair`` with its own heads; None where it was not repeated, or something else of it was."""
+    def _key_before_repetition(
+        self, product: LabeledProduct, pair: PairwiseProduct, keys_first: bool
+    ) -> Repeated | None:
+        """Return the key of ``pair`` before its heads were repeated; None if they were not, or if more was repeated."""
         left, right = self._repeated(product.left), self._repeated(product.right)
         for before, smaller in (
             (left, left and replace(product, left=left.source)),
@@ -175,10 +177,10 @@ class Tracer:
         if isinstance(output, Tensor) and output.dim() == 0 and isinstance(value, int | float):
             self._constants.put(output, float(value))
 
-    # What moves a trace on.
+    # Operations on a trace: each returns the trace of its output, None where the trace ends.
 
-    def _keep(self, trace: Trace, call: TracedCall) -> Trace:
-        """Casts and copies change no logit; the replay stays in full precision."""
+    def _pass_through(self, trace: Trace, call: TracedCall) -> Trace:
+        """Return the trace as it is: casts and copies change no logit, and the replay stays in full precision."""
         return trace
 
     def _scale(self, trace: Trace, call: TracedCall) -> Trace | None:
@@ -188,14 +190,14 @@ class Tracer:
         apply = call.replay(trace)
         other = call.operands[1 - call.slot]
         number = self._number(other)
-        if trace.stage == "bent" and trace.capped and number is not None:
-            return lift_cap(trace, number).then(apply)
+        if trace.stage == "nonlinear" and trace.capped and number is not None:
+            return as_soft_cap(trace, number).then(apply)
         if trace.stage != "affine":
             return trace.then(apply)
         if number is not None:
             return trace.then(apply, scale=trace.scale * number**sign)
         if not isinstance(other, Tensor) or size_along(other, trace.key_axis) != 1:
-            return trace.then(apply, stage="bent", outside=trace.outside | {"bias"})
+            return trace.then(apply, stage="nonlinear", outside=trace.outside | {"bias"})
         factor = other if sign > 0 else other.reciprocal()
         return trace.then(apply, factors=(*trace.factors, as_batch(factor, trace, call.output)))
 
@@ -203,10 +205,10 @@ class Tracer:
         other = call.operands[1 - call.slot]
         if call.name == "add" and isinstance(other, Tensor) and other.is_floating_point():
             trace = self._note_mask(trace, other, call.output)
-        return self._bend(trace, call) if call.slot and call.name != "add" else trace.then(call.replay(trace))
+        return self._nonlinear(trace, call) if call.slot and call.name != "add" else trace.then(call.replay(trace))
 
     def _add_input(self, trace: Trace, call: TracedCall) -> Trace:
-        """``baddbmm(input, q, kᵀ, beta, alpha)`` is ``beta·input + alpha·q kᵀ``."""
+        """Follow ``baddbmm(input, q, kᵀ, beta, alpha)``, which is ``beta·input + alpha·q kᵀ``."""
         beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
         added = call.args[0]
         trace = replace(trace, scale=trace.scale * alpha)
@@ -229,10 +231,10 @@ class Tracer:
             trace = self._note_mask(trace, blocked, call.output, true_hides=hides_where)
         return trace.then(call.replay(trace))
 
-    def _bend(self, trace: Trace, call: TracedCall) -> Trace | None:
+    def _nonlinear(self, trace: Trace, call: TracedCall) -> Trace | None:
         changes: dict[str, Any] = {}
         if trace.stage == "affine":
-            changes["stage"] = "bent"
+            changes["stage"] = "nonlinear"
         if call.name == "cat":
             before = call.operands[: call.slot]
             if any(x.shape[trace.query_axis] != call.output.shape[trace.query_axis] for x in call.operands):
@@ -243,7 +245,7 @@ class Tracer:
         changes["capped"] = call.name == "tanh" and trace.stage == "affine"
         return trace.then(call.replay(trace), **changes)
 
-    def _soften(self, trace: Trace, call: TracedCall) -> Trace | None:
+    def _softmax(self, trace: Trace, call: TracedCall) -> Trace | None:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
         if trace.stage == "after" or not isinstance(dim, int):
             return None
@@ -259,16 +261,16 @@ class Tracer:
         axis = trace.key_axis
         return trace.then(lambda x, rows: x.softmax(axis), stage="after", softmax_axes=axes)
 
-    def _drop(self, trace: Trace, call: TracedCall) -> Trace:
+    def _dropout(self, trace: Trace, call: TracedCall) -> Trace:
         p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
         active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
         return replace(trace, exact=trace.exact and not active)
 
-    def _move(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """Apply the same permutation to a tensor whose sizes number its axes, and read where the axes went."""
+    def _permute(self, trace: Trace, call: TracedCall) -> Trace | None:
+        """Follow a permutation, read off a tensor whose sizes number its axes."""
         source = call.operands[0]
         numbered = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
-        landed = [size - 2 for size in call.again(numbered).shape]
+        landed = [size - 2 for size in call.repeat_on(numbered).shape]
         axes = [landed.index(axis % source.dim()) for axis in (trace.query_axis, trace.key_axis)]
         others = [
             axis for axis in landed if axis not in (trace.query_axis % source.dim(), trace.key_axis % source.dim())
@@ -276,18 +278,18 @@ class Tracer:
         if others != sorted(others):
             return None
         query_axis, key_axis = (axis - source.dim() for axis in axes)
-        return trace.then(lambda x, rows: call.again(x), moves=True, query_axis=query_axis, key_axis=key_axis)
+        return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, query_axis=query_axis, key_axis=key_axis)
 
     def _reshape(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """A reshape may regroup sequences and heads, never positions."""
+        """Follow a reshape of sequences and heads; one of positions ends the trace."""
         shape = call.output.shape
         if shape[-2:] != call.operands[0].shape[-2:] or {trace.query_axis, trace.key_axis} != {-1, -2}:
             return None
         lead = shape[:-2]
-        return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), moves=True)
+        return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), rearranges=True)
 
     def _slice(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """A slice may take columns away; anything else ends the trace."""
+        """Follow a slice that removes columns; any other indexing ends the trace."""
         before, after = call.operands[0].shape, call.output.shape
         index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
         if not all(part is None or part is Ellipsis or isinstance(part, slice) for part in index):
@@ -298,12 +300,12 @@ class Tracer:
         if any(a != b for i, (a, b) in enumerate(zip(before, after, strict=True)) if i - len(before) != axis):
             return None
         start = index[-1].start or 0 if isinstance(index[-1], slice) and axis == -1 else 0
-        return trace.then(lambda x, rows: call.again(x), moves=True, first_column=trace.first_column - start)
+        return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, first_column=trace.first_column - start)
 
     # Masks and numbers.
 
     def _number(self, x: Any) -> float | None:
-        """A plain number, where ``x`` is one or holds one on the host; None where reading it waits for a device."""
+        """Return ``x`` as a number if it is one or holds one on the host; None where reading it waits for a device."""
         if isinstance(x, int | float) and not isinstance(x, bool):
             return float(x)
         if not isinstance(x, Tensor) or x.numel() != 1:
@@ -315,7 +317,7 @@ class Tracer:
         return float(x.numpy().reshape(())) if on_host and not x.requires_grad else None
 
     def _note_mask(self, trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False) -> Trace:
-        """Add the keys that ``mask`` lets at least one query see, ``(*batch, Lk)``."""
+        """Return the trace with the keys that ``mask`` shows to at least one query, ``(*batch, Lk)``."""
         num_keys = trace.origin.product.key.shape[-2]
         if trace.stage == "after" or size_along(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
             return trace
@@ -334,12 +336,12 @@ class Tracer:
 
     # The end of a trace.
 
-    def _reach_values(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
+    def _finish(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
         origin = trace.origin
-        origin.reached = True
+        origin.values_reached = True
         trace = trace.then(call.replay(trace, weights))
         attention = as_attention(trace)
         if attention is None:
-            self._lost(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
+            self._missed(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
             return
         self._found(origin.layer, origin.frame, attention, call.output if trace.exact else None, row_axis)
