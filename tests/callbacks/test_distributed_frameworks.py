@@ -146,7 +146,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any,
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_is_bit_identical_on_both_processes_watched_or_not(name: str, ends: Any) -> None:
+def test_training_on_two_processes_is_bit_identical(name: str, ends: Any) -> None:
     for rank in range(2):
         bare, watched = (ends[1][rank][name, which] for which in (False, True))
         assert bare["losses"] == watched["losses"]
@@ -155,7 +155,7 @@ def test_training_is_bit_identical_on_both_processes_watched_or_not(name: str, e
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_one_process_writes_and_has_every_sample_that_was_due(name: str, ends: Any) -> None:
+def test_one_process_writes_every_scheduled_sample(name: str, ends: Any) -> None:
     folder, (first, second) = ends
     first, second = first[name, True], second[name, True]
     assert first["history"] == STEPS

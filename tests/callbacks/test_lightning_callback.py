@@ -27,7 +27,7 @@ from attnmonitor.record import RunRecord
 pytestmark = LIGHTNING_WARNINGS
 
 
-def test_lightning_raw_pytorch_and_a_direct_sample_give_identical_numbers() -> None:
+def test_lightning_raw_and_direct_sample_are_identical() -> None:
     torch.manual_seed(0)
     module = Module()
     start = {name: value.clone() for name, value in module.gpt.state_dict().items()}
@@ -73,7 +73,7 @@ FITS: dict[str, tuple[Callable[[], Module], Callable[[], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("kind", FITS)
-def test_a_seeded_run_with_dropout_ends_bit_identical_with_and_without_the_callback(kind: str) -> None:
+def test_seeded_run_is_bit_identical_with_callback(kind: str) -> None:
     build, settings = FITS[kind]
 
     def end(*callbacks: Callback) -> tuple[list[float], list[Tensor]]:
@@ -107,7 +107,7 @@ def test_accumulated_gradients_count_as_one_step() -> None:
     assert watcher.monitor.history.steps == [0, 1, 2, 3]
 
 
-def test_the_probe_defaults_to_the_first_validation_batch_else_the_first_training_batch() -> None:
+def test_probe_defaults_to_first_validation_else_train_batch() -> None:
     for val, expected in ((DataLoader(HELD_OUT, batch_size=2), HELD_OUT[:2]), (None, TRAIN[:4])):
         watcher = AttentionMonitorCallback(every_n_steps=3)
         fit(Module(), watcher, train=DataLoader(TRAIN, batch_size=4), val=val)
@@ -117,7 +117,7 @@ def test_the_probe_defaults_to_the_first_validation_batch_else_the_first_trainin
         fit(Module(), watcher, train=list(TRAIN.split(4)))
 
 
-def test_early_stopping_and_checkpoints_can_watch_the_summaries(tmp_path: Path) -> None:
+def test_early_stopping_and_checkpoint_watch_summaries(tmp_path: Path) -> None:
     key = "attention/energy_rms/max"
     stopping = EarlyStopping(key, mode="min", patience=0, check_on_train_epoch_end=True)
     keeping = ModelCheckpoint(tmp_path, monitor=key, mode="max", save_on_train_epoch_end=True, filename="best")
@@ -131,7 +131,7 @@ def test_early_stopping_and_checkpoints_can_watch_the_summaries(tmp_path: Path) 
     assert keeping.best_model_score is not None
 
 
-def test_a_run_resumed_from_lightnings_checkpoint_goes_on_without_duplicate_or_gap(tmp_path: Path) -> None:
+def test_resumed_lightning_run_has_no_gap_or_duplicate(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4, save_last=True)
     first = AttentionMonitorCallback(every_n_steps=2)
     fit(Module(), first, saving, max_steps=4, default_root_dir=tmp_path)
@@ -144,7 +144,7 @@ def test_a_run_resumed_from_lightnings_checkpoint_goes_on_without_duplicate_or_g
     assert first.state_key in state["callbacks"]
 
 
-def test_two_named_callbacks_keep_their_samples_and_their_state_apart(tmp_path: Path) -> None:
+def test_two_named_callbacks_have_separate_states(tmp_path: Path) -> None:
     watchers = [
         AttentionMonitorCallback(HELD_OUT[:, :length], every_n_steps=every, name=name)
         for length, every, name in ((8, 2, "short"), (24, 3, "long"))
@@ -177,7 +177,7 @@ def test_every_lightning_logger_gets_the_samples(tmp_path: Path) -> None:
     assert {event.step: event.value for event in board.Scalars(key)} == pytest.approx(expected)
 
 
-def test_a_module_whose_forward_does_not_fit_says_how_to_call_it() -> None:
+def test_forward_that_does_not_fit_is_explained() -> None:
     class NoForward(Module):
         def forward(self, first: Tensor, second: Tensor) -> Tensor:
             raise NotImplementedError
@@ -199,7 +199,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_nothing_is_drawn_below_the_last_word(
+def test_no_progress_bar_below_the_final_report(
     bar: type[Callback], interrupted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupt(Callback):
@@ -221,7 +221,7 @@ def test_nothing_is_drawn_below_the_last_word(
     assert "Epoch" not in after
 
 
-def test_an_exception_in_training_leaves_the_record_complete_and_closed() -> None:
+def test_record_is_complete_after_an_exception() -> None:
     class Failing(Module):
         def training_step(self, token_ids: Tensor, index: int) -> Tensor:
             if self.global_step == 4:

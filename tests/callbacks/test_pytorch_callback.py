@@ -28,9 +28,7 @@ LAST_WORD = (
 )
 
 
-def test_a_loop_ends_with_a_last_word_when_the_monitor_is_closed_and_only_then(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_final_report_is_printed_on_close(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer, monitor = attached(record=tmp_path / "run.sqlite")
     train(model, optimizer, 2)
     assert capsys.readouterr().out == ""
@@ -58,7 +56,7 @@ os.wait()
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("1 / 0", 1), ("monitor.close()", 0)])
-def test_a_program_that_ends_says_it_once_also_after_an_error(end: str, code: int, tmp_path: Path) -> None:
+def test_final_report_is_printed_once_at_exit(end: str, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(end)]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
@@ -71,14 +69,14 @@ def test_a_program_that_ends_says_it_once_also_after_an_error(end: str, code: in
 
 
 @pytest.mark.parametrize("make", [lambda **settings: attached(**settings), LightningCallback, TransformersCallback])
-def test_a_keyword_or_metric_that_is_not_known_is_refused_at_once_with_the_nearest(make: Any) -> None:
+def test_unknown_keyword_or_metric_is_refused(make: Any) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'logger'; did you mean loggers"):
         make(logger=None)
     with pytest.raises(ValueError, match="unknown metric 'energy_rank'; did you mean 'energy"):
         make(metrics=["energy_rank"])
 
 
-def test_the_optimizer_of_another_model_is_told_of_at_once_and_followed_all_the_same() -> None:
+def test_optimizer_of_another_model_warns_and_is_followed() -> None:
     model, other = TinyGPT(), TinyGPT()
     optimizer = torch.optim.SGD(other.parameters(), 0.1)
     with pytest.warns(AttentionMonitorWarning, match="optimizer=SGD has none of the model's parameters"):
@@ -88,7 +86,7 @@ def test_the_optimizer_of_another_model_is_told_of_at_once_and_followed_all_the_
     monitor.close()
 
 
-def test_attaching_twice_is_told_of_unless_the_names_differ_or_the_first_is_closed() -> None:
+def test_second_monitor_of_the_same_name_warns() -> None:
     model = TinyGPT()
     optimizer, probe = torch.optim.SGD(model.parameters(), 0.1), token_batch()
     with attach(model, optimizer, probe, record=None):
@@ -98,7 +96,7 @@ def test_attaching_twice_is_told_of_unless_the_names_differ_or_the_first_is_clos
     attach(model, optimizer, probe, record=None).close()  # warnings are errors here
 
 
-def test_another_name_of_a_layer_is_answered_with_those_there_are() -> None:
+def test_unknown_layer_name_lists_the_known_ones() -> None:
     _, _, monitor = attached(record=None)
     for asked in (monitor.coverage, monitor.history["energy_rms"]):
         with pytest.raises(KeyError, match=r"no layer 'blocks\.1\.attention'; did you mean 'blocks\.1\.attn' or"):

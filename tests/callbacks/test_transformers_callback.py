@@ -45,9 +45,7 @@ def identical(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of a torch API
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_trainer_lightning_and_the_raw_loop_give_the_same_names_and_bitwise_the_same_numbers(
-    build: Any, tmp_path: Path
-) -> None:
+def test_trainer_lightning_and_raw_loop_are_identical(build: Any, tmp_path: Path) -> None:
     model, probe = build(), default_data_collator(texts(2)[:3])
     raw = attach(copy.deepcopy(model), torch.optim.SGD(model.parameters(), 0.1), probe, record=None).sample(0)
 
@@ -93,7 +91,7 @@ def test_trainer_lightning_and_the_raw_loop_give_the_same_names_and_bitwise_the_
     assert not identical(numbers(last), numbers(first))
 
 
-def test_summaries_are_in_log_history_under_their_own_names_at_the_steps_sampled(tmp_path: Path) -> None:
+def test_log_history_has_summaries_at_sampled_steps(tmp_path: Path) -> None:
     callback = AttentionMonitorCallback(every_n_steps=2)
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
@@ -109,9 +107,7 @@ def test_summaries_are_in_log_history_under_their_own_names_at_the_steps_sampled
     assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4]
 
 
-def test_whatever_reports_for_the_trainer_gets_the_summaries_and_the_console_does_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reporters_get_summaries_and_the_console_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Tracker(TrainerCallback):
         def __init__(self) -> None:
             self.steps: list[int] = []
@@ -128,7 +124,7 @@ def test_whatever_reports_for_the_trainer_gets_the_summaries_and_the_console_doe
     assert "attention/" not in printed
 
 
-def test_tensorboard_gets_the_summaries_by_report_to_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_gets_summaries_by_report_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -141,7 +137,7 @@ def test_tensorboard_gets_the_summaries_by_report_to_alone(tmp_path: Path, monke
 # Where the probe comes from
 
 
-def test_without_a_probe_the_first_evaluation_rows_are_taken_by_the_trainers_collator(tmp_path: Path) -> None:
+def test_probe_defaults_to_first_evaluation_rows(tmp_path: Path) -> None:
     def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
         return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids}
@@ -156,14 +152,14 @@ def test_without_a_probe_the_first_evaluation_rows_are_taken_by_the_trainers_col
         assert batch["attention_mask"].sum(1).tolist() == [20, 17, 14]
 
 
-def test_without_an_evaluation_dataset_the_training_rows_are_taken_in_order(tmp_path: Path) -> None:
+def test_probe_without_evaluation_is_first_training_rows(tmp_path: Path) -> None:
     callback = AttentionMonitorCallback(record=None)
     trainer_of(tmp_path, callback, eval_dataset=None, max_steps=1).train()
     assert callback.monitor is not None
     assert torch.equal(callback.monitor.probe.batch["input_ids"], default_data_collator(texts(1)[:3])["input_ids"])
 
 
-def test_a_probe_of_floats_follows_the_forward_it_is_given_with(tmp_path: Path) -> None:
+def test_float_probe_uses_the_given_forward(tmp_path: Path) -> None:
     seen = []
 
     def forward(model: nn.Module, batch: Tensor) -> None:
@@ -189,7 +185,7 @@ def test_a_probe_of_floats_follows_the_forward_it_is_given_with(tmp_path: Path) 
     ],
     ids=lambda settings: " ".join(settings) or "plain",
 )
-def test_a_monitored_run_ends_bitwise_as_one_without(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_monitored_trainer_run_is_bit_identical(settings: dict[str, Any], tmp_path: Path) -> None:
     def end(*callbacks: TrainerCallback) -> tuple[list[float], list[Tensor]]:
         torch._dynamo.reset()
         model, seen = llama(), []
@@ -212,14 +208,14 @@ def test_a_monitored_run_ends_bitwise_as_one_without(settings: dict[str, Any], t
         assert callback.monitor.history.steps == list(range(0, 5, every_n_steps))
 
 
-def test_steps_are_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
+def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     callback = AttentionMonitorCallback(every_n_steps=2)
     trainer_of(tmp_path, callback, gradient_accumulation_steps=3, max_steps=5).train()
     assert callback.monitor is not None
     assert callback.monitor.history.steps == [0, 2, 4]
 
 
-def test_half_precision_training_is_probed_in_half_precision(tmp_path: Path) -> None:
+def test_probe_runs_in_training_precision(tmp_path: Path) -> None:
     dtypes: dict[str, torch.dtype] = {}
     model = gpt2()
     model.transformer.h[0].attn.c_attn.register_forward_hook(
@@ -232,7 +228,7 @@ def test_half_precision_training_is_probed_in_half_precision(tmp_path: Path) -> 
 # Stop, resume, run again
 
 
-def test_a_run_stopped_by_another_callback_is_finished_properly(tmp_path: Path) -> None:
+def test_run_stopped_by_another_callback_is_finished(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop = state.global_step == 2
@@ -253,7 +249,7 @@ def test_a_run_stopped_by_another_callback_is_finished_properly(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("action", ["stop", "checkpoint"])
-def test_an_alert_stops_the_trainer_or_has_it_save(action: str, tmp_path: Path) -> None:
+def test_alert_stops_or_saves_in_the_trainer(action: str, tmp_path: Path) -> None:
     always = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0)
     rule = Rule("always", "test", "query_head", always, patience=3, grace=0)
     callback = AttentionMonitorCallback(every_n_steps=1, alerts=[rule], actions={"always": action})
@@ -267,9 +263,7 @@ def test_an_alert_stops_the_trainer_or_has_it_save(action: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [None, "first"])
-def test_a_resumed_run_has_the_history_alerts_and_record_of_one_never_interrupted(
-    name: str | None, tmp_path: Path
-) -> None:
+def test_resumed_trainer_run_equals_uninterrupted_one(name: str | None, tmp_path: Path) -> None:
     def run(folder: Path, max_steps: int, **resume: Any) -> AttentionMonitor:
         callback = AttentionMonitorCallback(every_n_steps=1, name=name)
         settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
@@ -297,9 +291,7 @@ def test_a_resumed_run_has_the_history_alerts_and_record_of_one_never_interrupte
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_a_checkpoint_without_a_readable_state_resumes_with_a_warning(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_state_resumes_with_a_warning(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer_of(tmp_path, AttentionMonitorCallback(every_n_steps=1), max_steps=2, **settings).train()
     saved = tmp_path / "checkpoint-2" / "attnmonitor.pt"
@@ -315,7 +307,7 @@ def test_a_checkpoint_without_a_readable_state_resumes_with_a_warning(
     assert str(saved) in caplog.text
 
 
-def test_training_again_begins_a_run_of_its_own(tmp_path: Path) -> None:
+def test_training_again_begins_a_new_run(tmp_path: Path) -> None:
     callback = AttentionMonitorCallback(every_n_steps=2)
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
@@ -341,7 +333,7 @@ def finished(run: Any, folder: Path) -> dict[str, Any]:
     return offline_run(folder)
 
 
-def test_weights_and_biases_gets_every_head_once_and_the_summaries_not_again(run: Any, tmp_path: Path) -> None:
+def test_wandb_gets_every_value_once(run: Any, tmp_path: Path) -> None:
     callback = AttentionMonitorCallback(every_n_steps=2)
     trainer_of(tmp_path, callback, report_to="wandb").train()
     logged = finished(run, tmp_path)
@@ -357,7 +349,7 @@ def test_weights_and_biases_gets_every_head_once_and_the_summaries_not_again(run
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # wandb 0.21 leaves those of the run before
-def test_a_live_run_that_is_not_wanted_in_full_gets_the_summaries_from_the_trainer(run: Any, tmp_path: Path) -> None:
+def test_wandb_run_without_logger_gets_summaries(run: Any, tmp_path: Path) -> None:
     trainer_of(tmp_path, AttentionMonitorCallback(every_n_steps=2, loggers=[]), report_to="wandb").train()
     logged = finished(run, tmp_path)
     assert list(curve(logged, "train/attention/energy_rms/median", x="train/global_step")) == [0, 2, 4]
@@ -367,13 +359,13 @@ def test_a_live_run_that_is_not_wanted_in_full_gets_the_summaries_from_the_train
 # Bad use
 
 
-def test_a_loop_that_is_not_a_trainer_is_told_what_to_use() -> None:
+def test_other_loops_are_pointed_to_attach() -> None:
     callback = AttentionMonitorCallback()
     with pytest.raises(ValueError, match=r"not called from transformers\.Trainer.*attach\(model"):
         callback.on_train_begin(None, None, None, model=llama())
 
 
-def test_two_schedules_are_refused_at_once() -> None:
+def test_two_schedules_are_refused() -> None:
     with pytest.raises(ValueError, match="every_n_steps=5 and schedule=7"):
         AttentionMonitorCallback(every_n_steps=5, schedule=7)
 
@@ -404,7 +396,7 @@ for name, actions, resume in (("stopped", {"always": "stop"}, None), ("resumed",
 
 
 @pytest.mark.soak
-def test_of_two_processes_one_measures_and_both_stop_and_resume_together(tmp_path: Path) -> None:
+def test_two_processes_stop_and_resume_at_the_same_step(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, "script.py", str(Path(__file__).parents[1]), str(tmp_path)], check=True, timeout=300)

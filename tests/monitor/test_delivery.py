@@ -40,7 +40,7 @@ def starve(model: TinyGPT, head: int = 2) -> None:
         attention.q_proj.bias[rows] *= 1e-5
 
 
-def test_opt_in_metrics_equal_the_dense_softmax_of_the_model() -> None:
+def test_opt_in_metrics_equal_the_dense_softmax() -> None:
     model = TinyGPT(num_kv_heads=2)
     inputs: dict[str, Any] = {}
     attention = model.blocks[1].attn
@@ -59,7 +59,7 @@ def test_opt_in_metrics_equal_the_dense_softmax_of_the_model() -> None:
         torch.testing.assert_close(sample.values[metric]["blocks.1.attn"].double(), values, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_metrics_equal_a_dense_svd_and_run_on_their_own_slower_clock() -> None:
+def test_weight_metrics_equal_a_dense_svd_every_n_samples() -> None:
     model = TinyGPT(num_kv_heads=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     metrics = ["energy_effective_rank", *WEIGHT_METRICS]
@@ -84,7 +84,7 @@ def test_weight_metrics_equal_a_dense_svd_and_run_on_their_own_slower_clock() ->
     monitor.close()
 
 
-def test_a_sketch_that_does_not_certify_every_head_is_larger_in_the_next_sample() -> None:
+def test_uncertified_sketch_grows_in_the_next_sample() -> None:
     torch.manual_seed(0)
     model = TinyGPT(width=512, num_query_heads=2, max_length=600)  # d = 256: sketched on a CPU, too
     with torch.no_grad():  # flat spectra: the hardest to certify from a few columns
@@ -95,7 +95,7 @@ def test_a_sketch_that_does_not_certify_every_head_is_larger_in_the_next_sample(
     assert fractions[-1] == 1
 
 
-def test_an_alert_reaches_the_sample_the_record_and_wandb_once_and_names_the_head(in_own_folder: Path) -> None:
+def test_alert_reaches_sample_record_and_wandb_once(in_own_folder: Path) -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     with wandb.init(project="test", dir=in_own_folder) as run:
@@ -125,7 +125,7 @@ def test_an_alert_reaches_the_sample_the_record_and_wandb_once_and_names_the_hea
     assert curve(logged, "attention/alerts/new") == {0: 0, 1: 0, 2: 1, 3: 0, 4: 0}
 
 
-def test_actions_are_called_and_requests_told_when_the_alert_begins_and_a_broken_action_is_contained() -> None:
+def test_actions_run_once_and_their_failure_is_contained() -> None:
     told: list[tuple[AlertEvent, Sample]] = []
 
     def broken(event: AlertEvent, sample: Sample) -> None:
@@ -145,7 +145,7 @@ def test_actions_are_called_and_requests_told_when_the_alert_begins_and_a_broken
     assert monitor.sample(2).requests == ()
 
 
-def test_alerts_reach_python_logging_without_any_tracker_once_and_their_end_as_well(
+def test_alerts_and_recoveries_are_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", logger="attnmonitor")
@@ -179,7 +179,7 @@ def test_bad_actions_are_refused_at_construction(actions: dict[str, Any], messag
         AttentionMonitor(TinyGPT(), token_batch(), alerts=[FAINT], actions=actions, record=None)
 
 
-def test_a_rule_on_a_metric_that_is_not_measured_is_refused_and_default_rules_are_fitted() -> None:
+def test_rule_on_an_unmeasured_metric_is_refused() -> None:
     with pytest.raises(ValueError, match="rule 'faint_query' watches 'query_rms', which is not measured"):
         AttentionMonitor(TinyGPT(), token_batch(), alerts=[FAINT], metrics=["key_rank"], record=None)
     AttentionMonitor(TinyGPT(), token_batch(), metrics=["key_rank"], record=None).sample(0)
@@ -187,7 +187,7 @@ def test_a_rule_on_a_metric_that_is_not_measured_is_refused_and_default_rules_ar
     AttentionMonitor(TinyGPT(), token_batch(), alerts=[*DEFAULT_RULES, FAINT], record=None).sample(0)
 
 
-def test_lightning_stops_and_saves_when_an_alert_asks_for_it(tmp_path: Path) -> None:
+def test_lightning_stops_and_saves_on_an_alert(tmp_path: Path) -> None:
     class Starved(Module):
         def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             super().optimizer_step(*args, **kwargs)

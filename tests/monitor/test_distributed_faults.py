@@ -328,18 +328,18 @@ def _nothing_wrong(found: Found, count: int) -> None:
     print(Counter(case.how for case, _ in cases[0]), Counter(case.stage for case, _ in cases[0]))
 
 
-def test_faults_on_one_of_two_processes_hang_none_and_leave_training_as_it_was(few: Found) -> None:
+def test_fault_on_one_process_hangs_none(few: Found) -> None:
     _nothing_wrong(few, 6)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("first", [1000, 1050, 1100, 1150])
-def test_two_hundred_random_faults_hang_none_and_leave_training_as_it_was(first: int, tmp_path: Path) -> None:
+def test_two_hundred_random_faults_hang_none(first: int, tmp_path: Path) -> None:
     _nothing_wrong(on_processes(tmp_path, _everything, range(first, first + 50), False), 50)
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "tp"])
-def test_a_fault_that_stays_on_one_process_pauses_all_of_them_at_the_same_step(how: str, few: Found) -> None:
+def test_permanent_fault_pauses_all_processes_at_once(how: str, few: Found) -> None:
     for rank in range(2):
         pause = few[rank]["aftermath"][how]["pause"]
         assert pause["paused"] == [False] * 4 + [True] * 3
@@ -353,6 +353,6 @@ def test_a_fault_that_stays_on_one_process_pauses_all_of_them_at_the_same_step(h
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "tp"])
-def test_strict_raises_on_all_processes_and_the_next_forward_begins_anew(how: str, few: Found) -> None:
+def test_strict_raises_on_all_and_next_forward_works(how: str, few: Found) -> None:
     assert few[1]["aftermath"][how]["strict"] == "no luck"
     assert few[0]["aftermath"][how]["strict"] == "process 1: RuntimeError: no luck"

@@ -229,7 +229,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(17, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("target", [raw_loop, in_lightning, in_trainer])
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(
+def test_killed_and_resumed_run_ends_like_an_unkilled_one(
     target: Callable[..., AttentionMonitor], num_kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb.teardown()  # a process of the client's own is not to be shared with those that are killed

@@ -65,9 +65,7 @@ def in_a_process_of_its_own(work: Callable[..., None], *arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("num_samples", [300, pytest.param(10_000, marks=pytest.mark.soak)])
-def test_samples_leave_memory_hooks_files_threads_and_their_own_cost_as_they_were(
-    num_samples: int, tmp_path: Path
-) -> None:
+def test_samples_leak_nothing_and_keep_their_cost(num_samples: int, tmp_path: Path) -> None:
     in_a_process_of_its_own(take_samples, num_samples, tmp_path)
 
 
@@ -103,7 +101,7 @@ def take_samples(num_samples: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_times", [40, pytest.param(1000, marks=pytest.mark.soak)])
-def test_attaching_and_closing_again_and_again_leaves_nothing(num_times: int, tmp_path: Path) -> None:
+def test_repeated_attach_and_close_leaks_nothing(num_times: int, tmp_path: Path) -> None:
     in_a_process_of_its_own(attach_and_close, num_times, tmp_path)
 
 
@@ -133,7 +131,7 @@ def attach_and_close(num_times: int, tmp_path: Path) -> None:
     assert all(monitor() is None for monitor in monitors)
 
 
-def test_no_activation_batch_or_failed_forward_is_kept_after_a_sample(recwarn: Any) -> None:
+def test_no_activation_is_alive_after_a_sample(recwarn: Any) -> None:
     model = TinyGPT()
     seen: list[weakref.ref[Tensor]] = []
     fails = False
@@ -158,7 +156,7 @@ def test_no_activation_batch_or_failed_forward_is_kept_after_a_sample(recwarn: A
         assert (sample.failure is not None) == fails
 
 
-def test_the_monitor_does_not_keep_a_model_alive_that_the_user_dropped_with_it() -> None:
+def test_dropped_model_is_freed() -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = attach(model, optimizer, token_batch(), every_n_steps=1)

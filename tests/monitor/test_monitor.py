@@ -38,7 +38,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_every_default_metric_equals_the_dense_float64_field_of_the_models_own_queries_and_keys(
+def test_default_metrics_equal_the_dense_float64_field(
     num_kv_heads: int,
 ) -> None:
     model = TinyGPT(num_kv_heads=num_kv_heads)
@@ -61,7 +61,7 @@ def test_every_default_metric_equals_the_dense_float64_field_of_the_models_own_q
             )
 
 
-def test_coverage_says_how_each_layer_was_captured_and_to_what_error_it_was_verified() -> None:
+def test_coverage_names_capture_and_verified_error() -> None:
     coverage = monitor_of(TinyGPT(num_kv_heads=2)).coverage
     assert list(coverage) == ["blocks.0.attn", "blocks.1.attn"]
     for layer in coverage.values():
@@ -73,7 +73,7 @@ def test_coverage_says_how_each_layer_was_captured_and_to_what_error_it_was_veri
         assert layer.error < 1e-5
 
 
-def test_the_numbers_do_not_depend_on_who_asks_or_how_often() -> None:
+def test_repeated_samples_are_bit_identical() -> None:
     model = TinyGPT(dropout=0.3)
     monitor = monitor_of(model)
     first, second = monitor.sample(0), monitor.sample(7)
@@ -84,7 +84,7 @@ def test_the_numbers_do_not_depend_on_who_asks_or_how_often() -> None:
             assert torch.equal(values, other.values[metric][layer])
 
 
-def test_layers_do_not_wait_past_a_bound_and_the_numbers_stay_those_of_one_batch(
+def test_pending_layers_are_bounded_and_values_unchanged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monitor = monitor_of(TinyGPT(num_layers=5))
@@ -121,7 +121,7 @@ class Overwriting(nn.Module):
         return mixed
 
 
-def test_a_model_may_write_into_its_queries_and_keys_after_its_attention() -> None:
+def test_model_may_overwrite_q_and_k_after_attention() -> None:
     model, careless = Overwriting(overwrites=False), Overwriting(overwrites=True)
     careless.load_state_dict(model.state_dict())
     probe = torch.randn(2, 20, 16)
@@ -131,7 +131,7 @@ def test_a_model_may_write_into_its_queries_and_keys_after_its_attention() -> No
             assert torch.equal(found.values[metric][name], values)
 
 
-def test_a_head_with_nan_weights_is_nan_and_the_other_heads_keep_their_numbers() -> None:
+def test_only_the_head_with_nan_weights_is_nan() -> None:
     model = TinyGPT()
     before = monitor_of(model).sample(0)
     with torch.no_grad():
@@ -161,7 +161,7 @@ class AttentionOnWrongKernel(CausalSelfAttention):
             return super().forward(x)
 
 
-def test_a_layer_whose_capture_is_not_what_it_computed_is_never_logged_as_a_number() -> None:
+def test_unverified_layer_is_nan() -> None:
     model = TinyGPT()
     model.blocks[0].attn = AttentionOnWrongKernel(32, 4, 4)
     with pytest.warns(UserWarning, match=r"blocks\.0\.attn is not measured: attention rebuilt"):
@@ -189,9 +189,7 @@ def test_a_layer_whose_capture_is_not_what_it_computed_is_never_logged_as_a_numb
     ],
     ids=str,
 )
-def test_a_seeded_run_ends_bit_identical_with_and_without_the_monitor(
-    settings: dict[str, Any], every_n_steps: int
-) -> None:
+def test_seeded_run_is_bit_identical_with_monitor(settings: dict[str, Any], every_n_steps: int) -> None:
     ends = []
     for watched in (False, True):
         torch.manual_seed(0)
@@ -208,7 +206,7 @@ def test_a_seeded_run_ends_bit_identical_with_and_without_the_monitor(
     monitor.close()
 
 
-def test_nothing_stays_on_the_model_and_no_activation_outlives_a_sample() -> None:
+def test_no_hook_and_no_activation_is_left() -> None:
     model = TinyGPT()
     kept: list[weakref.ref[Tensor]] = []
     model.blocks[0].attn.q_proj.register_forward_hook(lambda module, args, out: kept.append(weakref.ref(out)))
@@ -233,7 +231,7 @@ class Stumbling(TinyGPT):
         return super().forward(token_ids)
 
 
-def test_a_sample_that_fails_is_nan_counted_and_warned_about_once_and_training_goes_on() -> None:
+def test_failed_sample_is_nan_counted_and_warned_once() -> None:
     model = Stumbling(dropout=0.1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
@@ -254,7 +252,7 @@ def test_a_sample_that_fails_is_nan_counted_and_warned_about_once_and_training_g
     assert list(record.steps) == list(range(7))
 
 
-def test_warnings_that_are_errors_do_not_reach_the_training_step() -> None:
+def test_warnings_as_errors_do_not_reach_training() -> None:
     model = Stumbling()
     monitor = monitor_of(model, strict=False)
     model.fails = True
@@ -267,7 +265,7 @@ def test_warnings_that_are_errors_do_not_reach_the_training_step() -> None:
     assert sample.values["energy_rms"]["blocks.0.attn"].isnan().all()
 
 
-def test_strict_raises_instead() -> None:
+def test_strict_raises_a_failed_sample() -> None:
     model = Stumbling()
     monitor = monitor_of(model)
     model.fails = True
@@ -275,7 +273,7 @@ def test_strict_raises_instead() -> None:
         monitor.sample(1)
 
 
-def test_a_logger_that_raises_is_contained_and_the_others_get_the_sample() -> None:
+def test_failing_logger_does_not_affect_the_others() -> None:
     class Broken:
         def log_sample(self, sample: Sample) -> None:
             raise OSError("tracker is gone")
@@ -295,7 +293,7 @@ def test_a_logger_that_raises_is_contained_and_the_others_get_the_sample() -> No
     assert [sample.global_step for sample in kept.samples] == [0, 1]
 
 
-def test_a_layer_that_changes_its_heads_becomes_nan_with_the_reason_and_the_others_go_on() -> None:
+def test_layer_with_changed_heads_is_nan_with_reason() -> None:
     model = TinyGPT()
     monitor = monitor_of(model)
     for attention in (model.blocks[1].attn,):
@@ -327,7 +325,7 @@ def test_a_layer_that_changes_its_heads_becomes_nan_with_the_reason_and_the_othe
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_refused_at_attach_with_what_arrived(arguments: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_and_quoted(arguments: dict[str, Any], message: str) -> None:
     arguments = {"model": TinyGPT(), "probe": token_batch(), **arguments}
     with pytest.raises(ValueError, match=message):
         AttentionMonitor(arguments.pop("model"), arguments.pop("probe"), **arguments)
@@ -336,14 +334,14 @@ def test_bad_input_is_refused_at_attach_with_what_arrived(arguments: dict[str, A
 # State
 
 
-def test_weights_partitioned_in_an_unknown_way_are_refused_before_anybody_waits() -> None:
+def test_unknown_partitioning_is_refused() -> None:
     model = TinyGPT()
     model.head.weight.ds_id = 7  # as DeepSpeed ZeRO-3 marks them
     with pytest.raises(ValueError, match=r"model=TinyGPT: head.weight is partitioned by DeepSpeed ZeRO-3"):
         monitor_of(model)
 
 
-def test_a_resumed_run_goes_on_with_history_steps_and_record_without_duplicates() -> None:
+def test_resumed_run_has_no_gap_and_no_duplicate() -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     first = attach(model, optimizer, token_batch(), every_n_steps=2)
@@ -365,7 +363,7 @@ def test_a_resumed_run_goes_on_with_history_steps_and_record_without_duplicates(
             torch.testing.assert_close(torch.from_numpy(trajectory), second.history[metric][layer], rtol=0, atol=0)
 
 
-def test_a_changed_probe_is_told_and_its_numbers_are_not_mixed_with_the_old_ones() -> None:
+def test_history_of_another_probe_is_not_loaded() -> None:
     model = TinyGPT()
     state = monitor_of(model).state_dict()
     other = monitor_of(model, probe=token_batch(seed=5))
@@ -374,12 +372,12 @@ def test_a_changed_probe_is_told_and_its_numbers_are_not_mixed_with_the_old_ones
     assert len(other.history) == 0
 
 
-def test_a_state_of_another_kind_is_refused() -> None:
+def test_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state: format None is not 1"):
         monitor_of(TinyGPT()).load_state_dict({})
 
 
-def test_steps_are_asked_once_and_those_jumped_over_are_made_up_for() -> None:
+def test_steps_are_asked_once_and_skipped_ones_too() -> None:
     monitor = monitor_of(TinyGPT(), schedule=[0, 5])
     assert monitor.on_step(0) is not None
     assert monitor.on_step(0) is None
@@ -388,7 +386,7 @@ def test_steps_are_asked_once_and_those_jumped_over_are_made_up_for() -> None:
     assert monitor.history.steps == [0, 6]
 
 
-def test_two_monitors_with_two_probes_live_side_by_side() -> None:
+def test_two_named_monitors_run_side_by_side() -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     short = attach(model, optimizer, token_batch(length=8), every_n_steps=1, name="short")
@@ -406,7 +404,7 @@ def test_two_monitors_with_two_probes_live_side_by_side() -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_a_record_path_is_used_as_it_is_and_none_writes_nothing(tmp_path: Any) -> None:
+def test_record_path_is_kept_and_none_writes_nothing(tmp_path: Any) -> None:
     with monitor_of(TinyGPT(), record=tmp_path / "mine.sqlite") as monitor:
         monitor.sample(3)
     assert list(RunRecord.open(tmp_path / "mine.sqlite").steps) == [3]
@@ -415,7 +413,7 @@ def test_a_record_path_is_used_as_it_is_and_none_writes_nothing(tmp_path: Any) -
     assert [path.name for path in tmp_path.iterdir()] == ["mine.sqlite"]
 
 
-def test_a_history_is_bounded() -> None:
+def test_history_is_bounded() -> None:
     from attnmonitor.record.history import History
 
     monitor = monitor_of(TinyGPT(), metrics=["energy_rms"])

@@ -8,13 +8,13 @@ from attnmonitor.monitor.schedules import as_schedule, at_steps, every, logarith
 
 
 @given(st.integers(1, 50), st.integers(0, 10_000))
-def test_every_n_samples_the_baseline_and_each_multiple(n: int, step: int) -> None:
+def test_every_n_samples_zero_and_multiples(n: int, step: int) -> None:
     assert every(n)(0)
     assert every(n)(step) == (step / n == step // n)
 
 
 @given(st.integers(1, 30), st.integers(0, 6))
-def test_logarithmic_samples_each_power_of_ten_and_at_most_so_many_per_decade(per_decade: int, decade: int) -> None:
+def test_logarithmic_samples_powers_of_ten(per_decade: int, decade: int) -> None:
     schedule = logarithmic(per_decade)
     assert schedule(0)
     assert schedule(10**decade)
@@ -23,21 +23,21 @@ def test_logarithmic_samples_each_power_of_ten_and_at_most_so_many_per_decade(pe
         assert 1 <= sampled <= per_decade
 
 
-def test_given_steps_and_functions_are_asked_as_they_are() -> None:
+def test_step_lists_functions_and_numbers_are_schedules() -> None:
     assert [step for step in range(10) if as_schedule([2, 7])(step)] == [2, 7]
     assert [step for step in range(6) if as_schedule(lambda step: step % 2 == 1)(step)] == [1, 3, 5]
     assert [step for step in range(6) if as_schedule(2)(step)] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 2.5, None, "100", []])
-def test_a_schedule_that_never_or_wrongly_fires_is_refused_and_quoted(wrong: object) -> None:
+def test_bad_schedule_is_refused_and_quoted(wrong: object) -> None:
     with pytest.raises(ValueError, match="schedule") as caught:
         as_schedule(wrong)  # type: ignore[arg-type]
     assert repr(wrong) in str(caught.value) or wrong == []
 
 
 @pytest.mark.parametrize("wrong", [[], [-1], [1, 2.5], [True]])
-def test_wrong_step_lists_are_refused(wrong: list[int]) -> None:
+def test_bad_step_list_is_refused(wrong: list[int]) -> None:
     with pytest.raises(ValueError, match="at_steps"):
         at_steps(wrong)
 
