@@ -1,7 +1,7 @@
-"""The command line: arguments in, one call of the library, text or a whole file out.
+"""The command line: arguments in, one call of the library, text or a complete file out.
 
-What goes wrong is told in one line, with exit code 2. Files are written beside their place and moved there when they
-are complete, so that a failed command leaves neither half a file nor an older one destroyed.
+An error is one line on stderr and exit code 2. A file is written under another name and renamed when it is complete, so
+a failed command leaves neither half a file nor destroys an older one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnmonitor._version import __version__
-from attnmonitor.scan.output import whole_file, write_scans
+from attnmonitor.scan.files import check_folder_of, whole_file
 
 if TYPE_CHECKING:
-    from attnmonitor.scan import Progress
+    from attnmonitor.scan import Progress, Scan
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 where something was left unmeasured, 2 on an error."""
+    """Run the command line and return its exit code: 0, 1 where a layer was not measured, 2 on an error."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -38,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="attnmonitor", description="What every attention head of a transformer does.")
+    parser = argparse.ArgumentParser(prog="attnmonitor", description="Monitor every attention head of a transformer.")
     parser.add_argument("--version", action="version", version=f"attnmonitor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_scan(commands.add_parser("scan", help="audit every attention head of a checkpoint"))
     _add_report(commands.add_parser("report", help="write the HTML report of a recorded run"))
-    _add_replay(commands.add_parser("replay", help="see which alerts other rules would have raised in a recorded run"))
-    _add_demo(commands.add_parser("demo", help="train a small GPT on this machine while every head is watched"))
+    _add_replay(
+        commands.add_parser("replay", help="show which alerts a set of rules would have raised in a recorded run")
+    )
+    _add_demo(commands.add_parser("demo", help="train a small GPT on this machine with every head monitored"))
     return parser
 
 
@@ -53,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Run some text through a checkpoint once and say what each of its attention heads does. Of several models or "
-        "lengths, or of a folder that holds the checkpoints of a run, one row each; of checkpoints also a line per "
-        "metric that shows how it went."
+        "Run some text through a checkpoint once and measure each of its attention heads. Several models or lengths, "
+        "or a folder with the checkpoints of a run, give one row each; checkpoints of one run also give one line per "
+        "metric that shows its course."
     )
     add = parser.add_argument
     add(
@@ -64,22 +66,22 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a folder, a Hugging Face id, a .gguf file, or a folder with checkpoints in it: all of them are measured",
     )
-    add("--text", type=Path, metavar="FILE", help="what to run through it (default: the help texts of Python)")
+    add("--text", type=Path, metavar="FILE", help="text to run through the model (default: the help texts of Python)")
     add("--length", type=_lengths, default=[512], metavar="L[,L...]", help="tokens in a sequence (default: 512)")
-    add("--batch", type=int, default=4, metavar="B", help="sequences at most (default: %(default)s)")
+    add("--batch", type=int, default=4, metavar="B", help="maximum number of sequences (default: %(default)s)")
     add(
         "--dtype",
         choices=("float32", "float64", "bfloat16", "float16"),
         default="float32",
         help="(default: %(default)s)",
     )
-    add("--device", help="where to run (default: the first CUDA device, else the CPU)")
-    add("--tokenizer", metavar="MODEL", help="where the tokenizer is, if not with the model")
+    add("--device", help="device of the model (default: the first CUDA device, else the CPU)")
+    add("--tokenizer", metavar="MODEL", help="folder, id or .gguf file of the tokenizer, if the model has none")
     add(
         "--metrics",
         nargs="+",
         metavar="NAME",
-        help="what to measure (default: all but what needs rows of the L×L matrix)",
+        help="metrics to measure (default: all but those that need rows of the L×L matrix)",
     )
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add(
@@ -87,14 +89,20 @@ def _add_scan(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write JSON to a file, or to the screen instead of the table",
+        help="write JSON to a file, or to the terminal instead of the table",
     )
-    add("--csv", nargs="?", const="-", metavar="FILE", help="write one line per head and metric, likewise")
+    add(
+        "--csv",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write one line per head and metric, to a file or the terminal",
+    )
     add(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="of several checkpoints: draw the heads over the steps (.png, .svg, .pdf)",
+        help="draw the heads over the steps of several checkpoints (.png, .svg, .pdf)",
     )
     parser.set_defaults(run=_run_scan)
 
@@ -105,38 +113,49 @@ def _lengths(text: str) -> list[int]:
 
 def _run_scan(arguments: argparse.Namespace) -> int:
     for target in (arguments.json, arguments.csv, arguments.plot):
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise ValueError(f"{target}: there is no folder {Path(target).absolute().parent} to write it to")
+        if target not in (None, "-"):
+            check_folder_of(target)
     import torch
 
-    from attnmonitor.scan import audit
-    from attnmonitor.scan.checkpoint import Checkpoint, checkpoints_in, silence_transformers
+    from attnmonitor.scan import audit_all
+    from attnmonitor.scan.checkpoint import checkpoints_in, silence_transformers
+    from attnmonitor.scan.output import problem_lines
 
     silence_transformers()
-    text = None if arguments.text is None else arguments.text.read_text(encoding="utf-8")
     models = [path for model in arguments.models for path in (checkpoints_in(model) or [model])]
     if arguments.plot is not None and (len(models) < 2 or len(arguments.length) > 1):
         raise ValueError(f"--plot {arguments.plot}: draws several models, or a folder of checkpoints, at one --length")
-    scans = []
-    for model in models:
-        checkpoint = Checkpoint(
-            model,
-            dtype=getattr(torch, arguments.dtype),
-            device=arguments.device,
-            tokenizer=arguments.tokenizer,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        for length in arguments.length:
-            settings = {"length": length, "batch": arguments.batch, "metrics": arguments.metrics}
-            with _progress_bar(Path(model).name) as progress:
-                scans.append(audit(checkpoint, text=text, progress=progress, **settings))
-    write_scans(scans, arguments)
-    for found in scans:
-        for name, reason in found.not_measured.items():
-            print(f"attnmonitor scan: {found.model}: {name} is not measured: {reason}", file=sys.stderr)
-        for name, reason in found.without_projections.items():
-            print(f"attnmonitor scan: {found.model}: {name} has no learned rank: {reason}", file=sys.stderr)
+    scans = audit_all(
+        models,
+        lengths=arguments.length,
+        progress=_progress_bar,
+        text=None if arguments.text is None else arguments.text.read_text(encoding="utf-8"),
+        batch=arguments.batch,
+        metrics=arguments.metrics,
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        tokenizer=arguments.tokenizer,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    _write_scans(scans, arguments)
+    for line in (line for found in scans for line in problem_lines(found)):
+        print(f"attnmonitor scan: {line}", file=sys.stderr)
     return int(any(found.not_measured for found in scans))
+
+
+def _write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
+    from attnmonitor.scan.output import csv_text, json_text, plot_scans, scan_text, scans_text
+
+    for target, text_of in ((arguments.json, json_text), (arguments.csv, csv_text)):
+        if target == "-":
+            sys.stdout.write(text_of(scans))
+        elif target is not None:
+            with whole_file(Path(target)) as unfinished:
+                unfinished.write_text(text_of(scans), encoding="utf-8")
+    if arguments.plot is not None:
+        plot_scans(scans, arguments.plot)
+    if "-" not in (arguments.json, arguments.csv):
+        print(scan_text(scans[0]) if len(scans) == 1 else scans_text(scans))
 
 
 # report, replay, demo
@@ -161,9 +180,11 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Say which alerts a set of rules would have raised in a recorded run."
+    parser.description = "Print the alerts that a set of rules would have raised in a recorded run."
     parser.add_argument("record", type=Path, metavar="RUN.sqlite", help="the run's record")
-    parser.add_argument("--rules", type=Path, metavar="FILE", help="rules as JSON (default: those a monitor has)")
+    parser.add_argument(
+        "--rules", type=Path, metavar="FILE", help="rules as JSON (default: the default rules of a monitor)"
+    )
     parser.set_defaults(run=_run_replay)
 
 
@@ -177,45 +198,49 @@ def _run_replay(arguments: argparse.Namespace) -> int:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Train a small GPT on English for about a minute and a half, watch its heads, write a report."
-    parser.add_argument("--out", default="demo_output", metavar="FOLDER", help="(default: %(default)s)")
-    parser.add_argument("--steps", default="200", metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.description = (
+        "Train a small GPT on English for about a minute and a half, monitor its heads, write a report."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="output folder (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps (default: %(default)s)")
     parser.set_defaults(run=_run_demo)
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     from attnmonitor.cli.demo import main as demo
 
-    demo(["--out", arguments.out, "--steps", arguments.steps])
+    demo(arguments.out, num_steps=arguments.steps)
     return 0
 
 
-# What the commands share
+# progress of scan
 
 
 @contextmanager
-def _progress_bar(what: str) -> Iterator[Progress]:
-    """Show progress on stderr while it is a terminal: a bar where ``rich`` is installed, else a line per stage."""
-    if not sys.stderr.isatty():  # even a disabled bar may end with an empty line there
-        yield lambda doing, fraction: None
+def _progress_bar(name: str) -> Iterator[Progress]:
+    """Show progress on stderr if it is a terminal: a bar where ``rich`` is installed, else a line per activity."""
+    if not sys.stderr.isatty():  # even a disabled bar may print an empty line at its end
+        yield lambda activity, fraction: None
         return
     try:
         from rich.console import Console
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
-        yield _lines_of_progress(what)
+        yield _progress_lines(name)
         return
     with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda doing, fraction: bar.update(task, description=f"{doing} {what}", completed=fraction)
+        task = bar.add_task(name, total=1.0)
+        yield lambda activity, fraction: bar.update(task, description=f"{activity} {name}", completed=fraction)
 
 
-def _lines_of_progress(what: str) -> Progress:
-    told = set[str]()
+def _progress_lines(name: str) -> Progress:
+    shown = set[str]()
 
-    def tell(doing: str, fraction: float) -> None:
-        if doing not in told:
-            told.add(doing)
-            print(f"{doing} {what} ...", file=sys.stderr)
+    def show(activity: str, fraction: float) -> None:
+        if activity not in shown:
+            shown.add(activity)
+            print(f"{activity} {name} ...", file=sys.stderr)
 
-    return tell
+    return show

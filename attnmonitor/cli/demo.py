@@ -1,15 +1,13 @@
-"""Train a small GPT on English on the CPU, with every one of its 64 attention heads measured.
+"""Train a small GPT on English on the CPU, with each of its 64 attention heads measured.
 
-Trains with Lightning for about a minute and a half, logs to Weights & Biases (offline unless WANDB_API_KEY is set),
-and ends with a verdict, the heads that stand out, and where everything lies. ``examples/raw_pytorch.py`` is the same
-run without Lightning. The examples and benchmarks train the same model on the same text: the language reference that
-Python ships (``pydoc_data.topics``, about half a million characters), read character by character, so that nothing is
-downloaded.
+It trains with Lightning for about a minute and a half, logs to Weights & Biases (offline unless WANDB_API_KEY is set),
+and ends with a verdict, the outlier heads, and the paths of all files. ``examples/raw_pytorch.py`` is the same run
+without Lightning. The examples and benchmarks train the same model on the same text: the language reference that Python
+ships (``pydoc_data.topics``, about half a million characters), one token per character, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import pydoc_data.topics
 import warnings
@@ -36,7 +34,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix positions: ``(B, L, width)`` in and out."""
+        """Return the mixed positions: ``(B, L, width)`` in and out."""
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
         )
@@ -54,7 +52,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention, then MLP: ``(B, L, width)`` in and out."""
+        """Apply attention, then the MLP: ``(B, L, width)`` in and out."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -69,15 +67,15 @@ class SmallGPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(max_length, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-        self.apply(self._initialise)
+        self.apply(self._initialize)
 
     @staticmethod
-    def _initialise(module: nn.Module) -> None:
+    def _initialize(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Logits of the next token: ``(B, L)`` to ``(B, L, vocabulary)``."""
+        """Return the logits of the next token: ``(B, L)`` to ``(B, L, vocabulary)``."""
         x = self.tokens(token_ids) + self.positions(torch.arange(token_ids.shape[1], device=token_ids.device))
         for block in self.blocks:
             x = block(x)
@@ -93,18 +91,18 @@ def english() -> tuple[Tensor, int]:
 
 
 def windows(token_ids: Tensor, length: int) -> Tensor:
-    """Cut a text into non-overlapping training examples, ``(num_windows, length)``."""
+    """Return non-overlapping training examples of a text, ``(num_windows, length)``."""
     return token_ids[: len(token_ids) // length * length].view(-1, length)
 
 
 def next_token_loss(model: nn.Module, token_ids: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting each token from those before it, in nats."""
+    """Return the mean cross-entropy of predicting each token from those before it, in nats."""
     logits = model(token_ids)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
 
 
 def as_lightning_module(gpt: SmallGPT) -> Any:
-    """Wrap the model in a LightningModule; nothing in it knows of the monitor."""
+    """Return the model as a LightningModule, which knows nothing of the monitor."""
     import lightning
 
     class LanguageModel(lightning.LightningModule):
@@ -142,10 +140,10 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
     text, vocabulary = english()
     examples = windows(text, length)
     held_out, trained_on = examples[: 4 * batch], examples[4 * batch :]
-    watcher = AttentionMonitorCallback(every_n_steps=8)  # 26 samples: every rule has what it waits for
+    callback = AttentionMonitorCallback(every_n_steps=8)  # 26 samples: one more than the longest grace of a rule
     trainer = lightning.Trainer(
         max_steps=num_steps,
-        callbacks=[watcher],
+        callbacks=[callback],
         logger=WandbLogger(project="attnmonitor-demo", save_dir=out, offline="WANDB_API_KEY" not in os.environ),
         default_root_dir=out,
         accelerator="cpu",
@@ -160,12 +158,12 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
         DataLoader(TensorDataset(trained_on), batch_size=batch, shuffle=True),
         DataLoader(TensorDataset(held_out), batch_size=batch),
     )
-    assert watcher.monitor is not None
-    return watcher.monitor
+    assert callback.monitor is not None
+    return callback.monitor
 
 
-def tell(monitor: AttentionMonitor, out: Path) -> None:
-    """Draw what was seen, and print where to look further: what it comes to the callback has said."""
+def write_pages(monitor: AttentionMonitor, out: Path) -> None:
+    """Write the picture and the report and print their paths; the callback has printed the verdict."""
     from attnmonitor.plots import overview
     from attnmonitor.record import RunRecord
     from attnmonitor.report import write_report
@@ -181,12 +179,13 @@ def tell(monitor: AttentionMonitor, out: Path) -> None:
         print(f"{what:8s} {where}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, train, tell."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for everything that is written")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
-    options = parser.parse_args(arguments)
-    # Two cores are busy enough without data workers; the other one is between Lightning and torch.
+def main(out: Path, *, num_steps: int) -> None:
+    """Train, write the picture and the report, and print their paths.
+
+    Args:
+        out: Folder for all files.
+        num_steps: Optimizer steps.
+    """
+    # Two cores are busy enough without data workers; the other warning is between Lightning and torch.
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec).*")
-    tell(run(options.out, num_steps=options.steps), options.out)
+    write_pages(run(out, num_steps=num_steps), out)

@@ -1,16 +1,16 @@
-"""The audit of a finished checkpoint: load it, run some text through it once, and say what each head does with it.
+"""The audit of a checkpoint: load it, run some text through it once, and measure every attention head.
 
-It is the measurement of a training run taken once, so the numbers are those a monitor logs for the same weights and
-the same tokens, under the same names. One layer's queries and keys are in memory at a time, and logits over the
-vocabulary, which nothing here reads, are made for one position only where the model can leave the others out.
+It is one measurement as a monitor takes it during training, so the numbers are those a monitor logs for the same
+weights and tokens, under the same names. Queries and keys of one layer are in memory at a time. Logits over the
+vocabulary are not needed; where the model allows it, they are computed for one position only.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,23 @@ from attnmonitor.metrics.catalog import DEFAULT_METRICS, WEIGHT_METRICS, check_m
 from attnmonitor.sample import LayerCoverage
 from attnmonitor.scan.checkpoint import Checkpoint
 
-__all__ = ["Scan", "audit", "bundled_text", "scan"]
+__all__ = ["Progress", "Scan", "audit", "audit_all", "bundled_text", "scan"]
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction of it that is done."""
+"""Called with the present activity and the fraction of it that is done."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
-        model: The model as it was named.
+        model: The model as the caller named it.
         length: Tokens in each sequence.
         num_sequences: Sequences measured; values are means over them.
-        probe_fingerprint: 12 hex digits that tell these tokens from others.
-        values: ``values[metric][layer]``: float32 ``(num_heads,)``, layers in forward order; only layers measured.
-        coverage: How each attention layer was captured, or why it has no values.
+        probe_fingerprint: 12 hex digits that identify the tokens.
+        values: ``values[metric][layer]``: float32 ``(num_heads,)``, layers in forward order; measured layers only.
+        coverage: How each attention layer was captured, or why it was not.
         without_projections: Layers whose weight metrics are NaN because W_Q and W_K were not found, and why.
     """
 
@@ -60,21 +60,25 @@ class Scan:
         return {name: layer.reason for name, layer in self.coverage.items() if not layer.measured}
 
     def heads(self, metric: str) -> Tensor:
-        """All heads of the model, layer after layer, without those that have no number: ``(num_heads,)``."""
+        """Return the values of all heads of the model, layer after layer, without NaN: ``(num_heads,)``."""
         heads = torch.cat(list(self.values[metric].values()))
         return heads[~heads.isnan()]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return least, median and greatest value over all heads of the model, per metric."""
+        """Return minimum, median and maximum over all heads of the model, per metric."""
         found = {metric: self.heads(metric).double().numpy() for metric in self.values}
         return {
-            metric: {"min": _short(heads.min()), "median": _short(np.median(heads)), "max": _short(heads.max())}
+            metric: {
+                "min": _seven_digits(heads.min()),
+                "median": _seven_digits(np.median(heads)),
+                "max": _seven_digits(heads.max()),
+            }
             for metric, heads in found.items()
             if heads.size
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain containers; a head without a number is None."""
+        """Return everything as plain containers; a head without a value is None."""
         return {
             "model": self.model,
             "length": self.length,
@@ -124,16 +128,16 @@ def audit(
 
     Args:
         checkpoint: The model.
-        text: What to run through it; by default the English help texts that come with Python (which differ between
-            versions of Python: compare numbers by their ``probe_fingerprint``).
+        text: Text to run through it; by default the English help texts that come with Python (which differ between
+            versions of Python: compare numbers only where ``probe_fingerprint`` is the same).
         length: Tokens in each sequence, at least 2.
-        batch: Sequences at most; fewer where the text is shorter.
-        metrics: Names out of `attnmonitor.METRICS`; by default all but those that need rows of the L×L matrix.
-        progress: Told what is being done.
+        batch: Maximum number of sequences; fewer where the text is shorter.
+        metrics: Names from `attnmonitor.METRICS`; by default all but those that need rows of the L×L matrix.
+        progress: Called during the work.
 
     Raises:
         ValueError: The weights cannot be loaded, the model takes no text or has no attention that can be measured, or
-            the text is shorter than ``length``. The message names the thing and the way out.
+            the text is shorter than ``length``. The message says what to do.
     """
     names = check_metric_names(metrics or DEFAULT_METRICS + WEIGHT_METRICS)
     if length < 2 or batch < 1:
@@ -148,11 +152,11 @@ def audit(
         inputs["decoder_input_ids"] = inputs["input_ids"]
 
     def forward(model: nn.Module, tokens: Mapping[str, Tensor]) -> None:
-        with _counted(model, lambda fraction: progress("measuring", fraction)):
+        with _forward_progress(model, lambda fraction: progress("measuring", fraction)):
             _run(model, tokens)
 
     probe = Probe(model, inputs, forward=forward)
-    # The energy rank comes along whatever is asked for: the learned rank is compared with it.
+    # The energy rank is always measured: the spectral gap compares the learned rank with it.
     from_text = dict.fromkeys([*(set(names) - set(WEIGHT_METRICS)), "energy_effective_rank"])
     measured = Measurement(model, probe, check_metric_names(from_text)).attach()
     shown = {name: layer for name, layer in measured.coverage.items() if layer.measured}
@@ -160,7 +164,7 @@ def audit(
         name, layer = next(iter(measured.coverage.items()))
         raise ValueError(f"model={checkpoint.name}: no attention layer could be measured; {name}: {layer.reason}")
     values = dict(measured.trusted_values())
-    # Projections are told by position 0 alone, so a few tokens will do.
+    # Projections are found from position 0 alone, so a few tokens are enough.
     few = Probe(model, {name: tokens[:, :8] for name, tokens in inputs.items()}, forward=_run)
     learned = LearnedSide(model, few, shown, WEIGHT_METRICS) if set(WEIGHT_METRICS) & set(names) else None
     if learned is not None:
@@ -176,8 +180,39 @@ def audit(
     )
 
 
+def audit_all(
+    models: Sequence[str | Path],
+    *,
+    lengths: Sequence[int] = (512,),
+    progress: Callable[[str], AbstractContextManager[Progress]],
+    text: str | None = None,
+    batch: int = 4,
+    metrics: Iterable[str] | None = None,
+    **loading: Any,
+) -> list[Scan]:
+    """Load each model once and audit it at each length.
+
+    Args:
+        models: Checkpoints, as `Checkpoint` takes them.
+        lengths: Tokens in each sequence.
+        progress: Given a model's name, a context with the `Progress` of one audit.
+        text: As in `audit`.
+        batch: As in `audit`.
+        metrics: As in `audit`.
+        loading: Keywords of `Checkpoint`.
+    """
+    metrics = None if metrics is None else tuple(metrics)
+    scans = []
+    for model in models:
+        checkpoint = Checkpoint(model, **loading)
+        for length in lengths:
+            with progress(Path(model).name) as report:
+                scans.append(audit(checkpoint, text=text, length=length, batch=batch, metrics=metrics, progress=report))
+    return scans
+
+
 def bundled_text() -> str:
-    """Return the English prose that every Python brings: the help topics of ``pydoc``, half a million characters."""
+    """Return the English text that Python ships: the help topics of ``pydoc``, half a million characters."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())
@@ -189,8 +224,8 @@ def _run(model: Any, tokens: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _counted(model: nn.Module, progress: Callable[[float], None]) -> Iterator[None]:
-    """Tell how far a forward is, by the modules without children that have run."""
+def _forward_progress(model: nn.Module, progress: Callable[[float], None]) -> Iterator[None]:
+    """Report the progress of a forward: the share of modules without children that have run."""
     leaves = [module for module in model.modules() if next(module.children(), None) is None]
     num_run = 0
 
@@ -208,10 +243,10 @@ def _counted(model: nn.Module, progress: Callable[[float], None]) -> Iterator[No
         progress(1.0)
 
 
-def _short(value: float) -> float:
-    # Seven digits are all a float32 has.
+def _seven_digits(value: float) -> float:
+    # A float32 has no more.
     return float(f"{value:.7g}")
 
 
 def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else _short(value)
+    return None if math.isnan(value) else _seven_digits(value)

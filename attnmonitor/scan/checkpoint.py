@@ -1,8 +1,8 @@
-"""A finished model on disk: found, loaded, and fed with text in its own tokens.
+"""A model on disk: found, loaded, and its text cut into sequences of its own tokens.
 
-A checkpoint comes as a folder, as the id of a Hugging Face model or as one ``.gguf`` file. Its configuration and
-tokenizer are read at once, its weights when they are first needed, so that a wrong path, a missing tokenizer or a text
-that is too short is told in seconds.
+A checkpoint is a folder, the id of a Hugging Face model or one ``.gguf`` file. Its configuration and tokenizer are read
+at once, its weights when they are first needed. So a wrong path, a missing tokenizer or a text that is too short is an
+error within seconds.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Checkpoint:
 
     Args:
         source: A folder with ``config.json`` and weights, a Hugging Face id, or a ``.gguf`` file.
-        dtype: Of the weights and of forwards.
-        device: Where to put it; by default the first CUDA device, else the CPU.
-        tokenizer: Folder, id or ``.gguf`` file of the tokenizer, where the model brings none.
+        dtype: Data type of the weights and of the forward.
+        device: Device of the model; by default the first CUDA device, else the CPU.
+        tokenizer: Folder, id or ``.gguf`` file of the tokenizer, where the model has none.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Attributes:
-        name: The source as it was named.
+        name: The source as the caller named it.
 
     Raises:
-        ValueError: There is no such model, or no tokenizer. The message names the thing and the way out.
+        ValueError: There is no such model, or no tokenizer. The message says what to do.
         ModuleNotFoundError: transformers is not installed.
     """
 
@@ -56,14 +56,14 @@ class Checkpoint:
         self.name = str(source)
         self._dtype = dtype
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._folder, where = _located(source)
+        self._folder, where = _find(source)
         self._where = {"trust_remote_code": trust_remote_code, **where}
         try:
             self._config = transformers.AutoConfig.from_pretrained(self._folder, **self._where)
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"model={self.name!r} comes with code of its own, which is not run unless asked for; read it, then "
+                    f"model={self.name!r} comes with its own code, which is not run by default; read it, then "
                     "set trust_remote_code=True (--trust-remote-code)"
                 ) from error
             raise ValueError(
@@ -120,40 +120,40 @@ class Checkpoint:
         if model.main_input_name != "input_ids":
             raise ValueError(
                 f"model={self.name!r} is a {type(model).__name__} and takes {model.main_input_name!r}, not text; "
-                "measure it with AttentionMonitor(model, probe).sample(0) on a batch of its own kind"
+                "measure it with AttentionMonitor(model, probe).sample(0), with a batch of its inputs as the probe"
             )
         try:
             return model.to(device=self._device, dtype=self._dtype).eval()
-        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it or the machine lacks
+        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that does not exist
             raise ValueError(
                 f"device={str(self._device)!r} cannot hold the model as {self._dtype}: {_first_line(error)}"
             ) from error
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of one run that a folder holds, in order of their steps; none if it is one model.
+    """Return the checkpoints of one run in a folder, in order of their steps; none if the folder is one model.
 
-    A folder that is a model itself and holds ``checkpoint-N`` folders, as transformers' Trainer leaves it, comes last;
+    A folder that is a model itself and holds ``checkpoint-N`` folders, as transformers' Trainer writes it, comes last;
     so does a checkpoint whose name has no number (``final``).
     """
     folder = Path(folder)
     if not folder.is_dir():
         return []
     own = [folder] if (folder / "config.json").exists() else []
-    # What else lies in the folder of a model (adapters, poolers) is a part of it and no checkpoint.
+    # Other folders in the folder of a model (adapters, poolers) are parts of it, not checkpoints.
     found = [file.parent for file in folder.glob("checkpoint-*/config.json" if own else "*/config.json")]
 
-    def place(path: Path) -> tuple[float, str]:
+    def order(path: Path) -> tuple[float, str]:
         number = _number(path.name)
         return math.inf if number is None else number, path.name
 
-    return sorted(found, key=place) + own if found else []
+    return sorted(found, key=order) + own if found else []
 
 
 def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
-    """Return the step of each checkpoint: the number its name ends in, or the one its Trainer wrote into it.
+    """Return the step of each checkpoint: the number at the end of its name, or the one its Trainer saved in it.
 
-    Of the others nothing is known but their place: they count as one step after the one before.
+    A checkpoint with neither counts as one step after the checkpoint before it.
     """
     steps: list[int] = []
     for checkpoint in checkpoints:
@@ -170,8 +170,8 @@ def _number(name: str) -> int | None:
     return int(number.group(1)) if number else None
 
 
-def _located(model: str | Path) -> tuple[str, dict[str, str]]:
-    """Return what ``from_pretrained`` calls a model: its folder or id, and the file in it where it is one."""
+def _find(model: str | Path) -> tuple[str, dict[str, str]]:
+    """Return the arguments of ``from_pretrained`` for a model: its folder or id, and its file if it is one."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -186,7 +186,7 @@ def _located(model: str | Path) -> tuple[str, dict[str, str]]:
 def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
     import transformers
 
-    folder, where = _located(source)
+    folder, where = _find(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
     except Exception as error:
@@ -201,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def silence_transformers() -> None:
-    """Keep the progress bars and advice of transformers off the screen; its errors arrive as exceptions."""
+    """Switch off the progress bars and advice of transformers; its errors are exceptions."""
     with needed(by="scan", extra="transformers"):
         from transformers.utils import logging
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

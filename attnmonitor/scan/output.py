@@ -1,36 +1,31 @@
-"""Scans as tables, JSON, CSV and pictures."""
+"""Scans as text for a terminal, JSON, CSV and a picture."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from attnmonitor.scan import Scan
+import torch
 
+from attnmonitor.metrics.catalog import head_noun
+from attnmonitor.scan.audit import Scan
+from attnmonitor.scan.checkpoint import steps_of
+from attnmonitor.scan.files import whole_file
+from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.outliers import outlier_heads
+from attnmonitor.summary.tables import layer_table
 
-_TABLE_METRICS = (
-    "energy_effective_rank",
-    "interaction_effective_rank",
-    "spectral_gap",
-    "key_incoherence",
-)
+__all__ = ["csv_text", "json_text", "plot_scans", "problem_lines", "scan_text", "scans_text"]
 
+_TABLE_METRICS = ("energy_effective_rank", "interaction_effective_rank", "spectral_gap", "key_incoherence")
 
 _BARS = "▁▂▃▄▅▆▇█"
 
-
-_FAR = 3.0  # robust standard deviations from which a head is named as unlike the others
-
+_OUTLIER_DISTANCE = 3.0  # robust standard deviations from which a head is listed as unlike the others
 
 _PUBLISHED = {
     "energy_effective_rank": ("r90 of the energy field", "", "2–11"),
@@ -39,49 +34,86 @@ _PUBLISHED = {
 }
 
 
-def write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
-    """Write the scans where the command line asks for them: JSON, CSV, a picture, the terminal."""
-    for target, text_of in ((arguments.json, _json_text), (arguments.csv, _csv_text)):
-        if target == "-":
-            sys.stdout.write(text_of(scans))
-        elif target is not None:
-            with whole_file(Path(target)) as unfinished:
-                unfinished.write_text(text_of(scans), encoding="utf-8")
-    if arguments.plot is not None:
-        _plot(scans, arguments.plot)
-    if "-" in (arguments.json, arguments.csv):
-        return
-    if len(scans) == 1:
-        _print_scan(scans[0])
-    else:
-        print(_rows_of_models(scans))
-        if len(arguments.length) == 1 and _same_layers(scans):
-            print(_courses(scans))
-
-
-def _print_scan(found: Scan) -> None:
-    from attnmonitor.summary.names import short_layer_names
-    from attnmonitor.summary.outliers import outlier_heads
-    from attnmonitor.summary.tables import layer_table
-
+def scan_text(found: Scan) -> str:
+    """Return one scan as text: a table with a row per layer, the heads unlike the others, published values."""
     measured = [layer for layer in found.coverage.values() if layer.measured]
     kinds = {layer.heads: sum(other.heads == layer.heads for other in measured) for layer in measured}
     shapes = ", ".join(
         f"{count} × {query} query / {kv} KV heads of size {size}" for (query, kv, size), count in kinds.items()
     )
-    print(f"{found.model}: {shapes}; {found.num_sequences} sequences of {found.length} tokens")
     shown = _shown_metrics(found)
-    print(layer_table(found.values, coverage=found.coverage, metrics=shown))
+    lines = [
+        f"{found.model}: {shapes}; {found.num_sequences} sequences of {found.length} tokens",
+        layer_table(found.values, coverage=found.coverage, metrics=shown),
+    ]
     short = short_layer_names(found.coverage)
     for metric in shown:
-        heads = [head for head in outlier_heads(found.values[metric], metric, 3) if abs(head.distance) >= _FAR]
-        listed = ", ".join(f"{short[head.layer]} head {head.head} ({head.value:.3g})" for head in heads)
-        print(f"unlike the other heads in {metric}: {listed or 'none'}")
-    print(_beside_the_published(found))
+        outliers = [
+            f"{short[head.layer]} {head_noun(metric)} {head.head} ({head.value:.3g})"
+            for head in outlier_heads(found.values[metric], metric, 3)
+            if abs(head.distance) >= _OUTLIER_DISTANCE
+        ]
+        lines.append(f"unlike the other heads in {metric}: {', '.join(outliers) or 'none'}")
+    return "\n".join([*lines, _published_text(found)])
 
 
-def _beside_the_published(found: Scan) -> str:
-    """Return the line to put beside the figures the papers give."""
+def scans_text(scans: Sequence[Scan]) -> str:
+    """Return several scans as text: a row each and, of checkpoints of one run, the course of each metric."""
+    table = _table_of_models(scans)
+    same_length = len({found.length for found in scans}) == 1
+    return f"{table}\n{_courses(scans)}" if same_length and _have_same_layers(scans) else table
+
+
+def problem_lines(found: Scan) -> list[str]:
+    """Return one line for each layer that was not measured, or only in part."""
+    return [
+        *(f"{found.model}: {name} is not measured: {reason}" for name, reason in found.not_measured.items()),
+        *(f"{found.model}: {name} has no learned rank: {reason}" for name, reason in found.without_projections.items()),
+    ]
+
+
+def json_text(scans: Sequence[Scan]) -> str:
+    """Return the scans as JSON: an object for one scan, a list of them for several."""
+    plain = [found.to_json() for found in scans]
+    return json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, allow_nan=False) + "\n"
+
+
+def csv_text(scans: Sequence[Scan]) -> str:
+    """Return the scans as CSV: one line per head and metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "length", "layer", "metric", "head", "value"])
+    for found in scans:
+        for layer in found.to_json()["layers"]:
+            name = layer.pop("name")
+            for metric, heads in layer.items():
+                writer.writerows([found.model, found.length, name, metric, *cell] for cell in enumerate(heads))
+    return out.getvalue()
+
+
+def plot_scans(scans: Sequence[Scan], target: Path) -> None:
+    """Draw the heads over the steps of several checkpoints.
+
+    Raises:
+        ValueError: The models do not have the same layers.
+    """
+    from attnmonitor.plots import bands_over  # matplotlib is optional and slow to import
+
+    metrics = _shown_metrics(scans[0])
+    layers = list(scans[0].values[metrics[0]])
+    if not _have_same_layers(scans):
+        raise ValueError(f"--plot {target}: the models do not have the same layers; plot the checkpoints of one run")
+    heads = {
+        metric: {layer: torch.stack([found.values[metric][layer] for found in scans]).numpy() for layer in layers}
+        for metric in metrics
+    }
+    figure = bands_over(heads, steps_of([found.model for found in scans]))
+    with whole_file(target) as unfinished:
+        figure.savefig(unfinished, dpi=150)
+
+
+def _published_text(found: Scan) -> str:
+    """Return the line that compares with values published in papers."""
     summary = found.summary()
     return "; ".join(
         f"{name} {summary[metric]['min']:.3g}–{summary[metric]['max']:.3g}{unit}, median "
@@ -91,8 +123,8 @@ def _beside_the_published(found: Scan) -> str:
     )
 
 
-def _rows_of_models(scans: Sequence[Scan]) -> str:
-    """Return a table with a row per model: median over all heads with the least and the greatest."""
+def _table_of_models(scans: Sequence[Scan]) -> str:
+    """Return a table with a row per model: median over all heads with the smallest and the largest."""
     metrics = _shown_metrics(scans[0])
     rows = [["model", "layers", "length", *metrics]]
     for found in scans:
@@ -107,8 +139,8 @@ def _rows_of_models(scans: Sequence[Scan]) -> str:
     )
 
 
-def _same_layers(scans: Sequence[Scan]) -> bool:
-    """Whether the models can be checkpoints of one run."""
+def _have_same_layers(scans: Sequence[Scan]) -> bool:
+    """Return whether the models can be checkpoints of one run."""
     shapes = [{name: layer.heads for name, layer in found.coverage.items() if layer.measured} for found in scans]
     return all(shape == shapes[0] for shape in shapes)
 
@@ -127,51 +159,3 @@ def _courses(scans: Sequence[Scan]) -> str:
 
 def _shown_metrics(found: Scan) -> list[str]:
     return [metric for metric in _TABLE_METRICS if metric in found.values] or list(found.values)
-
-
-def _json_text(scans: Sequence[Scan]) -> str:
-    plain = [found.to_json() for found in scans]
-    return json.dumps(plain[0] if len(plain) == 1 else plain, indent=1, allow_nan=False) + "\n"
-
-
-def _csv_text(scans: Sequence[Scan]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "length", "layer", "metric", "head", "value"])
-    for found in scans:
-        for layer in found.to_json()["layers"]:
-            name = layer.pop("name")
-            for metric, heads in layer.items():
-                writer.writerows([found.model, found.length, name, metric, *cell] for cell in enumerate(heads))
-    return out.getvalue()
-
-
-def _plot(scans: Sequence[Scan], target: Path) -> None:
-    import torch
-
-    from attnmonitor.plots import bands_over
-    from attnmonitor.scan.checkpoint import steps_of
-
-    metrics = _shown_metrics(scans[0])
-    layers = list(scans[0].values[metrics[0]])
-    if not _same_layers(scans):
-        raise ValueError(f"--plot {target}: the models do not have the same layers; plot the checkpoints of one run")
-    heads = {
-        metric: {layer: torch.stack([found.values[metric][layer] for found in scans]).numpy() for layer in layers}
-        for metric in metrics
-    }
-    figure = bands_over(heads, steps_of([found.model for found in scans]))
-    with whole_file(target) as unfinished:
-        figure.savefig(unfinished, dpi=150)
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write to; it becomes ``target`` if all goes well and is removed if not."""
-    # The suffix stays: some writers read their format from it.
-    unfinished = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)

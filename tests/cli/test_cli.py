@@ -324,7 +324,7 @@ def test_the_demo_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None
 
     runs = []
     monkeypatch.setattr(demo, "run", lambda out, num_steps: runs.append((out, num_steps)))
-    monkeypatch.setattr(demo, "tell", lambda *_: None)
+    monkeypatch.setattr(demo, "write_pages", lambda *_: None)
     assert command("demo", "--out", "somewhere", "--steps", 7) == 0
     assert runs == [(Path("somewhere"), 7)]
 
