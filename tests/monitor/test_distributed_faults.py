@@ -1,7 +1,7 @@
-"""Whatever fails on one of several processes: none waits for another, and all train on to the same weights.
+"""Whatever fails on one of several processes: no process hangs, and all train on to the same weights.
 
 Each case breaks one stage of the samples at steps 2 and 3 of a run, on one process, and is taken out again. Many cases
-share a pair of processes. A pair that says nothing for a minute is a hang.
+share a pair of processes. A pair that reports nothing for a minute is a hang.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fault_case import (
+    Inject,
+    collected_warnings,
+    in_capture,
+    in_function,
+    in_module,
+    in_reduction,
+    raising,
+    with_weights,
+)
 from models import TinyGPT, token_batch, train_step
 from processes import on_processes, spread, tell
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.capture.mode import AttentionMode
-from attnmonitor.capture.modules import unwrapped_name
-from attnmonitor.measurement.probe import Probe
-from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.messages import AttentionMonitorWarning
 from attnmonitor.record import RunRecord
-from attnmonitor.record.writer import RecordWriter
 
 NUM_STEPS, BROKEN = 5, (2, 3)
 LAYERS = ("blocks.0.attn", "blocks.1.attn")
@@ -43,6 +47,7 @@ ERRORS = (RuntimeError("no luck"), torch.OutOfMemoryError("out of memory"), torc
           KeyError("what"), StopIteration(), MemoryError("host"))  # fmt: skip
 HOT = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 ALWAYS = Rule("always", "test", "run", HOT, patience=1, grace=0)
+BROKEN_ATTENTION = in_module("blocks.1.attn", RuntimeError("no luck"))  # between collectives of the forward
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Case:
         how: How the model is spread.
         rank: The process it happens on.
         stage: A key of `STAGES`.
-        where: What of the stage breaks: a module, a layer, a weight.
+        where: The module, layer or weight of that stage that breaks.
         error: What is raised.
     """
 
@@ -63,65 +68,8 @@ class Case:
     where: str
     error: Exception
 
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
-
-
-# Each stage: (monitor, model, case, patch) -> None, on the process where it breaks.
-
-
-def _in_a_module(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
-    module = next(each for name, each in model.named_modules() if unwrapped_name(name).endswith(case.where))
-    forward = module.forward
-
-    def stumbling(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            raise case.error
-        return forward(*args)
-
-    patch.setattr(module, "forward", stumbling)
-
-
-def _in_a_layer(name: str, layer_of: Callable[..., str]) -> Callable[..., None]:
-    """A method fails for one layer only."""
-
-    def breaks(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
-        owner = AttentionMode if name == "_verified" else Reduction
-        works = getattr(owner, name)
-
-        def stumbling(self: Any, *args: Any) -> Any:
-            if layer_of(*args) == case.where:
-                raise case.error
-            return works(self, *args)
-
-        patch.setattr(owner, name, stumbling)
-
-    return breaks
-
-
-def _in_function(where: str) -> Callable[..., None]:
-    return lambda monitor, model, case, patch: patch.setattr(where, raising(case.error))
-
-
-def _nan_in_weights(monitor: AttentionMonitor, model: nn.Module, case: Case, patch: pytest.MonkeyPatch) -> None:
-    """What this process holds of a weight is NaN while the probe runs."""
-    run = monitor._probe.run
-    weight = next(each for name, each in model.named_parameters() if unwrapped_name(name).endswith(case.where))
-    mine = weight.to_local() if isinstance(weight, DTensor) else weight
-
-    def run_on_broken(module: nn.Module) -> None:
-        kept = mine.detach().clone()
-        mine.data.fill_(torch.nan)
-        try:
-            run(module)
-        finally:
-            mine.data.copy_(kept)
-
-    patch.setattr(monitor._probe, "run", run_on_broken)
+    def inject(self, monitor: AttentionMonitor, patch: pytest.MonkeyPatch) -> None:
+        STAGES[self.stage][0](self.where, self.error)(monitor, monitor.model, patch)
 
 
 class Logger:
@@ -129,35 +77,45 @@ class Logger:
         pass
 
 
-def _act(event: Any, sample: Sample) -> None:
+def act(event: Any, sample: Sample) -> None:
     pass
 
 
-STAGES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
-    "the probe": (
-        lambda monitor, model, case, patch: patch.setattr(Probe, "run", raising(case.error)), ("",)
-    ),
-    "eval": (lambda monitor, model, case, patch: patch.setattr(monitor.model, "eval", raising(case.error)), ("",)),
-    "a module's forward": (_in_a_module, MODULES),
-    "a layer's capture": (_in_a_layer("_verified", lambda layer, *_: layer), LAYERS),
-    "a layer's reduction": (_in_a_layer("_reduced", lambda call: call.layer), LAYERS),
-    "the eigenvectors": (_in_function("torch.linalg.eigh"), ("",)),
-    "the statistics": (_in_function("attnmonitor.measurement.reduction.head_statistics"), ("",)),
-    "the transfer": (_in_function("attnmonitor.measurement.measurement.to_host"), ("",)),
-    "weights that are NaN": (_nan_in_weights, WEIGHTS),
-    "the alerts": (
-        lambda monitor, model, case, patch: patch.setattr(monitor._alerts, "observe", raising(case.error)), ("",)
-    ),
-    "the record": (
-        lambda monitor, model, case, patch: patch.setattr(RecordWriter, "append", raising(case.error)), ("",)
-    ),
-    "a logger": (lambda monitor, model, case, patch: patch.setattr(Logger, "log_sample", raising(case.error)), ("",)),
-    "an action": (
-        lambda monitor, model, case, patch: patch.setattr(
-            "attnmonitor.monitor.calls_of", lambda events, actions: [(None, raising(case.error))]
-        ), ("",)
-    ),
-}  # fmt: skip
+def at(path: str) -> Callable[[str, Exception], Inject]:
+    return lambda where, error: in_function(path, error)
+
+
+def in_eval(where: str, error: Exception) -> Inject:
+    return lambda monitor, model, patch: patch.setattr(model, "eval", raising(error))
+
+
+def in_logger(where: str, error: Exception) -> Inject:
+    return lambda monitor, model, patch: patch.setattr(Logger, "log_sample", raising(error))
+
+
+def in_action(where: str, error: Exception) -> Inject:
+    def calls(events: Any, actions: Any) -> list[Any]:
+        return [(None, raising(error))]
+
+    return lambda monitor, model, patch: patch.setattr("attnmonitor.monitor.delivery.calls_of", calls)
+
+
+# For each stage: a function of (where, error), and the places that may break.
+STAGES: dict[str, tuple[Callable[[str, Exception], Inject], tuple[str, ...]]] = {
+    "the probe": (at("attnmonitor.measurement.probe.Probe.run"), ("",)),
+    "eval": (in_eval, ("",)),
+    "a module's forward": (in_module, MODULES),
+    "a layer's capture": (in_capture, LAYERS),
+    "a layer's reduction": (in_reduction, LAYERS),
+    "the eigenvectors": (at("torch.linalg.eigh"), ("",)),
+    "the statistics": (at("attnmonitor.measurement.reduction.head_statistics"), ("",)),
+    "the transfer": (at("attnmonitor.measurement.measurement.to_host"), ("",)),
+    "weights that are NaN": (lambda where, error: with_weights(where, torch.nan), WEIGHTS),
+    "the alerts": (at("attnmonitor.alerts.Alerts.observe"), ("",)),
+    "the record": (at("attnmonitor.record.writer.RecordWriter.append"), ("",)),
+    "a logger": (in_logger, ("",)),
+    "an action": (in_action, ("",)),
+}
 ONLY_CONSUMERS = ("the alerts", "the record", "a logger", "an action")
 
 
@@ -168,7 +126,7 @@ def draw(seed: int) -> Case:
     return Case(how, chance.randrange(2), stage, chance.choice(STAGES[stage][1]), chance.choice(ERRORS))
 
 
-# One run, on one process of the pair.
+# One run, on one process of the pair
 
 
 @dataclass
@@ -187,15 +145,15 @@ def run(case: Case | None, how: str, *, watched: bool = True) -> End:
     monitor = None
     if watched:
         settings: dict[str, Any] = {"record": "record.sqlite", "loggers": [Logger()], "alerts": [ALWAYS]}
-        monitor = attach(model, optimizer, token_batch(), every_n_steps=1, actions={"always": _act}, **settings)
+        monitor = attach(model, optimizer, token_batch(), every_n_steps=1, actions={"always": act}, **settings)
         sample = monitor.sample
         monitor.sample = lambda step: samples.setdefault(step, sample(step))  # type: ignore[method-assign]
     torch.manual_seed(dist.get_rank())
     losses = []
     with pytest.MonkeyPatch.context() as patch:
         for step in range(NUM_STEPS):
-            if case is not None and case.rank == dist.get_rank() and step == BROKEN[0] - 1:
-                STAGES[case.stage][0](monitor, model, case, patch)
+            if case is not None and monitor is not None and case.rank == dist.get_rank() and step == BROKEN[0] - 1:
+                case.inject(monitor, patch)
             if step == BROKEN[-1]:
                 patch.undo()
             batch = token_batch(seed=10 * step + (0 if how == "tp" else dist.get_rank()))
@@ -207,10 +165,10 @@ def run(case: Case | None, how: str, *, watched: bool = True) -> End:
     return End([*trained, *losses, torch.get_rng_state()], samples, monitor)
 
 
-def troubles(case: Case, end: End, bare: End, clean: End) -> list[str]:
-    """What is wrong with a run that was disturbed, beside the run without a monitor and the one without a fault."""
+def defects(case: Case, end: End, bare: End, clean: End) -> list[str]:
+    """What is wrong with a run with a fault, compared with one without a monitor and one without a fault."""
     assert end.monitor is not None
-    wrong = [] if all(map(torch.equal, end.trained, bare.trained)) else ["trained otherwise"]
+    wrong = [] if all(map(torch.equal, end.trained, bare.trained)) else ["training differs"]
     on_main = dist.get_rank() == 0
     if on_main and end.monitor.history.steps != list(range(NUM_STEPS + 1)):
         wrong.append(f"history has {end.monitor.history.steps}")
@@ -226,13 +184,13 @@ def troubles(case: Case, end: End, bare: End, clean: End) -> list[str]:
                 lost += int(found.isnan().any())
                 if not (torch.equal(found, expected) or found.isnan().any()):
                     wrong.append(f"other numbers at step {step}: {metric} of {layer}")
-        # A process may hold nothing of a weight, or one that no attention comes after.
+        # A process may hold no part of a weight, or one after the last attention.
         may_lose = step in BROKEN and not harmless
         if lost > 0 if not may_lose else lost == 0 and case.stage != "weights that are NaN":
             wrong.append(f"{lost} layers without numbers at step {step}, {sample.failure=}")
         reasons = [sample.failure, *(layer.reason for layer in sample.coverage.values())]
         if lost and case.stage != "weights that are NaN" and not any(reasons):
-            wrong.append(f"nothing said at step {step}")
+            wrong.append(f"no reason given at step {step}")
     expected_failures = 0 if case.stage == "weights that are NaN" or (harmless and case.rank) else len(BROKEN)
     if on_main and end.monitor.failures != expected_failures:
         wrong.append(f"{end.monitor.failures} failures counted, not {expected_failures}")
@@ -252,16 +210,11 @@ def _run_cases(rank: int, seeds: range) -> list[tuple[Case, list[str]]]:
             unbroken[case.how] = run(None, case.how, watched=False), run(None, case.how)
             for path in Path().glob("record.sqlite*") if rank == 0 else ():
                 path.unlink()
-        outcomes.append((case, troubles(case, run(case, case.how), *unbroken[case.how])))
+        outcomes.append((case, defects(case, run(case, case.how), *unbroken[case.how])))
     return outcomes
 
 
-# What follows a fault that stays, and one in a strict monitor.
-
-
-def _break_forward(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
-    """The second block's attention fails in the probe, in the middle of what the processes do together."""
-    _in_a_module(None, model, Case("", 1, "", "blocks.1.attn", RuntimeError("no luck")), patch)  # type: ignore[arg-type]
+# After a permanent fault, and after one in a strict monitor
 
 
 def _pause(rank: int, how: str) -> dict[str, Any]:
@@ -270,29 +223,27 @@ def _pause(rank: int, how: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = spread(TinyGPT(num_kv_heads=2), how)
     monitor = AttentionMonitor(model, token_batch(), 1, record=None)
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", AttentionMonitorWarning)
+    with pytest.MonkeyPatch.context() as patch, collected_warnings() as messages:
         if rank == 1:
-            _break_forward(model, patch)
+            BROKEN_ATTENTION(monitor, model, patch)
         paused = []
         for step in range(7):
             monitor.on_step(step)
             paused.append(monitor.paused)
     monitor.resume()
     sample = monitor.on_step(7)
-    told = [str(each.message) for each in caught if issubclass(each.category, AttentionMonitorWarning)]
     good = bool(sample and sample.values) and not any(x.isnan().any() for x in sample.values["energy_rms"].values())
-    return {"paused": paused, "told": told, "steps": monitor.history.steps, "good": good}
+    return {"paused": paused, "warnings": messages, "steps": monitor.history.steps, "good": good}
 
 
 def _strict(rank: int, how: str) -> str:
-    """What a strict monitor raises where the forward fails on process 1, and whether FSDP is ready for the next."""
+    """What a strict monitor raises if the forward fails on process 1; afterwards FSDP is ready for the next forward."""
     tell(f"strict, {how}")
     model = spread(TinyGPT(num_kv_heads=2), how)
     monitor = AttentionMonitor(model, token_batch(), record=None, strict=True)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            _break_forward(model, patch)
+            BROKEN_ATTENTION(monitor, model, patch)
         with pytest.raises(RuntimeError) as raised:
             monitor.sample(0)
     for module in model.modules():
@@ -345,11 +296,11 @@ def test_permanent_fault_pauses_all_processes_at_once(how: str, few: Found) -> N
         assert pause["paused"] == [False] * 4 + [True] * 3
         assert pause["steps"] == ([0, 1, 2, 3, 4, 7] if rank == 0 else [])
         assert pause["good"] == (rank == 0)
-    first, second = (few[rank]["aftermath"][how]["pause"]["told"] for rank in range(2))
+    first, second = (few[rank]["aftermath"][how]["pause"]["warnings"] for rank in range(2))
     assert "process 1: RuntimeError: no luck" in first[0]
     assert "nothing was measured in 5 samples in a row" in first[1]
     assert len(first) == 2
-    assert second == []  # one process speaks for all
+    assert second == []  # one process warns for all
 
 
 @pytest.mark.parametrize("how", ["fsdp2", "tp"])
