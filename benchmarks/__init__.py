@@ -1,1 +1,1 @@
-"""What the measurement costs and what the alerts find; each module is a command."""
+"""How well the alerts detect faults, what a measurement costs, and the pages in docs/ that commands write."""

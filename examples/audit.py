@@ -1,4 +1,4 @@
-"""Audit a checkpoint from Python: what ``attnmonitor scan MODEL`` prints, as numbers to go on with.
+"""Audit a checkpoint from Python: the numbers that ``attnmonitor scan MODEL`` prints.
 
 python examples/audit.py MODEL    # a folder, a Hugging Face id or a .gguf file
 """
@@ -11,7 +11,7 @@ from attnmonitor.scan import scan
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Find the heads that use the fewest patterns, and those that leave most of what they learned unused."""
+    """Print the heads with the fewest patterns, and those that use the least of what their weights allow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder, Hugging Face id or .gguf file")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")

@@ -1,9 +1,9 @@
-"""Train over several processes, watched: DDP or fully sharded (FSDP2).
+"""Train on several processes with the monitor attached: DDP or fully sharded (FSDP2).
 
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp
 
-Every process attaches its monitor in the same way. Under DDP the first one measures; under FSDP all take part in the
-probe's forward, because each holds a share of the weights. The first one writes the record, the logs and the alerts.
+Every process attaches its monitor in the same way. Under DDP the first process measures; under FSDP all processes run
+the probe's forward, because each holds a part of the weights. The first one writes record, logs and alerts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on this process' share, watched."""
+    """Train on this process's share of the data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.step()
     if rank == 0:
         print(f"{len(monitor.history.steps)} samples of a model on {num_processes} processes: {monitor.record_path}")
-    dist.barrier()  # the first process has more to finish: leave together
+    dist.barrier()  # the first process has more to finish; the others wait for it
     dist.destroy_process_group()
 
 

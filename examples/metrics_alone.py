@@ -1,4 +1,4 @@
-"""The metrics as ordinary torchmetrics in a LightningModule of your own, without the monitor."""
+"""The metrics as ordinary torchmetrics in your own LightningModule, without the monitor."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class LanguageModel(lightning.LightningModule):
         self.incoherence = KeyIncoherence(num_heads=NUM_HEADS)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """One step of language modelling."""
+        """Return the loss of one batch."""
         return next_token_loss(self.gpt, batch[0])
 
     def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
-        """Loss, and the metrics fed with what the last layer's softmax sees."""
+        """Log the loss, and update the metrics with the queries and keys of the last layer."""
 
         def measure(call: AttentionCall) -> None:
             if call.layer == "blocks.1.attention":
@@ -41,18 +41,18 @@ class LanguageModel(lightning.LightningModule):
             self.log("val_loss", next_token_loss(self.gpt, batch[0]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log one number per head: means over every validation sequence, over all processes if there are several."""
+        """Log one value per head: the mean over all validation sequences of all processes."""
         for name, metric in (("energy_rank", self.energy_rank), ("key_incoherence", self.incoherence)):
             self.log_dict({f"{name}/head_{head}": value for head, value in enumerate(metric.compute())})
             metric.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, without ado."""
+        """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train a little and print what validation found."""
+    """Train for a few steps and print the metrics of the validation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
     options = parser.parse_args(arguments)

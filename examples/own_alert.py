@@ -1,8 +1,8 @@
-"""A rule and an action of your own, on a run in which one head is broken on purpose.
+"""Your own rule and action, on a run in which one head is made faulty on purpose.
 
-From half way on, the queries of head 2 in the second layer grow by a tenth with every step. The rule below looks at
-one metric, the action stops the loop. Afterwards the recorded run is replayed under another threshold, without model
-or training, and made into an HTML report.
+In the second half, the queries of head 2 in the second layer grow by 10 % with every step. The rule below reads one
+metric, and the action stops the loop. Afterwards the record is replayed with another threshold, without a model or
+training, and written as an HTML report.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ OUTGROWN = Rule(
 )
 
 
-def tell(event: AlertEvent, sample: Sample) -> None:
-    """Any function of the event and the sample will do: page somebody, lower a learning rate, dump the weights."""
+def print_event(event: AlertEvent, sample: Sample) -> None:
+    """Print the event; any function of event and sample can be an action, such as one that lowers the learning rate."""
     print(f"action: {event.layer} head {event.head} at step {event.global_step}: {event.message}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, break a head, be told, replay, report."""
+    """Train, make one head faulty, stop at the alarm, replay, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("own_alert_output"), help="folder for record and report")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         every_n_steps=2,
         record=options.out / "run.sqlite",
         alerts=[OUTGROWN],
-        actions={"outgrown": [tell, "stop"]},
+        actions={"outgrown": [print_event, "stop"]},
     )
     queries_of_head_2 = model.blocks[1].attention.qkv.weight[32:48]
     for step, batch in enumerate(examples[4:].split(8)[: options.steps]):

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop with mixed precision, accumulated gradients and torch.compile, logged to Weights & Biases."""
+"""A PyTorch loop with mixed precision, gradient accumulation and torch.compile, logged to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, watched."""
+    """Train with the monitor attached."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler on CPU)")
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = SmallGPT(vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     if options.compile:
-        model.compile()  # the probe runs the module uncompiled beside it: no new graph, no recompilation
+        model.compile()  # the probe runs the uncompiled module: no new graph, no recompilation
 
     with wandb.init(project="attnmonitor-demo", mode=None if "WANDB_API_KEY" in os.environ else "offline") as run:
         with attach(model, optimizer, probe, every_n_steps=10, loggers=run) as monitor:

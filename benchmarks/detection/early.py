@@ -1,11 +1,11 @@
-"""Healthy runs that learn fast, sampled often: the test of false alarms that a newcomer makes first.
+"""Count false alarms on healthy runs that learn fast and are sampled often, as in a first try of the monitor.
 
     python -m benchmarks.detection.early --docs docs/alert-evaluation.md
 
 Trains the model of the demo and a smaller one on the demo's text, at its rate and at others, and replays the default
-rules over every 2nd, 5th and 10th step. Samples lie few optimizer steps apart, so a baseline spans little of the run,
-and a head that begins to attend leaves it within few samples. Recordings go into a cache, so that only the first time
-takes long (about twenty minutes of one core).
+rules on every 2nd, 5th and 10th step. Samples are few optimizer steps apart, so a baseline covers little of the run,
+and a head that begins to attend leaves it within few samples. Recordings are kept in a cache: only the first call takes
+long (about twenty minutes on one core).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from benchmarks.detection.document import publish, table
 from benchmarks.detection.models import Shape
-from benchmarks.detection.runs import Recording, SampleValues, Setting, cache_name, load, recording_of, save
-from benchmarks.detection.score import by_rules
+from benchmarks.detection.recording import Recording, SampleValues, Setting, cache_name, load, recording_of, save
+from benchmarks.detection.score import rule_detector
 
 PACES = (2, 5, 10)
 DEMO = Setting("small_gpt", 0, 1e-3, Shape(8, 8, 32), warmup_steps=30, num_steps=300, batch_size=8)
-"""The demo's own run, for longer."""
+"""The demo's run, but longer."""
 SMALLER = replace(DEMO, shape=Shape(4, 8, 16))
 
 RUNS = {
@@ -46,11 +46,11 @@ RUNS = {
         replace(SMALLER, seed=3008, learning_rate=3e-3, warmup_steps=0),
     ),
 }
-"""What the rules were chosen on, and what was looked at once they were."""
+"""The runs that the rules were chosen on, and those that were evaluated only afterwards."""
 
 
 def record(setting: Setting) -> Recording:
-    """Train as the demo does; return what was measured at every step that one of the paces samples."""
+    """Train as the demo does; return the measurements at every step that one of the paces samples."""
     begin = time.perf_counter()
     torch.manual_seed(setting.seed)
     text, vocabulary = english()
@@ -99,19 +99,18 @@ def at_pace(recording: Recording, pace: int) -> Recording:
 
 
 def measured_section(cache: Path) -> str:
-    """Return what the default rules say of every run at every pace, as Markdown."""
-    alarming, rows = by_rules(DEFAULT_RULES), []
+    """Return the alarms of every run at every pace, as Markdown."""
+    detector, rows = rule_detector(DEFAULT_RULES), []
     for role, settings in RUNS.items():
         for setting in settings:
             recording, shape = recorded(setting, cache), setting.shape
-            told = [
-                ", ".join(f"`{alarm.rule}` at {alarm.step}" for alarm in alarming(at_pace(recording, pace)))
+            alarms = [
+                ", ".join(f"`{alarm.rule}` at {alarm.step}" for alarm in detector(at_pace(recording, pace)))
                 for pace in PACES
             ]
             name = f"{shape.num_layers} x {shape.num_heads} heads, rate {setting.learning_rate:g}"
-            rows.append(
-                (role, name, setting.warmup_steps, f"{recording.loss[-50:].mean():.2f}", *(t or "none" for t in told))
-            )
+            loss = f"{recording.loss[-50:].mean():.2f}"
+            rows.append((role, name, setting.warmup_steps, loss, *(each or "none" for each in alarms)))
             print(*rows[-1], f"{recording.seconds:.0f} s", sep="; ", flush=True)
     paces = (f"every {pace} steps" for pace in PACES)
     return table(("role", "run", "warm-up", "loss at the end", *paces), rows)

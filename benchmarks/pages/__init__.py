@@ -1,1 +1,1 @@
-"""Writers of pages and pictures in docs/."""
+"""Commands that write pages and pictures in docs/, and the models they measure."""

@@ -1,8 +1,8 @@
-"""Draw the pictures of ``docs/reading-the-charts.md``: one small GPT trained twice, healthy and with one head broken.
+"""Draw the pictures of ``docs/reading-the-charts.md``: a small GPT trained twice, healthy and with one faulty head.
 
 ``python -m benchmarks.pages.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png``. In the broken
-run the query weights of one head grow by 6 % per step from step 280 on, as a head's logits do when they run away. The
-charts that W&B gets are drawn by Plotly in Chromium, as W&B's page does; that needs chromium and chromedriver.
+run the query weights of one head grow by 6 % per step from step 280 on, which makes its logits grow without bound. The
+charts for W&B are drawn by Plotly in Chromium, as W&B's page does; that needs chromium and chromedriver.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMAGES = Path("docs/images")
 
 
 def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
-    """Train and return the monitor and its samples."""
+    """Train, and return the monitor and its samples."""
     torch.manual_seed(0)
     text, vocabulary = english()
     examples = windows(text, 64)
@@ -95,7 +95,7 @@ def draw(name: str, monitor: AttentionMonitor, samples: list[Sample], browser: w
 
 @contextmanager
 def chromium() -> Iterator[webdriver.Chrome]:
-    """A browser without a window."""
+    """Start a browser without a window."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=800,600"):
@@ -106,7 +106,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 
 def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
-    """Draw a chart in a browser and take its picture, at the size of a panel."""
+    """Draw a chart in a browser and save its picture, in the size of a panel."""
     with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as page:
         page.write(
             "<meta charset=utf-8><div id=chart style='width:720px;height:420px'></div>"
@@ -120,7 +120,7 @@ def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
 
 
 def draw_spectrum() -> None:
-    """A field with structure beside one of random numbers."""
+    """Draw the spectrum of a field with structure beside that of random numbers."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 1, 128, 32, generator=generator)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
