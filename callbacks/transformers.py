@@ -155,7 +155,8 @@ class _TrainerReporting:
         callbacks, should_log = handler.callbacks, control.should_log
         handler.callbacks = [callback for callback in callbacks if not isinstance(callback, self._left_out)]
         try:
-            self._trainer.log(summary_scalars(sample))
+            # Not the method of a subclass: TRL's adds its averaged metrics to whatever is logged next, and clears them.
+            Trainer.log(self._trainer, summary_scalars(sample))
         finally:
             handler.callbacks = callbacks
             # `Trainer.log` takes this flag down: the loss that is due at this very step would not be logged.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from attnmonitor.alerts import notifications_of
 from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
+from attnmonitor.loggers.wandb_rows import RowsOfUser
 from attnmonitor.messages import needed
 from attnmonitor.report.charts import Chart, as_figure, layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
@@ -41,13 +42,17 @@ class WandbLogger:
         image_share: A heatmap and charts of curves per metric are drawn with the first and the last sample, and in
             between as often as drawing stays below this share of the run's wall time: a picture costs more than a
             sample does. 0: none.
+        commit: Close a row of the run with every sample. Only for a run that nothing else logs to: where the user
+            logs as well, rows of theirs would be moved or lost.
 
     Raises:
         ValueError: ``run`` is None and no run is live, or an argument is out of range.
         ModuleNotFoundError: wandb is not installed.
     """
 
-    def __init__(self, run: Run | None = None, *, max_keys: int = 2000, image_share: float = 0.002) -> None:
+    def __init__(
+        self, run: Run | None = None, *, max_keys: int = 2000, image_share: float = 0.002, commit: bool = False
+    ) -> None:
         with needed(by="WandbLogger", extra="wandb"):
             import wandb
 
@@ -56,6 +61,7 @@ class WandbLogger:
         if run is None:
             raise ValueError("WandbLogger(run=None): no W&B run is live; call wandb.init(...) first or pass the run")
         self._run = run
+        self._rows = RowsOfUser(run, commit=commit)
         self._max_keys = max_keys
         self._head_scalars = HeadScalars(max_keys)
         self._budget = DrawingBudget(image_share)
@@ -63,7 +69,6 @@ class WandbLogger:
         self._num_samples = 0
         self._layers_due = 16
         self._defined: set[str] = set()
-        self._row_left_open: int | None = None
 
     def log_run(self, description: Mapping[str, Any]) -> None:
         """Put the monitor's settings, the probe's fingerprint and the coverage into the run's configuration."""
@@ -83,11 +88,10 @@ class WandbLogger:
             self._announce()
         # What a chart shows makes no panel of its own: a thousand panels stall the page.
         hidden = {*details, *(key for key in summaries if self._charted(key))}
-        row: dict[str, Any] = {**summaries, **details}
-        self._define(step_key(sample), row, hidden)
-        if self._budget.allows(sample):
-            row |= self._drawn(sample, self._num_samples >= self._layers_due)
-        self._send(row)
+        scalars = {**summaries, **details}
+        self._define(step_key(sample), scalars, hidden)
+        drawn = self._drawn(sample, self._num_samples >= self._layers_due) if self._budget.allows(sample) else {}
+        self._rows.add(step_key(sample), scalars, drawn)
         self._run.summary[f"{key_prefix(sample)}/verdict"] = sample.verdict
         for notification in notifications_of(sample.events):
             level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[notification.level]
@@ -96,7 +100,8 @@ class WandbLogger:
     def close(self) -> None:
         """Draw the last sample, where it is not drawn yet; the run stays open: it is the user's."""
         if (sample := self._budget.pending) is not None:
-            self._send({step_key(sample): sample.global_step, **self._drawn(sample, with_layers=True)})
+            drawn = self._drawn(sample, with_layers=True)
+            self._rows.add(step_key(sample), {step_key(sample): sample.global_step}, drawn)
 
     def _charted(self, key: str) -> bool:
         drawn = bool(self._budget) and self._history is not None and find_spec("plotly") is not None
@@ -109,16 +114,6 @@ class WandbLogger:
         for key in row.keys() - self._defined:
             self._run.define_metric(key, step_metric=x_axis, hidden=key in hidden or None)
         self._defined.update(row)
-
-    def _send(self, row: Mapping[str, Any]) -> None:
-        # Adds nothing, and raises at once where the run is finished: asking such a run for its step takes 30 seconds.
-        self._run.log({}, commit=False)
-        # The row of the last sample is still open when nobody has logged since: close it, or this one would overwrite
-        # it.
-        if self._row_left_open == self._run.step:
-            self._run.log({}, commit=True)
-        self._run.log(dict(row), commit=False)
-        self._row_left_open = self._run.step
 
     def _drawn(self, sample: Sample, with_layers: bool) -> dict[str, Any]:
         """Draw a sample: heatmaps, and charts of the curves that lead to it."""
