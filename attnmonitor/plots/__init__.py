@@ -1,7 +1,7 @@
-"""Charts of what the heads of a model do, as matplotlib figures that touch nothing global.
+"""Charts of the heads of a model, as matplotlib figures that change no global state.
 
-Every function draws into the ``ax`` it is given or makes a figure of its own, and returns the figure. No pyplot: a
-figure made here is in no list of open figures, needs no display and is gone when nobody holds it.
+Every function draws into the ``ax`` it is given or makes a new figure, and returns the figure. pyplot is not used: the
+figure is in no list of open figures, needs no display, and is freed when no reference to it is left.
 """
 
 from attnmonitor.messages import needed

@@ -1,13 +1,11 @@
-"""Heads over training: a thousand curves are a texture, a few are readable.
+"""Curves of heads over training: all heads thin and gray, or as quantile bands, with a few named heads on top.
 
-The crowd is drawn thin and grey, or as quantile bands. Heads that fired an alarm or stand furthest from the rest are
-drawn on top, with their names at the end of the curve.
+Named are the heads with alarms and those furthest from the rest; the name stands at the end of the curve.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_title, metric_unit
-from attnmonitor.plots.style import figure_of, new_axes, settle_the_ordinate, strip, title
-from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
+from attnmonitor.metrics.catalog import is_log, metric_scope, metric_title, metric_unit
+from attnmonitor.plots.style import figure_of, fix_y_axis, new_axes, strip, title
+from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, heads_concerned, scoped_head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
-from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, HEAD_COLORS, OTHER_HEADS_COLOR
+from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, OTHER_HEADS_COLOR, color_heads, head_color
 
 __all__ = ["bands", "measured_samples", "trajectories"]
 
@@ -40,14 +38,14 @@ def trajectories(
     num_named: int = 5,
     ax: Axes | None = None,
 ) -> Figure:
-    """Every head's curve over training, grey; the heads with alarms and those furthest from the rest in colour, named.
+    """Every head's curve over training in gray; heads with alarms and those furthest from the rest in color, named.
 
     Args:
         values: For each layer ``(num_samples, num_heads)``, as `RunRecord.trajectories` gives them.
         steps: Optimizer steps done, ``(num_samples,)``.
         metric: Name from the catalog, for title, unit and scale.
         events: Alarms that began and cleared: a triangle at the top of the chart where one began.
-        coverage: Lets an alarm about a KV head colour its query heads and the other way round.
+        coverage: Lets an alarm about a KV head color its query heads and the other way round.
         num_named: How many curves are named.
         ax: Axes to draw into; by default a new figure.
 
@@ -87,7 +85,7 @@ def bands(
     num_named: int = 0,
     ax: Axes | None = None,
 ) -> Figure:
-    """The whole model over training: median over all heads, quartiles, and least to greatest.
+    """The whole model over training: median, quartiles and range over all heads.
 
     Args:
         values: For each layer ``(num_samples, num_heads)``.
@@ -105,10 +103,10 @@ def bands(
     steps, values = measured_samples(steps, values)
     if values and len(steps):
         heads = np.concatenate(list(values.values()), axis=1)
-        least, low, middle, high, most = np.nanquantile(heads, [0, 0.25, 0.5, 0.75, 1], axis=1)
+        least, low, median, high, most = np.nanquantile(heads, [0, 0.25, 0.5, 0.75, 1], axis=1)
         ax.fill_between(steps, least, most, color=BAND_COLOR, alpha=0.13, linewidth=0, label="all heads")
         ax.fill_between(steps, low, high, color=BAND_COLOR, alpha=0.32, linewidth=0, label="half of the heads")
-        ax.plot(steps, middle, color=BAND_COLOR, linewidth=1.8, label="median head")
+        ax.plot(steps, median, color=BAND_COLOR, linewidth=1.8, label="median head")
         title(ax, metric_title(metric), f"median, quartiles and range of {heads.shape[1]:,} heads")
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
@@ -130,7 +128,7 @@ def _time_axes(ax: Axes | None, metric: str | None) -> Axes:
 def measured_samples(
     steps: ArrayLike, values: Mapping[str, ArrayLike]
 ) -> tuple[NDArray[Any], dict[str, NDArray[np.float64]]]:
-    """Leave out the samples at which no head has a number, so that metrics of a slower schedule keep whole curves."""
+    """Leave out the samples in which no head has a number, so that metrics of a slower schedule keep whole curves."""
     curves = {layer: np.asarray(heads, dtype=np.float64) for layer, heads in values.items()}
     known = np.zeros(len(np.asarray(steps)), dtype=bool)
     for heads in curves.values():
@@ -147,55 +145,68 @@ def _name_heads(
     coverage: Coverage | None,
     num_named: int,
 ) -> None:
-    """Draw heads with alarms and the furthest ones over the crowd, and mark when alarms began and (hollow) ended."""
-    alarmed: dict[tuple[str, int], None] = {}
+    """Draw heads with alarms and the furthest ones over the others, and mark where alarms began and (hollow) ended."""
     for event in events:
-        colour = ALARM_COLOR if event.state == "firing" else "white"
-        ax.plot(
-            event.global_step,
-            1.0,
-            "v",
-            markerfacecolor=colour,
-            markeredgecolor=ALARM_COLOR,
-            transform=ax.get_xaxis_transform(),
-            clip_on=False,
-        )
-        if event.layer is not None and event.layer in values and event.state == "firing":
-            num_heads = values[event.layer].shape[1]
-            heads = heads_concerned(event, metric_scope(metric), coverage)
-            alarmed.update({(event.layer, head): None for head in heads if head < num_heads})
-    named = list(alarmed)[:num_named]
+        _mark_event(ax, event)
+    scope = metric_scope(metric)
+    alarmed = list(dict.fromkeys(_alarmed_heads(values, scope, events, coverage)))
     last = {layer: heads[-1] for layer, heads in values.items()} if len(steps) else {}
-    for head in outlier_heads(last, metric or "", num_named + len(alarmed)):
-        if len(named) < num_named and (head.layer, head.head) not in alarmed:
-            named.append((head.layer, head.head))
-    short, colours, ends = short_layer_names(values), itertools.cycle(HEAD_COLORS), []
-    for layer, index in dict.fromkeys([*named, *alarmed]):
-        colour = ALARM_COLOR if (layer, index) in alarmed else next(colours)
-        curve = values[layer][:, index]
-        ax.plot(steps, curve, color=colour, linewidth=1.7, solid_capstyle="round")
-        if (layer, index) in named and np.isfinite(curve).any():
-            text = f"{short[layer]} {head_noun(metric)} {index}"
-            ends.append((float(curve[np.isfinite(curve)][-1]), text, colour))
-    settle_the_ordinate(ax)
+    places = [(layer, head) for layer, curves in values.items() for head in range(curves.shape[1])]
+    column_of = {place: column for column, place in enumerate(places)}
+    outliers = [(head.layer, head.head) for head in outlier_heads(last, metric or "", len(places))]
+    order = [column_of[head] for head in outliers if head not in alarmed]
+    num_others = max(0, num_named - len(alarmed))
+    others = color_heads(order, num_others)
+    # Every curve has its name at its end, so where colors run out two heads may share one.
+    others |= {at: head_color(at) for at in [at for at in order if at not in others][: num_others - len(others)]}
+    colors = {**dict.fromkeys(alarmed, ALARM_COLOR), **{places[at]: color for at, color in others.items()}}
+    short, ends = short_layer_names(values), []
+    for at, ((layer, head), color) in enumerate(colors.items()):
+        curve = values[layer][:, head]
+        ax.plot(steps, curve, color=color, linewidth=1.7, solid_capstyle="round")
+        if at < num_named and np.isfinite(curve).any():
+            ends.append((float(curve[np.isfinite(curve)][-1]), scoped_head_name(short[layer], head, scope), color))
+    fix_y_axis(ax)
     _label_ends(ax, ends)
 
 
+def _mark_event(ax: Axes, event: AlertEvent) -> None:
+    ax.plot(
+        event.global_step,
+        1.0,
+        "v",
+        markerfacecolor=ALARM_COLOR if event.state == "firing" else "white",
+        markeredgecolor=ALARM_COLOR,
+        transform=ax.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def _alarmed_heads(
+    values: Mapping[str, NDArray[np.float64]], scope: Scope | None, events: Events, coverage: Coverage | None
+) -> Iterator[tuple[str, int]]:
+    for event in events:
+        if event.layer is not None and event.layer in values and event.state == "firing":
+            for head in heads_concerned(event, scope, coverage):
+                if head < values[event.layer].shape[1]:
+                    yield event.layer, head
+
+
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names at the right edge, pushed apart so that none covers another."""
+    """Write names at the right edge, moved apart so that they do not overlap."""
     ends = sorted(ends)
     points = ax.transData.transform([(0.0, value) for value, _, _ in ends]) if ends else np.empty((0, 2))
     heights = ax.transAxes.inverted().transform(points)[:, 1] if ends else points[:, 1]
-    for (_, text, colour), height, label_height in zip(ends, heights, _spread(heights, 0.07), strict=True):
+    for (_, text, color), height, label_height in zip(ends, heights, _spread(heights, 0.07), strict=True):
         ax.annotate(
             text,
             xy=(1.0, height),
             xytext=(1.025, label_height),
             xycoords="axes fraction",
             textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
             annotation_clip=False,
-            color=colour,
+            color=color,
             fontsize=8,
             va="center",
         )

@@ -1,8 +1,7 @@
-"""The whole model in one look: layers downwards, heads across, one cell per head.
+"""The whole model as a heatmap: layers downwards, heads across, one cell per head.
 
-The scale belongs to the crowd: its ends are the 2nd and 98th percentile over the heads that are not far out, so one
-runaway head does not paint all others the same shade, however few they are. What lies outside has the colour of the
-end, and the scale's arrow says so.
+The ends of the color scale are the 2nd and 98th percentile over the heads that are no outliers, so that one extreme
+head does not give all others the same shade. Values outside have the color of the end, and the scale has an arrow there.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ def heatmap(
     Args:
         values: For each layer ``(num_heads,)``; layers may differ in their number of heads. NaN is hatched.
         metric: Name from the catalog, for title, unit and scale.
-        events: Alarms that are firing: their heads are framed, the names of their layers set in vermilion.
+        events: Alarms that are firing: their heads are framed and the names of their layers are vermilion.
         coverage: Lets an alarm about a KV head frame its query heads and the other way round.
         global_step: Optimizer steps done, for the title.
-        limits: Ends of the colour scale; by default the 2nd and 98th percentile over the heads that are not far out.
+        limits: Ends of the color scale; by default the 2nd and 98th percentile over the heads that are no outliers.
         ax: Axes to draw into; by default a new figure sized for the model.
 
     Returns:
@@ -78,7 +77,7 @@ def heatmap(
     _frame_alarms(ax, list(values), metric, events, coverage)
     _label_cells(ax, list(values), num_heads, metric, events)
     title(ax, metric_title(metric) + ("" if global_step is None else f" at step {global_step:,}"))
-    _colour_bar(ax, mesh, table[present], metric, (low, high))
+    _color_bar(ax, mesh, table[present], metric, (low, high))
     return figure_of(ax)
 
 
@@ -93,7 +92,7 @@ def _table(values: Mapping[str, ArrayLike]) -> tuple[NDArray[np.float64], NDArra
 
 
 def _limits(heads: NDArray[np.float64], metric: str | None) -> tuple[float, float]:
-    """Ends of the colour scale, never so close that noise between equal heads fills the whole scale."""
+    """Ends of the color scale, never so close that noise between equal heads fills the whole scale."""
     ends = range_without_outliers(heads, metric or "", (0.02, 0.98))
     if ends is None:
         return 1.0, 2.0
@@ -111,9 +110,9 @@ def _write_numbers(ax: Axes, table: NDArray[np.float64], norm: Normalize, low: f
     dark = np.asarray(norm(np.maximum(table, low))) < 0.6
     for layer, head in np.argwhere(np.isfinite(table)):
         value = table[layer, head]
-        colour = "white" if dark[layer, head] else INK
+        color = "white" if dark[layer, head] else INK
         text = f"{value:.0f}" if whole else _short_number(value)
-        number = ax.text(head + 0.5, layer + 0.52, text, ha="center", va="center", fontsize=7, color=colour)
+        number = ax.text(head + 0.5, layer + 0.52, text, ha="center", va="center", fontsize=7, color=color)
         number.set_in_layout(False)  # it lies within its cell: measuring hundreds of them takes half the time
 
 
@@ -129,8 +128,8 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
         if event.layer in layers:
             row = layers.index(event.layer)
             for head in heads_concerned(event, metric_scope(metric), coverage):
-                for colour, width in (("white", 3.6), (ALARM_COLOR, 2.0)):
-                    frame = Rectangle((head, row), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=4)
+                for color, width in (("white", 3.6), (ALARM_COLOR, 2.0)):
+                    frame = Rectangle((head, row), 1, 1, fill=False, edgecolor=color, linewidth=width, zorder=4)
                     frame.set_clip_on(False)
                     ax.add_patch(frame)
 
@@ -155,7 +154,7 @@ def _label_cells(ax: Axes, layers: list[str], num_heads: int, metric: str | None
         spine.set_visible(False)
 
 
-def _colour_bar(
+def _color_bar(
     ax: Axes, mesh: ScalarMappable, heads: NDArray[np.float64], metric: str | None, limits: tuple[float, float]
 ) -> None:
     low, high = limits

@@ -1,4 +1,4 @@
-"""One picture of a run: the verdict, and for each metric the heads as they are and the way there."""
+"""One picture of a run: the verdict, and for each metric the last sample beside the bands over training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OVERVIEW_METRICS = ("key_incoherence", "energy_rms", "energy_effective_rank", "k
 
 
 def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) -> Figure:
-    """One picture of a run: the verdict, and for each metric the heads now and the way there.
+    """One picture of a run: the verdict, and for each metric the heads now and the bands over training.
 
     Args:
         record: The run.
@@ -46,6 +46,6 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
         heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
         bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
     line = verdict(RunSummary.of_record(record))
-    colour = ALARM_COLOR if firing else INK
-    figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=colour)
+    color = ALARM_COLOR if firing else INK
+    figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=color)
     return figure

@@ -1,4 +1,4 @@
-"""How few components a field's energy sits in: the curve behind the one number called effective rank."""
+"""The cumulative energy spectrum of a head: the curve that the effective rank is read from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spectrum(
         singular_values: ``(…, r)`` descending, one row per head, or an `EnergySpectrum`, whose exact total energy T is
             then used; for plain singular values T is the sum of their squares.
         fraction: The share that defines the effective rank; a dot marks where each head reaches it.
-        head_names: Names for up to five rows; more rows are drawn grey, with the median over them in colour.
+        head_names: Names for up to five rows; more rows are drawn gray, with the median over them in color.
         ax: Axes to draw into; by default a new figure.
 
     Returns:
@@ -47,18 +47,18 @@ def spectrum(
     components = np.arange(1, energy.shape[-1] + 1)
     few = len(share) <= len(HEAD_COLORS)
     for row, curve in enumerate(share):
-        colour = HEAD_COLORS[row] if few else OTHER_HEADS_COLOR
+        color = HEAD_COLORS[row] if few else OTHER_HEADS_COLOR
         label = (head_names[row] if head_names is not None else f"head {row}") if few else None
-        ax.plot(components, curve, color=colour, linewidth=1.6 if few else 0.7, alpha=1 if few else 0.5, label=label)
+        ax.plot(components, curve, color=color, linewidth=1.6 if few else 0.7, alpha=1 if few else 0.5, label=label)
         if (curve >= fraction).any():
             rank = int(np.argmax(curve >= fraction))
-            ax.plot(components[rank], curve[rank], "o", color=colour, markersize=5 if few else 2.5)
+            ax.plot(components[rank], curve[rank], "o", color=color, markersize=5 if few else 2.5)
     if not few:
-        middle = np.nanmedian(share, axis=0)
-        ax.plot(components, middle, color=BAND_COLOR, linewidth=2, label=f"median over {len(share):,} heads")
+        median = np.nanmedian(share, axis=0)
+        ax.plot(components, median, color=BAND_COLOR, linewidth=2, label=f"median over {len(share):,} heads")
     ax.axhline(fraction, color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.set(xlabel="components", ylabel="share of the field's energy", ylim=(0, 1.03))
-    ax.set_xlim(0.5, max(2.0, 1.2 * _last_of_interest(share)))
+    ax.set_xlim(0.5, max(2.0, 1.2 * _num_shown_components(share)))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     strip(ax)
@@ -66,7 +66,7 @@ def spectrum(
     return figure_of(ax)
 
 
-def _last_of_interest(share: NDArray[np.float64]) -> int:
-    """Components until nearly every head holds 99.5 % of its energy: the flat rest of the curves says nothing."""
+def _num_shown_components(share: NDArray[np.float64]) -> int:
+    """Components with which 90 % of the heads reach 99.5 % of their energy; the curves are flat after that."""
     reached = np.nan_to_num(share, nan=1.0) >= 0.995
     return int(np.quantile(np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, share.shape[1]), 0.9))

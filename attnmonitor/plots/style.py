@@ -1,4 +1,4 @@
-"""How the figures look that matplotlib draws: axes, titles, ticks."""
+"""Axes, titles and ticks of the figures that matplotlib draws."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from attnmonitor.summary.style import AXIS_INK, FAINT_INK, INK, log_ticks
 
 
 def new_axes() -> Axes:
-    """Axes on a figure that no global list knows."""
+    """Axes on a new figure outside pyplot's list of figures."""
     return Figure(figsize=(8, 4.2), layout="constrained").add_subplot()
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure, ``(height, width, 3)``."""
+    """Draw a figure and return its pixels, ``(height, width, 3)``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # once, where `savefig` draws twice
     return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -27,19 +27,19 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 def figure_of(ax: Axes) -> Figure:
     """The figure that ``ax`` is drawn on, also where it belongs to a sub-figure."""
     figure = ax.get_figure(root=True)
-    assert figure is not None, "axes that were taken out of their figure cannot be drawn into"
+    assert figure is not None, "ax: these axes were removed from their figure; pass axes that belong to one"
     return figure
 
 
 def title(ax: Axes, text: str, note: str = "") -> None:
-    """A heading over ``ax``, with a note in small print at its right."""
+    """Write a title above ``ax``, with a note in small print at its right."""
     ax.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK)
     if note:
         ax.set_title(note, loc="right", fontsize=8, color=FAINT_INK)
 
 
 def strip(ax: Axes) -> None:
-    """Keep of the axes what is read: two thin lines, small labels, a faint grid."""
+    """Reduce the axes to two thin lines, small labels and a faint grid."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -51,8 +51,8 @@ def strip(ax: Axes) -> None:
         label.set(fontsize=9, color=FAINT_INK)
 
 
-def settle_the_ordinate(ax: Axes) -> None:
-    """Fix the limits, and set plain numbers at few round values where matplotlib would write powers of ten."""
+def fix_y_axis(ax: Axes) -> None:
+    """Fix the limits of the y axis; on a logarithmic axis, label a few round values with plain numbers."""
     low, high = ax.get_ylim()
     if ax.get_yscale() == "log":
         ticks = round_values(low, high, log=True)

@@ -216,7 +216,7 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
         others=_other_curves(curves, run),
     )
     still_firing = [span.event for span in spans if span.ended is None]
-    layout = _layout(model_layout(name, None)["title"]["text"], 460, scales, run["segments"])
+    layout = _layout(model_layout(name, None)["title"]["text"], 500, scales, run["segments"])
     now = upright_line(0, OTHER_HEADS_COLOR, yref="y domain", dash="solid")
     layout["shapes"] = [now, *layout["shapes"], *alarm_lines(still_firing)]
     layout["yaxis"] = _value_axis(name, scales)

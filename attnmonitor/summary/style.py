@@ -22,6 +22,7 @@ __all__ = [
     "OTHER_HEADS_COLOR",
     "PAPER_GRAY",
     "color_heads",
+    "head_color",
     "log_ticks",
 ]
 
@@ -34,11 +35,16 @@ BAND_COLOR = "#35608d"
 INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
 
 
-def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
-    """The first ``most`` heads of ``order`` that have different colors, each with its color.
+def head_color(head: int) -> str:
+    """Color of a head, from its index among all heads of the model.
 
-    A head's color follows from its index among all heads of the model, so it is the same in the charts of all metrics,
-    at every sample and in every run of the model. Of two heads with one color the first is taken.
+    So it is the same in the charts of all metrics, at every sample and in every run of the model.
+    """
+    return HEAD_COLORS[head % len(HEAD_COLORS)]
+
+
+def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
+    """The first ``most`` heads of ``order`` that differ in `head_color`, each with its color.
 
     Args:
         order: Indices among all heads of the model, most important first.
@@ -50,9 +56,8 @@ def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
     """
     head_of: dict[str, int] = {}
     for head in order:
-        color = HEAD_COLORS[head % len(HEAD_COLORS)]
         if len(head_of) < most:
-            head_of.setdefault(color, head)
+            head_of.setdefault(head_color(head), head)
     return {head: color for color, head in head_of.items()}
 
 
