@@ -1,4 +1,4 @@
-"""Where samples go while a run lives: experiment trackers, each through one small class with ``log_sample``."""
+"""Send samples to experiment trackers during a run, each by one small class with ``log_sample``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["MetricsLogger", "SampleLogger", "WandbLogger", "as_logger", "summary
 
 @runtime_checkable
 class SampleLogger(Protocol):
-    """Anything that takes samples: the one method a logger of your own needs.
+    """Anything that takes samples; ``log_sample`` is the only method that a logger must have.
 
     A logger may also have ``log_run(description)``, called once at attach with the run's settings, ``follow(history)``,
-    called once at attach with the trajectories, which grow with each sample before it is logged, and ``close()``.
+    called once at attach with the trajectories, to which each sample is added before it is logged, and ``close()``.
     """
 
     def log_sample(self, sample: Sample) -> None:
@@ -25,14 +25,14 @@ class SampleLogger(Protocol):
 
 
 def as_logger(logger: Any) -> SampleLogger:
-    """Return ``logger`` as something that takes samples.
+    """Return ``logger`` itself if it takes samples, else a logger that sends samples to it.
 
-    An object with ``log_sample`` is taken as it is; a Weights & Biases run, or a Lightning logger that holds one, is
+    An object with ``log_sample`` is returned unchanged; a Weights & Biases run, or a Lightning logger with one, is
     wrapped in `WandbLogger`; any other object with ``log_metrics(dict, step)`` gets the scalars, and the heatmaps
     where it holds a TensorBoard or MLflow experiment.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: ``logger`` is none of these.
     """
     if isinstance(logger, SampleLogger):
         return logger

@@ -1,7 +1,7 @@
-"""Heatmaps of a sample as pictures, and how often a run can afford to draw.
+"""Heatmaps of a sample as images, and the time a run may spend on drawing them.
 
-A picture costs more than a sample does. So what is drawn or sent whole is refreshed with the first sample, with the
-last one, and in between as often as that stays below a share of the run's wall time.
+An image costs more than a sample. So images are drawn with the first sample, with the last one, and in between as
+often as drawing stays below a share of the run's wall time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _logger = logging.getLogger(__name__)
 
 
 class DrawingBudget:
-    """Keeps the time that is spent on drawing below a share of the wall time.
+    """Keeps the time spent on drawing below a share of the wall time.
 
     Args:
-        share: The share; 0: nothing is ever drawn.
+        share: The share; with 0 nothing is drawn.
 
     Attributes:
-        pending: The latest sample, until it is drawn: at the end of the run it still wants to be.
+        pending: The latest sample, until it is drawn. If it still is pending at the end of the run, it is drawn then.
 
     Raises:
         ValueError: ``share`` is negative or NaN.
@@ -47,7 +47,7 @@ class DrawingBudget:
         return self._share > 0
 
     def allows(self, sample: Sample) -> bool:
-        """Whether this sample may be drawn now; if not, it is pending."""
+        """Whether this sample may be drawn now; until it is, it is pending."""
         self.pending = sample if self else None
         return bool(self) and self._spent <= self._share * (time.perf_counter() - self._started)
 
@@ -63,7 +63,7 @@ class DrawingBudget:
 
 
 def heatmap_images(sample: Sample) -> dict[str, Image]:
-    """One picture per metric, by its name; none where matplotlib is missing."""
+    """One image per metric, by its name; none where matplotlib is missing."""
     try:
         from attnmonitor.plots import heatmap
         from attnmonitor.plots.style import pixels

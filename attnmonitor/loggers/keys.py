@@ -1,8 +1,8 @@
-"""Which keys a run may have in an experiment tracker, and what a sample puts under them.
+"""The keys of a run in an experiment tracker, and the values of a sample under them.
 
 A model of 80 layers × 64 heads × 12 metrics has 61,440 curves, and trackers stop working long before that. So the keys
 of a run are planned once, under a hard cap: whole-model summaries always, then every head if all fit, else per-layer
-summaries and, from what is left, the heads that stand out.
+summaries and, within the rest of the cap, outlier heads.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["BAND_KEYS", "HeadScalars", "heatmap_key", "key_prefix", "step_key", 
 _SUMMARIES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _LAYER_SUMMARIES = {"min": 0.0, "median": 0.5, "max": 1.0}
 BAND_KEYS = ("/min", "/q25", "/q75", "/max")
-"""How the keys end that are the edges of a band around the median."""
+"""Ends of the keys whose values are the edges of a band around the median."""
 
-_NUM_PICTURE_KEYS, _NUM_CHART_KEYS = 7, 4  # a tracker keeps path, size, hash, … each under a key of its own
-_NUM_MODEL_KEYS = len(_SUMMARIES) + _NUM_PICTURE_KEYS + 2 * _NUM_CHART_KEYS  # of a metric
+_NUM_IMAGE_KEYS, _NUM_CHART_KEYS = 7, 4  # a tracker stores path, size, hash, … under separate keys
+_NUM_MODEL_KEYS = len(_SUMMARIES) + _NUM_IMAGE_KEYS + 2 * _NUM_CHART_KEYS  # of a metric
 _NUM_OTHER_KEYS = 16 + _NUM_CHART_KEYS  # step, alert counts, the monitor's own figures (fewer than 16), chart of ranks
 _LEAST_KEYS = _NUM_MODEL_KEYS * len(METRICS) + _NUM_OTHER_KEYS
 
@@ -35,20 +35,20 @@ def key_prefix(sample: Sample) -> str:
 
 
 def heatmap_key(sample: Sample, metric: str) -> str:
-    """Where the picture of all heads goes."""
+    """Key of the heatmap of all heads."""
     return f"{key_prefix(sample)}/{metric}/heatmap"
 
 
 def step_key(sample: Sample) -> str:
-    """The x-axis of every other key: optimizer steps, whatever the tracker's own step counts."""
+    """Key of the x-axis of all other keys: optimizer steps, independent of the tracker's own step."""
     return f"{key_prefix(sample)}/global_step"
 
 
 def summary_scalars(sample: Sample) -> dict[str, float]:
-    """Whole-model figures of a sample.
+    """Whole-model scalars of a sample.
 
     ``attention/<metric>/{min,q25,median,q75,max}`` over all heads, ``attention/alerts/{firing,new}``,
-    ``attention/monitor/<figure>`` with the monitor's own cost and checks, and the step they belong to.
+    ``attention/monitor/<name>`` with the monitor's own cost and checks, and the step they belong to.
     """
     prefix = key_prefix(sample)
     scalars: dict[str, float] = {step_key(sample): sample.global_step}
@@ -64,17 +64,17 @@ def summary_scalars(sample: Sample) -> dict[str, float]:
 
 
 class HeadScalars:
-    """The figures per head of a run's samples, ``attention/<metric>/layer_03/head_07``, under a cap.
+    """The scalars per head of a run's samples, ``attention/<metric>/layer_03/head_07``, under a cap.
 
     Layers are numbered in the order of `Sample.coverage`. Where not every head fits under the cap there are
-    ``attention/<metric>/layer_03/{min,median,max}``, and heads that stood out keep their curves from then on.
+    ``attention/<metric>/layer_03/{min,median,max}``, and a head that once was an outlier keeps its curve from then on.
 
     Args:
-        max_keys: Most keys that a logger ever makes, with those under which the parts of pictures and charts are kept.
+        max_keys: Most keys that a logger makes, including those that the tracker makes for parts of images and charts.
 
     Attributes:
-        every_head: Whether every head has a curve; known after the first sample.
-        num_keys: Keys there will be at most; known after the first sample.
+        every_head: Whether every head has a curve; set by the first sample.
+        num_keys: Upper bound on the number of keys; set by the first sample.
 
     Raises:
         ValueError: ``max_keys`` is less than the summaries alone may need.
@@ -92,7 +92,7 @@ class HeadScalars:
         self._chosen: dict[str, set[tuple[str, int]]] = {}
 
     def __call__(self, sample: Sample) -> dict[str, float]:
-        """Return the figures of one sample."""
+        """Return the scalars of one sample."""
         if not self._layer_keys:
             self._plan(sample)
         scalars: dict[str, float] = {}
@@ -122,7 +122,7 @@ class HeadScalars:
         self.num_keys = num_fixed + sum(widths) if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
-        """Heads of a metric that have curves. One that was chosen stays, so that its curve has no holes."""
+        """Heads of a metric that have curves; a head once chosen stays chosen, so that its curve has no gaps."""
         chosen = self._chosen.setdefault(metric, set())
         if not self.every_head and len(chosen) < self._allowed_heads:
             for outstanding in outlier_heads(layers, metric, self._allowed_heads):

@@ -1,4 +1,4 @@
-"""A sample in any logger that takes scalars, such as Lightning's, and its heatmaps where the logger takes images."""
+"""Log samples to any logger that takes scalars, such as Lightning's, and heatmaps where it takes images."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 __all__ = ["MetricsLogger"]
 
-_MOST_IN_MLFLOW = 1000  # metrics that it takes in one request
+_MOST_IN_MLFLOW = 1000  # most metrics it accepts in one request
 
 
 class MetricsLogger:
     """Sends the scalars of each sample to any object with ``log_metrics(dict, step)``, such as a Lightning logger.
 
-    Where the object's ``experiment`` is one of TensorBoard or MLflow, it gets the heatmaps as well: with the first
-    sample, the last, and in between as rarely as `WandbLogger` draws them.
+    Where the object's ``experiment`` is one of TensorBoard or MLflow, it gets heatmaps as well: with the first sample,
+    the last, and in between as rarely as `WandbLogger` draws them.
 
     Args:
         logger: The object.
-        max_keys: Most keys ever made.
-        image_share: Share of the run's wall time that may be spent on heatmaps. 0: none.
+        max_keys: Most keys that are made.
+        image_share: Share of the run's wall time that may be spent on heatmaps; with 0 there are none.
 
     Raises:
         ValueError: An argument is out of range.
@@ -39,12 +39,12 @@ class MetricsLogger:
     def __init__(self, logger: Any, *, max_keys: int = 2000, image_share: float = 0.002) -> None:
         self._logger = logger
         self._head_scalars = HeadScalars(max_keys)
-        self._add_image = _image_taker(logger)
+        self._add_image = _add_image_function(logger)
         self._most_at_once = _MOST_IN_MLFLOW if _is_mlflow(logger) else None
         self._budget = DrawingBudget(image_share)
 
     def log_sample(self, sample: Sample) -> None:
-        """Log one sample's scalars, from time to time its heatmaps, at its global step."""
+        """Log the scalars of a sample at its global step, and its heatmaps if the drawing budget allows."""
         scalars = list({**summary_scalars(sample), **self._head_scalars(sample)}.items())
         size = self._most_at_once or len(scalars)
         for first in range(0, len(scalars), size):
@@ -53,7 +53,7 @@ class MetricsLogger:
             self._draw(sample)
 
     def close(self) -> None:
-        """Draw the last sample's heatmaps, where they are not drawn yet."""
+        """Draw the heatmaps of the last sample if they are pending."""
         if self._budget.pending is not None:
             self._draw(self._budget.pending)
 
@@ -64,8 +64,8 @@ class MetricsLogger:
                     self._add_image(heatmap_key(sample, metric), image, sample.global_step)
 
 
-def _image_taker(logger: Any) -> AddImage | None:
-    """How the tracker behind a logger takes a picture, or None where it does not."""
+def _add_image_function(logger: Any) -> AddImage | None:
+    """Return the function that adds an image to the logger's tracker, or None where it takes no images."""
     experiment = getattr(logger, "experiment", None)
     if callable(add_image := getattr(experiment, "add_image", None)):  # TensorBoard
         return lambda key, image, step: add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")

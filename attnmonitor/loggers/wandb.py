@@ -1,11 +1,10 @@
-"""A sample in Weights & Biases: hidden curves for every head, visible medians, and charts one can look at.
+"""Log samples to Weights & Biases: hidden curves of every head, visible medians, heatmaps and charts.
 
-The samples have an x-axis of their own (``attention/global_step``, by ``define_metric``) and are logged without a
-step and without committing a row: they join the row the user's own logging commits next. So nothing the user logs is
-moved, dropped or given another step, and resumed or out-of-band samples are not lost to W&B's rule that steps must
-increase.
+The samples have their own x-axis (``attention/global_step``, by ``define_metric``) and are logged without a step and
+without committing a row: they become part of the row that the user's logging commits next. So nothing the user logs
+is moved, dropped or given another step, and W&B's rule that steps must increase drops no sample after a resume.
 
-What is for the eye (heatmaps, charts of curves) is sent whole each time, so it comes on a slow clock.
+Heatmaps and charts are sent complete each time, so they are sent rarely.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ class WandbLogger:
 
     Args:
         run: The run; by default the live one (``wandb.run``), looked up at attach.
-        max_keys: Most keys ever made in the run. Above it, per-layer summaries and the heads that stand out.
+        max_keys: Most keys that are made in the run. If the heads need more, per-layer summaries and outlier heads.
         image_share: A heatmap and charts of curves per metric are drawn with the first and the last sample, and in
-            between as often as drawing stays below this share of the run's wall time: a picture costs more than a
-            sample does. 0: none.
+            between as often as drawing stays below this share of the run's wall time, because an image costs more than
+            a sample. With 0 there are none.
         commit: Close a row of the run with every sample. Only for a run that nothing else logs to: where the user
             logs as well, rows of theirs would be moved or lost.
 
@@ -77,16 +76,16 @@ class WandbLogger:
         self._run.config.update({"attention": {**known, name: dict(description)}}, allow_val_change=True)
 
     def follow(self, history: History) -> None:
-        """Draw the charts of curves from these trajectories; without them there are none."""
+        """Set the trajectories that the charts of curves are drawn from; without them there are no charts."""
         self._history = history
 
     def log_sample(self, sample: Sample) -> None:
-        """Log one sample: summaries, heads, from time to time pictures; the verdict; and what alerts have to say."""
+        """Log a sample: scalars, images if the drawing budget allows, the verdict, and notifications of alerts."""
         self._num_samples += 1
         summaries, details = summary_scalars(sample), self._head_scalars(sample)
         if not self._defined:
             self._announce()
-        # What a chart shows makes no panel of its own: a thousand panels stall the page.
+        # A key that a chart shows gets no panel: a thousand panels make the page unusable.
         hidden = {*details, *(key for key in summaries if self._charted(key))}
         scalars = {**summaries, **details}
         self._define(step_key(sample), scalars, hidden)
@@ -98,7 +97,7 @@ class WandbLogger:
             self._run.alert(title=notification.title, text=notification.text, level=level)
 
     def close(self) -> None:
-        """Draw the last sample, where it is not drawn yet; the run stays open: it is the user's."""
+        """Draw the last sample if it is pending; the run stays open, because it is the user's."""
         if (sample := self._budget.pending) is not None:
             drawn = self._drawn(sample, with_layers=True)
             self._rows.add(step_key(sample), {step_key(sample): sample.global_step}, drawn)
@@ -116,7 +115,7 @@ class WandbLogger:
         self._defined.update(row)
 
     def _drawn(self, sample: Sample, with_layers: bool) -> dict[str, Any]:
-        """Draw a sample: heatmaps, and charts of the curves that lead to it."""
+        """Draw the heatmaps of a sample and the charts of the curves up to it."""
         import wandb
 
         with self._budget.drawing():
@@ -134,8 +133,8 @@ class WandbLogger:
         charts = {f"{prefix}/{metric}/heads": model_chart(history, sample, metric) for metric in history}
         charts[f"{prefix}/ranks"] = rank_chart(history)
         if with_layers:
-            # The charts of all layers are large: sent again once there are twice as many samples, all of them together
-            # are at most twice the last ones.
+            # The charts of all layers are large. Sent again only after twice as many samples, all versions add up to at
+            # most twice the size of the last one.
             self._layers_due = 2 * self._num_samples
             charts |= {f"{prefix}/{metric}/layers": layers_chart(history, sample, metric) for metric in history}
         return {key: chart for key, chart in charts.items() if chart}
@@ -143,14 +142,14 @@ class WandbLogger:
     def _announce(self) -> None:
         import wandb
 
-        what = "every head has a curve" if self._head_scalars.every_head else "summaries, and the heads that stand out"
+        what = "every head has a curve" if self._head_scalars.every_head else "summaries and outlier heads"
         wandb.termlog(
             f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
         )
 
 
 def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
-    """The charts as W&B takes them; none where plotly is missing."""
+    """The charts as ``wandb.Plotly`` objects; none where plotly is missing."""
     import wandb
 
     if find_spec("plotly") is None:

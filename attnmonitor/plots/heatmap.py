@@ -1,7 +1,7 @@
 """The whole model as a heatmap: layers downwards, heads across, one cell per head.
 
 The ends of the color scale are the 2nd and 98th percentile over the heads that are no outliers, so that one extreme
-head does not give all others the same shade. Values outside have the color of the end, and the scale has an arrow there.
+head does not give all others the same shade. Values outside have the color of the end; the scale has an arrow there.
 """
 
 from __future__ import annotations

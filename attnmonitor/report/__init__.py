@@ -1,7 +1,8 @@
-"""One HTML file that shows a run to whoever has a browser: verdict first, then what, where and when.
+"""Plotly figures of a run, and the HTML report made of them: verdict first, then alarms, heads, coverage and cost.
 
-The file needs no network and no server: the numbers, plotly.js and the page are in it. Python decides what is said and
-which numbers travel (`page`, `numbers`), the page's script only draws them; the browser is told to load nothing else.
+The report is one file that needs no network and no server: numbers, plotly.js and the page are in it. Python makes the
+text (`page`), the numbers (`numbers`) and the figures (`charts`, `page_charts`); the page's script puts the numbers of
+the chosen step and head into the figures. A content security policy forbids the browser to load anything else.
 """
 
 from attnmonitor.report.page import write_report

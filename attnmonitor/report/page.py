@@ -1,4 +1,4 @@
-"""The page around the charts: what is said in words, escaped, and everything it needs packed into one file."""
+"""The page around the charts: text and tables, escaped, and everything the page needs in one file."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _source(name: str) -> str:
 
 
 def _json_in_html(numbers: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever a layer is called."""
+    """JSON that cannot close the script element around it, whatever the names of layers contain."""
     return json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -120,16 +120,16 @@ def _segment_note(record: RunRecord) -> str:
     if len(record.segments) < 2:
         return ""
     at = ", ".join(f"{step:,}" for step in segment_starts(record))
-    said = f"The probe or the model changed at step {at}: numbers do not continue across the dotted line."
-    return f"<p class='note'>{said}</p>"
+    note = f"The probe or the model changed at step {at}: numbers do not continue across the dotted line."
+    return f"<p class='note'>{note}</p>"
 
 
 def _thinned_note(record: RunRecord, numbers: dict[str, Any]) -> str:
     fewest = min((len(metric["frames"]) for metric in numbers["metrics"].values() if metric["thinned"]), default=None)
     if fewest is None:
         return ""
-    said = f"To keep this page light, heatmaps and curves show {fewest} of {len(record.steps):,} samples."
-    return f"<p class='note'>{said} The record has them all.</p>"
+    note = f"To keep this page light, heatmaps and curves show {fewest} of {len(record.steps):,} samples."
+    return f"<p class='note'>{note} The record has them all.</p>"
 
 
 def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
@@ -158,18 +158,18 @@ def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
 
 
 def _advice(kinds: Iterable[str]) -> str:
-    """What each kind of fault usually means and what to try, once per kind."""
+    """For each kind of fault, what it usually means and what to try."""
     known = [(kind, ADVICE[kind]) for kind in dict.fromkeys(kinds) if kind in ADVICE]
-    said = "".join(
+    entries = "".join(
         f"<dt>{escape(kind.replace('_', ' '))}</dt><dd>{escape(advice.meaning)} {escape(advice.remedy)}</dd>"
         for kind, advice in known
     )
-    return f"<dl>{said}</dl>" if said else ""
+    return f"<dl>{entries}</dl>" if entries else ""
 
 
 def _coverage_table(record: RunRecord) -> str:
     if not record.coverage:
-        return "<p class='note'>The record says nothing about coverage.</p>"
+        return "<p class='note'>The record has no coverage.</p>"
     rows = [
         (
             entry.layer,
@@ -193,18 +193,18 @@ def _coverage_table(record: RunRecord) -> str:
 def _cost(record: RunRecord) -> str:
     seconds = [sample.seconds for sample in record.samples if math.isfinite(sample.seconds)]
     failed = [sample for sample in record.samples if sample.failure is not None]
-    said = []
+    notes = []
     if seconds:
-        said.append(
+        notes.append(
             f"{statistics.median(seconds):.3g} s per sample (median), {sum(seconds):.3g} s in {len(seconds):,} samples"
         )
     for name, values in record.diagnostics.items():
         known = [value for value in values.tolist() if math.isfinite(value)]
         if known:
-            said.append(f"{escape(name.replace('_', ' '))} {known[-1]:.3g}")
+            notes.append(f"{escape(name.replace('_', ' '))} {known[-1]:.3g}")
     if failed:
-        said.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
-    return f"<p>{'; '.join(said) or 'No sample yet.'}</p>"
+        notes.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
+    return f"<p>{'; '.join(notes) or 'No sample yet.'}</p>"
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -128,13 +128,13 @@ def _alarm_bars(kind: str, alarms: Sequence[Mapping[str, Any]], last_step: int, 
     for alarm in alarms:
         where, ended = plain_text(alarm["where"]), alarm["ended"]
         until = ", still firing" if ended is None else f", until {ended:,}"
-        said = f"<br>{plain_text(alarm['message'])}" if alarm["message"] else ""
+        message = f"<br>{plain_text(alarm['message'])}" if alarm["message"] else ""
         head = None
         if alarm["layer"] is not None:
             head = [alarm["layer"], alarm["head"] or 0, "kv_head" if alarm["scope"] == "kv_head" else "query_head"]
         bars["x"] += [alarm["began"], last_step if ended is None else ended, None]
         bars["y"] += [where, where, None]
-        bars["text"] += 2 * [f"{where}: {kind}<br>since step {alarm['began']:,}{until}{said}"] + [""]
+        bars["text"] += 2 * [f"{where}: {kind}<br>since step {alarm['began']:,}{until}{message}"] + [""]
         bars["customdata"] += [head, head, None]
         bars["symbols"] += ["line-ns", "triangle-right" if ended is None else "line-ns", "circle"]
     symbols = bars.pop("symbols")

@@ -1,4 +1,4 @@
-"""Heatmaps in loggers that take images, and the last word of a run."""
+"""Heatmaps in loggers that take images, and the summary printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def watched(logger: Any, num_steps: int = 4, **settings: Any) -> AttentionMonito
     return monitor
 
 
-def test_tensorboard_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_and_first_and_last_heatmap(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -52,9 +52,7 @@ def mlflow_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MLFlowLogg
     return MLFlowLogger(tracking_uri=(tmp_path / "runs").as_uri())
 
 
-def test_mlflow_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_last(
-    mlflow_logger: MLFlowLogger, tmp_path: Path
-) -> None:
+def test_mlflow_gets_scalars_and_first_and_last_heatmap(mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
     monitor = watched(MetricsLogger(mlflow_logger, image_share=1e-9))
     mlflow_logger.finalize("success")
     client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
@@ -68,7 +66,7 @@ def test_mlflow_has_scalars_at_each_sample_and_heatmaps_of_the_first_and_the_las
         assert all(imread(picture).shape[1] > 300 for picture in pictures)
 
 
-def test_mlflow_gets_more_keys_than_it_takes_at_once(mlflow_logger: MLFlowLogger) -> None:
+def test_mlflow_requests_are_split(mlflow_logger: MLFlowLogger) -> None:
     sample = next(SyntheticRun(12, 12, 1).samples())
     MetricsLogger(mlflow_logger, image_share=0).log_sample(sample)
     logged = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
@@ -80,16 +78,14 @@ def test_mlflow_gets_more_keys_than_it_takes_at_once(mlflow_logger: MLFlowLogger
 
 
 @pytest.mark.parametrize("image_share", [0, 0.002])
-def test_a_logger_of_scalars_alone_gets_no_image(image_share: float, tmp_path: Path) -> None:
+def test_scalar_loggers_get_no_image(image_share: float, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     watched(MetricsLogger(logger, image_share=image_share))
     logger.save()
     assert "heatmap" not in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_the_last_word_is_the_verdict_with_cost_and_the_way_to_the_record(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_has_verdict_cost_and_record_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = watched([], record=tmp_path / "run.sqlite")
     print_final_report(monitor)
     printed = capsys.readouterr().out
@@ -100,7 +96,7 @@ def test_the_last_word_is_the_verdict_with_cost_and_the_way_to_the_record(
     assert f"watching took {monitor.seconds:.1f} s" in printed
 
 
-def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nobody(
+def test_summary_without_samples_or_console(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = TinyGPT()
@@ -109,9 +105,9 @@ def test_without_a_sample_there_is_nothing_to_say_and_a_closed_console_hurts_nob
         assert capsys.readouterr().out == ""
         monitor.sample(0)
 
-    def closed(*_: object) -> None:
+    def raise_closed(*_: object) -> None:
         raise BrokenPipeError("nobody listens")
 
-    monkeypatch.setattr("builtins.print", closed)
+    monkeypatch.setattr("builtins.print", raise_closed)
     with pytest.warns(UserWarning, match="could not be printed: nobody listens"):
         print_final_report(monitor)

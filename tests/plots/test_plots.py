@@ -1,4 +1,4 @@
-"""Charts show every head, mark the right ones, stay readable at any size, and leave nothing behind."""
+"""Plots show every head, mark alarms, stay readable at any size, and change no global state."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def overlaps(figure: Figure, texts: list[mpl.text.Text]) -> list[tuple[str, str]
     return [(a, b) for i, (a, first) in enumerate(boxes) for b, second in boxes[:i] if first.overlaps(second)]
 
 
-def test_a_heatmap_has_a_cell_for_every_head_and_frames_those_that_fire(run: RunRecord) -> None:
+def test_heatmap_has_all_heads_and_frames_alarms(run: RunRecord) -> None:
     values = last(run, "energy_rms")
     figure = heatmap(
         values,
@@ -69,7 +69,7 @@ def test_a_heatmap_has_a_cell_for_every_head_and_frames_those_that_fire(run: Run
     assert not overlaps(figure, [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()])
 
 
-def test_an_alarm_is_framed_by_what_it_counts_and_only_guessed_at_where_told_how_heads_share_keys() -> None:
+def test_alarm_frames_heads_of_its_scope() -> None:
     values = {"a": np.ones(8), "b": np.ones(8)}
     sink = AlertEvent("key_sink", "key_sink", "kv_head", "b", 1, 9.0, 2.0, 10, "firing")
     assert frames(heatmap(values, metric="key_incoherence", events=[sink])) == {(1, 1)}
@@ -84,7 +84,7 @@ def test_an_alarm_is_framed_by_what_it_counts_and_only_guessed_at_where_told_how
 
 @pytest.mark.parametrize("num_heads", [6, 12, 144])
 @pytest.mark.parametrize("metric", ["energy_rms", "key_leverage_max", None])
-def test_one_runaway_head_does_not_own_the_colour_scale(metric: str | None, num_heads: int) -> None:
+def test_one_outlier_does_not_stretch_the_color_scale(metric: str | None, num_heads: int) -> None:
     heads = np.linspace(0.5, 0.9, num_heads)
     heads[2] = 1e6
     figure = heatmap({"a": heads[: num_heads // 2], "b": heads[num_heads // 2 :]}, metric=metric)
@@ -94,14 +94,14 @@ def test_one_runaway_head_does_not_own_the_colour_scale(metric: str | None, num_
     assert figure.axes[1]._colorbar.extend in ("both", "max")
 
 
-def test_heads_in_two_camps_both_have_their_shades() -> None:
+def test_two_groups_of_heads_have_different_shades() -> None:
     figure = heatmap({"a": np.array([1.0] * 8 + [100.0] * 4)}, metric="energy_rms")
     norm = next(a for a in figure.axes[0].collections if isinstance(a, QuadMesh)).norm
     assert norm(100.0) - norm(1.0) > 0.9
 
 
 @pytest.mark.parametrize("metric", ["energy_rms", "energy_effective_rank"])
-def test_equal_heads_are_one_shade_and_impossible_ones_do_not_stop_the_picture(metric: str) -> None:
+def test_heatmap_of_equal_or_invalid_values(metric: str) -> None:
     equal = heatmap({"a": 3.0 + 1e-6 * np.arange(4)}, metric=metric)
     mesh = next(a for a in equal.axes[0].collections if isinstance(a, QuadMesh))
     assert np.ptp(mesh.norm(mesh.get_array())) < 1e-3
@@ -112,7 +112,7 @@ def test_equal_heads_are_one_shade_and_impossible_ones_do_not_stop_the_picture(m
         assert len(hatched) == np.isnan(heads).sum()
 
 
-def test_trajectories_draw_every_head_and_name_few(run: RunRecord) -> None:
+def test_trajectories_draw_all_heads_and_name_few(run: RunRecord) -> None:
     curves = run.trajectories("energy_rms")
     figure = trajectories(curves, run.steps, metric="energy_rms", events=run.events, coverage=run.coverage)
     ax = figure.axes[0]
@@ -130,14 +130,14 @@ def test_trajectories_draw_every_head_and_name_few(run: RunRecord) -> None:
     assert ax.get_legend() is None
 
 
-def test_a_logarithmic_ordinate_spans_all_curves_and_little_more() -> None:
+def test_log_axis_spans_all_curves() -> None:
     curves = np.array([[20.0, np.nan], [500.0, 40.0]])
     low, high = trajectories({"a": curves}, [0, 1], metric="energy_rms", num_named=0).axes[0].get_ylim()
     assert 10 < low < 20
     assert 500 < high < 1000
 
 
-def test_names_stand_at_the_height_where_their_curves_end() -> None:
+def test_names_stand_at_the_ends_of_their_curves() -> None:
     steps = np.arange(5)
     curves = {"a": np.stack([steps * 0.0, steps * 10.0, steps * 25.0], axis=1)}
     for metric in ("energy_effective_rank", None):
@@ -148,7 +148,7 @@ def test_names_stand_at_the_height_where_their_curves_end() -> None:
             assert text.xy[1] == pytest.approx(ax.transAxes.inverted().transform(ax.transData.transform((0, value)))[1])
 
 
-def test_bands_are_the_quantiles_over_all_heads(run: RunRecord) -> None:
+def test_bands_are_quantiles_over_all_heads(run: RunRecord) -> None:
     curves = run.trajectories("key_incoherence")
     figure = bands(curves, run.steps, metric="key_incoherence", events=run.events, coverage=run.coverage)
     median = next(line for line in figure.axes[0].lines if line.get_label() == "median head")
@@ -160,7 +160,7 @@ def test_bands_are_the_quantiles_over_all_heads(run: RunRecord) -> None:
     assert to_hex(marks[-1].get_markerfacecolor()) == "#ffffff", "an alarm that cleared is hollow"
 
 
-def test_a_metric_of_a_slower_schedule_keeps_whole_curves() -> None:
+def test_slower_schedule_leaves_no_gaps() -> None:
     curve = np.full((9, 2), np.nan)
     curve[::4] = [[1, 2], [3, 4], [5, 6]]
     figure = bands({"a": curve}, np.arange(9), metric="spectral_gap")
@@ -170,12 +170,12 @@ def test_a_metric_of_a_slower_schedule_keeps_whole_curves() -> None:
 
 
 @pytest.mark.parametrize("draw", [trajectories, bands])
-def test_nothing_measured_yet_is_an_empty_chart(draw: object) -> None:
+def test_no_values_make_an_empty_chart(draw: object) -> None:
     for curves, steps in (({}, []), ({"a": np.empty((0, 3))}, []), ({"a": np.full((2, 3), np.nan)}, [0, 10])):
         draw(curves, steps, metric="energy_rms").canvas.draw()
 
 
-def test_a_spectrum_marks_the_effective_rank_of_each_head() -> None:
+def test_spectrum_marks_effective_ranks() -> None:
     sigma = np.sqrt([[8.0, 1.0, 0.5, 0.5], [4.0, 3.0, 2.0, 1.0]])
     figure = spectrum(sigma, head_names=["layers.0 head 1", "layers.0 head 2"])
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
@@ -189,7 +189,7 @@ def test_a_spectrum_marks_the_effective_rank_of_each_head() -> None:
     spectrum(np.zeros((2, 4))).canvas.draw()
 
 
-def test_the_overview_leads_with_the_verdict(run: RunRecord, tmp_path: Path) -> None:
+def test_overview_title_is_the_verdict(run: RunRecord, tmp_path: Path) -> None:
     figure = overview(run)
     assert figure.get_suptitle().replace("\n", " ") == verdict(RunSummary.of_record(run))
     assert len(figure.axes) == 4 * 3
@@ -198,14 +198,14 @@ def test_the_overview_leads_with_the_verdict(run: RunRecord, tmp_path: Path) -> 
     assert (tmp_path / "overview.png").stat().st_size > 10_000
 
 
-def test_the_overview_of_an_empty_record_says_so(tmp_path: Path) -> None:
+def test_overview_of_an_empty_record(tmp_path: Path) -> None:
     RecordWriter(tmp_path / "run.sqlite", run={}).close()
     figure = overview(RunRecord.open(tmp_path / "run.sqlite"))
     assert figure.get_suptitle() == "no sample taken yet"
     figure.canvas.draw()
 
 
-def test_axes_of_the_user_are_drawn_into() -> None:
+def test_plots_draw_into_given_axes() -> None:
     figure = Figure()
     axes = figure.subplots(2, 2)
     curves = {"a": np.random.default_rng(0).random((4, 3)) + 1}
@@ -215,7 +215,7 @@ def test_axes_of_the_user_are_drawn_into() -> None:
     assert spectrum(curves["a"], ax=axes[1, 1]) is figure
 
 
-def test_style_and_figures_of_the_user_are_left_alone() -> None:
+def test_global_matplotlib_state_is_unchanged() -> None:
     before = dict(mpl.rcParams)
     heatmap({"a": np.ones(3)}, metric="energy_rms")
     trajectories({"a": np.ones((2, 3))}, [0, 1], metric="energy_rms")

@@ -1,4 +1,4 @@
-"""The report opens in a real browser without network or errors; its slider, clicks and names do what they should."""
+"""The report has the numbers of the record and works in a real browser, without network requests or errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def event(step: int, state: str, **changes: Any) -> AlertEvent:
     return replace(AlertEvent("hot", "logit_blowup", "query_head", "a", 0, 9.0, 1.0, step, state), **changes)
 
 
-def test_an_alarm_lasts_from_its_first_event_until_it_clears() -> None:
+def test_alarm_span_ends_when_the_alarm_clears() -> None:
     events = [
         event(10, "firing", since_step=8),
         event(30, "firing", severity="critical", since_step=8),
@@ -53,7 +53,7 @@ def test_an_alarm_lasts_from_its_first_event_until_it_clears() -> None:
     assert spans == [(0, "critical", 8, 40), (1, "warning", 20, None), (0, "warning", 60, None)]
 
 
-def test_the_numbers_are_those_of_the_record(tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     run = SyntheticRun(3, [4, 8, 6], 20, group=2, sick=(1, 5))
     record = RunRecord.open(written(tmp_path / "run.sqlite", run))
     numbers = run_numbers(record)
@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     assert numbers["alarms"][1]["heads"] == {"query_head": (4, 5), "kv_head": (2,)}
 
 
-def test_a_long_run_is_thinned_evenly_keeps_its_ends_and_alarms_and_says_so(tmp_path: Path) -> None:
+def test_thinning_is_even_and_keeps_ends_and_alarms(tmp_path: Path) -> None:
     run = SyntheticRun(2, 4, 150, sick=(1, 3), metrics=("energy_rms", "key_incoherence"))
     path = written(tmp_path / "run.sqlite", run)
     record = RunRecord.open(path)
@@ -85,13 +85,13 @@ def test_a_long_run_is_thinned_evenly_keeps_its_ends_and_alarms_and_says_so(tmp_
     assert "To keep this page light" not in write_report(path).read_text()
 
 
-def test_thinning_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_says_how_much_was_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnmonitor.report.page.run_numbers", lambda record: run_numbers(record, most_values=2000))
     page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(2, 4, 60))).read_text()
     assert re.search(r"heatmaps and curves show \d+ of 60 samples. The record has them all", page.replace(",", ""))
 
 
-def test_a_144_head_500_sample_run_stays_under_15_megabytes(tmp_path: Path) -> None:
+def test_page_of_144_heads_is_under_15_megabytes(tmp_path: Path) -> None:
     run = SyntheticRun(12, 12, 1)
     sample = next(run.samples())
     with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
@@ -104,7 +104,7 @@ def test_a_144_head_500_sample_run_stays_under_15_megabytes(tmp_path: Path) -> N
     assert len(numbers["runs"][0]["metrics"]["key_rms"]["frames"]) == 500, "all of it is there"
 
 
-def test_everything_said_about_a_run_is_on_the_page(tmp_path: Path) -> None:
+def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
     run = SyntheticRun(2, 4, 30, sick=(1, 2))
     path = tmp_path / "run.sqlite"
     with RecordWriter(path, run=run.config) as record:
@@ -122,7 +122,7 @@ def test_everything_said_about_a_run_is_on_the_page(tmp_path: Path) -> None:
     assert "A few key positions carry the key subspace" in page
 
 
-def test_an_empty_record_and_one_of_failures_make_a_page(tmp_path: Path) -> None:
+def test_records_without_values_make_a_page(tmp_path: Path) -> None:
     RecordWriter(tmp_path / "empty.sqlite", run={}).close()
     assert "no sample taken yet" in write_report(tmp_path / "empty.sqlite").read_text()
     sample = next(SyntheticRun(1, 1, 1).samples())
@@ -132,7 +132,7 @@ def test_an_empty_record_and_one_of_failures_make_a_page(tmp_path: Path) -> None
     assert "nothing measured: 1 sample failed (RuntimeError: &lt;boom&gt;)" in page
 
 
-def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
+def test_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.sqlite").write_text("not a database, " * 100)
     with pytest.raises(RecordError, match=r"notes\.sqlite"):
         write_report(tmp_path / "notes.sqlite")
@@ -140,12 +140,12 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
         write_report(tmp_path / "none.sqlite")
 
 
-def test_the_page_opens_on_the_metric_that_the_worst_alarm_speaks_of(tmp_path: Path) -> None:
+def test_page_opens_on_the_metric_of_the_worst_alarm(tmp_path: Path) -> None:
     run = SyntheticRun(2, 3, 30, sick=(1, 2))
     with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for sample in run.samples():
-            told = [replace(event, message="+2.9 in ln energy_rms, limit +0.6") for event in sample.events]
-            record.append(replace(sample, events=told))
+            events = [replace(event, message="+2.9 in ln energy_rms, limit +0.6") for event in sample.events]
+            record.append(replace(sample, events=events))
     assert run_numbers(RunRecord.open(tmp_path / "run.sqlite"))["first_look"] == {
         "layer": 1,
         "head": 2,
@@ -154,7 +154,7 @@ def test_the_page_opens_on_the_metric_that_the_worst_alarm_speaks_of(tmp_path: P
     }
 
 
-def test_nothing_on_the_page_comes_from_elsewhere(tmp_path: Path) -> None:
+def test_page_loads_nothing_external(tmp_path: Path) -> None:
     page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(1, 2, 3))).read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)\s*=", page.split("<script>")[0])
@@ -191,11 +191,11 @@ def show(browser: Any) -> Iterator[Callable[[Path], Any]]:
         return browser
 
     yield open_page
-    complaints = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    assert complaints == [], "the console stays silent"
+    messages = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert messages == [], "the console stays empty"
 
 
-CELL_CENTRE = """
+CELL_CENTER = """
     const div = document.getElementById(arguments[0]), axes = div._fullLayout;
     const plot = div.querySelector('.nsewdrag').getBoundingClientRect();
     return [plot.left + axes.xaxis.d2p(arguments[1]), plot.top + axes.yaxis.d2p(arguments[2])];
@@ -206,19 +206,19 @@ def click_cell(browser: Any, chart: str, head: int, row: int) -> None:
     from selenium.webdriver import ActionChains
 
     browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", chart)
-    x, y = browser.execute_script(CELL_CENTRE, chart, head, row)
+    x, y = browser.execute_script(CELL_CENTER, chart, head, row)
     pointer = ActionChains(browser, duration=50)
     pointer.w3c_actions.pointer_action.move_to_location(int(x), int(y))
     pointer.pause(0.2).click().pause(0.5).perform()
 
 
-def curve(browser: Any, chart: str, colour: str) -> list[list[float]]:
-    """y of the traces in a colour, as the browser has them."""
+def curve(browser: Any, chart: str, color: str) -> list[list[float]]:
+    """y of the traces in a color, as the browser has them."""
     script = """
         const traces = document.getElementById(arguments[0]).data;
         return traces.filter(trace => trace.line?.color === arguments[1]).map(trace => Array.from(trace.y));
     """
-    return browser.execute_script(script, chart, colour)
+    return browser.execute_script(script, chart, color)
 
 
 def heatmap_values(browser: Any, chart: str) -> np.ndarray:
@@ -251,7 +251,7 @@ def run144(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("report") / "run.sqlite", SyntheticRun(12, 12, 25, sick=(1, 5)))
 
 
-def test_a_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Path], Any]) -> None:
+def test_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Path], Any]) -> None:
     record, browser = RunRecord.open(sized), show(write_report(sized))
     layers = list(record.coverage)
     click_cell(browser, "heatmap-0", head=1, row=0)
@@ -266,10 +266,10 @@ def test_a_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[
     np.testing.assert_allclose(
         in_every_metric[0], record.trajectories(record.metrics[0])[layers[0]][:, group], rtol=1e-6
     )
-    assert curve(browser, "curves-0", ALARM), "the head with an alarm is still in sight"
+    assert curve(browser, "curves-0", ALARM), "the head with an alarm is still shown"
 
 
-def test_the_slider_moves_the_heatmap_through_the_run(run144: Path, show: Callable[[Path], Any]) -> None:
+def test_slider_moves_the_heatmap_through_the_run(run144: Path, show: Callable[[Path], Any]) -> None:
     record, browser = RunRecord.open(run144), show(write_report(run144))
     expected = np.stack(list(record.trajectories("key_incoherence").values()), axis=1)  # (samples, layers, heads)
     np.testing.assert_allclose(heatmap_values(browser, "heatmap-0"), expected[-1], rtol=1e-6)
@@ -295,7 +295,7 @@ def test_another_metric_can_be_chosen(run144: Path, show: Callable[[Path], Any])
     assert "how sharply softmax can discriminate" in browser.find_element("css selector", ".metric-meaning").text
 
 
-def test_names_from_the_model_are_shown_and_never_run(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+def test_hostile_names_are_shown_as_text(tmp_path: Path, show: Callable[[Path], Any]) -> None:
     run = SyntheticRun(2, 3, 12, sick=(1, 2), layer_name=HOSTILE)
     hostile = {**run.config, "model": HOSTILE, "alerts": [HOSTILE]}
     path = written(tmp_path / "run.sqlite", run, hostile)
@@ -307,7 +307,7 @@ def test_names_from_the_model_are_shown_and_never_run(tmp_path: Path, show: Call
     assert browser.execute_script(labels) == [HOSTILE.format(0), HOSTILE.format(1)]
 
 
-def test_two_runs_stand_side_by_side_on_one_scale(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]) -> None:
     first = written(tmp_path / "healthy.sqlite", SyntheticRun(3, 4, 20, seed=1))
     second = written(tmp_path / "sick.sqlite", SyntheticRun(3, 4, 30, seed=2, sick=(2, 1)))
     browser = show(write_report(first, tmp_path / "both.html", compare=second))
@@ -327,7 +327,7 @@ def test_two_runs_stand_side_by_side_on_one_scale(tmp_path: Path, show: Callable
         np.testing.assert_allclose(curve(browser, f"curves-{run}", CHOSEN)[0], expected, rtol=1e-6)
 
 
-def test_pages_of_runs_without_numbers_open_too(tmp_path: Path, show: Callable[[Path], Any]) -> None:
+def test_pages_without_values_open(tmp_path: Path, show: Callable[[Path], Any]) -> None:
     RecordWriter(tmp_path / "empty.sqlite", run={}).close()
     show(write_report(tmp_path / "empty.sqlite"))
     written(tmp_path / "single.sqlite", SyntheticRun(1, 1, 1))
