@@ -22,43 +22,43 @@ from attnmonitor.sample import AlertEvent
 
 NAN = math.nan
 
-# -- The life of one alarm -------------------------------------------------------------------------------------------
+# -- The states of one alarm -----------------------------------------------------------------------------------------
 
 
-def life(seen: list[str], patience: int, hold: int) -> list[tuple[int, int, str]]:
-    """Phase, first step and what was told, per sample, of one alarm that sees ill, well, between or nothing."""
-    told, phase, since, streak, held = [], INACTIVE, -1, 0, 0
+def one_alarm(seen: list[str], patience: int, hold: int) -> list[tuple[int, int, str]]:
+    """Phase, first step and change of one alarm after each sample, which is one of the conditions below."""
+    history, phase, since, streak, held = [], INACTIVE, -1, 0, 0
     for step, now in enumerate(seen):
-        news = ""
+        change = ""
         if phase == FIRING:
-            if now != "nothing":
+            if now != "missing":
                 held += 1
-                streak = streak + 1 if now == "well" else 0
-            if now == "well" and streak == patience:
-                told.append((INACTIVE, -1, "cleared"))
+                streak = streak + 1 if now == "recovered" else 0
+            if now == "recovered" and streak == patience:
+                history.append((INACTIVE, -1, "cleared"))
                 phase, since, streak, held = INACTIVE, -1, 0, 0
                 continue
-            if now != "nothing" and held == hold:
-                news = "escalated"
-        elif now == "ill":
+            if now != "missing" and held == hold:
+                change = "escalated"
+        elif now == "violated":
             since = step if phase == INACTIVE else since
             phase, streak = PENDING, streak + 1
             if streak == patience:
                 phase, streak, held = FIRING, 0, 0
-                news = "fired and escalated" if hold == 0 else "fired"
-        elif now in ("well", "between"):
+                change = "fired and escalated" if hold == 0 else "fired"
+        elif now in ("recovered", "between"):
             phase, since, streak = INACTIVE, -1, 0
-        told.append((phase, since, news))
-    return told
+        history.append((phase, since, change))
+    return history
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
 @pytest.mark.parametrize("hold", [0, 1, 4])
-def test_a_thousand_alarms_live_as_one_alarm_is_defined_to(patience, hold):
-    words = ("ill", "well", "between", "nothing")
+def test_states_match_one_alarm_written_as_a_loop(patience, hold):
+    conditions = ("violated", "recovered", "between", "missing")
     chance = torch.tensor([0.5, 0.2, 0.1, 0.2])
     drawn = torch.multinomial(chance.expand(1000, 4), 40, True, generator=torch.Generator().manual_seed(0))
-    expected = [life([words[i] for i in row], patience, hold) for row in drawn.tolist()]
+    expected = [one_alarm([conditions[i] for i in row], patience, hold) for row in drawn.tolist()]
     states = AlarmStates.inactive(600).extended(AlarmStates.inactive(400))
     assert states.since_step.tolist() == [-1] * 1000
     for step, now in enumerate(drawn.T):
@@ -71,11 +71,13 @@ def test_a_thousand_alarms_live_as_one_alarm_is_defined_to(patience, hold):
             hold=hold,
             global_step=step,
         )
-        news = {(0, 0, 0): "", (1, 0, 0): "fired", (1, 1, 0): "fired and escalated", (0, 1, 0): "escalated"}
-        news[0, 0, 1] = "cleared"
+        change = {(0, 0, 0): "", (1, 0, 0): "fired", (1, 1, 0): "fired and escalated", (0, 1, 0): "escalated"}
+        change[0, 0, 1] = "cleared"
         changed = torch.stack([changes.fired, changes.escalated, changes.cleared], -1).int().tolist()
         found = zip(states.phase.tolist(), states.since_step.tolist(), changed, strict=True)
-        assert [(phase, since, news[tuple(flags)]) for phase, since, flags in found] == [row[step] for row in expected]
+        assert [(phase, since, change[tuple(flags)]) for phase, since, flags in found] == [
+            row[step] for row in expected
+        ]
 
 
 # -- What a threshold sees -------------------------------------------------------------------------------------------
@@ -89,34 +91,38 @@ READINGS = {
 
 
 def median(values) -> float:
-    """The lower one where there are two, of the values that are known."""
+    """The median of the known values; the lower one where there are two."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.median_low(known) if known else NAN
 
 
-def signals(threshold: Threshold, rows, is_sick, kept: Reference, is_kept, least_heads: int) -> list[float]:
-    """The signal of every head, by the words of `Threshold` and `Reference`."""
+def signals(threshold: Threshold, rows, is_excluded, kept: Reference, is_kept, least_heads: int) -> list[float]:
+    """The signal of every head, as the docstrings of `Threshold` and `Reference` define it."""
     x = [[READINGS[threshold.reading](m) if math.isfinite(m) else NAN for m in row] for row in rows.tolist()]
     now, window = x[-1], slice(-threshold.window - threshold.gap, -threshold.gap)
     heads = range(len(now))
 
     def median_of_window(head: int, among: Callable[[bool], bool]) -> float:
-        before = [row[head] for row, sick in zip(x[window], is_sick[window].tolist(), strict=True) if among(sick[head])]
+        before = [
+            row[head]
+            for row, excluded in zip(x[window], is_excluded[window].tolist(), strict=True)
+            if among(excluded[head])
+        ]
         return median(before) if sum(not math.isnan(value) for value in before) >= threshold.window / 2 else NAN
 
-    base = [median_of_window(head, among=lambda sick: not sick) for head in heads]
-    change = [now[head] - median_of_window(head, among=lambda sick: True) for head in heads]
+    base = [median_of_window(head, among=lambda excluded: not excluded) for head in heads]
+    change = [now[head] - median_of_window(head, among=lambda excluded: True) for head in heads]
     enough = sum(not math.isnan(value) for value in change) >= least_heads
-    crowd = [median(now) - median(change) if enough else NAN] * len(now)
+    peers = [median(now) - median(change) if enough else NAN] * len(now)
     for head in heads:
         if is_kept[head] or math.isnan(base[head]):
-            base[head], crowd[head] = kept.base[head].item(), kept.peers[head].item()
+            base[head], peers[head] = kept.base[head].item(), kept.peers[head].item()
     change = [now[head] - base[head] for head in heads]
-    moved = [0.0 if math.isnan(median(now) - level) else median(now) - level for level in crowd]
+    moved = [0.0 if math.isnan(median(now) - level) else median(now) - level for level in peers]
     contrast = [change[head] - moved[head] for head in heads]
     spread = 1.4826 * median(abs(value - median(contrast)) for value in contrast)
     spreads = [
-        (0 if math.isnan(level) else spread) + abs(shift) / 3 + 0.1 for level, shift in zip(crowd, moved, strict=True)
+        (0 if math.isnan(level) else spread) + abs(shift) / 3 + 0.1 for level, shift in zip(peers, moved, strict=True)
     ]
     z = [contrast[head] / spreads[head] for head in heads]
     return {"value": now, "change": change, "contrast": contrast, "robust_z": z}[threshold.signal]
@@ -125,7 +131,7 @@ def signals(threshold: Threshold, rows, is_sick, kept: Reference, is_kept, least
 @pytest.mark.parametrize("signal", ["value", "change", "contrast", "robust_z"])
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("least_heads", [5, 9, 10])
-def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, least_heads):
+def test_signals_match_definition_head_by_head(signal, reading, least_heads):
     generator = torch.Generator().manual_seed(least_heads)
     threshold = Threshold("query_rms", signal, reading, fire_above=1.0, clear_below=0.5, window=5, gap=3)
     for _ in range(20):
@@ -134,20 +140,20 @@ def test_a_signal_is_what_its_definition_gives_head_by_head(signal, reading, lea
         if least_heads > 5:
             rows[-9:] = rows[-9:].nan_to_num(nan=0.5)
         past = MetricPast(depth=8)
-        is_sick = torch.rand(11, 9, generator=generator) < 0.2
-        for row, sick in zip(rows, is_sick, strict=True):
+        is_excluded = torch.rand(11, 9, generator=generator) < 0.2
+        for row, excluded in zip(rows, is_excluded, strict=True):
             past.append(row, torch.ones(9, dtype=torch.bool))
-            past.exclude_from_baseline(sick)
+            past.exclude_from_baseline(excluded)
         assert past.seen.tolist() == rows.isfinite().sum(0).tolist()
         kept = Reference(*torch.randn(2, 9, generator=generator))
         is_kept = torch.rand(9, generator=generator) < 0.3
         found, used = evaluate(threshold, past, frozen=kept, is_frozen=is_kept, least_heads=least_heads)
-        expected = torch.tensor(signals(threshold, rows, is_sick, kept, is_kept, least_heads))
+        expected = torch.tensor(signals(threshold, rows, is_excluded, kept, is_kept, least_heads))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(used.base[is_kept], kept.base[is_kept], rtol=0, atol=0)
 
 
-def test_thresholds_that_differ_in_their_past_alone_are_not_given_each_others():
+def test_references_are_not_shared_across_windows():
     generator = torch.Generator().manual_seed(0)
     rows = 1 + torch.rand(30, 9, generator=generator)
     past, unknown, nobody = MetricPast(depth=30), Reference.unknown(9), torch.zeros(9, dtype=torch.bool)
@@ -173,7 +179,7 @@ def test_a_head_is_non_finite_only_where_it_was_measured():
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
+def test_invert_reading_inverts_apply_reading(reading):
     metric = {"log_slack": torch.linspace(0.01, 0.99, 9), "log_excess": torch.linspace(1.01, 9, 9)}.get(
         reading, torch.linspace(0.1, 5, 9)
     )
@@ -185,16 +191,16 @@ def test_what_was_read_can_be_told_in_the_metrics_own_unit(reading):
 # -- What the rules are ------------------------------------------------------------------------------------------------
 
 
-def test_the_default_rules_are_those_that_the_page_on_alerts_reports_on(tmp_path: Path) -> None:
-    """After a change of a level the tables are another rule's: `benchmarks.detection` scores, and writes this file."""
+def test_default_rules_equal_the_published_file(tmp_path: Path) -> None:
+    """After a change of a level the published tables are invalid: run `benchmarks.detection`, which writes it."""
     published = Path(__file__).parents[2] / "docs" / "default_rules.json"
     assert load_rules(published) == DEFAULT_RULES
     save_rules(DEFAULT_RULES, tmp_path / "rules.json")
     assert (tmp_path / "rules.json").read_text() == published.read_text()
 
 
-def test_what_a_file_of_rules_leaves_out_means_what_it_meant_when_it_was_written() -> None:
-    """Files leave out what is at its default: another default would change the alarms of every one of them."""
+def test_defaults_of_rule_fields_never_change() -> None:
+    """Files leave out fields at their default: a new default would change the alarms of every existing file."""
     when = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5)
     assert when == Threshold(
         "query_rms", "change", "log", fire_above=1.0, clear_below=0.5, fire_below=None, clear_above=None,
@@ -207,7 +213,7 @@ def test_what_a_file_of_rules_leaves_out_means_what_it_meant_when_it_was_written
     assert FiringShare() == FiringShare(heads=0.25, layers=2 / 3, clear_heads=0.1)
 
 
-def test_a_threshold_needs_as_much_of_the_past_as_its_baseline_and_otherwise_none() -> None:
+def test_depth_is_window_plus_gap_or_one() -> None:
     levels = {"fire_above": 1.0, "clear_below": 0.5}
     for signal in ("change", "contrast", "robust_z"):
         assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 7
@@ -215,7 +221,7 @@ def test_a_threshold_needs_as_much_of_the_past_as_its_baseline_and_otherwise_non
         assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 1
 
 
-def test_the_direction_of_a_threshold_is_a_sign_of_one() -> None:
+def test_threshold_levels_carry_their_direction() -> None:
     assert Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5).levels == (1.0, 1.0, 0.5)
     assert Threshold("query_rms", "change", fire_below=-1.0, clear_above=-0.5).levels == (-1.0, -1.0, -0.5)
     for half in ({"fire_above": 1.0}, {"clear_below": 1.0}, {"fire_below": 1.0}, {"clear_above": 1.0}, {}):
@@ -227,10 +233,10 @@ def test_the_direction_of_a_threshold_is_a_sign_of_one() -> None:
 
 
 @pytest.mark.parametrize("group", [AllOf, AnyOf])
-def test_conditions_are_checked_however_deep_they_are(group: type) -> None:
+def test_nested_conditions_are_checked(group: type) -> None:
     sound = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5)
-    for wrong, told in ((AllOf(), "all_of has no conditions"), (AnyOf(), "any_of has no conditions"), ("x", "'x'")):
-        with pytest.raises(ValueError, match=told):
+    for wrong, found in ((AllOf(), "all_of has no conditions"), (AnyOf(), "any_of has no conditions"), ("x", "'x'")):
+        with pytest.raises(ValueError, match=found):
             Rule("deep", "test", "query_head", group(sound, group(sound, wrong)))
 
 
@@ -238,7 +244,7 @@ SIZE = {"metric": "query_rms", "signal": "value", "reading": "identity", "fire_a
 
 
 def observed(watch: Alerts, **series: list[Any]) -> list[AlertEvent]:
-    """All events of one layer, of whose heads (or head) ``metric=[...]`` gives the values, a sample after the other."""
+    """All events of one layer; ``metric=[...]`` has the values of its heads (or head) per sample."""
     return [
         event
         for step, values in enumerate(zip(*series.values(), strict=True))
@@ -248,40 +254,38 @@ def observed(watch: Alerts, **series: list[Any]) -> list[AlertEvent]:
     ]
 
 
-def test_a_value_at_a_level_is_not_past_it() -> None:
+def test_value_at_a_level_does_not_pass_it() -> None:
     watch = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)])
-    told = [(event.global_step, event.state) for event in observed(watch, query_rms=[2.0, 2.5, 1.0, 0.5])]
-    assert told == [(1, "firing"), (3, "cleared")]
+    found = [(event.global_step, event.state) for event in observed(watch, query_rms=[2.0, 2.5, 1.0, 0.5])]
+    assert found == [(1, "firing"), (3, "cleared")]
 
 
-def test_the_only_head_of_the_only_layer_is_all_of_the_run() -> None:
+def test_share_of_a_single_head_is_one() -> None:
     head = Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)
     mass = Rule("mass", "mass", "run", FiringShare(heads=1.0, layers=1.0, clear_heads=1.0), patience=1, grace=0)
     events = observed(Alerts([head, mass]), query_rms=[3.0])
     assert [(event.rule, event.value) for event in events] == [("size", 3.0), ("mass", 1.0)]
 
 
-@pytest.mark.parametrize(("least_heads", "told"), [(4, False), (5, True)])
-def test_a_message_says_that_there_are_too_few_heads_when_there_are_fewer_than_needed(
-    least_heads: int, told: bool
-) -> None:
+@pytest.mark.parametrize(("least_heads", "found"), [(4, False), (5, True)])
+def test_message_says_when_there_are_too_few_heads(least_heads: int, found: bool) -> None:
     left = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=2, gap=1)
     watch = Alerts([Rule("left", "test", "query_head", left, patience=1, grace=0, least_heads=least_heads)])
     [event] = observed(watch, query_rms=[[1.0, 1.0, 1.0, 1.0]] * 5 + [[1.0, 1.0, 1.0, 9.0]])
     assert event.global_step == 5
-    assert ("too few heads" in event.message) == told
+    assert ("too few heads" in event.message) == found
 
 
 @pytest.mark.parametrize(("window", "missing", "stands"), [(4, 2, False), (4, 3, True), (5, 2, False), (5, 3, True)])
 def test_a_baseline_needs_half_of_its_window(window: int, missing: int, stands: bool) -> None:
-    """With more missing there is none, and a head that jumps is not called changed."""
+    """With more missing there is no baseline, and a head that jumps has no change."""
     change = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, window=window, gap=1)
     watch = Alerts([Rule("changed", "test", "query_head", change, patience=1, grace=0)])
     assert observed(watch, query_rms=[math.nan] * missing + [1.0] * (window - missing)) == []
     assert (observed(watch, query_rms=[9.0]) == []) == stands
 
 
-def test_a_watch_waits_as_long_as_its_slowest_rule_and_without_rules_not_at_all() -> None:
+def test_grace_is_that_of_the_slowest_rule() -> None:
     size = Threshold(**SIZE)
     rules = [Rule(f"after {grace}", "test", "query_head", size, grace=grace) for grace in (3, 7, 5)]
     assert [Alerts(rules).grace, Alerts([]).grace] == [7, 0]
@@ -300,7 +304,7 @@ def states_of(watch: Alerts, samples: list[tuple[float, float]]) -> list[tuple[i
     return [(event.global_step, event.state) for event in observed(watch, query_rms=query, energy_rms=energy)]
 
 
-def test_what_one_condition_of_all_denies_no_missing_value_of_another_keeps_up() -> None:
+def test_missing_value_does_not_keep_all_of_alive() -> None:
     large, small, missing = 3.0, 0.5, math.nan
     assert states_of(Alerts([both_large(2)]), [(large, large), (small, missing), (large, large)]) == []
     assert states_of(Alerts([both_large(2)]), [(large, large), (large, missing), (large, large)]) == [(2, "firing")]
@@ -308,7 +312,7 @@ def test_what_one_condition_of_all_denies_no_missing_value_of_another_keeps_up()
     assert states_of(Alerts([both_large(1)]), [(large, large), (large, missing)]) == [(0, "firing")]
 
 
-def test_an_alarm_is_told_to_its_end_by_the_threshold_that_raised_it() -> None:
+def test_alarm_is_worded_by_the_threshold_that_raised_it() -> None:
     either = AnyOf(Threshold(**SIZE), Threshold(**dict(SIZE, metric="energy_rms")))
     watch = Alerts([Rule("either", "test", "query_head", either, patience=1, grace=0, hold=2)])
     events = observed(watch, query_rms=[1.5, 3.0, 1.5, 0.5], energy_rms=[3.0, 1.5, 1.5, 0.5])
@@ -316,7 +320,7 @@ def test_an_alarm_is_told_to_its_end_by_the_threshold_that_raised_it() -> None:
     assert messages == [("firing", "energy_rms"), ("firing", "energy_rms"), ("cleared", "energy_rms")]
 
 
-def test_recovery_is_no_fault_also_where_nothing_but_the_rules_own_metric_is_measured() -> None:
+def test_recovery_is_not_a_new_fault() -> None:
     grown = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5, window=4, gap=1)
     faded = Threshold("query_rms", "change", fire_below=-1.0, clear_above=-0.5, window=4, gap=1)
     rules = [
@@ -329,7 +333,7 @@ def test_recovery_is_no_fault_also_where_nothing_but_the_rules_own_metric_is_mea
     ]
 
 
-def test_a_rule_over_a_metric_that_the_saved_state_does_not_know_begins_without_a_past() -> None:
+def test_metric_missing_in_state_starts_without_past() -> None:
     before, after = Alerts([Rule("size", "test", "query_head", Threshold(**SIZE), grace=0)]), Alerts([both_large(1)])
     observed(before, query_rms=[1.0])
     after.load_state_dict(before.state_dict())

@@ -28,7 +28,7 @@ def test_one_notification_per_rule_however_many_heads():
     assert notification.level == "warning"
 
 
-def test_a_notification_says_who_since_when_and_what_to_try_and_counts_what_it_leaves_out():
+def test_notification_names_heads_and_counts_the_rest():
     began = [event(head=head, message="m") for head in range(9)]
     over = [event(head=head, message="m", state="cleared") for head in range(10)]
     [notification] = notifications_of([*began, *over])
@@ -61,7 +61,7 @@ def test_a_line_names_the_head_the_layer_or_the_run(fields, line):
     assert notifications_of([event(kind="mine", message="m", **fields)])[0].text == line
 
 
-def test_a_fault_of_the_run_comes_first_and_takes_its_symptoms_in_but_nothing_else():
+def test_run_fault_comes_first_and_includes_symptoms_only():
     mass = event(rule="mass", kind="mass", scope="run", layer=None, head=None)
     symptom, held = event(head=1), event(rule="key_sink", head=2, severity="critical")
     over = event(rule="key_faded", head=3, state="cleared")
@@ -76,7 +76,7 @@ def test_a_fault_of_the_run_comes_first_and_takes_its_symptoms_in_but_nothing_el
 
 
 @given(st.text(min_size=1, max_size=100), st.sampled_from([*sorted({rule.kind for rule in DEFAULT_RULES}), "x" * 80]))
-def test_titles_are_short_and_the_same_whatever_happened(rule, kind):
+def test_titles_are_short_and_constant_per_rule(rule, kind):
     [first] = notifications_of([event(rule=rule, kind=kind)])
     [second] = notifications_of([event(rule=rule, kind=kind, head=7, state="cleared", global_step=999)])
     assert len(first.title) < 64

@@ -45,7 +45,7 @@ def sick_run(num_samples: int = 50, onset: int = 35) -> list[tuple[int, dict, No
     return run
 
 
-def test_a_replay_says_what_the_live_watch_said(tmp_path):
+def test_replay_gives_the_live_events(tmp_path):
     run = sick_run()
     watch = Alerts()
     live = [event for step, values, _ in run for event in watch.observe(values, step)]
@@ -68,7 +68,7 @@ def test_a_replay_with_other_rules_needs_no_model(tmp_path):
     assert replay_text(replay(record, [])) == "nothing would have fired"
 
 
-def test_a_line_of_a_replay_names_the_head_the_layer_or_the_run():
+def test_replay_line_names_head_layer_or_run():
     event = AlertEvent("faint", "x", "kv_head", "a", 3, 1.0, 2.0, 70, "firing", since_step=60, message="m")
     lines = replay_text(
         [event, replace(event, scope="layer", head=None), replace(event, layer=None, head=None, value=math.nan)]
@@ -86,7 +86,7 @@ def test_sampling_less_often_finds_it_later(tmp_path):
     assert replay(record, [FAINT], stride=3)[0].global_step == 390
 
 
-def test_a_failed_sample_and_a_layer_that_was_never_measured_are_no_alarm(tmp_path):
+def test_failed_sample_and_unmeasured_layer_give_no_alarm(tmp_path):
     run = sick_run(num_samples=20, onset=99)[:18]
     for _, values, _ in run:
         for layers in values.values():
@@ -96,7 +96,7 @@ def test_a_failed_sample_and_a_layer_that_was_never_measured_are_no_alarm(tmp_pa
     assert replay(recorded(tmp_path / "run.sqlite", run), DEFAULT_RULES) == []
 
 
-def test_samples_after_a_failed_one_and_layers_measured_later_are_looked_at(tmp_path):
+def test_replay_continues_after_failed_samples(tmp_path):
     run = sick_run(num_samples=20, onset=99)[:18]
     for index, (_, values, _) in enumerate(run):
         for layers in values.values():
@@ -110,14 +110,14 @@ def test_samples_after_a_failed_one_and_layers_measured_later_are_looked_at(tmp_
     ]
 
 
-def test_a_run_that_turns_all_nan_is_told(tmp_path):
+def test_run_that_turns_nan_gives_an_alarm(tmp_path):
     run = sick_run(num_samples=20, onset=99)[:18]
     nothing = {metric: {layer: v * torch.nan for layer, v in layers.items()} for metric, layers in run[-1][1].items()}
     events = replay(recorded(tmp_path / "run.sqlite", [*run, (180, nothing, None)]))
     assert [(event.rule, event.global_step) for event in events] == [("non_finite_run", 180)]
 
 
-def test_a_metric_that_was_recorded_seldom_keeps_its_own_pace(tmp_path):
+def test_replay_of_rare_metric_counts_its_own_samples(tmp_path):
     run = sick_run(num_samples=30, onset=99)[:28]
     for index, (_, values, _) in enumerate(run):
         if index % 5 == 0:
@@ -129,7 +129,7 @@ def test_a_metric_that_was_recorded_seldom_keeps_its_own_pace(tmp_path):
     assert (event.head, event.global_step) == (2, 250)
 
 
-def test_a_rule_over_what_was_not_recorded_is_an_error_that_names_it(tmp_path):
+def test_rule_over_unrecorded_metric_is_an_error(tmp_path):
     record = recorded(tmp_path / "run.sqlite", sick_run(3))
     entropy = Rule("no_focus", "x", "query_head", Threshold("sink_mass", "value", fire_above=1.0, clear_below=0.5))
     rests = replace(entropy, name="rests", optional=True)

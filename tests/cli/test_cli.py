@@ -55,7 +55,7 @@ def files_in(folder: Path) -> list[str]:
 # scan
 
 
-def test_scan_prints_a_table_with_a_row_per_layer_and_a_line_beside_the_published_figures(
+def test_scan_prints_layer_table_and_published_values(
     checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("scan", checkpoint, "--text", text, "--length", 32) == 0
@@ -69,7 +69,7 @@ def test_scan_prints_a_table_with_a_row_per_layer_and_a_line_beside_the_publishe
 
 
 @pytest.mark.parametrize("without", [[], ["rich.console"]])
-def test_a_terminal_sees_what_scan_is_doing_with_rich_and_without(
+def test_terminal_shows_progress_with_and_without_rich(
     without: list[str], checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = io.StringIO()
@@ -81,9 +81,7 @@ def test_a_terminal_sees_what_scan_is_doing_with_rich_and_without(
     assert "measuring checkpoint-40" in terminal.getvalue()
 
 
-def test_scan_as_json_on_the_screen_is_json_and_nothing_else(
-    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scan_json_on_stdout_is_only_json(checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("scan", checkpoint, "--text", text, "--length", 32, "--batch", 2, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found == scan(checkpoint, text=TEXT, length=32, batch=2).to_json()
@@ -104,7 +102,7 @@ def test_scan_writes_json_and_csv_files_that_agree(checkpoint: Path, text: Path,
         assert float(row["value"]) == layer[row["metric"]][int(row["head"])]
 
 
-def test_several_lengths_give_a_row_each_of_a_model_that_is_loaded_once(
+def test_lengths_give_a_row_each_and_load_model_once(
     checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import LlamaForCausalLM
@@ -118,7 +116,7 @@ def test_several_lengths_give_a_row_each_of_a_model_that_is_loaded_once(
     assert len(loaded) == 1
 
 
-def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
+def test_folder_of_checkpoints_gives_ordered_rows_and_plot(
     run_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot, table = tmp_path / "plot.png", tmp_path / "all.json"
@@ -134,7 +132,7 @@ def test_a_folder_of_checkpoints_gives_a_row_each_in_order_and_a_plot(
     assert files_in(tmp_path) == ["all.json", "plot.png"]
 
 
-def test_a_real_run_of_a_trainer_is_audited_checkpoint_by_checkpoint_and_its_final_model_last(
+def test_trainer_run_is_audited_checkpoint_by_checkpoint(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import Trainer, TrainingArguments
@@ -168,7 +166,7 @@ def test_a_real_run_of_a_trainer_is_audited_checkpoint_by_checkpoint_and_its_fin
     assert medians[2] == medians[3]
 
 
-def test_models_of_different_shape_have_rows_and_no_course(
+def test_models_of_different_shape_have_no_course(
     run_folder: Path, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = run_folder.parent / "other"
@@ -181,7 +179,7 @@ def test_models_of_different_shape_have_rows_and_no_course(
     assert "the models do not have the same layers" in capsys.readouterr().err
 
 
-def test_a_metric_that_no_head_has_leaves_its_column_empty(
+def test_metric_without_values_leaves_its_column_empty(
     run_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import attnmonitor.measurement.weights
@@ -212,7 +210,7 @@ def test_a_metric_that_no_head_has_leaves_its_column_empty(
         (["report", "SHORT.sqlite"], "SHORT.sqlite"),
     ],
 )
-def test_bad_input_ends_with_a_message_and_code_2_and_leaves_no_file(
+def test_bad_input_gives_message_and_code_2_but_no_file(
     arguments: list[str],
     message: str,
     checkpoint: Path,
@@ -237,7 +235,7 @@ def test_bad_input_ends_with_a_message_and_code_2_and_leaves_no_file(
     assert files_in(tmp_path) == before
 
 
-def test_a_file_that_was_there_survives_a_scan_that_fails(checkpoint: Path, tmp_path: Path) -> None:
+def test_existing_file_survives_a_failing_scan(checkpoint: Path, tmp_path: Path) -> None:
     old = tmp_path / "out.json"
     old.write_text("old", encoding="utf-8")
     assert command("scan", checkpoint, "--length", 9999, "--json", old) == 2
@@ -245,7 +243,7 @@ def test_a_file_that_was_there_survives_a_scan_that_fails(checkpoint: Path, tmp_
     assert files_in(tmp_path) == ["out.json"]
 
 
-def test_a_layer_that_cannot_be_measured_is_named_and_the_others_are_reported(
+def test_unmeasured_layer_is_named_and_others_reported(
     checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers.models.llama import modeling_llama
@@ -289,9 +287,7 @@ def record(tmp_path: Path) -> Path:
     return tmp_path / "run.sqlite"
 
 
-def test_report_writes_one_page_beside_the_record_or_where_it_is_told(
-    record: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_writes_one_page_beside_record_or_at_out(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("report", record) == 0
     assert capsys.readouterr().out.strip() == str(record.with_suffix(".html"))
     page = record.with_suffix(".html").read_text(encoding="utf-8")
@@ -300,9 +296,7 @@ def test_report_writes_one_page_beside_the_record_or_where_it_is_told(
     assert sorted(path.name for path in record.parent.glob("*.html")) == ["run.html", "two.html"]
 
 
-def test_replay_prints_what_other_rules_would_have_raised(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_prints_events_of_other_rules(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from attnmonitor.alerts import Rule, Threshold
 
     loud = Threshold("query_rms", signal="value", fire_above=-20.0, clear_below=-21.0)
@@ -319,7 +313,7 @@ def test_replay_prints_what_other_rules_would_have_raised(
 # The program
 
 
-def test_the_demo_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     import attnmonitor.cli.demo as demo
 
     runs = []
@@ -329,7 +323,7 @@ def test_the_demo_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs == [(Path("somewhere"), 7)]
 
 
-def test_a_missing_extra_is_told_with_the_command_that_installs_it(
+def test_missing_extra_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "attnmonitor.cli.demo", None)

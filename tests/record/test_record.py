@@ -75,7 +75,7 @@ def test_every_float32_survives_bit_for_bit(tmp_path_factory: pytest.TempPathFac
     np.testing.assert_array_equal(RunRecord.open(path).trajectories("key_rms")["attn"], np.array(rows, np.float32))
 
 
-def test_what_was_not_measured_reads_as_nan_and_every_sample_has_its_row(tmp_path: Path) -> None:
+def test_unmeasured_values_read_as_nan(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     with RecordWriter(path, run=RUN) as record:
         record.append(
@@ -111,7 +111,7 @@ def test_events_and_coverage_keep_nan_none_and_tuples(tmp_path: Path) -> None:
     )
 
 
-def test_a_resumed_run_appends_and_replaces_what_it_repeats_without_deleting(tmp_path: Path) -> None:
+def test_resumed_run_supersedes_samples_without_deleting(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     write(path, range(0, 50, 10))
     event = AlertEvent("hot", "logit_blowup", "query_head", "attn", 0, 1.0, 1.0, 30, "firing")
@@ -128,7 +128,7 @@ def test_a_resumed_run_appends_and_replaces_what_it_repeats_without_deleting(tmp
     db.close()
 
 
-def test_another_probe_or_model_starts_a_segment_and_says_so(tmp_path: Path) -> None:
+def test_other_probe_or_model_starts_a_segment_with_warning(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     write(path, range(0, 30, 10))
     with pytest.warns(UserWarning, match="probe_fingerprint was 'ab12' and is 'cd34'. A new segment begins"):
@@ -180,7 +180,7 @@ def received(pipe: Connection) -> list[int]:
     return sent
 
 
-def test_a_kill_at_any_moment_loses_at_most_the_sample_being_written(tmp_path: Path) -> None:
+def test_kill_loses_at_most_the_sample_being_written(tmp_path: Path) -> None:
     path, first_step = tmp_path / "run.sqlite", 0
     for kill in range(6):
         writer, pipe = start(write_for_ever, path, first_step)
@@ -204,7 +204,7 @@ def test_a_kill_at_any_moment_loses_at_most_the_sample_being_written(tmp_path: P
         first_step = int(read.steps[-1]) + 1
 
 
-def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tmp_path: Path) -> None:
+def test_second_process_records_in_a_file_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     writer, pipe = start(write_for_ever, path, 0)
     pipe.recv()
@@ -224,7 +224,7 @@ def test_a_second_process_records_beside_the_first_and_neither_loses_a_sample(tm
     assert 10**6 in RunRecord.open(path).steps
 
 
-def test_closing_or_losing_the_writer_frees_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_closed_or_lost_writer_leaves_only_the_record(tmp_path: Path) -> None:
     write(tmp_path / "run.sqlite", range(2))
     assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
     record = RecordWriter(tmp_path / "run.sqlite", run=RUN)
@@ -235,7 +235,7 @@ def test_closing_or_losing_the_writer_frees_the_file_and_leaves_nothing_beside_i
     assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0, 1, 2, 3]
 
 
-def test_a_forked_child_neither_breaks_nor_frees_the_record(tmp_path: Path) -> None:
+def test_forked_child_leaves_record_and_lock_alone(tmp_path: Path) -> None:
     record = RecordWriter(tmp_path / "run.sqlite", run=RUN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
@@ -266,7 +266,7 @@ def fill_the_disk(path: Path, send: Connection) -> None:
         record.close()
 
 
-def test_a_full_disk_costs_one_warning_and_no_sample(tmp_path: Path) -> None:
+def test_full_disk_costs_one_warning_and_no_sample(tmp_path: Path) -> None:
     child, pipe = start(fill_the_disk, tmp_path / "run.sqlite")
     waiting, failed, waiting_after, messages = pipe.recv()
     child.join()
@@ -280,7 +280,7 @@ def test_a_full_disk_costs_one_warning_and_no_sample(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.trajectories("key_rms")["layer"][:, 7], np.arange(121))
 
 
-def test_a_folder_that_cannot_be_written_costs_one_warning_and_is_retried(tmp_path: Path) -> None:
+def test_unwritable_folder_costs_one_warning_and_is_retried(tmp_path: Path) -> None:
     blocker = tmp_path / "runs"
     blocker.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_and_is_retried(tmp_pa
     assert RunRecord.open(blocker / "run.sqlite").steps.tolist() == [0, 1, 2]
 
 
-def test_what_waits_for_the_disk_is_bounded_and_what_is_given_up_for_it_counted(tmp_path: Path) -> None:
+def test_unwritten_samples_are_bounded_and_lost_ones_counted(tmp_path: Path) -> None:
     blocker = tmp_path / "runs"
     blocker.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="the latest 1,000 of them"):
@@ -316,7 +316,7 @@ def test_a_read_only_file_system_is_not_an_error() -> None:
     assert len(record.unwritten) == 1
 
 
-def test_a_file_deleted_under_the_writer_is_begun_anew(tmp_path: Path) -> None:
+def test_file_deleted_under_the_writer_is_created_again(tmp_path: Path) -> None:
     path = tmp_path / "run.sqlite"
     record = RecordWriter(path, run=RUN)
     record.append(one_value(0))
@@ -357,7 +357,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("name", ["newer", "older", "foreign", "cut", "stub", "text", "zeros"])
-def test_a_file_that_is_no_good_is_named_kept_and_recorded_beside(tmp_path: Path, name: str) -> None:
+def test_unusable_file_is_kept_and_another_one_written(tmp_path: Path, name: str) -> None:
     path, reason = damaged_files(tmp_path)[name]
     before = path.read_bytes()
     with pytest.raises(RecordError, match=reason) as raised:
@@ -371,7 +371,7 @@ def test_a_file_that_is_no_good_is_named_kept_and_recorded_beside(tmp_path: Path
     assert RunRecord.open(record.path).steps.tolist() == [3]
 
 
-def test_no_file_and_an_empty_file_are_told_apart(tmp_path: Path) -> None:
+def test_missing_and_empty_file_give_different_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such run record"):
         RunRecord.open(tmp_path / "none.sqlite")
     (tmp_path / "empty.sqlite").touch()
@@ -381,7 +381,7 @@ def test_no_file_and_an_empty_file_are_told_apart(tmp_path: Path) -> None:
     assert len(RunRecord.open(tmp_path / "empty.sqlite").steps) == 1
 
 
-def test_a_folder_of_records_is_answered_with_its_newest(tmp_path: Path) -> None:
+def test_folder_of_records_names_its_newest(tmp_path: Path) -> None:
     for name, age in (("b", 0), ("a", 60)):
         write(tmp_path / f"{name}.sqlite", range(1))
         os.utime(tmp_path / f"{name}.sqlite", (1e9 - age, 1e9 - age))

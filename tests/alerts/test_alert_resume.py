@@ -1,0 +1,59 @@
+"""Alerts that continue from a saved state."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from alert_runs import (
+    changes,
+    healthy_run,
+    one_head,
+    plain_rule,
+    tensors,
+)
+
+from attnmonitor.alerts import (
+    Alerts,
+)
+
+
+@pytest.mark.parametrize("cut", [1, 38, 41, 61, 64])
+def test_resumed_alerts_give_the_events_of_one_run(cut):
+    run = [tensors(sample) for sample in healthy_run(85)]
+    for sample in run[40:]:
+        sample["energy_rms"]["layers.1"][2] = 30.0
+    for sample in run[60:]:
+        sample["energy_rms"]["layers.1"][2] = 1.5
+    unbroken, first, second = Alerts(), Alerts(), Alerts()
+    expected = [unbroken.observe(sample, index) for index, sample in enumerate(run)]
+    events = [first.observe(sample, index) for index, sample in enumerate(run[:cut])]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert [event.rule for event in second.firing] == [event.rule for event in first.firing]
+    events += [second.observe(sample, index) for index, sample in enumerate(run[cut:], start=cut)]
+    assert events == expected
+    assert second.firing == unbroken.firing
+
+
+def test_a_state_is_a_snapshot():
+    watch = Alerts([plain_rule()])
+    watch.observe(tensors(one_head([3])[0]), 0)
+    state = watch.state_dict()
+    watch.observe(tensors(one_head([3])[0]), 10)
+    fresh = Alerts([plain_rule()])
+    fresh.load_state_dict(state)
+    assert changes(fresh.observe(tensors(one_head([3])[0]), 10)) == [(1, "firing", "warning")]
+
+
+def test_changed_rule_starts_anew():
+    watch = Alerts([plain_rule()])
+    for index in range(3):
+        watch.observe(tensors(one_head([3])[0]), index)
+    changed = Alerts([plain_rule(patience=3)])
+    changed.load_state_dict(watch.state_dict())
+    assert changed.firing == []
+    assert changed.observe(tensors(one_head([3])[0]), 3) == []
