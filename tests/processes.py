@@ -1,4 +1,4 @@
-"""Real processes over gloo, ways to spread a model over them, and a watch on them for hangs."""
+"""Real processes over gloo, ways to distribute a model over them, and a timeout for hangs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import attnmonitor.metrics  # noqa: F401  # what the first attach would import, for a minute on a busy machine
+import attnmonitor.metrics  # noqa: F401  # the first attach imports it; on a busy machine that takes a minute
 
-PATIENCE = 60.0  # seconds without a sign of life
-TO_START = 180.0  # seconds until the first one: a busy machine imports torch slowly
+PATIENCE = 60.0  # seconds without progress
+TO_START = 180.0  # seconds until the first progress: a busy machine imports torch slowly
 
 # FSDP2 of torch 2.6 runs on GPUs only: it calls `record_event` on a CPU stream, which torch 2.6 does not have.
 FSDP2 = ("fsdp2",) if hasattr(torch.cpu.Stream, "record_event") else ()
@@ -31,10 +31,10 @@ ON_TWO = ("ddp", "fsdp1", *FSDP2, "tp")
 
 
 def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
-    """Run ``work(rank, *arguments)`` on each process and return what each returned.
+    """Run ``work(rank, *arguments)`` on each process and return the results.
 
     Raises:
-        TimeoutError: No process has said anything (`tell`) for a minute; they are killed.
+        TimeoutError: No process has reported progress (`tell`) for a minute; all are killed.
     """
     context = mp.spawn(_process, (world, str(folder), work, arguments), nprocs=world, join=False)
     started = time.time()
@@ -44,12 +44,12 @@ def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world:
         if silent > (PATIENCE if said else TO_START):
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"no sign of life: {', '.join(path.read_text() for path in said)}")
+            raise TimeoutError(f"no progress: {', '.join(path.read_text() for path in said)}")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def tell(text: str) -> None:
-    """Say that this process is alive, and at what."""
+    """Report the progress of this process."""
     Path(f"progress{dist.get_rank()}").write_text(text)
 
 
@@ -65,15 +65,15 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
     )
     try:
         torch.save(work(rank, *arguments), f"{folder}/rank{rank}.pt")
-        # Leave with no result of a collective in gloo's hands: torch 2.6 waits for its thread then, holding Python's
-        # lock, which that thread needs to let go of the tensor.
+        # Otherwise gloo may still hold the result of a collective: torch 2.6 then waits for gloo's thread while it
+        # holds Python's lock, which that thread needs to release the tensor.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def spread(model: TinyGPT, how: str) -> nn.Module:
-    """The model spread over all processes: ``"ddp"``, ``"fsdp1"``, ``"fsdp2"``, ``"tp"``, and ``"fsdp2 x tp"`` on 4."""
+    """Return the model distributed over all processes: ``"ddp"``, ``"fsdp1"``, ``"fsdp2"``, ``"tp"``, and ``"fsdp2 x tp"`` on 4."""
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if how == "fsdp1":
@@ -93,7 +93,7 @@ def spread(model: TinyGPT, how: str) -> nn.Module:
 
 
 def in_parallel(model: TinyGPT, mesh: DeviceMesh) -> TinyGPT:
-    """Deal out the heads and the hidden units of every block to the processes of the mesh."""
+    """Split the heads and the hidden units of every block over the processes of the mesh."""
     by_columns = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.0")
     plan = {name: ColwiseParallel() for name in by_columns} | {
         name: RowwiseParallel() for name in ("attn.o_proj", "mlp.2")

@@ -1,7 +1,7 @@
-"""Runs that look like training, made of numbers alone: what the record, the charts and the report are tried on.
+"""Synthetic runs with values like those of training, for the tests of record, charts and report.
 
-Heads start alike, drift apart as they learn (log-normal, layer-dependent), and move together with the learning rate. In
-a sick run one head's keys are slowly taken over by few positions while its logits grow; its alerts fire and one clears.
+Heads start alike, drift apart as they learn (log-normal, layer-dependent), and share changes due to the learning rate.
+In a faulty run few positions slowly dominate one head's keys while its logits grow; its alerts fire and one clears.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TYPICAL = {
     "interaction_participation_ratio": (24.0, 0.2),
     "spectral_gap": (7.0, 0.45),
 }
-# Factor by which the sick head's value is multiplied once the fault has fully grown.
+# Factor on the faulty head's value once the fault has fully grown.
 _FAULT = {
     "key_incoherence": 6.0,
     "energy_rms": 9.0,
@@ -50,7 +50,7 @@ class SyntheticRun:
         num_layers: Layers of the model.
         num_heads: Query heads of a layer, or one number per layer.
         num_samples: Samples taken, ``every`` steps apart.
-        sick: (layer index, head) of the head that collapses, or None for a healthy run.
+        faulty: (layer index, head) of the head with the fault, or None for a healthy run.
         metrics: What is measured.
         group: Query heads per KV head.
         layer_name: Format of a layer's name.
@@ -63,7 +63,7 @@ class SyntheticRun:
         num_samples: int = 40,
         *,
         every: int = 50,
-        sick: tuple[int, int] | None = None,
+        faulty: tuple[int, int] | None = None,
         metrics: Sequence[str] = DEFAULT_METRICS,
         group: int = 1,
         seed: int = 0,
@@ -71,7 +71,7 @@ class SyntheticRun:
     ) -> None:
         self.heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
         self.layers = [layer_name.format(index) for index in range(num_layers)]
-        self.num_samples, self.every, self.sick, self.metrics, self.group = num_samples, every, sick, metrics, group
+        self.num_samples, self.every, self.faulty, self.metrics, self.group = num_samples, every, faulty, metrics, group
         self.generator = torch.Generator().manual_seed(seed)
         self.traits = {name: [self._noise(self._width(name, i)) for i in range(num_layers)] for name in metrics}
         self.config: Mapping[str, object] = {
@@ -111,27 +111,27 @@ class SyntheticRun:
     def _values(self, metric: str, index: int) -> dict[str, Tensor]:
         typical, width = _TYPICAL.get(metric, (1.0, 0.3))
         learned = 1 - math.exp(-4 * index / self.num_samples)
-        together = 0.15 * math.sin(3 * learned)
+        shared = 0.15 * math.sin(3 * learned)
         values = {}
         for number, layer in enumerate(self.layers):
             trait = width * self.traits[metric][number] + 0.4 * width * math.cos(2.5 * number / len(self.layers))
-            log_value = math.log(typical) + learned * trait + together + 0.03 * self._noise(self._width(metric, number))
+            log_value = math.log(typical) + learned * trait + shared + 0.03 * self._noise(self._width(metric, number))
             values[layer] = log_value.exp()
-        if self.sick is not None:
-            layer_index, head = self.sick
+        if self.faulty is not None:
+            layer_index, head = self.faulty
             head = head if METRICS[metric].scope == "query_head" else head // self.group
-            values[self.layers[layer_index]][head] *= _FAULT.get(metric, 1.0) ** self._illness(index)
+            values[self.layers[layer_index]][head] *= _FAULT.get(metric, 1.0) ** self._severity(index)
         if METRICS[metric].unit.startswith("fraction") or metric == "key_leverage_max":
             return {layer: value.clamp(max=1.0) for layer, value in values.items()}
         return {layer: value.round() for layer, value in values.items()} if "effective_rank" in metric else values
 
-    def _illness(self, index: int) -> float:
+    def _severity(self, index: int) -> float:
         return min(1.0, max(0.0, (index / self.num_samples - 0.5) / 0.2))
 
     def _events(self, index: int, values: Mapping[str, Mapping[str, Tensor]]) -> list[AlertEvent]:
-        if self.sick is None:
+        if self.faulty is None:
             return []
-        layer, head = self.layers[self.sick[0]], self.sick[1]
+        layer, head = self.layers[self.faulty[0]], self.faulty[1]
         began = {"energy_hot": round(0.58 * self.num_samples), "key_sink": round(0.64 * self.num_samples)}
         ended = {"energy_hot": round(0.9 * self.num_samples)}
         kinds = {"energy_hot": ("logit_blowup", "energy_rms"), "key_sink": ("key_sink", "key_incoherence")}

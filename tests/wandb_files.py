@@ -1,4 +1,4 @@
-"""Reads back what the W&B client wrote to an offline run.
+"""Reads the files that the W&B client wrote for an offline run.
 
 The file is a log of protobuf records in blocks of 32 KiB. A record is cut into chunks where a block ends, each with a
 header of checksum, length and kind (whole, first, middle, last); room for less than a header stays empty.
@@ -30,7 +30,7 @@ def _records(content: bytes) -> Iterator[Record]:
             continue
         checksum, length, kind = _CHUNK.unpack_from(content, at)
         end = at + _CHUNK.size + length
-        if zlib.crc32(content[at + _CHUNK.size - 1 : end]) != checksum:  # of kind and contents
+        if zlib.crc32(content[at + _CHUNK.size - 1 : end]) != checksum:  # covers kind and contents
             return  # the client is still writing, or was killed while it did
         if kind in (_WHOLE, _FIRST):
             pending.clear()
@@ -41,7 +41,7 @@ def _records(content: bytes) -> Iterator[Record]:
 
 
 def _finished(path: Path) -> list[Record]:
-    """All records, once the client has written its last: `finish` returns a moment before the file is complete."""
+    """Return all records, once the last is written: `finish` returns shortly before the file is complete."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         records = list(_records(path.read_bytes()))
@@ -56,9 +56,9 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def offline_run(folder: Path, *, killed: bool = False) -> dict[str, Any]:
-    """History rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run.
+    """Return history rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run.
 
-    Of a process that was killed, what the client had written by then.
+    Of a killed process, only the records that the client had written by then.
     """
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     run: dict[str, Any] = {"history": [], "metrics": {}, "config": {}, "summary": {}, "alerts": []}
@@ -78,12 +78,12 @@ def offline_run(folder: Path, *, killed: bool = False) -> dict[str, Any]:
 
 
 def curve(run: dict[str, Any], key: str, x: str = "attention/global_step") -> dict[int, float]:
-    """The values under a key by their x."""
+    """Return the values under a key by their x."""
     return {row[x]: row[key] for row in run["history"] if key in row}
 
 
 def charts(run: dict[str, Any], folder: Path, x: str = "attention/global_step") -> dict[str, dict[int, dict[str, Any]]]:
-    """Every Plotly figure by the key it was logged under and its x."""
+    """Return every Plotly figure by its key and its x."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in run["history"]:
         for key in (name.removesuffix("._type") for name, kind in row.items() if kind == "plotly-file"):

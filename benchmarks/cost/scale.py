@@ -10,6 +10,7 @@ and the counts are scaled. A small model also runs on real tensors, counted in t
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -186,6 +187,7 @@ def table_bytes(shape: Shape) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the mode for fake tensors is active in this thread only
     counts = {shape: counted(shape, torch.bfloat16) for shape in SHAPES}

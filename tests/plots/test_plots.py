@@ -29,7 +29,7 @@ SIZES = {"12 heads": (2, 6, 1), "144 heads": (12, 12, 1), "1024 heads": (32, 32,
 @pytest.fixture(scope="module", params=list(SIZES))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     num_layers, num_heads, group = SIZES[request.param]
-    synthetic = SyntheticRun(num_layers, num_heads, 30, group=group, sick=(1, 5))
+    synthetic = SyntheticRun(num_layers, num_heads, 30, group=group, faulty=(1, 5))
     path = tmp_path_factory.mktemp("plots") / "run.sqlite"
     with RecordWriter(path, run=synthetic.config) as record:
         for sample in synthetic.samples():

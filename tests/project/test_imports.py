@@ -1,4 +1,4 @@
-"""What `import attnmonitor` brings along, and what is said where an extra is not installed."""
+"""What `import attnmonitor` loads, and the error where an extra is not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnmonitor.scan.checkpoint import Checkpoint
 HEAVY = ["lightning", "matplotlib", "pandas", "plotly", "scipy", "torchmetrics", "transformers", "wandb"]
 
 
-def test_importing_the_package_imports_torch_and_nothing_else_that_is_slow() -> None:
+def test_import_loads_torch_and_nothing_else_slow() -> None:
     count = f"import sys, attnmonitor; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
@@ -28,7 +28,7 @@ def importing(module: str) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(
-    ("missing", "use", "told"),
+    ("missing", "use", "message"),
     [
         (
             "lightning.pytorch",
@@ -58,12 +58,12 @@ def importing(module: str) -> Callable[[], Any]:
         ),
     ],
 )
-def test_a_missing_extra_is_named_in_one_sentence(
-    missing: str, use: Callable[[], Any], told: str, monkeypatch: pytest.MonkeyPatch
+def test_missing_extra_is_named(
+    missing: str, use: Callable[[], Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in [name for name in sys.modules if name.startswith(("attnmonitor.callbacks.", "attnmonitor.plots"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError) as raised:
         use()
-    assert str(raised.value) == told
+    assert str(raised.value) == message

@@ -1,4 +1,4 @@
-"""What is built installs anywhere: wheel and sdist, extra by extra, each used from a folder outside of the checkout."""
+"""Wheel and sdist install with each extra and work from a folder outside of the checkout."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Environment:
 
 @contextmanager
 def installed(folder: Path, archive: Path, extra: str) -> Iterator[Environment]:
-    """A clean environment with the archive and one of its extras; gone afterwards, for it holds a whole torch."""
+    """Yield a clean environment with the archive and one of its extras; deleted afterwards, because it holds torch."""
     environment = Environment(folder / "environment", folder / "elsewhere")
     environment.folder.mkdir()
     venv.create(environment.home, with_pip=True, symlinks=True)
@@ -190,9 +190,7 @@ def whole(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         yield environment
 
 
-def test_the_wheel_holds_every_module_and_data_file_of_the_package_and_nothing_else(
-    archives: tuple[Path, Path],
-) -> None:
+def test_wheel_holds_exactly_the_package(archives: tuple[Path, Path]) -> None:
     expected = {
         f"{where}/{path.relative_to(ROOT / folder)}"
         for folder, where in FOLDERS.items()
@@ -205,7 +203,7 @@ def test_the_wheel_holds_every_module_and_data_file_of_the_package_and_nothing_e
     assert {"attnmonitor/py.typed", "attnmonitor/report/page.js", "attnmonitor/callbacks/lightning.py"} <= held
 
 
-def test_the_sdist_holds_what_the_tests_and_the_docs_are_made_of(archives: tuple[Path, Path]) -> None:
+def test_sdist_holds_tests_docs_and_benchmarks(archives: tuple[Path, Path]) -> None:
     with tarfile.open(archives[1]) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
     source = archives[1].parents[1] / "source"
@@ -215,7 +213,7 @@ def test_the_sdist_holds_what_the_tests_and_the_docs_are_made_of(archives: tuple
     assert {*map(str, files), *top} <= held
 
 
-def test_a_minimal_install_watches_a_raw_loop_keeps_its_record_and_measures_alone(minimal: Environment) -> None:
+def test_minimal_install_monitors_records_and_measures(minimal: Environment) -> None:
     record = minimal.run_text(RAW_LOOP).split()[-1]
     minimal.run("python", "-m", "pip", "check")
     for program in (["attnmonitor"], ["python", "-m", "attnmonitor"]):
@@ -223,13 +221,13 @@ def test_a_minimal_install_watches_a_raw_loop_keeps_its_record_and_measures_alon
     assert minimal.run("attnmonitor", "replay", record).stdout == "nothing would have fired\n"
 
 
-def test_the_sdist_installs_and_does_the_same(archives: tuple[Path, Path], tmp_path: Path) -> None:
+def test_sdist_installs_and_monitors(archives: tuple[Path, Path], tmp_path: Path) -> None:
     with installed(tmp_path, archives[1], "") as environment:
         environment.run_text(RAW_LOOP)
 
 
 @pytest.mark.parametrize(
-    ("use", "told"),
+    ("use", "message"),
     [
         (
             "import attnmonitor.callbacks.lightning",
@@ -257,27 +255,25 @@ def test_the_sdist_installs_and_does_the_same(archives: tuple[Path, Path], tmp_p
         ),
     ],
 )
-def test_without_extras_each_thing_says_which_one_it_needs(minimal: Environment, use: str, told: str) -> None:
+def test_missing_extra_is_named_at_import_or_call(minimal: Environment, use: str, message: str) -> None:
     error = minimal.run("python", "-c", use, succeeds=False).stderr.strip().splitlines()[-1]
-    assert error == f"ModuleNotFoundError: {told}"
+    assert error == f"ModuleNotFoundError: {message}"
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         (["scan", "model"], "scan: error: scan needs transformers: pip install 'attnmonitor[transformers]'"),
         (["report", "run.sqlite"], "report: error: write_report needs plotly: pip install 'attnmonitor[report]'"),
         (["demo"], "demo: error: No module named 'lightning'; pip install 'attnmonitor[all]'"),
     ],
 )
-def test_without_extras_each_command_says_which_one_it_needs(
-    minimal: Environment, command: list[str], told: str
-) -> None:
-    assert minimal.run("attnmonitor", *command, succeeds=False).stderr == f"attnmonitor {told}\n"
+def test_missing_extra_is_named_by_each_command(minimal: Environment, command: list[str], message: str) -> None:
+    assert minimal.run("attnmonitor", *command, succeeds=False).stderr == f"attnmonitor {message}\n"
 
 
 @pytest.mark.parametrize(("extra", "program"), [("[lightning]", LIGHTNING), ("[transformers]", TRANSFORMERS)])
-def test_an_extra_alone_is_enough_for_its_adapter(
+def test_one_extra_suffices_for_its_adapter(
     extra: str, program: str, archives: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with installed(tmp_path, archives[0], extra) as environment:
@@ -292,13 +288,11 @@ def test_all_extras_run_both_adapters_and_the_demo(whole: Environment) -> None:
 
 
 @pytest.mark.parametrize("name", ["minimal", "whole"])
-def test_the_import_adds_under_three_tenths_of_a_second_to_that_of_torch(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_import_adds_less_than_0_3_seconds_to_torch(name: str, request: pytest.FixtureRequest) -> None:
     environment = request.getfixturevalue(name)
 
     def seconds(modules: str) -> float:
-        """CPU time, which other processes on the machine do not move; importing runs on one core."""
+        """Return CPU time, which does not depend on other processes; importing runs on one core."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment.run("python", "-c", f"import {modules}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -310,7 +304,7 @@ def test_the_import_adds_under_three_tenths_of_a_second_to_that_of_torch(
     assert added < 0.3
 
 
-def test_types_are_seen_by_a_script_outside_of_the_repository(minimal: Environment) -> None:
+def test_types_are_visible_to_an_outside_script(minimal: Environment) -> None:
     script = minimal.folder / "typed.py"
     mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ".mypy", "--python-executable", minimal.python]
 

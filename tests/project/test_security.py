@@ -1,4 +1,4 @@
-"""Nothing is run that a file says, and nothing is sent anywhere but by the logger the user chose."""
+"""No code from a file is run, and only the logger that the user chose sends data."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from attnmonitor.loggers import WandbLogger
 from attnmonitor.record import RecordError, RunRecord
 from attnmonitor.scan import scan
 
-# The interpreter itself reports every class that is looked up for a pickle, and every address that is connected to or
-# asked for. An audit hook cannot be taken off again, hence the process of its own.
+# Python's audit events report every class that a pickle looks up and every address that is looked up or connected to.
+# An audit hook cannot be removed, hence a separate process.
 EVERYTHING_A_USER_DOES = """
 import sys, tempfile
 from pathlib import Path
@@ -63,16 +63,16 @@ try:
 except OSError:
     pass
 assert {{event for event, _ in seen}} >= {{"pickle.find_class", "socket.connect"}}, seen
-print("watched to the end")
+print("finished")
 """
 
 
-def test_training_recording_replay_report_and_scan_unpickle_nothing_and_reach_no_network(tmp_path: Path) -> None:
+def test_no_unpickling_and_no_network(tmp_path: Path) -> None:
     program = EVERYTHING_A_USER_DOES.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
-    assert done.stdout.endswith("watched to the end\n"), done.stderr[-3000:]
+    assert done.stdout.endswith("finished\n"), done.stderr[-3000:]
 
 
 class Trap:
@@ -85,7 +85,7 @@ class Trap:
         return Path.touch, (self.mark,)
 
 
-def test_a_pickle_in_place_of_a_record_a_rules_file_or_a_state_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     trap, mark = tmp_path / "run.sqlite", tmp_path / "it ran"
     trap.write_bytes(pickle.dumps(Trap(mark)))
     with pytest.raises(RecordError, match="not a database"):
@@ -100,7 +100,7 @@ def test_a_pickle_in_place_of_a_record_a_rules_file_or_a_state_is_refused_and_no
     assert mark.exists()
 
 
-def test_scan_runs_code_that_comes_with_a_checkpoint_only_when_asked(tmp_path: Path) -> None:
+def test_scan_runs_a_checkpoints_code_only_when_asked(tmp_path: Path) -> None:
     folder, mark = tmp_path / "model", tmp_path / "it ran"
     save_llama(folder)
     save_tokenizer(folder)

@@ -42,7 +42,7 @@ def write(path: Path, steps: range, run: dict[str, object] = RUN) -> None:
 
 
 def test_a_run_reads_back_as_it_was_sampled(tmp_path: Path) -> None:
-    run = SyntheticRun(num_layers=3, num_heads=[4, 8, 6], num_samples=20, sick=(1, 5), group=2)
+    run = SyntheticRun(num_layers=3, num_heads=[4, 8, 6], num_samples=20, faulty=(1, 5), group=2)
     samples = list(run.samples())
     with RecordWriter(tmp_path / "deep" / "er" / "run.sqlite", run=run.config) as record:
         for sample in samples:

@@ -47,7 +47,7 @@ def lines(chart: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_bands_then_moved_heads_then_alarmed_heads() -> None:
-    history, sample = followed(SyntheticRun(6, 8, 40, sick=(3, 5), group=2))
+    history, sample = followed(SyntheticRun(6, 8, 40, faulty=(3, 5), group=2))
     chart = model_chart(history, sample, "energy_rms")
     drawn = lines(chart)
     assert list(drawn)[:5] == BANDS
@@ -73,7 +73,9 @@ def test_a_head_keeps_its_color_in_all_charts() -> None:
 
 @pytest.mark.parametrize(("layers", "heads"), [(2, 6), (12, 12), (32, 32), (80, 64)])
 def test_charts_stay_small_for_models_of_any_size(layers: int, heads: int) -> None:
-    history, sample = followed(SyntheticRun(layers, heads, 70, sick=(1, 5), metrics=("energy_rms", "key_incoherence")))
+    history, sample = followed(
+        SyntheticRun(layers, heads, 70, faulty=(1, 5), metrics=("energy_rms", "key_incoherence"))
+    )
     chart = model_chart(history, sample, "energy_rms")
     assert len(chart["data"]) <= 5 + 10 + 1
     assert len(json.dumps(chart)) < 25_000
@@ -171,7 +173,7 @@ def test_missing_values_leave_gaps() -> None:
 
 
 def test_layer_names_are_escaped() -> None:
-    history, sample = followed(SyntheticRun(2, 3, 12, sick=(1, 2), layer_name="<b>{}</b>&x"))
+    history, sample = followed(SyntheticRun(2, 3, 12, faulty=(1, 2), layer_name="<b>{}</b>&x"))
     for chart in (model_chart(history, sample, "energy_rms"), layers_chart(history, sample, "energy_rms")):
         assert "<b>" not in json.dumps(chart)
         assert "&lt;b>" in json.dumps(chart)

@@ -54,7 +54,7 @@ def test_alarm_span_ends_when_the_alarm_clears() -> None:
 
 
 def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
-    run = SyntheticRun(3, [4, 8, 6], 20, group=2, sick=(1, 5))
+    run = SyntheticRun(3, [4, 8, 6], 20, group=2, faulty=(1, 5))
     record = RunRecord.open(written(tmp_path / "run.sqlite", run))
     numbers = run_numbers(record)
     assert numbers["steps"] == record.steps.tolist()
@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
 
 
 def test_thinning_is_even_and_keeps_ends_and_alarms(tmp_path: Path) -> None:
-    run = SyntheticRun(2, 4, 150, sick=(1, 3), metrics=("energy_rms", "key_incoherence"))
+    run = SyntheticRun(2, 4, 150, faulty=(1, 3), metrics=("energy_rms", "key_incoherence"))
     path = written(tmp_path / "run.sqlite", run)
     record = RunRecord.open(path)
     numbers = run_numbers(record, most_values=2 * 8 * 30)
@@ -105,7 +105,7 @@ def test_page_of_144_heads_is_under_15_megabytes(tmp_path: Path) -> None:
 
 
 def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
-    run = SyntheticRun(2, 4, 30, sick=(1, 2))
+    run = SyntheticRun(2, 4, 30, faulty=(1, 2))
     path = tmp_path / "run.sqlite"
     with RecordWriter(path, run=run.config) as record:
         for sample in run.samples():
@@ -141,7 +141,7 @@ def test_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_page_opens_on_the_metric_of_the_worst_alarm(tmp_path: Path) -> None:
-    run = SyntheticRun(2, 3, 30, sick=(1, 2))
+    run = SyntheticRun(2, 3, 30, faulty=(1, 2))
     with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for sample in run.samples():
             events = [replace(event, message="+2.9 in ln energy_rms, limit +0.6") for event in sample.events]
@@ -243,12 +243,12 @@ CHOSEN, ALARM = CHOSEN_COLOR, ALARM_COLOR
 def sized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers, heads, group = {"12 heads": (2, 6, 1), "1024 heads": (32, 32, 4)}[request.param]
     path = tmp_path_factory.mktemp("report") / "run.sqlite"
-    return written(path, SyntheticRun(layers, heads, 25, group=group, sick=(1, 5)))
+    return written(path, SyntheticRun(layers, heads, 25, group=group, faulty=(1, 5)))
 
 
 @pytest.fixture(scope="module")
 def run144(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("report") / "run.sqlite", SyntheticRun(12, 12, 25, sick=(1, 5)))
+    return written(tmp_path_factory.mktemp("report") / "run.sqlite", SyntheticRun(12, 12, 25, faulty=(1, 5)))
 
 
 def test_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Path], Any]) -> None:
@@ -296,7 +296,7 @@ def test_another_metric_can_be_chosen(run144: Path, show: Callable[[Path], Any])
 
 
 def test_hostile_names_are_shown_as_text(tmp_path: Path, show: Callable[[Path], Any]) -> None:
-    run = SyntheticRun(2, 3, 12, sick=(1, 2), layer_name=HOSTILE)
+    run = SyntheticRun(2, 3, 12, faulty=(1, 2), layer_name=HOSTILE)
     hostile = {**run.config, "model": HOSTILE, "alerts": [HOSTILE]}
     path = written(tmp_path / "run.sqlite", run, hostile)
     browser = show(write_report(path))
@@ -309,7 +309,7 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path, show: Callable[[Path], 
 
 def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]) -> None:
     first = written(tmp_path / "healthy.sqlite", SyntheticRun(3, 4, 20, seed=1))
-    second = written(tmp_path / "sick.sqlite", SyntheticRun(3, 4, 30, seed=2, sick=(2, 1)))
+    second = written(tmp_path / "sick.sqlite", SyntheticRun(3, 4, 30, seed=2, faulty=(2, 1)))
     browser = show(write_report(first, tmp_path / "both.html", compare=second))
     headings = [heading.text for heading in browser.find_elements("tag name", "h1")]
     assert headings == [

@@ -108,7 +108,7 @@ def test_unmeasured_run_is_not_healthy() -> None:
 
 def test_verdict_of_record(tmp_path: Path) -> None:
     for sick in (None, (3, 2)):
-        run = SyntheticRun(sick=sick)
+        run = SyntheticRun(faulty=sick)
         with RecordWriter(tmp_path / f"{sick}.sqlite", run=run.config) as record:
             for sample in run.samples():
                 record.append(sample)
@@ -129,7 +129,7 @@ def test_verdict_of_record_of_failed_samples(tmp_path: Path) -> None:
 
 
 def test_live_run_and_its_record_give_equal_summaries(tmp_path: Path) -> None:
-    run, live = SyntheticRun(sick=(3, 2)), RunSummary()
+    run, live = SyntheticRun(faulty=(3, 2)), RunSummary()
     firing: dict[tuple[str, int | None], AlertEvent] = {}
     with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
         for sample in [*run.samples(), Sample(2000, {}, failure="RuntimeError: boom", failures=1)]:
