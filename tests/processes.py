@@ -73,7 +73,7 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
 
 
 def spread(model: TinyGPT, how: str) -> nn.Module:
-    """Return the model distributed over all processes: ``"ddp"``, ``"fsdp1"``, ``"fsdp2"``, ``"tp"``, and ``"fsdp2 x tp"`` on 4."""
+    """Distribute the model: ``"ddp"``, ``"fsdp1"``, ``"fsdp2"``, ``"tp"``, and ``"fsdp2 x tp"`` on 4 processes."""
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if how == "fsdp1":

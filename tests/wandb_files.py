@@ -56,7 +56,7 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def offline_run(folder: Path, *, killed: bool = False) -> dict[str, Any]:
-    """Return history rows, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run.
+    """Return history, metric definitions ``{name: (x-axis, hidden)}``, configuration, summary and alerts of the run.
 
     Of a killed process, only the records that the client had written by then.
     """
