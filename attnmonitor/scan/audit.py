@@ -122,7 +122,7 @@ def audit(
     length: int = 512,
     batch: int = 4,
     metrics: Iterable[str] | None = None,
-    progress: Progress = lambda doing, fraction: None,
+    progress: Progress = lambda activity, fraction: None,
 ) -> Scan:
     """Measure every attention head of a checkpoint on some text.
 
