@@ -1,4 +1,4 @@
-"""W_Q and W_K are found in every layout, agree with what the layer computes, and are refused where they are not."""
+"""W_Q and W_K are found in every layout and agree with the layer's q and k; unmatched layers get a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARCHITECTURES = [
     for architecture in (*hugging_face_architectures(), *other_architectures())
 ]
 
-# Normalised by a function, not by a module: the coordinates follow no single column, and no spectrum is claimed.
+# Normalized by a function, not by a module: the coordinates follow no single column, so there is no spectrum.
 QK_NORMS = {"q_norm", "q_layernorm", "qk_norm", "q_a_layernorm"}
 REFUSED = {"cosine with temperature per head", "x-transformers qk_norm"}
 
@@ -43,16 +43,16 @@ def gain_of(norm: nn.Module) -> Tensor:
 
 
 class Inputs:
-    """The hidden state each attention layer was handed, as it went in."""
+    """The input of each attention layer."""
 
     def __init__(self, model: nn.Module, layers: set[str]) -> None:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         root = type(model).__name__
         for name, module in model.named_modules():
             if (name or root) in layers:
-                module.register_forward_pre_hook(self._keep(name or root), with_kwargs=True)
+                module.register_forward_pre_hook(self._store(name or root), with_kwargs=True)
 
-    def _keep(self, name: str):
+    def _store(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
             source = kwargs.get("key_value_states", kwargs.get("key", args[1] if len(args) > 1 else hidden[0]))
@@ -106,7 +106,7 @@ def test_projections_reproduce_the_captured_queries_and_keys(architecture: Archi
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "phi", "opt", "whisper", "llama4", "gpt_oss"]
 )
-def test_separate_projections_are_the_weights_themselves_up_to_a_gain(name: str) -> None:
+def test_separate_projections_equal_the_weights_up_to_a_gain(name: str) -> None:
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
     model = architecture.build("eager")
     for layer, projections in discovered(model, **architecture.inputs(False)).items():
@@ -153,7 +153,7 @@ def hidden() -> Tensor:
     return torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_an_adapter_beside_the_projection_is_part_of_it() -> None:
+def test_adapter_is_part_of_the_projection() -> None:
     model = HandWritten(by_matmul)
     model.qkv = Adapted(model.qkv)
     (found,) = discovered(sharpen(model), x=hidden()).values()
@@ -162,7 +162,7 @@ def test_an_adapter_beside_the_projection_is_part_of_it() -> None:
     assert torch.allclose(found.w_k.flatten(0, 1), whole[32:64], atol=1e-4)
 
 
-def test_weights_are_read_anew_after_training_and_in_half_precision() -> None:
+def test_projections_follow_the_weights_also_in_bfloat16() -> None:
     model = sharpen(HandWritten(by_matmul)).to(torch.bfloat16)
     (found,) = discovered(model, x=hidden().to(torch.bfloat16)).values()
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_discovery_changes_nothing_of_the_model() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_layer_that_does_not_exist_gets_a_reason() -> None:
+def test_unknown_layer_gets_a_reason() -> None:
     model = HandWritten(by_matmul)
     found = discover_projections(model, lambda: model(hidden()), ["nowhere", "HandWritten"])
     assert found["nowhere"] == "no attention of this name was captured"

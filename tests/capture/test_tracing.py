@@ -1,4 +1,4 @@
-"""Hand-written attention is recognised by what it computes, and nothing else is taken for it."""
+"""Hand-written attention is recognized by its operations, and nothing else is taken for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnmonitor.capture import capture_attention, fused
 from attnmonitor.capture.fused import read_sdpa
 from attnmonitor.capture.modules import Frames
-from attnmonitor.capture.tracing import tracer as traced
+from attnmonitor.capture.tracing import tracer
 from attnmonitor.capture.verify import Attention
 from benchmarks.pages.handwritten_models import HandWritten, by_matmul, imported_by_name
 from benchmarks.pages.library_models import captured, sharpen
@@ -103,7 +103,7 @@ NOT_ATTENTION = [
 
 
 @pytest.mark.parametrize("body", NOT_ATTENTION, ids=lambda body: body.__name__)
-def test_products_that_are_no_attention_give_no_record(body: Callable[[Layer, Tensor], Tensor]) -> None:
+def test_other_products_give_no_record(body: Callable[[Layer, Tensor], Tensor]) -> None:
     assert captured(Layer(body), x=hidden()).calls == []
 
 
@@ -126,7 +126,7 @@ def two_products(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     return (q @ k.mT + (q + 1) @ (k - 1).mT).softmax(-1) @ v
 
 
-def test_attention_that_cannot_be_seen_is_missed_by_name() -> None:
+def test_unseen_attention_is_missed_by_name() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -146,7 +146,7 @@ def test_attention_that_cannot_be_seen_is_missed_by_name() -> None:
 
 
 @pytest.mark.parametrize("attend", [slot_attention, two_products], ids=lambda attend: attend.__name__)
-def test_what_is_ambiguous_is_missed_with_a_reason(attend: Callable[..., Tensor]) -> None:
+def test_ambiguous_attention_is_missed_with_a_reason(attend: Callable[..., Tensor]) -> None:
     result = captured(HandWritten(attend), x=hidden())
     assert result.calls == []
     assert list(result.missed) == ["HandWritten"]
@@ -156,12 +156,12 @@ def talking_heads(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), torch.ones(4, 4)) @ v
 
 
-def test_no_attention_in_the_whole_model_is_said_of_the_whole_model() -> None:
+def test_model_without_attention_is_missed_as_a_whole() -> None:
     assert list(captured(HandWritten(talking_heads), x=hidden()).missed) == ["HandWritten"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
-def test_scripted_modules_are_passed_over_and_named() -> None:
+def test_scripted_modules_are_missed_by_name() -> None:
     model = nn.Sequential(torch.jit.script(ExpAttention()), HandWritten(by_matmul))
     result = captured(model, input=hidden())
     assert [call.layer for call in result.calls] == ["1"]
@@ -213,9 +213,7 @@ def keys_first_with_a_cap_and_a_slope(q: Tensor, k: Tensor, v: Tensor, blocked: 
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_a_product_of_keys_with_queries_is_attention_over_its_rows(
-    attend: Callable[..., Tensor], outside: tuple[str, ...]
-) -> None:
+def test_product_of_keys_with_queries_is_attention(attend: Callable[..., Tensor], outside: tuple[str, ...]) -> None:
     model = sharpen(HandWritten(attend))
     result = captured(model, x=hidden())
     (call,) = result.calls
@@ -228,7 +226,7 @@ def test_a_product_of_keys_with_queries_is_attention_over_its_rows(
     assert torch.equal(visible, torch.ones(LENGTH, LENGTH).tril().bool().expand_as(visible))
 
 
-def test_keys_that_come_first_are_not_repeated_either() -> None:
+def test_keys_first_are_captured_unrepeated() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         return (k[:, ::2].repeat_interleave(2, dim=1) @ q.mT).softmax(-2).mT @ v
 
@@ -239,7 +237,7 @@ def test_keys_that_come_first_are_not_repeated_either() -> None:
 
 
 def test_one_product_with_a_softmax_each_way_is_two_attentions() -> None:
-    """Co-attention: either sequence attends to the other through the same products."""
+    """Co-attention: each sequence attends to the other through the same product."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         logits = q @ k.mT * 0.3
@@ -281,7 +279,7 @@ def test_weights_used_twice_are_one_attention() -> None:
     assert call.error < 1e-6
 
 
-def test_a_change_of_the_logits_that_was_not_followed_fails_the_check() -> None:
+def test_untraced_change_of_the_logits_fails_the_check() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         logits = q @ k.mT
         logits[:, :, blocked] = -torch.inf
@@ -291,7 +289,7 @@ def test_a_change_of_the_logits_that_was_not_followed_fails_the_check() -> None:
     assert call.error > 0.1
 
 
-def test_what_cannot_be_followed_is_missed_and_does_not_disturb_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rebuild_is_missed_and_keeps_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("no such shape")
 
@@ -303,7 +301,7 @@ def test_what_cannot_be_followed_is_missed_and_does_not_disturb_the_forward(monk
     assert torch.equal(result.output, model(hidden()))
 
 
-def test_trouble_with_another_operation_does_not_cost_a_layer_that_was_measured(
+def test_failure_of_another_operation_keeps_the_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
@@ -315,23 +313,25 @@ def test_trouble_with_another_operation_does_not_cost_a_layer_that_was_measured(
     assert result.missed == {}
 
 
-@pytest.mark.parametrize(("attend", "told"), [(by_matmul, "a call of matmul"), (imported_by_name, "a call of scaled")])
-def test_trouble_with_the_attention_itself_is_the_reason_why_it_is_missed(
-    attend: Callable[..., Tensor], told: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("attend", "reason"), [(by_matmul, "a call of matmul"), (imported_by_name, "a call of scaled")]
+)
+def test_failure_of_the_attention_is_the_reason_it_is_missed(
+    attend: Callable[..., Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("odd arguments")
 
-    monkeypatch.setattr(traced, "pairwise_product", refuse)
+    monkeypatch.setattr(tracer, "pairwise_product", refuse)
     monkeypatch.setattr(fused, "mask_step", refuse)
     monkeypatch.setattr(fused, "attend", refuse)
     result = captured(HandWritten(attend), x=hidden())
     assert result.calls == []
-    assert result.missed["HandWritten"].startswith(told)
+    assert result.missed["HandWritten"].startswith(reason)
     assert result.missed["HandWritten"].endswith("could not be followed: odd arguments")
 
 
-def test_one_of_two_attentions_of_a_layer_that_is_lost_is_named() -> None:
+def test_missed_second_attention_of_a_layer_is_named() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         return by_matmul(q, k, v, blocked) + slot_attention(q, k, v, blocked)
 
@@ -347,9 +347,7 @@ def test_one_of_two_attentions_of_a_layer_that_is_lost_is_named() -> None:
     fault=st.sampled_from(["scale", "query", "key heads", "mask", "value of the key"]),
     seed=st.integers(0, 2**16),
 )
-def test_the_reconstruction_fails_for_anything_that_is_wrong(
-    scale: float, groups: tuple[int, int], fault: str, seed: int
-) -> None:
+def test_verification_fails_for_every_fault(scale: float, groups: tuple[int, int], fault: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, heads, LENGTH, 8, generator=generator).double() for heads in (groups[0], *groups[1:] * 2))
     mask = torch.ones(LENGTH, LENGTH).tril().bool()
@@ -367,7 +365,7 @@ def test_the_reconstruction_fails_for_anything_that_is_wrong(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dtype_of_the_captured_tensors_is_the_one_they_arrived_in(dtype: torch.dtype) -> None:
+def test_captured_tensors_keep_their_dtype(dtype: torch.dtype) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         weights = (q @ k.mT / 8**0.5).masked_fill(blocked, -torch.inf).float().softmax(-1).to(q.dtype)
         return nn.functional.dropout(weights, 0.0, training=True) @ v
@@ -378,7 +376,7 @@ def test_the_dtype_of_the_captured_tensors_is_the_one_they_arrived_in(dtype: tor
     assert call.error < (1e-6 if dtype is torch.float32 else 3e-2)
 
 
-def test_dropout_on_the_weights_leaves_nothing_to_compare_with() -> None:
+def test_dropout_on_the_weights_gives_no_error() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         return nn.functional.dropout((q @ k.mT).softmax(-1), 0.5) @ v
 
@@ -402,7 +400,7 @@ def test_rows_of_logits_are_those_that_enter_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("hidden_by", [-1e4, -1e9, -torch.inf])
-def test_a_mask_that_is_added_is_no_bias_however_small_it_is(hidden_by: float) -> None:
+def test_added_mask_is_no_bias(hidden_by: float) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
         return (q @ k.mT * 0.3 + torch.zeros(blocked.shape).masked_fill(blocked, hidden_by)).softmax(-1) @ v
 
@@ -411,7 +409,7 @@ def test_a_mask_that_is_added_is_no_bias_however_small_it_is(hidden_by: float) -
     assert torch.equal(call.logit_rows(torch.arange(LENGTH)).isfinite()[0, 0], torch.ones(LENGTH, LENGTH).tril().bool())
 
 
-def test_a_soft_cap_is_told_while_logits_are_still_far_below_it() -> None:
+def test_soft_cap_is_found_at_small_logits() -> None:
     class Capped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             logits = 50 * torch.tanh(x @ x.mT / 50)

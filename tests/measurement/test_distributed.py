@@ -1,4 +1,4 @@
-"""Models spread over real processes: trained as without the monitor, measured as whole, written by one."""
+"""Models sharded over real processes: training is unchanged, numbers are those of the whole model, one rank writes."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _own_collectives(rank: int, how: str) -> int:
     return len(sample.calls) - len(forward.calls)
 
 
-def _untold(rank: int) -> dict[str, Any]:
-    """Layers of which the output projection alone is spread: the weights do not tell who holds which heads."""
+def _unknown_slices(rank: int) -> dict[str, Any]:
+    """Shard only the output projections, from which the heads of each rank cannot be read."""
     model = TinyGPT()
     mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
@@ -102,7 +102,7 @@ def _everything(rank: int) -> dict[str, Any]:
     ends = {(how, watched): _train(rank, how, watched) for how in ON_TWO for watched in (False, True)}
     samples = {how: _one_sample(rank, how) for how in (None, *ON_TWO)}
     own = {how: _own_collectives(rank, how) for how in ON_TWO}
-    refused = {"untold": _untold(rank), "different probes": _different_probes(rank)}
+    refused = {"unknown slices": _unknown_slices(rank), "different probes": _different_probes(rank)}
     return {"ends": ends, "samples": samples, "own collectives": own, **refused}
 
 
@@ -113,7 +113,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Ends:
 
 
 @pytest.mark.parametrize("how", ON_TWO)
-def test_two_processes_train_bit_identically_watched_or_not(how: str, processes: Ends) -> None:
+def test_training_on_two_processes_is_bit_identical(how: str, processes: Ends) -> None:
     for rank in range(2):
         bare, watched = (processes[1][rank]["ends"][how, which] for which in (False, True))
         assert torch.equal(bare["generator"], watched["generator"])
@@ -123,7 +123,7 @@ def test_two_processes_train_bit_identically_watched_or_not(how: str, processes:
 
 
 @pytest.mark.parametrize("how", ON_TWO)
-def test_one_process_writes_for_all(how: str, processes: Ends) -> None:
+def test_only_one_process_writes(how: str, processes: Ends) -> None:
     folder, (first, second) = processes
     assert first["ends"][how, True]["history"] == [0, 2, 4]
     assert list(RunRecord.open(folder / first["ends"][how, True]["record"]).steps) == [0, 2, 4]
@@ -133,7 +133,7 @@ def test_one_process_writes_for_all(how: str, processes: Ends) -> None:
 
 
 @pytest.mark.parametrize("how", ON_TWO)
-def test_a_model_spread_over_processes_has_the_heads_and_numbers_of_the_whole_one(how: str, processes: Ends) -> None:
+def test_sharded_model_has_the_numbers_of_the_whole_model(how: str, processes: Ends) -> None:
     samples = processes[1][0]["samples"]
     _same_numbers(samples[how], samples[None], exact=how != "tp")
 
@@ -151,22 +151,22 @@ def _same_numbers(found: dict[str, Any], expected: dict[str, Any], *, exact: boo
                     torch.testing.assert_close(found[table][metric][layer], values, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sample_of_a_sharded_model_costs_one_gather_and_one_more_where_heads_are_dealt_out(processes: Ends) -> None:
-    # Objects are gathered in two collectives: how long they are, and what they say.
+def test_number_of_gathers_per_sample(processes: Ends) -> None:
+    # An object is gathered in two collectives: its length and its bytes.
     for rank in range(2):
         gathers = {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 4}
         assert processes[1][rank]["own collectives"] == {how: gathers[how] for how in ON_TWO}
 
 
-def test_a_layer_whose_weights_do_not_tell_who_holds_which_heads_is_nan_with_that_reason(processes: Ends) -> None:
-    found = processes[1][0]["untold"]
+def test_layer_with_unknown_head_slices_is_nan_with_reason(processes: Ends) -> None:
+    found = processes[1][0]["unknown slices"]
     assert all("none of them gives each process 4 query heads" in reason for reason in found["reasons"])
     assert len(found["reasons"]) == 2
     for layers in found["values"].values():
         assert all(values.isnan().all() for values in layers.values())
 
 
-def test_processes_that_share_heads_must_have_the_same_probe(processes: Ends) -> None:
+def test_processes_that_share_heads_need_the_same_probe(processes: Ends) -> None:
     assert "2 different probes" in processes[1][0]["different probes"] == processes[1][1]["different probes"]
 
 

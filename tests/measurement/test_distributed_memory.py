@@ -1,7 +1,7 @@
-"""Where memory does not suffice on one of two processes, both take the sample again with half of the probe, or neither.
+"""If one of two processes runs out of memory, both retry with half of the probe, or neither does.
 
-A hook stands in for the memory of a GPU: in the middle of a probe's forward it fails where more sequences come than
-there is room for.
+A hook simulates the memory of a GPU: in the middle of a probe's forward it fails for more sequences than there is room
+for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence", "attention_
 
 @dataclass(frozen=True)
 class Case:
-    """How a model is spread, and the process that has room for so many of the probe's sequences."""
+    """How a model is sharded, and which process has room for how many of the probe's sequences."""
 
     how: str
     rank: int
@@ -41,10 +41,10 @@ class Case:
 
 
 SHARDED = tuple(how for how in ON_TWO if how != "ddp")
-HALF_SUFFICES = [Case("ddp", 0, 2), *(Case(how, 1, 2) for how in SHARDED), Case("tp", 0, 2)]
-NOTHING_SUFFICES = [Case("ddp", 0, 0), *(Case(how, 1, 0) for how in SHARDED)]
+HALF_FITS = [Case("ddp", 0, 2), *(Case(how, 1, 2) for how in SHARDED), Case("tp", 0, 2)]
+NOTHING_FITS = [Case("ddp", 0, 0), *(Case(how, 1, 0) for how in SHARDED)]
 ONE_SEQUENCE = [Case("tp", 1, 0, 1)]
-CASES = [*HALF_SUFFICES, *NOTHING_SUFFICES, *ONE_SEQUENCE]
+CASES = [*HALF_FITS, *NOTHING_FITS, *ONE_SEQUENCE]
 
 
 class Memory:
@@ -82,7 +82,7 @@ def _model(how: str) -> tuple[nn.Module, Memory]:
 
 
 def _run(rank: int, how: str, case: Case | None) -> dict[str, Any]:
-    """A few steps of training with a sample before each, and beside it one by a monitor that has the first half."""
+    """Train a few steps with a sample before each, and one by a second monitor that has the first half."""
     tell(f"{how}, {case}")
     model, memory = _model(how)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -109,8 +109,8 @@ def _run(rank: int, how: str, case: Case | None) -> dict[str, Any]:
             losses.append(train_step(model, optimizer, batch))
     state = [value for values in optimizer.state.values() for value in values.values()]
     trained = [getattr(each, "_local_tensor", each).detach().clone() for each in (*model.parameters(), *state)]
-    told = [str(each.message) for each in caught if issubclass(each.category, AttentionMonitorWarning)]
-    return {**found, "told": told, "trained": [*trained, *losses, torch.get_rng_state()]}
+    texts = [str(each.message) for each in caught if issubclass(each.category, AttentionMonitorWarning)]
+    return {**found, "warnings": texts, "trained": [*trained, *losses, torch.get_rng_state()]}
 
 
 def _only_one_can_halve(rank: int) -> list[int]:
@@ -127,7 +127,7 @@ def _only_one_can_halve(rank: int) -> list[int]:
 
 
 def _other_failure(rank: int) -> tuple[str, list[int]]:
-    """What a strict monitor raises where memory is short on one process, and something else goes wrong on the other."""
+    """Return what a strict monitor raises where one process is out of memory and another fails otherwise."""
     tell("other failure")
     model, memory = _model("fsdp1")
     monitor = AttentionMonitor(model, token_batch(batch=4), record=None, strict=True)
@@ -165,26 +165,26 @@ def _rejected_half(rank: int) -> tuple[list[int], list[int]]:
     return at_attach, list(memory.seen)
 
 
-def _what_is_kept(rank: int, error: type[Exception]) -> dict[str, Any]:
-    """Whether a tensor of the broken forward is there when its other collectives are kept, and after the sample."""
-    tell("what is kept")
+def _alive_tensors(rank: int, error: type[Exception]) -> dict[str, Any]:
+    """Return whether a tensor of the failed forward is alive at its remaining collectives, and after the sample."""
+    tell("alive tensors")
     model, memory = _model("tp")
     monitor = AttentionMonitor(model, token_batch(batch=4), record=None)
     memory.error, memory.room = error, ENOUGH if rank == 0 else 2
-    there = []
+    alive = []
 
-    def looking(calls: Any) -> None:
-        there.append(memory.kept() is not None)
+    def checked(calls: Any) -> None:
+        alive.append(memory.kept() is not None)
         run_with_zeros(calls)
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", AttentionMonitorWarning)
-        patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", looking)
+        patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", checked)
         gc.disable()
         sample = monitor.sample(0)
         after = memory.kept() is not None
         gc.enable()
-    return {"failed": sample.failure is not None, "when kept": there, "after": after}
+    return {"failed": sample.failure is not None, "at collectives": alive, "after": after}
 
 
 def _while_unpacking(rank: int) -> dict[str, Any]:
@@ -199,22 +199,22 @@ def _while_unpacking(rank: int) -> dict[str, Any]:
         monitor = AttentionMonitor(model, token_batch(batch=4), record=None)
         memory.seen.clear()
 
-        def stumbling(*args: Any, memory: Memory = memory) -> None:
-            # The root's weights are unpacked before its forward comes to the embedding, where it is noted.
+        def failing(*args: Any, memory: Memory = memory) -> None:
+            # The root's weights are unpacked before its forward reaches the embedding, where the hook notes it.
             if memory.seen == [4] and memory.room == 0:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             unpack(*args)
 
-        def keeping(calls: Any, memory: Memory = memory) -> None:
-            memory.room = ENOUGH  # the broken forward is gone
+        def with_room(calls: Any, memory: Memory = memory) -> None:
+            memory.room = ENOUGH  # the failed forward is over
             run_with_zeros(calls)
 
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore", AttentionMonitorWarning)
             if is_short and rank == 1:
                 memory.room = 0
-                patch.setattr(_fsdp_param_group, "foreach_all_gather_copy_out", stumbling)
-                patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", keeping)
+                patch.setattr(_fsdp_param_group, "foreach_all_gather_copy_out", failing)
+                patch.setattr("attnmonitor.measurement.distributed.run_with_zeros", with_room)
             sample = monitor.sample(0)
         losses = [train_step(model, optimizer, token_batch(seed=step)) for step in range(3)]
         ends.append([each.to_local().detach().clone() for each in model.parameters()] + losses)
@@ -229,7 +229,7 @@ def _everything(rank: int) -> dict[str, Any]:
         "only one can halve": _only_one_can_halve(rank),
         "other failure": _other_failure(rank),
         "rejected half": _rejected_half(rank),
-        "what is kept": {error: _what_is_kept(rank, error) for error in (torch.OutOfMemoryError, ValueError)},
+        "alive tensors": {error: _alive_tensors(rank, error) for error in (torch.OutOfMemoryError, ValueError)},
         **({"while unpacking": _while_unpacking(rank)} if FSDP2 else {}),
     }
 
@@ -243,15 +243,15 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_both_processes_train_on_bit_identically_whatever_memory_suffices_for(case: Case, processes: Found) -> None:
+def test_training_is_bit_identical_after_out_of_memory(case: Case, processes: Found) -> None:
     for rank in range(2):
         trained, bare = processes[rank]["cases"][case]["trained"], processes[rank]["bare"][case.how]
         assert len(bare) > 20
         assert all(map(torch.equal, trained, bare))
 
 
-@pytest.mark.parametrize("case", HALF_SUFFICES, ids=str)
-def test_out_of_memory_on_one_process_is_tried_again_by_all_with_the_first_half(case: Case, processes: Found) -> None:
+@pytest.mark.parametrize("case", HALF_FITS, ids=str)
+def test_out_of_memory_retries_half_of_the_probe_on_all_ranks(case: Case, processes: Found) -> None:
     found = processes[0]["cases"][case]
     for step, (sample, expected) in enumerate(zip(found["samples"], found["expected"], strict=True)):
         assert sample.failure is None
@@ -263,13 +263,13 @@ def test_out_of_memory_on_one_process_is_tried_again_by_all_with_the_first_half(
                 assert values.isnan().all() if of_weights else not values.isnan().any()
                 same = torch.equal(sample.values[metric][layer].nan_to_num(), values.nan_to_num())
                 assert same == (step in SHORT or of_weights or metric == "interaction_effective_rank")
-    [told] = found["told"]
-    assert "step 1 ran out of memory and measured the first half" in told
-    assert processes[1]["cases"][case]["told"] == []  # one process speaks for all
+    [text] = found["warnings"]
+    assert "step 1 ran out of memory and measured the first half" in text
+    assert processes[1]["cases"][case]["warnings"] == []  # only one process warns
 
 
-@pytest.mark.parametrize("case", [*NOTHING_SUFFICES, *ONE_SEQUENCE], ids=str)
-def test_what_does_not_fit_at_all_is_nan_with_the_reason_and_counted(case: Case, processes: Found) -> None:
+@pytest.mark.parametrize("case", [*NOTHING_FITS, *ONE_SEQUENCE], ids=str)
+def test_probe_that_never_fits_is_nan_and_counted(case: Case, processes: Found) -> None:
     found = processes[0]["cases"][case]
     for step, sample in enumerate(found["samples"]):
         assert "halved_probe" not in sample.diagnostics
@@ -277,7 +277,7 @@ def test_what_does_not_fit_at_all_is_nan_with_the_reason_and_counted(case: Case,
         for values in sample.values["energy_rms"].values():
             assert values.isnan().all() if step in SHORT else not values.isnan().any()
     assert [sample.failures for sample in found["samples"]] == [0, 1, 2, 2]
-    assert len(found["told"]) == 1
+    assert len(found["warnings"]) == 1
     measures = range(1) if case.how == "ddp" else range(2)
     tried = [1] if case.num_sequences == 1 else [4, 2]
     for rank in measures:
@@ -286,48 +286,46 @@ def test_what_does_not_fit_at_all_is_nan_with_the_reason_and_counted(case: Case,
 
 
 @pytest.mark.parametrize("how", SHARDED)
-def test_attaching_to_a_sharded_model_takes_two_forwards_of_the_probe_and_one_of_half(
-    how: str, processes: Found
-) -> None:
+def test_number_of_forwards_at_attach(how: str, processes: Found) -> None:
     for rank in range(2):
         assert processes[rank]["cases"][Case(how, 1, 2)]["at attach"] == [4, 4, 2]
         assert processes[rank]["cases"][Case("tp", 1, 0, 1)]["at attach"] == [1, 1]
 
 
-def test_where_one_process_cannot_halve_its_probe_none_tries_again(processes: Found) -> None:
+def test_no_rank_retries_if_one_cannot_halve_its_probe(processes: Found) -> None:
     assert [found["only one can halve"] for found in processes] == [[4], [1]]
 
 
-def test_strict_raises_what_is_left_when_all_have_tried_again(processes: Found) -> None:
+def test_strict_raises_the_failure_after_the_retry(processes: Found) -> None:
     assert processes[0]["other failure"] == ("_LinAlgError: no convergence", [4, 2])
     assert processes[1]["other failure"] == ("RuntimeError: process 0: _LinAlgError: no convergence", [4, 2])
 
 
-def test_where_the_model_rejects_half_of_the_probe_none_tries_it_after_attach(processes: Found) -> None:
+def test_no_rank_retries_if_the_model_rejects_the_half(processes: Found) -> None:
     assert [found["rejected half"] for found in processes] == [([4, 4, 2], [4])] * 2
 
 
-def test_a_broken_forwards_tensors_are_gone_before_its_collectives_are_kept(processes: Found) -> None:
-    short = [found["what is kept"][torch.OutOfMemoryError] for found in processes]
-    assert short[0] == {"failed": False, "when kept": [], "after": False}
-    assert short[1] == {"failed": False, "when kept": [False], "after": False}
+def test_failed_forward_frees_its_tensors_before_collectives(processes: Found) -> None:
+    short = [found["alive tensors"][torch.OutOfMemoryError] for found in processes]
+    assert short[0] == {"failed": False, "at collectives": [], "after": False}
+    assert short[1] == {"failed": False, "at collectives": [False], "after": False}
 
 
-def test_a_broken_forwards_tensors_are_gone_after_the_sample_whatever_broke_it(processes: Found) -> None:
-    broken = [found["what is kept"][ValueError] for found in processes]
+def test_failed_forward_frees_its_tensors_after_the_sample(processes: Found) -> None:
+    broken = [found["alive tensors"][ValueError] for found in processes]
     assert broken[1]["failed"]
     assert not broken[1]["after"]
 
 
 @pytest.mark.skipif(not FSDP2, reason="FSDP2 of torch 2.6 runs on GPUs only")
-def test_weights_that_were_gathered_and_not_unpacked_are_gathered_anew(processes: Found) -> None:
+def test_gathered_but_not_unpacked_weights_are_gathered_again(processes: Found) -> None:
     assert [found["while unpacking"] for found in processes] == [
         {"same": True, "halved": True},
         {"same": True, "halved": False},  # the first process has the numbers
     ]
 
 
-def test_a_collective_that_failed_to_begin_is_still_owed(tmp_path: Path) -> None:
+def test_collective_that_failed_to_start_is_not_recorded(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
     try:
         with CollectiveRecorder() as done:

@@ -1,4 +1,4 @@
-"""A run with the monitor ends bit for bit as one without, whatever kind of run it is.
+"""A run with the monitor ends bit-identical to one without, for every kind of run.
 
 What ``test_monitor``, ``test_lightning_callback``, ``test_transformers_callback`` and ``test_distributed`` show for
 their kinds of run (dropout, layer drop, BatchNorm, Lightning, DDP, FSDP2) is not repeated here.
@@ -145,7 +145,7 @@ def accumulated_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> lis
 
 
 def steps_over_shuffled_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """The order of the data hangs on the global generator, and is part of what is compared."""
+    """The order of the data depends on the global generator, and is compared as well."""
     losses = []
     for _ in range(2):
         for (token_ids,) in DataLoader(TensorDataset(token_batch(batch=9, length=LENGTH)), batch_size=3, shuffle=True):
@@ -212,7 +212,7 @@ def assert_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def unwatched() -> dict[str, Any]:
+def unmonitored() -> dict[str, Any]:
     return {}
 
 
@@ -220,19 +220,19 @@ def unwatched() -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # renamed in later versions of transformers
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # what reentry says to any eval forward
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_of_any_kind_ends_bit_identical_with_and_without_the_monitor(
-    run: str, every_n_steps: int, unwatched: dict[str, Any]
+def test_run_is_bit_identical_with_and_without_monitor(
+    run: str, every_n_steps: int, unmonitored: dict[str, Any]
 ) -> None:
-    if run not in unwatched:
-        unwatched[run] = end_of(run, None)
-    watched = end_of(run, every_n_steps)
-    assert_identical(unwatched[run], watched)
-    assert watched[2] == list(range(0, watched[2][-1] + 1, every_n_steps))
-    assert len(watched[2]) > 2
+    if run not in unmonitored:
+        unmonitored[run] = end_of(run, None)
+    monitored = end_of(run, every_n_steps)
+    assert_identical(unmonitored[run], monitored)
+    assert monitored[2] == list(range(0, monitored[2][-1] + 1, every_n_steps))
+    assert len(monitored[2]) > 2
 
 
-def test_a_run_is_not_the_same_when_something_does_disturb_it() -> None:
-    """The comparison above can fail: one number drawn, or one weight moved in its last bit, is seen."""
+def test_one_random_number_drawn_changes_the_run() -> None:
+    """The comparison above can fail: one random number drawn is found."""
     still = end_of("gpt2", None)
     drawn = end_of("gpt2", 1, loggers=[Disturbing(lambda: torch.rand(1))])
     assert drawn[0] != still[0]
@@ -246,12 +246,12 @@ class Disturbing:
         self.disturb()
 
 
-def test_opt_in_and_weight_metrics_and_alerts_leave_no_trace_either() -> None:
+def test_opt_in_metrics_and_alerts_leave_the_run_identical() -> None:
     metrics = ["energy_effective_rank", "attention_entropy", "max_logit", "sink_mass", "interaction_effective_rank"]
     assert_identical(end_of("llama", None), end_of("llama", 1, metrics=metrics, weights_every=1, alerts=False))
 
 
-def test_the_probe_adds_no_graph_and_no_recompilation_to_a_compiled_run() -> None:
+def test_probe_adds_no_graph_to_a_compiled_run() -> None:
     graphs = []
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -259,19 +259,19 @@ def test_the_probe_adds_no_graph_and_no_recompilation_to_a_compiled_run() -> Non
         return graph
 
     counts = []
-    for watched in (False, True):
+    for monitored in (False, True):
         torch._dynamo.reset()
         graphs.clear()
         model = TinyGPT(dropout=0.2)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         probe = token_batch(batch=2, length=11)  # of a shape the training never has
-        with attach(model, optimizer, probe, every_n_steps=1, record=None) if watched else nullcontext():
+        with attach(model, optimizer, probe, every_n_steps=1, record=None) if monitored else nullcontext():
             train(torch.compile(model, backend=counting), optimizer, 4)
         counts.append(len(graphs))
     assert counts[0] == counts[1] > 0
 
 
-# Contexts the caller is in
+# Torch state of the caller
 
 
 @contextmanager
@@ -296,19 +296,19 @@ def default_dtype_elsewhere() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "surroundings",
+    "torch_state",
     [torch.inference_mode, torch.no_grad, torch.enable_grad, default_device_elsewhere, default_dtype_elsewhere],
 )
-def test_what_the_caller_has_switched_on_changes_no_number_and_stays_on(surroundings: Any) -> None:
+def test_torch_state_of_the_caller_changes_no_number(torch_state: Any) -> None:
     model, probe = TinyGPT(), token_batch()
     outside = AttentionMonitor(model, probe, record=None, strict=True).sample(0)
-    with surroundings():
+    with torch_state():
         before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device())
         monitor = AttentionMonitor(model, probe, record=None, strict=True)
         samples = [monitor.sample(0)]
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device()) == before
     samples.append(monitor.sample(1))
-    with surroundings():
+    with torch_state():
         samples.append(monitor.sample(2))
     for sample in samples:
         for metric, layers in outside.values.items():
@@ -333,7 +333,7 @@ class Caching(TinyGPT):
         return self.head(x)
 
 
-def test_a_cache_first_filled_by_a_probe_under_inference_mode_can_be_trained_with() -> None:
+def test_cache_filled_under_inference_mode_is_trainable() -> None:
     model = Caching()
     with torch.inference_mode():
         AttentionMonitor(model, token_batch(), record=None)
@@ -341,7 +341,7 @@ def test_a_cache_first_filled_by_a_probe_under_inference_mode_can_be_trained_wit
     assert model.tokens.weight.grad is not None
 
 
-def test_an_outer_function_mode_of_the_user_stays_in_force() -> None:
+def test_outer_function_mode_stays_active() -> None:
     from torch.overrides import TorchFunctionMode
 
     class Counting(TorchFunctionMode):
@@ -363,16 +363,16 @@ def test_an_outer_function_mode_of_the_user_stays_in_force() -> None:
 # Several at once
 
 
-def test_two_models_with_two_optimizers_are_watched_apart_as_each_alone() -> None:
+def test_two_models_are_monitored_independently() -> None:
     def run(watch_which: tuple[bool, bool]) -> tuple[list[list[Tensor]], list[AttentionMonitor | None]]:
         torch.manual_seed(0)
         models = [TinyGPT(dropout=0.1), TinyGPT(num_layers=1, num_query_heads=2)]  # student and teacher, or a GAN
         optimizers = [torch.optim.AdamW(models[0].parameters(), 1e-2), torch.optim.SGD(models[1].parameters(), 0.1)]
         monitors = [
             attach(model, optimizer, token_batch(), every_n_steps=every, record=None, name=f"model{every}")
-            if watched
+            if monitored
             else None
-            for model, optimizer, every, watched in zip(models, optimizers, (1, 2), watch_which, strict=True)
+            for model, optimizer, every, monitored in zip(models, optimizers, (1, 2), watch_which, strict=True)
         ]
         for step in range(4):
             for model, optimizer in zip(models, optimizers, strict=True):
@@ -383,8 +383,8 @@ def test_two_models_with_two_optimizers_are_watched_apart_as_each_alone() -> Non
     both_ends, both = run((True, True))
     _, first = run((True, False))
     _, second = run((False, True))
-    for end, watched_end in zip(ends, both_ends, strict=True):
-        assert same_bits(end, watched_end)
+    for end, monitored_end in zip(ends, both_ends, strict=True):
+        assert same_bits(end, monitored_end)
     for together, alone in zip(both, (first[0], second[1]), strict=True):
         assert_same_history(together, alone)
 
@@ -398,7 +398,7 @@ def assert_same_history(one: AttentionMonitor | None, other: AttentionMonitor | 
             assert torch.equal(trajectory, other.history[metric][layer])
 
 
-def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_alone() -> None:
+def test_threads_measure_the_same_numbers_as_alone() -> None:
     models = [TinyGPT() for _ in range(3)]
     monitors = [AttentionMonitor(model, token_batch(), record=None, strict=True) for model in models]
     alone = [monitor.sample(0) for monitor in monitors]
@@ -418,8 +418,8 @@ def test_models_watched_from_several_threads_at_once_have_the_numbers_each_has_a
                     assert torch.equal(sample.values[metric][layer], values)
 
 
-def test_samples_that_overlap_in_two_threads_leave_the_process_as_it_was() -> None:
-    """The second begins in what the first has changed, and ends after it."""
+def test_overlapping_samples_restore_process_global_settings() -> None:
+    """The second begins inside the first, and ends after it."""
     from torch._dynamo import eval_frame  # with dynamo loaded there is a stance to keep
 
     def settings() -> dict[str, Any]:
@@ -462,7 +462,7 @@ def test_samples_that_overlap_in_two_threads_leave_the_process_as_it_was() -> No
     assert still_inside["matmul precision"] == "highest"
 
 
-def test_an_explicit_call_is_heard_by_the_capture_of_its_own_thread_only() -> None:
+def test_explicit_call_reaches_the_capture_of_its_thread_only() -> None:
     class Explicit(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             query = x.unflatten(-1, (2, 4)).transpose(1, 2)
@@ -477,16 +477,18 @@ def test_an_explicit_call_is_heard_by_the_capture_of_its_own_thread_only() -> No
     assert len(seen) == 1
 
 
-def test_workers_forked_by_the_loader_train_the_same_run_and_leave_the_record_alone(tmp_path: Path) -> None:
+def test_forked_loader_workers_change_neither_run_nor_record(tmp_path: Path) -> None:
     """The workers inherit the monitor, its hooks and the open record, and end before the run does."""
 
-    def run(watched: bool) -> tuple[list[Tensor], AttentionMonitor | None]:
+    def run(monitored: bool) -> tuple[list[Tensor], AttentionMonitor | None]:
         torch.manual_seed(0)
         model = TinyGPT(dropout=0.1)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         data = TensorDataset(token_batch(batch=8, length=LENGTH))
         loader = DataLoader(data, batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork")
-        monitor = attach(model, optimizer, loader, every_n_steps=1, record=tmp_path / "run.sqlite") if watched else None
+        monitor = (
+            attach(model, optimizer, loader, every_n_steps=1, record=tmp_path / "run.sqlite") if monitored else None
+        )
         seed()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
@@ -497,14 +499,14 @@ def test_workers_forked_by_the_loader_train_the_same_run_and_leave_the_record_al
                     optimizer.zero_grad()
         return everything(model, optimizer), monitor
 
-    (alone, _), (watched, monitor) = run(False), run(True)
-    assert same_bits(alone, watched)
+    (alone, _), (monitored, monitor) = run(False), run(True)
+    assert same_bits(alone, monitored)
     assert monitor is not None
     monitor.close()
     assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == list(range(9))
 
 
-def test_a_cell_run_again_watches_the_new_run_and_frees_the_one_before(tmp_path: Path) -> None:
+def test_cell_run_again_monitors_the_new_run_and_frees_the_old(tmp_path: Path) -> None:
     names, before = {}, []
     for _ in range(3):
         torch.manual_seed(0)
@@ -521,7 +523,7 @@ def test_a_cell_run_again_watches_the_new_run_and_frees_the_one_before(tmp_path:
     assert not list(tmp_path.glob("*-lock"))
 
 
-def test_attaching_again_to_the_same_optimizer_changes_no_number() -> None:
+def test_attaching_twice_changes_no_number() -> None:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitors = [attach(model, optimizer, token_batch(), every_n_steps=1, record=None) for _ in range(2)]
@@ -529,7 +531,7 @@ def test_attaching_again_to_the_same_optimizer_changes_no_number() -> None:
     assert_same_history(*monitors)
 
 
-def test_monitors_nest_in_a_forward_and_in_what_is_done_with_a_sample() -> None:
+def test_monitors_nest_in_forwards_and_loggers() -> None:
     """A teacher that is sampled while its student's probe runs, and again when the student's sample is logged."""
     student, teacher = TinyGPT(), TinyGPT(num_layers=1, num_query_heads=2)
     inner = AttentionMonitor(teacher, token_batch(), record=None, strict=True)
@@ -548,7 +550,7 @@ def test_monitors_nest_in_a_forward_and_in_what_is_done_with_a_sample() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # what torch says of attention under vmap
-def test_a_run_of_torch_func_transforms_is_watched_as_any_other() -> None:
+def test_run_of_torch_func_transforms_is_bit_identical() -> None:
     """Gradients per example by ``vmap`` over ``grad``; the weights live in the model between the steps."""
 
     def run(every_n_steps: int | None) -> tuple[list[Tensor], Any]:
@@ -571,13 +573,13 @@ def test_a_run_of_torch_func_transforms_is_watched_as_any_other() -> None:
                 monitor.on_step(step + 1)
         return list(model.state_dict().values()), monitor
 
-    (alone, _), (watched, monitor) = run(None), run(1)
-    assert same_bits(alone, watched)
+    (alone, _), (monitored, monitor) = run(None), run(1)
+    assert same_bits(alone, monitored)
     assert monitor.history.steps == [1, 2, 3, 4]
     assert not any(values.isnan().any() for values in monitor.history["energy_rms"].values())
 
 
-def test_a_users_own_hooks_see_the_probes_forwards_and_keep_what_they_return() -> None:
+def test_user_hooks_see_the_probe_forward() -> None:
     """Documented: a hook that counts forwards counts the probe's too, and is called under ``no_grad`` in eval mode."""
     model, seen = TinyGPT(), []
     model.register_forward_hook(lambda module, args, output: seen.append((module.training, output.requires_grad)))
@@ -585,7 +587,7 @@ def test_a_users_own_hooks_see_the_probes_forwards_and_keep_what_they_return() -
     assert seen == [(False, False)] * 2
 
 
-def test_hooks_that_are_to_be_skipped_are_not_called_and_stay_where_they_were() -> None:
+def test_skipped_hooks_are_not_called_and_stay_registered() -> None:
     model, called = TinyGPT(), []
 
     def count(*_: Any) -> None:

@@ -16,8 +16,8 @@ from attnmonitor.measurement.probe import Probe, unwrap
 from attnmonitor.measurement.quiet import quiet
 
 
-class Messy(nn.Module):
-    """Moves everything a forward can move."""
+class Stateful(nn.Module):
+    """Changes all state that a forward can change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ def generators() -> list[Any]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_quiet_puts_back_everything_a_forward_moves_also_after_an_exception(fails: bool) -> None:
-    model = Messy().train()
+def test_quiet_restores_all_state_also_after_an_exception(fails: bool) -> None:
+    model = Stateful().train()
     model.frozen.eval()
     flags = [module.training for module in model.modules()]
     cache, before, names = model.cache, generators(), set(model._buffers)
@@ -64,7 +64,7 @@ def test_quiet_puts_back_everything_a_forward_moves_also_after_an_exception(fail
         assert torch.equal(model.get_buffer(name), value), name
 
 
-def test_quiet_does_not_raise_the_version_of_a_buffer_it_did_not_see_written() -> None:
+def test_quiet_keeps_the_version_of_unwritten_buffers() -> None:
     model = nn.BatchNorm1d(3)
     scale = model.running_var
     weight = torch.ones(3, requires_grad=True)
@@ -95,7 +95,7 @@ def test_unwrap_looks_through_compile_and_data_parallel() -> None:
 
 
 @pytest.mark.parametrize("wrap", ["tensor", "dict", "userdict", "tuple", "list", "loader"])
-def test_every_shape_of_batch_reaches_the_model_as_the_same_tokens(wrap: str) -> None:
+def test_all_batch_types_reach_the_model_as_the_same_tokens(wrap: str) -> None:
     token_ids, seen = token_batch(), []
     model = TinyGPT()
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -113,13 +113,13 @@ def test_every_shape_of_batch_reaches_the_model_as_the_same_tokens(wrap: str) ->
     assert len(args) + len(kwargs) == 1
 
 
-def test_forward_says_how_to_call_a_model_the_default_does_not_fit() -> None:
+def test_custom_forward_is_called() -> None:
     model, seen = TinyGPT(), []
     Probe(model, {"a": token_batch()}, forward=lambda module, batch: seen.append(module(batch["a"]))).run(model)
     assert seen[0].shape == (3, 24, 50)
 
 
-def test_the_probe_is_a_copy_and_its_fingerprint_tells_batches_apart() -> None:
+def test_probe_is_a_copy_and_fingerprints_differ() -> None:
     model, token_ids = TinyGPT(), token_batch()
     probe = Probe(model, token_ids)
     first = probe.fingerprint
@@ -138,7 +138,7 @@ class Stream(IterableDataset[Tensor]):
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "own generator", "sampler", "stream", "workers", "no batching"])
-def test_drawing_the_probe_from_a_loader_moves_no_generator(kind: str) -> None:
+def test_drawing_the_probe_advances_no_generator(kind: str) -> None:
     data, own = TensorDataset(token_batch(batch=8)), torch.Generator().manual_seed(3)
     loader: DataLoader[Any] = {
         "shuffled": lambda: DataLoader(data, batch_size=2, shuffle=True),
@@ -155,13 +155,13 @@ def test_drawing_the_probe_from_a_loader_moves_no_generator(kind: str) -> None:
     assert own.get_state().tolist() == own_before
 
 
-def test_a_shuffling_loader_gives_the_same_probe_again_after_a_restart() -> None:
+def test_shuffling_loader_gives_the_same_probe_after_restart() -> None:
     data = TensorDataset(token_batch(batch=8))
     drawn = [Probe(TinyGPT(), DataLoader(data, batch_size=2, shuffle=True)).fingerprint for _ in range(3)]
     assert set(drawn) == {Probe(TinyGPT(), DataLoader(data, batch_size=2)).fingerprint}
 
 
-def test_bad_probes_are_refused_with_what_arrived_and_the_way_out() -> None:
+def test_bad_probes_raise_helpful_errors() -> None:
     model = TinyGPT()
     with pytest.raises(ValueError, match="probe=str holds no tensor"):
         Probe(model, "some text")

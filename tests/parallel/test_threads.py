@@ -1,4 +1,4 @@
-"""A setting of the process is changed while anyone needs it so, and is what it was when the last has left."""
+"""A process-global setting is changed while at least one thread needs it, and restored when the last leaves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from attnmonitor.functional.precision import _no_tf32
+from attnmonitor.functional.precision import full_precision
 from attnmonitor.parallel.threads import ProcessSetting
 
 
 class Setting:
-    """Something a process has one of."""
+    """A process-global setting."""
 
     def __init__(self) -> None:
         self.value = "the user's"
@@ -30,7 +30,7 @@ class Setting:
             self.value = before
 
 
-def test_whoever_leaves_first_it_is_changed_until_the_last_has_left() -> None:
+def test_setting_stays_changed_until_the_last_user_leaves() -> None:
     setting = Setting()
     changed = ProcessSetting(setting.ours)
     first, second = changed(), changed()
@@ -44,7 +44,7 @@ def test_whoever_leaves_first_it_is_changed_until_the_last_has_left() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_inside_or_in_the_change_itself_leaves_nobody_inside(error: type[BaseException]) -> None:
+def test_setting_is_restored_after_an_error(error: type[BaseException]) -> None:
     setting = Setting()
     changed = ProcessSetting(setting.ours)
     with suppress(error), changed(), changed():
@@ -62,11 +62,11 @@ def test_an_error_inside_or_in_the_change_itself_leaves_nobody_inside(error: typ
             pass
 
 
-def test_products_stay_in_full_precision_until_the_last_measurement_is_over() -> None:
+def test_full_precision_lasts_until_the_last_user_leaves() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        first, second = _no_tf32(), _no_tf32()
+        first, second = (full_precision(torch.device("cpu")) for _ in range(2))
         first.__enter__(), second.__enter__()
         first.__exit__(None, None, None)
         assert torch.get_float32_matmul_precision() == "highest"
@@ -77,7 +77,7 @@ def test_products_stay_in_full_precision_until_the_last_measurement_is_over() ->
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_child_forked_while_another_thread_is_inside_has_the_users_setting_and_can_change_it() -> None:
+def test_forked_child_restores_the_setting() -> None:
     setting = Setting()
     changed = ProcessSetting(setting.ours)
     begun, may_end = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Work on a core per piece: the numbers are those of one core, and nothing of it is left behind."""
+"""Work on one core per part gives the numbers of one core, and leaves no thread behind."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 100])
-def test_pieces_are_every_item_once_in_order_and_no_more_than_there_are_cores(count: int) -> None:
+def test_parts_cover_all_items_once_in_order(count: int) -> None:
     cut = split_for_cores(count, 100 * MIN_WORK_PER_THREAD, CPU)
     assert [item for part in cut for item in range(count)[part]] == list(range(count))
     assert 1 <= len(cut) <= 3
 
 
-def test_little_work_and_work_elsewhere_stay_in_one_piece() -> None:
+def test_little_work_and_gpu_work_stay_in_one_part() -> None:
     assert split_for_cores(0, 0, CPU) == [slice(0, 0)]
     assert split_for_cores(4, 2 * MIN_WORK_PER_THREAD - 1, CPU) == [slice(0, 4)]
     assert split_for_cores(4, 2 * MIN_WORK_PER_THREAD, CPU) == [slice(0, 2), slice(2, 4)]
     assert split_for_cores(4, 100 * MIN_WORK_PER_THREAD, torch.device("cuda")) == [slice(0, 4)]
 
 
-def test_results_come_in_order_from_threads_of_one_core_and_under_the_callers_grad_mode() -> None:
-    def work(piece: int) -> tuple[int, int, bool, bool]:
-        return piece, torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name == "MainThread"
+def test_results_keep_order_and_grad_mode() -> None:
+    def work(part: int) -> tuple[int, int, bool, bool]:
+        return part, torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().name == "MainThread"
 
     with torch.no_grad():
-        assert map_on_cores(work, range(5)) == [(piece, 1, False, False) for piece in range(5)]
-    assert map_on_cores(work, range(5)) == [(piece, 1, True, False) for piece in range(5)]
+        assert map_on_cores(work, range(5)) == [(part, 1, False, False) for part in range(5)]
+    assert map_on_cores(work, range(5)) == [(part, 1, True, False) for part in range(5)]
 
 
 def test_two_cores_work_at_the_same_time() -> None:
@@ -53,31 +53,29 @@ def test_two_cores_work_at_the_same_time() -> None:
     assert sorted(map_on_cores(lambda _: both.wait(), range(2))) == [0, 1]
 
 
-def test_one_piece_runs_where_it_was_asked_for() -> None:
+def test_one_part_runs_in_the_calling_thread() -> None:
     assert map_on_cores(lambda _: (torch.get_num_threads(), threading.get_ident()), [0]) == [(3, threading.get_ident())]
 
 
-def test_an_error_in_a_piece_is_the_callers_and_the_threads_are_given_back() -> None:
+def test_error_in_a_part_is_raised_and_threads_are_freed() -> None:
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
-        map_on_cores(lambda piece: 1 / piece, [1, 0, 1])
+        map_on_cores(lambda part: 1 / part, [1, 0, 1])
     assert torch.get_num_threads() == 3
     assert threading.active_count() == before
 
 
-def test_a_process_forked_afterwards_can_use_its_cores_too() -> None:
-    map_on_cores(lambda piece: piece, range(3))
+def test_forked_process_can_use_its_cores() -> None:
+    map_on_cores(lambda part: part, range(3))
     child = os.fork()
     if not child:  # no torch operation here: its own threads do not survive a fork
-        os._exit(0 if map_on_cores(lambda piece: piece, range(3)) == [0, 1, 2] else 1)
+        os._exit(0 if map_on_cores(lambda part: part, range(3)) == [0, 1, 2] else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("num_sequences", "num_pieces"), [(2, 2), (5, 3)])
-def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(
-    num_sequences: int, num_pieces: int, padded: bool
-) -> None:
+@pytest.mark.parametrize(("num_sequences", "num_parts"), [(2, 2), (5, 3)])
+def test_several_cores_give_the_numbers_of_one(num_sequences: int, num_parts: int, padded: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(num_sequences, 8, 256, 64, generator=generator)
     key = torch.randn(num_sequences, 2, 256, 64, generator=generator)
@@ -87,7 +85,7 @@ def test_a_layer_measured_on_several_cores_gives_the_numbers_of_one(
         cores = head_cores(query_gram(query, mask), key, scale=0.125, key_mask=mask, metrics=DEFAULT_METRICS)
         return cores, head_statistics([cores] * 4)[-1]
 
-    assert len(split_for_cores(num_sequences, query.numel() * 64, CPU)) == num_pieces, "too little work to be cut"
+    assert len(split_for_cores(num_sequences, query.numel() * 64, CPU)) == num_parts, "too little work to be split"
     cores, statistics = measured()
     torch.set_num_threads(1)
     expected_cores, expected = measured()

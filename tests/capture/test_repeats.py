@@ -1,4 +1,4 @@
-"""Keys that were repeated per query head are found as they were, in either order, and nothing else is undone."""
+"""Keys repeated per query head are captured unrepeated, in either order; other copies are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.pages.library_models import captured
 
 Repeat = Callable[[Tensor, int], Tensor]
 
-# (B, Hkv, L, d) and the number of copies to (B, Hq, L, d); whether the whole set is laid out again and again.
+# (B, Hkv, L, d) and the number of copies to (B, Hq, L, d); whether the whole set of heads is repeated.
 REPEATS: dict[str, tuple[Repeat, bool]] = {
     "repeat_interleave": (lambda k, g: k.repeat_interleave(g, dim=1), False),
     "torch.repeat_interleave": (lambda k, g: torch.repeat_interleave(k, repeats=g, dim=1), False),
@@ -98,7 +98,7 @@ class Grouped(nn.Module):
     length=st.integers(2, 6),
     seed=st.integers(0, 2**16),
 )
-def test_repeated_keys_are_found_as_they_were_and_every_query_head_keeps_its_place(
+def test_repeated_keys_are_captured_unrepeated(
     way: str, attend: Callable[..., Tensor], num_sequences: int, num_kv_heads: int, group: int, length: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def test_repeated_keys_are_found_as_they_were_and_every_query_head_keeps_its_pla
         assert torch.allclose(sample.values[metric]["Grouped"].double(), expected[metric].mean(0), rtol=1e-5), metric
 
 
-def test_learned_ranks_of_tiled_keys_belong_to_the_heads_that_read_them() -> None:
+def test_interaction_metrics_of_tiled_keys_match_their_heads() -> None:
     from attnmonitor.functional import interaction_participation_ratio
 
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def none_at_all(k: Tensor, g: int) -> Tensor:
 @pytest.mark.parametrize(
     "copies", [of_positions, of_sequences, of_one_key_over_positions, none_at_all], ids=lambda f: f.__name__
 )
-def test_copies_of_anything_but_heads_stay_as_they_are(copies: Repeat, attend: Callable[..., Tensor]) -> None:
+def test_copies_of_other_axes_are_kept(copies: Repeat, attend: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     model, x = Grouped(3, 1, copies, attend), torch.randn(2, 5, 8)
     (call,) = captured(model, x=x).calls
@@ -169,8 +169,8 @@ def test_copies_of_anything_but_heads_stay_as_they_are(copies: Repeat, attend: C
 
 
 @pytest.mark.parametrize("way", ["repeat_interleave", "tile"])
-def test_keys_that_are_changed_after_they_were_copied_are_not_taken_for_the_copies(way: str) -> None:
-    """A change in place leaves the note behind; the check against the layer's own output does not let it through."""
+def test_keys_changed_after_the_copy_fail_the_check(way: str) -> None:
+    """A change in place keeps the note on the copy, so the keys are wrong: verification finds it."""
 
     def changed(k: Tensor, g: int) -> Tensor:
         k = REPEATS[way][0](k, g)
@@ -182,7 +182,7 @@ def test_keys_that_are_changed_after_they_were_copied_are_not_taken_for_the_copi
     assert call.error > 1e-3
 
 
-def test_heads_and_key_heads_lead_to_each_other_in_both_orders() -> None:
+def test_heads_map_to_kv_heads_and_back_in_both_orders() -> None:
     for tiled, shared in ((False, [(0, 1, 2), (3, 4, 5)]), (True, [(0, 2, 4), (1, 3, 5)])):
         layer = LayerCoverage("attn", num_query_heads=6, num_kv_heads=2, tiled=tiled)
         sink = AlertEvent("key_sink", "key_sink", "kv_head", "attn", 1, 9.0, 2.0, 100, "firing")

@@ -101,13 +101,13 @@ def test_a_probe_adds_no_graph_to_a_compiled_model(
         assert len(graphs) == after_first_step
 
 
-class Silent(nn.Module):
-    """Attention inside a compiled-for-good function, which only an explicit call can show."""
+class ExpAttention(nn.Module):
+    """Attention by exp and sum, which only an explicit call can register."""
 
-    def __init__(self, tell: bool = True) -> None:
+    def __init__(self, explicit: bool = True) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in range(3))
-        self.tell = tell
+        self.explicit = explicit
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -115,49 +115,49 @@ class Silent(nn.Module):
         )
         weights = torch.exp((q @ k.mT * 8**-0.5).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf))
         y = (weights / weights.sum(-1, keepdim=True)) @ v
-        if self.tell:
+        if self.explicit:
             capture(self, q, k, value=v, output=y, causal=True)
         return y.transpose(1, 2).flatten(2)
 
 
 def test_an_explicit_call_is_recorded_and_verified() -> None:
-    result = captured(nn.Sequential(sharpen(Silent())), input=hidden())
+    result = captured(nn.Sequential(sharpen(ExpAttention())), input=hidden())
     (call,) = result.calls
     assert (call.layer, call.how, call.kind, call.scale) == ("0", "explicit", "self", 8**-0.5)
     assert call.error < 1e-6
     assert result.missed == {}
-    assert list(captured(nn.Sequential(Silent(tell=False)), input=hidden()).missed) == ["0"]
+    assert list(captured(nn.Sequential(ExpAttention(explicit=False)), input=hidden()).missed) == ["0"]
 
 
-def test_an_explicit_call_stays_in_one_graph_before_during_and_after_a_probe() -> None:
+def test_explicit_call_compiles_to_one_graph() -> None:
     with counted_graphs() as graphs:
-        model = torch.compile(nn.Sequential(sharpen(Silent())), backend=counted_graphs.backend, fullgraph=True)
+        model = torch.compile(nn.Sequential(sharpen(ExpAttention())), backend=counted_graphs.backend, fullgraph=True)
         for _ in range(3):
             model(hidden())
             assert len(captured(model, input=hidden()).calls) == 1
         assert len(graphs) == 1
 
 
-def test_the_first_record_of_a_call_stands() -> None:
-    class Told(HandWritten):
+def test_first_record_of_a_call_is_kept() -> None:
+    class Explicit(HandWritten):
         def __init__(self, before: bool) -> None:
             super().__init__(by_matmul)
             self.before = before
 
         def forward(self, x: Tensor) -> Tensor:
-            told = torch.ones(BATCH, 1, LENGTH, 2)
+            registered = torch.ones(BATCH, 1, LENGTH, 2)
             if self.before:
-                capture(self, told, told)
+                capture(self, registered, registered)
             y = super().forward(x)
             if not self.before:
-                capture(self, told, told)
+                capture(self, registered, registered)
             return y
 
-    assert [call.how for call in captured(Told(before=True), x=hidden()).calls] == ["explicit"]
-    assert [call.how for call in captured(Told(before=False), x=hidden()).calls] == ["traced"]
+    assert [call.how for call in captured(Explicit(before=True), x=hidden()).calls] == ["explicit"]
+    assert [call.how for call in captured(Explicit(before=False), x=hidden()).calls] == ["traced"]
 
 
-def test_an_explicit_call_of_the_wrong_shape_says_what_arrived() -> None:
+def test_explicit_call_of_wrong_shape_raises_with_the_shape() -> None:
     class Wrong(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             capture(self, input, input)
@@ -169,8 +169,8 @@ def test_an_explicit_call_of_the_wrong_shape_says_what_arrived() -> None:
 
 
 @pytest.fixture(scope="module")
-def kernel_from_outside() -> str:
-    """An attention function registered with transformers whose inside torch functions cannot see."""
+def external_kernel() -> str:
+    """Register an attention function with transformers in which no torch function is seen."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "AttentionMaskInterface"):
         pytest.skip("this transformers has no table of masks")
@@ -193,17 +193,15 @@ def kernel_from_outside() -> str:
         output = kernel(query, key, value, valid.bool(), sinks, scaling, sliding_window or 10**6, softcap or 1e4)
         return output, None
 
-    transformers.AttentionInterface.register("from_outside", attend)
-    transformers.AttentionMaskInterface.register("from_outside", lambda *args, attention_mask=None, **_: attention_mask)
-    return "from_outside"
+    transformers.AttentionInterface.register("external", attend)
+    transformers.AttentionMaskInterface.register("external", lambda *args, attention_mask=None, **_: attention_mask)
+    return "external"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "gemma2", "gemma3"])
-def test_a_kernel_behind_the_transformers_interface_is_read_from_its_arguments(
-    name: str, kernel_from_outside: str
-) -> None:
+def test_transformers_kernel_is_read_from_its_arguments(name: str, external_kernel: str) -> None:
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
-    model = architecture.build(kernel_from_outside)
+    model = architecture.build(external_kernel)
     for padded in (False, True):
         result = captured(model, **architecture.inputs(padded))
         assert [call.how for call in result.calls] == ["interface"] * 2
@@ -217,7 +215,7 @@ def test_a_kernel_behind_the_transformers_interface_is_read_from_its_arguments(
     assert "__getitem__" not in vars(table)
 
 
-class Waits(TorchDispatchMode):
+class HostSyncs(TorchDispatchMode):
     """Collects the operations that make the host wait for a device."""
 
     def __init__(self) -> None:
@@ -245,7 +243,7 @@ def test_a_second_sample_never_waits_for_the_device(
     calls: list[AttentionCall] = []
 
     def waits(emit: Callable[[AttentionCall], None] | None) -> list[str]:
-        with torch.no_grad(), Waits() as waiting:
+        with torch.no_grad(), HostSyncs() as waiting:
             if emit is None:
                 model(**inputs)
             else:
@@ -255,7 +253,7 @@ def test_a_second_sample_never_waits_for_the_device(
 
     own = waits(None)
     waits(calls.append)
-    # Learning what a mask carries is the one place that reads a value; a second sample must not come there.
+    # Only `outside_effects` reads a value from the device; a second sample must not call it.
     monkeypatch.delattr(Attention, "outside_effects")
     assert waits(calls.append) == own
     first, second = calls[: len(calls) // 2], calls[len(calls) // 2 :]
@@ -278,7 +276,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     assert [call.layer for call in captured(model, x=hidden()).calls] == ["blocks.0", "blocks.2"]
 
 
-def test_the_check_is_not_rounded_by_the_autocast_of_the_run() -> None:
+def test_verification_ignores_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         calls = captured(stack(), input=hidden()).calls
     for call in calls:
@@ -289,7 +287,7 @@ def test_the_check_is_not_rounded_by_the_autocast_of_the_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gpt_oss", "bloom", "falcon alibi"])
-def test_the_precision_tells_what_the_error_can_be_held_against(name: str) -> None:
+def test_precision_is_that_of_the_attention(name: str) -> None:
     """Rotary embeddings promote queries to float32 while the attention itself runs in the autocast type."""
     (architecture,) = (each for each in hugging_face_architectures() if each.name == name)
     model = architecture.build("eager")
@@ -304,7 +302,7 @@ def test_the_precision_tells_what_the_error_can_be_held_against(name: str) -> No
 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_large_logits_in_half_precision_are_still_verified(size: float) -> None:
-    """A logit of 500 in bfloat16 is off by up to 1: unless the check rounds like the code, a right capture fails."""
+    """A logit of 500 in bfloat16 is off by up to 1: so the check must round like the code."""
     model = sharpen(HandWritten(by_matmul))
     with torch.no_grad():
         model.qkv.weight[:32] *= size
@@ -313,7 +311,7 @@ def test_large_logits_in_half_precision_are_still_verified(size: float) -> None:
     assert call.error < 2e-2
 
 
-def test_what_emit_raises_reaches_the_caller_and_nothing_stays_behind() -> None:
+def test_error_in_emit_reaches_the_caller_and_removes_hooks() -> None:
     model = stack()
 
     def refuse(call: AttentionCall) -> None:
@@ -326,7 +324,7 @@ def test_what_emit_raises_reaches_the_caller_and_nothing_stays_behind() -> None:
     capture(model, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
 
 
-def test_what_emit_computes_is_not_taken_for_attention() -> None:
+def test_attention_computed_in_emit_is_ignored() -> None:
     model = stack()
     layers: list[str] = []
 
@@ -340,7 +338,7 @@ def test_what_emit_computes_is_not_taken_for_attention() -> None:
     assert layers == ["0", "2"]
 
 
-def test_operands_die_with_their_call() -> None:
+def test_operands_are_freed_after_their_call() -> None:
     import gc
     import weakref
 
@@ -358,7 +356,7 @@ def test_operands_die_with_their_call() -> None:
     assert report.missed == {}
 
 
-def test_a_decoder_gives_its_padding_to_the_queries_of_its_cross_attention() -> None:
+def test_cross_attention_queries_have_the_decoder_padding() -> None:
     class Seq2Seq(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -385,8 +383,8 @@ def test_a_decoder_gives_its_padding_to_the_queries_of_its_cross_attention() -> 
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "vit", "matmul", "einsum bthd", "baddbmm (B·H, L, d)"])
-def test_a_second_sample_makes_nothing_on_another_device(name: str) -> None:
-    """On a device that holds no values, any tensor made on the host would not fit and any value read would fail."""
+def test_second_sample_creates_no_tensor_on_another_device(name: str) -> None:
+    """On the meta device, a tensor made on the host raises a device mismatch, and reading a value fails."""
     if name == "falcon" and importlib.metadata.version("transformers").startswith("4."):
         pytest.skip("transformers 4: its rotary embedding asks for autocast on the meta device, which has none")
     (architecture,) = (each for each in ALL if each.name == name)

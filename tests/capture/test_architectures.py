@@ -1,4 +1,4 @@
-"""Every architecture, tiny and random: what is captured is what its own attention weights say, and none is missed."""
+"""Every architecture, tiny and random: captured q, k and scale match its own attention weights; no layer is missed."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def test_every_layer_is_captured_named_and_rebuilt(architecture: Architecture, i
 
 
 @pytest.mark.parametrize(("architecture", "implementation"), CASES)
-def test_scale_and_every_metric_are_those_of_the_models_own_attention_weights(
-    architecture: Architecture, implementation: str
-) -> None:
+def test_scale_and_metrics_match_the_attention_weights(architecture: Architecture, implementation: str) -> None:
     built(architecture, implementation)
     worst = deviations(architecture, implementation, layer_statistics)
     assert set(worst) == {"scale", *DEFAULT_METRICS}
@@ -80,8 +78,8 @@ def test_scale_and_every_metric_are_those_of_the_models_own_attention_weights(
         assert deviation <= (0 if metric in ("energy_effective_rank", "key_rank") else 1e-5), metric
 
 
-def test_what_the_weights_say_depends_on_them() -> None:
-    """Weights of another model are explained by no product of this one, and a wrong scale or key is seen."""
+def test_explanation_fails_for_foreign_weights() -> None:
+    """A product of this model does not explain the weights of another one, and a wrong scale or key is found."""
     (llama, other) = (each for each in hugging_face_architectures() if each.name in ("llama", "olmo2"))
     (layer, _) = explained(llama)[""]
     (stranger, _) = explained(other)[""]
@@ -107,24 +105,24 @@ def test_captured_logits_explain_the_eager_attention_weights(architecture: Archi
 
 
 def _compare_with_weights(call, weights: Tensor) -> None:
-    """``weights`` (B, Hq, Lq, Lk) is what the layer's eager twin used; padded queries are nobody's business."""
+    """Compare with the eager layer's ``weights`` (B, Hq, Lq, Lk), padded queries left out."""
     num_rows, num_keys = weights.shape[-2:]
     valid = torch.ones(weights.shape[0], num_rows, dtype=torch.bool) if call.query_mask is None else call.query_mask
     rebuilt = call.logit_rows(torch.arange(num_rows)).double()
     weights = weights.double()
     compared = valid[:, None, :, None] & (weights > 1e-5)
     assert compared.any(-1).sum() == valid.sum() * weights.shape[1]
-    expected = _centred(weights.log(), compared)
-    assert torch.allclose(_centred(rebuilt, compared), expected, atol=2e-4)
+    expected = _centered(weights.log(), compared)
+    assert torch.allclose(_centered(rebuilt, compared), expected, atol=2e-4)
     if not set(call.outside) & {"bias", "softcap"}:
         group = call.query.shape[1] // call.key.shape[1]
         key = call.key.double().repeat_interleave(group, dim=1)
         product = call.scale * call.query.double() @ key.transpose(-1, -2)
         assert product.shape[-1] == num_keys
-        assert torch.allclose(_centred(product, compared), expected, atol=2e-4)
+        assert torch.allclose(_centered(product, compared), expected, atol=2e-4)
 
 
-def _centred(x: Tensor, where: Tensor) -> Tensor:
+def _centered(x: Tensor, where: Tensor) -> Tensor:
     x = x.masked_fill(~where, 0.0)
     return (x - x.sum(-1, keepdim=True) / where.sum(-1, keepdim=True).clamp_min(1)).masked_fill(~where, 0.0)
 

@@ -57,7 +57,7 @@ def captured(model: nn.Module, *args: object, **kwargs: object) -> list[Attentio
 @pytest.mark.parametrize(
     "options", [{}, {"repeat": True}, {"is_causal": True}, {"scale": 0.2}, {"scale": 0.2, "is_causal": True}], ids=str
 )
-def test_operands_scale_and_key_heads_are_those_of_the_call(options: dict[str, object]) -> None:
+def test_operands_and_scale_are_those_of_the_call(options: dict[str, object]) -> None:
     model = Block(**options).double()
     (call,) = captured(model, torch.randn(3, 10, 32, dtype=torch.float64))
     q, k, _ = model.attn.seen
@@ -85,7 +85,7 @@ def test_padding_is_read_from_the_mask_that_arrives(as_float: bool) -> None:
 
 
 @pytest.mark.parametrize("num_heads", [4, 1])
-def test_sequences_and_heads_in_one_axis_are_told_apart(num_heads: int) -> None:
+def test_sequences_and_heads_in_one_axis_are_separated(num_heads: int) -> None:
     class Flat(Attention):
         def forward(self, x: torch.Tensor):
             q = self.q_proj(x).unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -106,7 +106,7 @@ def test_sequences_and_heads_in_one_axis_are_told_apart(num_heads: int) -> None:
     assert call.error < 1e-12
 
 
-def test_nothing_stays_on_the_model_even_when_it_raises() -> None:
+def test_hooks_are_removed_also_when_the_model_raises() -> None:
     model = Block()
     with pytest.raises(RuntimeError), capture_attention(model, lambda call: None):
         model(torch.randn(2, 10, 31))
