@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
+from attnmonitor.measurement.quiet import restored_random_state
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
 
@@ -81,10 +82,11 @@ def print_layer_table(
 ) -> None:
     """Print `layer_table`, with lines and color where ``rich`` is installed."""
     try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        with restored_random_state():  # importing rich draws a number from the run's `random`
+            from rich.box import SIMPLE_HEAD
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
     except ImportError:
         print(layer_table(values, firing=firing, coverage=coverage, metrics=metrics))
         return

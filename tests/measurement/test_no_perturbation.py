@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import threading
 import warnings
 import weakref
@@ -33,6 +34,7 @@ from attnmonitor.capture import AttentionCall, capture, capture_attention
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.measurement.quiet import quiet
 from attnmonitor.record import RunRecord
+from attnmonitor.summary.tables import print_layer_table
 
 NUM_STEPS = 6
 LENGTH = 16
@@ -236,6 +238,17 @@ def test_one_random_number_drawn_changes_the_run() -> None:
     still = end_of("gpt2", None)
     drawn = end_of("gpt2", 1, loggers=[Disturbing(lambda: torch.rand(1))])
     assert drawn[0] != still[0]
+
+
+def test_printing_the_summary_advances_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``rich`` draws a number from ``random`` when it is imported, which is when the first run ends."""
+    pytest.importorskip("rich")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = random.getstate()
+    print_layer_table({"energy_rms": {"layer": [1.0, 2.0]}})
+    assert "rich.style" in sys.modules
+    assert random.getstate() == before
 
 
 class Disturbing:
