@@ -63,19 +63,19 @@ class MetricCase:
 
     @property
     def sees_positions(self) -> bool:
-        return METRICS[self.name].source != "weights"
+        return METRICS[self.name].summary != "weights"
 
     @property
     def source_is_field(self) -> bool:
         """Whether it is a statistic of queries and keys, without rows of the logits."""
-        return METRICS[self.name].source not in ("weights", "rows")
+        return METRICS[self.name].summary not in ("weights", "rows")
 
     def num_heads(self, layer: Layer) -> int:
         return (layer.query if METRICS[self.name].scope == "query_head" else layer.key).shape[1]
 
     def metric(self, layer: Layer) -> HeadMetric:
         """A new metric for the heads of ``layer``, over all of its rows."""
-        settings = {"num_rows": layer.query.shape[2]} if METRICS[self.name].source == "rows" else {}
+        settings = {"num_rows": layer.query.shape[2]} if METRICS[self.name].summary == "rows" else {}
         return METRIC_CLASSES[self.name](self.num_heads(layer), **settings)
 
     def updated(self, *layers: Layer) -> HeadMetric:

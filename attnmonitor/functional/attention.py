@@ -1,8 +1,10 @@
-r"""The softmax side: entropy, largest logit and sink mass, from a fixed subset of attention rows.
+r"""Statistics of attention rows: entropy, largest logit and sink mass, from a fixed subset of the rows.
 
-These are the statistics that do need rows of the L×L matrix. All of them would cost as much as the attention itself, so
-``num_rows`` rows, evenly spaced and always the same, stand for the rest, a few at a time: time and memory stay
-linear in L. The mean over rows then carries a sampling error, and ``max_logit`` is a lower bound of the true maximum.
+These statistics need rows of the L×L matrix. All rows would cost as much as the attention itself, so ``num_rows`` of
+them, evenly spaced and always the same, are read, a few at a time: time and memory stay linear in L. The mean over rows
+then carries a sampling error, and ``max_logit`` is a lower bound of the true maximum.
+
+A statistic is a formula that gives one value per row, and how the rows are combined: `ROW_STATISTICS`.
 
 Letters: B sequences, Hq query heads, Lq queries, Lk keys, R rows.
 """
@@ -10,6 +12,8 @@ Letters: B sequences, Hq query heads, Lq queries, Lk keys, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +24,66 @@ from attnmonitor.functional.precision import full_precision
 __all__ = ["attention_row_statistics", "row_logits"]
 
 _ROWS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """Some attention rows of each head.
+
+    Attributes:
+        logits: ``(B, Hq, R, Lk)`` float32, -inf where masked; all 0 in a row that does not count.
+        counts: ``(B, Hq, R)`` bool: rows that are not padding and see a key.
+        first_key: Index of the first key that is not padding, ``(B,)``.
+    """
+
+    logits: Tensor
+    counts: Tensor
+    first_key: Tensor
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """Softmax of the logits, ``(B, Hq, R, Lk)``."""
+        probability: Tensor = self.logits.softmax(-1)
+        return probability
+
+
+@dataclass(frozen=True)
+class RowStatistic:
+    """A statistic of attention rows.
+
+    Attributes:
+        per_row: One value per row, ``AttentionRows -> (B, Hq, R)``.
+        largest: Whether a head's value is the largest over its rows; their mean otherwise.
+    """
+
+    per_row: Callable[[AttentionRows], Tensor]
+    largest: bool = False
+
+    def __call__(self, rows: AttentionRows) -> Tensor:
+        """One value per row, ``(B, Hq, R)``."""
+        return self.per_row(rows)
+
+
+def _entropy(rows: AttentionRows) -> Tensor:
+    entropy: Tensor = torch.special.entr(rows.probability).sum(-1)
+    return entropy
+
+
+def _largest_logit(rows: AttentionRows) -> Tensor:
+    return rows.logits.amax(-1)
+
+
+def _mass_on_first_key(rows: AttentionRows) -> Tensor:
+    index = rows.first_key[:, None, None, None].expand(*rows.logits.shape[:-1], 1)
+    return rows.probability.gather(-1, index)[..., 0]
+
+
+ROW_STATISTICS = {
+    "attention_entropy": RowStatistic(_entropy),
+    "max_logit": RowStatistic(_largest_logit, largest=True),
+    "sink_mass": RowStatistic(_mass_on_first_key),
+}
+"""The statistics of attention rows by the name of their metric."""
 
 
 def attention_row_statistics(
@@ -44,8 +108,8 @@ def attention_row_statistics(
         num_queries: Lq.
         query_mask: ``(B, Lq)`` bool, True where the query is not padding; None where all are.
         key_mask: ``(B, Lk)`` bool, True where the key is not padding; None where all are.
-        num_rows: Rows to look at; all of them where there are no more.
-        metrics: Which of the three.
+        num_rows: How many rows to read; all of them where there are fewer.
+        metrics: Names out of `ROW_STATISTICS`.
         device: Where the rows are; that of ``query_mask`` (or the CPU) by default.
 
     Returns:
@@ -60,30 +124,38 @@ def attention_row_statistics(
         device = query_mask.device
     count = min(num_rows, num_queries)
     rows = (torch.arange(count, device=device) + 1) * num_queries // count - 1  # the last row is always one of them
-    totals = torch.zeros((), device=device)
-    largest = torch.full((), -torch.inf, device=device)
+    first_key = None if key_mask is None else key_mask.long().argmax(-1)
+    num_counted = torch.zeros((), dtype=torch.long, device=device)
+    combined: dict[str, Tensor] = {}
     for chunk in rows.split(_ROWS_AT_A_TIME):
         logits = logit_rows(chunk).to(torch.float32)  # (B, Hq, R, Lk)
-        sees = (logits != -torch.inf).any(-1)  # NaN counts as seen: a head that is not finite stays NaN
+        counts = (logits != -torch.inf).any(-1)  # NaN counts as seen: a head that is not finite stays NaN
         if query_mask is not None:
-            sees = sees & query_mask[:, None, chunk]
-        logits = torch.where(sees[..., None], logits, 0)
-        probability = logits.softmax(-1)
-        first = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        if key_mask is not None:
-            first = key_mask.long().argmax(-1)
-        on_first = probability.gather(-1, first[:, None, None, None].expand(*logits.shape[:-1], 1))[..., 0]
-        entropy = torch.special.entr(probability).sum(-1)
-        counted = torch.stack([entropy, on_first, torch.ones_like(entropy)]) * sees
-        totals = totals + counted.sum(-1)
-        largest = torch.maximum(largest, torch.where(sees, logits.amax(-1), -torch.inf).amax(-1))
-    entropy, on_first, seen = totals
-    found = {
-        "attention_entropy": entropy / seen,
-        "max_logit": torch.where(seen > 0, largest, torch.nan),
-        "sink_mass": on_first / seen,
+            counts = counts & query_mask[:, None, chunk]
+        if first_key is None:
+            first_key = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        block = AttentionRows(torch.where(counts[..., None], logits, 0), counts, first_key)
+        num_counted = num_counted + counts.sum(-1)
+        for name in metrics:
+            value = _combined(ROW_STATISTICS[name], block)
+            if name not in combined:
+                combined[name] = value
+            elif ROW_STATISTICS[name].largest:
+                combined[name] = torch.maximum(combined[name], value)
+            else:
+                combined[name] = combined[name] + value
+    return {
+        name: torch.where(num_counted > 0, value, torch.nan) if ROW_STATISTICS[name].largest else value / num_counted
+        for name, value in combined.items()
     }
-    return {name: found[name] for name in metrics}
+
+
+def _combined(statistic: RowStatistic, rows: AttentionRows) -> Tensor:
+    """The sum of a block's rows that count, or the largest of them, ``(B, Hq)``."""
+    values = statistic(rows)
+    if statistic.largest:
+        return torch.where(rows.counts, values, -torch.inf).amax(-1)
+    return (values * rows.counts).sum(-1)
 
 
 def row_logits(

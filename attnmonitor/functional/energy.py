@@ -1,4 +1,9 @@
-"""Statistics of the energy field of each query head."""
+r"""Statistics of the energy field of each query head, :math:`\tilde E = s\,q\,\tilde k^\top`, without forming it.
+
+The rows of the field sum to zero, so it has the same softmax as the logits, and its rank is at most
+:math:`\min(d, L - 1)`. Its spectrum is that of a d×d core (`cores`, `spectrum`), its spread over key positions one pass
+over the keys (`positions`).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,16 @@ from typing import Literal
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, query_padding
-from attnmonitor.functional.cores import energy_shares, field_cores
-from attnmonitor.functional.key_basis import key_basis, key_gram
+from attnmonitor.functional.cores import field_cores
+from attnmonitor.functional.key_basis import key_gram
+from attnmonitor.functional.positions import PositionProfile
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import query_gram
-from attnmonitor.functional.ranks import check_fraction, spread_over_positions
+from attnmonitor.functional.ranks import check_fraction
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
+from attnmonitor.functional.summaries import layer_summaries
 
-__all__ = ["Per", "energy_delocalization", "energy_effective_rank", "energy_spectrum"]
-
+__all__ = ["energy_delocalization", "energy_effective_rank", "energy_spectrum"]
 
 Per = Literal["query_head", "kv_head"]
 
@@ -61,8 +67,7 @@ def energy_spectrum(
     query_mask = query_padding(query, mask, query_mask)
     with full_precision(query.device):
         keys = key_gram(key, mask)
-        root = keys.cholesky_root()  # the spectrum is that of any root; this one costs a tenth of an eigenbasis
-        fields = field_cores(query_gram(query, query_mask), keys, root, scale=scale)
+        fields = field_cores(query_gram(query, query_mask), keys, keys.cholesky_root(), scale=scale)
         if per == "kv_head":
             fields = fields.stacked_per_key_head(key.shape[1])
         return core_spectrum(fields, method=method, target_rank=target_rank)
@@ -106,6 +111,11 @@ def energy_effective_rank(
     return spectrum.effective_rank(fraction)
 
 
+def energy_delocalization_of(energy_shares: PositionProfile) -> Tensor:
+    """Fraction of key positions that carry the field's energy, ``(B, Hq)``."""
+    return energy_shares.participation()
+
+
 def energy_delocalization(
     query: Tensor, key: Tensor, *, mask: Tensor | None = None, query_mask: Tensor | None = None
 ) -> Tensor:
@@ -127,7 +137,5 @@ def energy_delocalization(
     """
     check_heads("query", query, None)
     query_mask = query_padding(query, mask, query_mask)
-    with full_precision(query.device):
-        basis = key_basis(key, mask)
-        fields = field_cores(query_gram(query, query_mask), basis.keys, basis.root(), scale=1.0)
-        return spread_over_positions(energy_shares(fields.core, basis), basis.keys.num_keys)
+    summaries = layer_summaries(query_gram(query, query_mask), key, {"energy_shares"}, scale=1.0, key_mask=mask)
+    return energy_delocalization_of(summaries["energy_shares"])

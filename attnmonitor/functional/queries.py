@@ -1,4 +1,6 @@
-"""The queries' half of an energy field: their Gram matrix, which is all that is needed of them.
+"""The queries' half of an energy field: their Gram matrix, which is all that its spectrum needs of them.
+
+The queries themselves can be freed as soon as `query_gram` returns.
 
 Letters: B sequences, Hq query heads, L positions, d head size.
 """
@@ -21,7 +23,7 @@ class QueryGram:
     r"""The Gram matrix of each head's queries.
 
     Attributes:
-        shape: ``(B, Hq, L, d)`` of the queries it was made of.
+        shape: ``(B, Hq, L, d)`` of the queries.
         gram: :math:`q^\top q`, ``(B, Hq, d, d)`` float64.
         energy: :math:`\|q\|_F^2`, ``(B, Hq)`` float64; NaN for a head that is not finite.
         num_queries: Queries that are not padding, ``(B, 1)`` float64.
@@ -33,7 +35,7 @@ class QueryGram:
     num_queries: Tensor
 
     def of(self, sequences: slice) -> QueryGram:
-        """That of some of the sequences."""
+        """The Gram matrices of some of the sequences."""
         gram = self.gram[sequences]
         shape = torch.Size((len(gram), *self.shape[1:]))
         return replace(
@@ -59,6 +61,11 @@ def query_gram(query: Tensor, query_mask: Tensor | None = None) -> QueryGram:
     return QueryGram(query.shape, gram, energy, num_positions(query, query_mask))
 
 
+def query_rms_of(queries: QueryGram) -> Tensor:
+    """Root mean square entry of the queries, ``(B, Hq)``."""
+    return (queries.energy / (queries.num_queries * queries.shape[-1])).sqrt()
+
+
 def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Root mean square entry of the queries, in their own unit.
 
@@ -72,9 +79,4 @@ def query_rms(query: Tensor, *, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: The shapes do not fit.
     """
-    check_heads("query", query, mask)
-    total = torch.zeros(query.shape[:2], dtype=torch.float64, device=query.device)
-    for _, block in position_blocks(query, mask):
-        total += block.square_().sum((-2, -1))
-    rms = (total / (num_positions(query, mask) * query.shape[-1])).sqrt()
-    return torch.where(rms.isfinite(), rms, torch.nan)
+    return query_rms_of(query_gram(query, mask))

@@ -1,4 +1,4 @@
-"""How many components hold a given share of the variance: the one definition of effective rank."""
+"""The two ranks of a spectrum: how many components hold a share of its variance, and its participation ratio."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = [
     "count_to_fraction",
     "effective_rank",
     "participation_ratio",
+    "participation_ratio_of_moments",
     "spread_over_positions",
 ]
 
 TIE = 1e-12
-"""Running sums this close to the mark count as reaching it, so that an exact tie (ten equal components, 90 %) is 9."""
+"""Relative distance at which a running sum counts as reaching the mark: ten equal components at 90 % give exactly 9."""
 
 
 def check_fraction(argument: str, fraction: float) -> None:
@@ -59,8 +60,12 @@ def effective_rank(variances: Tensor, fraction: float) -> Tensor:
 
 def participation_ratio(variances: Tensor) -> Tensor:
     r"""Smooth rank of a spectrum, :math:`(\sum v)^2 / \sum v^2`, ``(..., n) -> (...)``; 0 where all are zero."""
-    total = variances.sum(-1)
-    return torch.where(total == 0, 0, total.square() / variances.square().sum(-1))
+    return participation_ratio_of_moments(variances.sum(-1), variances.square().sum(-1))
+
+
+def participation_ratio_of_moments(total: Tensor, sum_of_squares: Tensor) -> Tensor:
+    r"""`participation_ratio` of a spectrum of which only :math:`\sum v` and :math:`\sum v^2` are known."""
+    return torch.where(total == 0, 0, total.square() / sum_of_squares)
 
 
 def spread_over_positions(weight: Tensor, num_positions: Tensor) -> Tensor:

@@ -2,11 +2,11 @@ r"""The spectrum of a head's energy field, from its d×d core.
 
 The eigenvalues of the core M are the squared singular values of the field :math:`\tilde E`, its trace is the total
 energy :math:`T = \|\tilde E\|_F^2`, and its squared Frobenius norm is :math:`\sum \sigma^4`: of the three, only the
-first needs an eigensolver. Two of those: all of M's eigenvalues, or the leading ones by a sketch with a certificate
+first needs an eigensolver. There are two: all of M's eigenvalues, or the leading ones by a sketch with a certificate
 (`sketch`).
 
-The papers leave the variance, the centring and the share open; here it is σ², the row mean over all valid keys, and 90
-%.
+The papers leave open which variance, which centering and which share; here they are σ², the row mean over all valid
+keys, and 90 %.
 
 References:
     W. Lee, *Compressible Softmax-Attended Language under Incompressible Attention*, arXiv 2604.04384.
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.cores import FieldCores
+from attnmonitor.functional.cores import FieldCores, FieldMoments, field_moments
 from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction
 from attnmonitor.functional.sketch import sketched_spectrum
 
@@ -34,26 +34,20 @@ DEFAULT_TARGET_RANK = 32
 
 
 @dataclass(frozen=True, eq=False)
-class EnergySpectrum:
+class EnergySpectrum(FieldMoments):
     r"""The leading spectrum of each head's energy field, with what is known about the rest.
 
     Attributes:
         variances: Squared singular values, ``(..., r)`` descending. Each running sum is at most the true one.
         sum_bounds: Upper bounds on the true running sums :math:`\sigma_1^2 + \dots + \sigma_i^2`, ``(..., r)``.
-        energy: :math:`T = \|\tilde E\|_F^2`, ``(...)``. 0 is a dead head, NaN one that is not finite.
-        energy_squared: :math:`\sum \sigma^4`, ``(...)``.
         error: Rounding error a running sum may carry, ``(...)``.
         max_rank: d: the rank no field can exceed.
-        num_entries: Valid entries of the field, queries times keys, broadcastable to ``(...)``.
     """
 
     variances: Tensor
     sum_bounds: Tensor
-    energy: Tensor
-    energy_squared: Tensor
     error: Tensor
     max_rank: int
-    num_entries: Tensor
 
     @property
     def singular_values(self) -> Tensor:
@@ -61,19 +55,9 @@ class EnergySpectrum:
         return self.variances.sqrt()
 
     @property
-    def participation_ratio(self) -> Tensor:
-        r"""Smooth effective rank, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`, ``(...)``; 0 for a zero field."""
-        return torch.where(self.energy == 0, 0, self.energy.square() / self.energy_squared)
-
-    @property
     def stable_rank(self) -> Tensor:
         r"""Total over leading energy, :math:`T / \sigma_1^2`, ``(...)``; 0 for a zero field."""
         return torch.where(self.energy == 0, 0, self.energy / self.variances[..., 0])
-
-    @property
-    def energy_rms(self) -> Tensor:
-        """Root mean square of the field's valid entries, in logit units, ``(...)``."""
-        return (self.energy / self.num_entries).sqrt()
 
     def effective_rank(self, fraction: float = 0.9) -> Tensor:
         r"""Fewest components that hold a fraction of the variance.
@@ -115,6 +99,17 @@ class EnergySpectrum:
         lower, upper = self.effective_rank_bounds(fraction)
         return lower == upper
 
+    def violation(self) -> Tensor:
+        """How far each spectrum breaks what holds for any field, ``(...)``: rounding unless something is wrong.
+
+        That is ``1 ≤ stable rank ≤ participation ratio ≤ d``, and no energy past the trace. Each is measured as a
+        relative excess. 0 for heads that are zero or not finite.
+        """
+        stable, participation = self.stable_rank, self.participation_ratio
+        past_trace = self.variances.sum(-1) / self.energy - 1
+        worst = torch.stack([1 - stable, stable / participation - 1, participation / self.max_rank - 1, past_trace])
+        return torch.where(worst.isfinite() & (self.energy > 0), worst, 0).amax(0).clamp_min(0)
+
     def _bounds(self, fraction: float, slack: Tensor) -> tuple[Tensor, Tensor]:
         check_fraction("fraction", fraction)
         slack = slack[..., None]
@@ -150,7 +145,8 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
     if target_rank is not None and not 1 <= target_rank <= head_dim:
         raise ValueError(f"target_rank={target_rank}: must be in [1, {head_dim}], the head size of these cores")
     columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
-    energy = fields.core.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
+    moments = field_moments(fields)
+    energy = moments.energy
     relative = torch.where(energy.isfinite()[..., None, None], fields.core, 0)
     relative = relative.div_(torch.where(energy > 0, energy, 1)[..., None, None]).flatten(0, -3)
     if _takes_every_eigenvalue(method, fields.core):
@@ -162,10 +158,10 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
         variances=variances.view(*energy.shape, -1) * energy[..., None],
         sum_bounds=sums.view(*energy.shape, -1) * energy[..., None],
         energy=energy,
-        energy_squared=torch.linalg.matrix_norm(fields.core).square(),
+        energy_squared=moments.energy_squared,
+        num_entries=moments.num_entries,
         error=error.view(energy.shape) * energy + fields.error,
         max_rank=head_dim,
-        num_entries=fields.num_queries * fields.num_keys,
     )
 
 

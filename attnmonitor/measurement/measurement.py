@@ -1,8 +1,8 @@
-"""One measurement: a quiet probe forward, reduced to numbers per head, brought to the host in one transfer.
+"""One measurement: a probe forward, reduced to numbers per head, copied to the host in one transfer.
 
-Everything stays on the device, without a wait, until all layers are reduced; then one vector carries all values, their
-verification errors and the self-checks to the host. Only there is it decided what may be shown: a layer whose capture
-does not rebuild what the layer really produced is NaN, with the reason in its coverage.
+Everything stays on the device, without a wait, until all layers are reduced. Then one vector carries all values, the
+verification errors and the self-checks to the host, where it is decided which values may be shown: a layer whose
+captured tensors do not reproduce the layer's own output is NaN, with the reason in its coverage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
-from attnmonitor.measurement.weights import LearnedSide
+from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
 from attnmonitor.sample import LayerCoverage
 
@@ -30,8 +30,8 @@ __all__ = ["Measured", "Measurement"]
 _Key = tuple[str, ...]
 LayerValues = Mapping[str, Mapping[str, Tensor]]
 
-# Rebuilding attention in float32 from tensors of these types and comparing with the layer's own output: what rounding
-# alone gives stays an order of magnitude below, a wrong scale or mask lies orders of magnitude above.
+# Allowed deviation of attention rebuilt in float32 from the layer's own output, by the type of the layer's tensors.
+# Rounding alone stays an order of magnitude below; a wrong scale or mask lies orders of magnitude above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -43,8 +43,8 @@ class Measured:
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
         spread: The same shape: standard deviation over the sequences.
         coverage: Every layer, measured or not.
-        diagnostics: ``certified_fraction`` and ``invariant_residual``; ``halved_probe`` where memory did not suffice
-            for the whole probe.
+        diagnostics: ``certified_fraction`` and ``invariant_residual``, NaN where no metric needed what they are
+            computed from; ``halved_probe`` where memory did not suffice for the whole probe.
     """
 
     values: LayerValues
@@ -53,7 +53,7 @@ class Measured:
     diagnostics: Mapping[str, float]
 
     def trusted_values(self) -> LayerValues:
-        """The values without the layers that may not be shown: a failed capture is not a head that broke."""
+        """The values without the layers that may not be shown."""
         return {
             metric: trusted
             for metric, layers in self.values.items()
@@ -62,18 +62,18 @@ class Measured:
 
 
 class Measurement:
-    """Measures all heads of a model on a probe, as often as asked.
+    """Measures all heads of a model on a probe.
 
     Args:
         model: The unwrapped model.
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
-        strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
+        strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
 
     Attributes:
-        layers: Coverage at attach: the layers and head counts that every measurement answers for.
+        layers: Coverage at attach: the layers and head counts that every measurement reports.
         num_heads: Per layer that has heads: ``{"query_head": …, "kv_head": …}``.
-        signature: 12 hex digits over names and head counts of the layers: tells another model from this one.
+        signature: 12 hex digits over names and head counts of the layers, different for another model.
     """
 
     def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
@@ -82,7 +82,7 @@ class Measurement:
         self._half = probe.half()
         self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
         self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
-        self._learned: LearnedSide | None = None
+        self._weights: WeightMeasurement | None = None
         self._strict = strict
         self._layouts: dict[str, tuple[str, ...]] = {}
         self._target_ranks: dict[str, int] = {}
@@ -99,12 +99,12 @@ class Measurement:
 
     @property
     def signature(self) -> str:
-        """A short name for this arrangement of layers and heads."""
+        """Hash of the names and head counts of the layers."""
         heads = {name: layer.heads for name, layer in self.layers.items()}
         return hashlib.sha256(json.dumps(heads).encode()).hexdigest()[:12]
 
     def attach(self) -> Measured:
-        """Measure once, to learn which layers there are and to tell the user what does not work while it is cheap.
+        """Measure once, to find the layers and to report what does not work before training starts.
 
         Raises:
             ValueError: The model rejects the probe, no attention is seen, or the probe has fewer than two tokens.
@@ -114,20 +114,20 @@ class Measurement:
             forward = self._forward(self._probe)
         except Exception as error:
             hint = ""
-            if "index out of range in self" in str(error):  # an embedding's words, which name no row and no table
+            if "index out of range in self" in str(error):  # torch's message for an embedding, without any detail
                 hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
             raise ValueError(
                 f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}{hint}; give a batch "
                 "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
         if not forward.layers:
-            seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.troubles.items())
+            seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.failures.items())
             raise ValueError(
                 f"model={model}: no attention was seen in its forward{seen}; a layer that computes its attention in a "
                 "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
             )
         self.layers = {layer: found.coverage for layer, found in forward.layers.items()}
-        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in forward.troubles.items()}
+        self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in forward.failures.items()}
         if all(bool((found.num_keys < 2).any()) for found in forward.layers.values()):
             raise ValueError(
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
@@ -137,24 +137,24 @@ class Measurement:
             measured = self._on_host(forward)
         self.layers = measured.coverage
         if self._weight_metrics:
-            self._learned = LearnedSide(self._model, self._probe, self.layers, self._weight_metrics)
-            reasons = self._learned.reasons
+            self._weights = WeightMeasurement(self._model, self._probe, self.layers, self._weight_metrics)
+            reasons = self._weights.reasons
             self.layers = {
                 name: replace(layer, weights_reason=reasons.get(name, "")) for name, layer in self.layers.items()
             }
         return replace(measured, coverage=self.layers)
 
     def take(self, *, with_weights: bool = False) -> Measured:
-        """Measure once: one quiet forward, one transfer to the host; the weights' own metrics when asked.
+        """Measure once: one forward, one transfer to the host, and the metrics of the weights if asked for.
 
-        Where memory does not suffice, once more with half of the probe's sequences.
+        Where memory does not suffice, measure again with half of the probe's sequences.
         """
         try:
             return self._attempt(self._probe, with_weights)
         except torch.OutOfMemoryError:
             if self._half is None:
                 raise
-        # Out of the handler, where the exception would keep the failed forward's tensors alive.
+        # Outside the handler: inside, the exception would keep the failed forward's tensors alive.
         measured = self._attempt(self._half, with_weights)
         return replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
 
@@ -162,82 +162,84 @@ class Measurement:
         forward = self._forward(probe)
         with default_torch_state():
             measured = self._on_host(forward)
-        if self._learned is None or not with_weights:
+        if self._weights is None or not with_weights:
             return measured
-        return self._with_weights(measured, self._learned)
+        return self._with_weights(measured, self._weights)
 
-    def _with_weights(self, measured: Measured, learned: LearnedSide) -> Measured:
+    def _with_weights(self, measured: Measured, weights: WeightMeasurement) -> Measured:
         with default_torch_state():
-            values = learned.take(measured.values.get("energy_effective_rank"))
-            unvarying = {
+            values = weights.take(measured.values.get("energy_effective_rank"))
+            no_spread = {
                 metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
                 for metric, layers in values.items()
             }
-        return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **unvarying})
+        return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **no_spread})
 
     def nothing(self, reason: str) -> Measured:
-        """Return what a measurement that failed as a whole says: NaN for every head."""
-        # Nothing here that a measurement does: what broke it would break this as well.
+        """The result of a measurement that failed as a whole: NaN for every head."""
+        # Calls nothing that a measurement calls, because that would fail here as well.
         with default_torch_state():
             unknown = self._table("mean", {}, ())
         coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
         return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
 
     def _forward(self, probe: Probe) -> Reduction:
-        """Run the probe."""
+        """Run the probe and reduce its attention."""
         reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
         with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
             probe.run(self._model)
-        reduction.troubles = {**report.missed, **reduction.troubles}
+        reduction.failures = {**report.missed, **reduction.failures}
         with default_torch_state():
             reduction.finish()
         return reduction
 
     def _on_host(self, forward: Reduction) -> Measured:
-        """Average over sequences, bring everything over in one transfer, and decide what may be shown."""
-        waiting: dict[tuple[str, ...], Tensor] = {}
+        """Average over sequences, copy everything to the host in one transfer, and decide what may be shown."""
+        on_device: dict[_Key, Tensor] = {}
         by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
         for name, layer in forward.layers.items():
             found = forward.statistics[name]
-            waiting["certified", name] = found.certified.float().mean()
-            waiting["residual", name] = found.invariant_residual
+            if found.certified is not None:
+                on_device["certified", name] = found.certified.float().mean()
+            if found.invariant_residual is not None:
+                on_device["residual", name] = found.invariant_residual
             if layer.error is not None:
-                waiting["error", name] = layer.error
-            values = {**layer.in_the_models_order(found.values), **layer.rows}
+                on_device["error", name] = layer.error
+            values = {**layer.in_model_order(found.values), **layer.rows}
             for metric in self._metrics:
                 by_head[metric][name] = values[metric]
         for metric, per_sequence in by_head.items():
-            waiting |= _averaged(metric, per_sequence)
-        arrived = to_host(waiting)
+            on_device |= _averaged(metric, per_sequence)
+        on_host = to_host(on_device)
 
         coverage = {
-            name: self._judged(name, forward.layers.get(name), forward.troubles.get(name, ""), arrived)
+            name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
             for name in dict.fromkeys([*self.layers, *forward.layers])
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
-        for name in shown:
-            # Where a sketch was too small to certify every head, the next sample takes a larger one: decided here, on
-            # numbers that have arrived anyway, so that no sample waits for the device to be tried again.
-            if float(arrived["certified", name]) < 1:
+        certified = {name: float(on_host["certified", name]) for name in shown if ("certified", name) in on_host}
+        residuals = [float(on_host["residual", name]) for name in shown if ("residual", name) in on_host]
+        for name, fraction in certified.items():
+            # Where a sketch was too small to certify every head, the next sample takes a larger one. Decided here, on
+            # numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
+            if fraction < 1:
                 wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
                 self._target_ranks[name] = min(wider, coverage[name].head_dim)
-        residuals = [float(arrived["residual", name]) for name in shown]
-        certified = [float(arrived["certified", name]) for name in shown]
         return Measured(
-            values=self._table("mean", arrived, shown),
-            spread=self._table("spread", arrived, shown),
+            values=self._table("mean", on_host, shown),
+            spread=self._table("spread", on_host, shown),
             coverage=coverage,
             diagnostics={
-                "certified_fraction": sum(certified) / len(certified) if shown else math.nan,
+                "certified_fraction": sum(certified.values()) / len(certified) if certified else math.nan,
                 "invariant_residual": max(residuals, default=math.nan),
             },
         )
 
-    def _table(self, which: str, arrived: Mapping[_Key, Tensor], shown: Sequence[str]) -> LayerValues:
-        """Lay the numbers out by metric and layer; NaN for layers that may not be shown."""
+    def _table(self, which: str, on_host: Mapping[_Key, Tensor], shown: Sequence[str]) -> LayerValues:
+        """The numbers by metric and layer; NaN for layers that may not be shown."""
         return {
             metric: {
-                name: arrived[which, metric, name]
+                name: on_host[which, metric, name]
                 if name in shown
                 else torch.full((heads[METRICS[metric].scope],), torch.nan)
                 for name, heads in self.num_heads.items()
@@ -246,19 +248,19 @@ class Measurement:
         }
 
     def _judged(
-        self, name: str, layer: ReducedLayer | None, trouble: str, arrived: Mapping[_Key, Tensor]
+        self, name: str, layer: ReducedLayer | None, failure: str, on_host: Mapping[_Key, Tensor]
     ) -> LayerCoverage:
-        """Say how a layer was measured, or why its numbers may not be shown."""
+        """How a layer was measured, or why its numbers may not be shown."""
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
         if layer is None:
-            return replace(expected, reason=trouble or expected.reason or "its attention did not run this time")
+            return replace(expected, reason=failure or expected.reason or "its attention did not run this time")
         found = replace(layer.coverage, weights_reason=expected.weights_reason)
         if expected.heads != found.heads:
             was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
             return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
         if layer.error is None:
             return found
-        error = float(arrived["error", name])
+        error = float(on_host["error", name])
         tolerance = _TOLERANCE.get(layer.precision, 0.0)
         reason = ""
         if not error <= tolerance:
@@ -270,12 +272,12 @@ class Measurement:
 
 
 def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
-    """Mean and spread over sequences of every layer's ``(B, H)``, by way of the metric's class.
+    """Mean and spread over sequences of every layer's ``(B, H)``, computed by the metric's class.
 
     Layers that ran on equally many sequences share one metric object; only windowed vision models have several.
     """
-    # torchmetrics imports scipy, matplotlib and transformers where they are installed. Those seconds belong to whoever
-    # attaches a monitor, which measures once, and not to whoever imports the package.
+    # Imported here because torchmetrics imports scipy, matplotlib and transformers where they are installed: this takes
+    # seconds, which are spent when a monitor is attached and not when the package is imported.
     from attnmonitor.metrics import METRIC_CLASSES
 
     by_batch: dict[int, dict[str, Tensor]] = {}
@@ -283,9 +285,9 @@ def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Ten
         by_batch.setdefault(values.shape[0], {})[name] = values
     averaged: dict[_Key, Tensor] = {}
     for layers in by_batch.values():
-        together = torch.cat([values.to(next(iter(layers.values())).device) for values in layers.values()], dim=1)
-        average = METRIC_CLASSES[metric](num_heads=together.shape[1], sync_on_compute=False).to(together.device)
-        average.accumulate(together)
+        joined = torch.cat([values.to(next(iter(layers.values())).device) for values in layers.values()], dim=1)
+        average = METRIC_CLASSES[metric](num_heads=joined.shape[1], sync_on_compute=False).to(joined.device)
+        average.accumulate(joined)
         widths = [values.shape[1] for values in layers.values()]
         means, spreads = torch.split(average.compute(), widths), torch.split(average.spread(), widths)
         for name, mean, spread in zip(layers, means, spreads, strict=True):
@@ -294,17 +296,19 @@ def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Ten
     return averaged
 
 
-def to_host(waiting: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
-    """Carry all tensors to the host as one float32 vector: the one place where a sample waits for the device."""
-    if not waiting:
+def to_host(on_device: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Copy all tensors to the host as one float32 vector: the only place where a sample waits for the device."""
+    if not on_device:
         return {}
-    device = next(iter(waiting.values())).device
-    vector = torch.cat([tensor.detach().reshape(-1).to(device, torch.float32) for tensor in waiting.values()])
+    device = next(iter(on_device.values())).device
+    vector = torch.cat([tensor.detach().reshape(-1).to(device, torch.float32) for tensor in on_device.values()])
     if vector.is_cuda:
         pinned = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
         pinned.copy_(vector, non_blocking=True)
         torch.cuda.current_stream(device).synchronize()
         vector = pinned
-    parts = torch.split(vector, [tensor.numel() for tensor in waiting.values()])
-    # Cloned, or one kept value would keep the whole vector alive.
-    return {key: part.clone().reshape(tensor.shape) for (key, tensor), part in zip(waiting.items(), parts, strict=True)}
+    parts = torch.split(vector, [tensor.numel() for tensor in on_device.values()])
+    # Cloned, because a view would keep the whole vector alive.
+    return {
+        key: part.clone().reshape(tensor.shape) for (key, tensor), part in zip(on_device.items(), parts, strict=True)
+    }

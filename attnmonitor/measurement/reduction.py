@@ -1,9 +1,9 @@
-"""From the attention of each layer, as a forward shows them, to the statistics of all heads.
+"""From the attention of each layer, as a forward shows it, to the values of all heads.
 
-Queries are reduced the moment a layer's attention runs. Its keys are read once more in the basis that was found: on a
-GPU at once; on a CPU a copy of them waits, for right after a layer torch's own threads still spin, waiting for the
-next operation, and would take their share of the machine from what is done then. What waits is finished together: on a
-GPU in one batch of small eigenproblems, on a CPU each core some of the layers.
+Queries are reduced to their Gram matrix as soon as a layer's attention runs. The keys are read once more in the basis
+that was found: on a GPU at once; on a CPU later, from a copy, because right after a layer torch's own threads still
+spin and would slow down what is computed then. Pending layers are finished in one go: on a GPU in one batch of small
+eigenproblems, on a CPU each core takes some of the layers.
 """
 
 from __future__ import annotations
@@ -17,33 +17,28 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
-from attnmonitor.functional import (
-    HeadCores,
-    HeadStatistics,
-    attention_row_statistics,
-    head_cores,
-    head_statistics,
-    query_gram,
-)
+from attnmonitor.functional import attention_row_statistics, query_gram
 from attnmonitor.functional.checks import num_positions
+from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.statistics import HeadCores, HeadStatistics, head_cores, head_statistics, summaries_of
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction"]
 
 LARGEST_BATCH = 2**27
-"""Bytes at which what waits is finished: the cores of 1,024 heads of d = 128 and 4 sequences would be 0.5 GB."""
+"""Pending layers are finished once they hold this many bytes: cores of 1,024 heads, d = 128, 4 sequences are 0.5 GB."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReducedLayer:
-    """One layer's attention after its queries and keys are gone; its statistics are kept apart from it.
+    """What is kept of one layer's attention beside its `HeadStatistics`.
 
     Attributes:
         coverage: How it was captured.
         precision: The least precise type it was computed in.
-        error: Deviation of its output from what was captured, 0-dim; None where it cannot be told.
+        error: Deviation of its output from what was captured, 0-dim; None where it could not be computed.
         num_keys: Keys that are not padding, ``(B, 1)``.
         rows: Statistics of attention rows, by metric, ``(B, Hq)``.
     """
@@ -54,8 +49,8 @@ class ReducedLayer:
     num_keys: Tensor
     rows: dict[str, Tensor]
 
-    def in_the_models_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Statistics of the cores, ``(B, H)``, with the query heads as the model counts them."""
+    def in_model_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Values from `HeadStatistics`, ``(B, H)``, with the query heads in the model's order."""
         if not self.coverage.tiled:
             return values
         return {
@@ -65,20 +60,20 @@ class ReducedLayer:
 
 
 def _regrouped(x: Tensor, num_groups: int) -> Tensor:
-    """Heads ``(B, H, ...)`` in equal groups: first the first of every group, then the second of every group, ..."""
+    """Reorder heads ``(B, H, ...)`` in equal groups: the first of every group, then the second of every group, …"""
     regrouped: Tensor = x.unflatten(1, (num_groups, -1)).transpose(1, 2).flatten(1, 2)
     return regrouped
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A layer that waits to be finished.
+class _PendingLayer:
+    """A layer that was captured and is not finished.
 
     Attributes:
-        cores: Gives its cores.
-        nbytes: What is held for them.
-        multiplications: What finishing it takes, roughly.
-        device: Where.
+        cores: Computes its cores, or returns them where they were computed at once.
+        nbytes: Memory held until it is finished.
+        multiplications: Rough cost of finishing it.
+        device: Where its tensors are.
     """
 
     cores: Callable[[], HeadCores]
@@ -88,77 +83,79 @@ class _Waiting:
 
 
 class Reduction:
-    """One forward of the probe, layer by layer: what is left of each, or the reason why nothing is.
+    """Reduces one forward of the probe layer by layer: the values of each layer, or the reason for a failure.
 
     Args:
-        metrics: What is to be known of every head.
-        target_ranks: Columns of the sketch that sufficed for a layer, by name.
-        strict: Raise what goes wrong with one layer; otherwise only that layer is lost.
+        metrics: Names of the metrics to compute.
+        target_ranks: Columns of the sketch that sufficed for a layer, by its name.
+        strict: Raise an error in one layer; otherwise only that layer fails.
 
     Attributes:
         layers: What is known of each layer.
-        statistics: Of its heads, for every layer in ``layers`` after `finish`.
-        troubles: Why a layer is not there.
+        statistics: Values of its heads, for every layer in ``layers`` after `finish`.
+        failures: Reason for each layer that could not be measured.
     """
 
     def __init__(self, metrics: Sequence[str], target_ranks: Mapping[str, int], *, strict: bool = False) -> None:
         self._metrics = metrics
+        self._row_metrics = [name for name in metrics if METRICS[name].summary == "rows"]
+        self._summaries = summaries_of(metrics)
         self._target_ranks = target_ranks
         self._strict = strict
-        self._waiting: dict[str, _Waiting] = {}
+        self._pending: dict[str, _PendingLayer] = {}
         self.layers: dict[str, ReducedLayer] = {}
         self.statistics: dict[str, HeadStatistics] = {}
-        self.troubles: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
 
     def take(self, call: AttentionCall) -> None:
-        """Reduce one attention; its queries and keys may go afterwards."""
-        with self._one_layer(call.layer):
-            self.layers[call.layer], self._waiting[call.layer] = self._reduced(call), self._waits(call)
-        if sum(layer.nbytes for layer in self._waiting.values()) > LARGEST_BATCH:
+        """Reduce one layer's attention; its queries and keys can be freed afterwards."""
+        with self._contained(call.layer):
+            self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._pending_layer(call)
+        if sum(layer.nbytes for layer in self._pending.values()) > LARGEST_BATCH:
             self.finish()
 
     def finish(self) -> None:
-        """Take the statistics of the layers that wait, each layer's with the columns that sufficed for it."""
-        waiting = list(self._waiting.items())
-        self._waiting.clear()
-        if not waiting:
+        """Compute the values of the pending layers, each with the sketch columns that sufficed for it before."""
+        pending = list(self._pending.items())
+        self._pending.clear()
+        if not pending:
             return
 
-        def of(part: slice) -> dict[str, HeadStatistics]:
+        def finished(part: slice) -> dict[str, HeadStatistics]:
             cores: dict[str, HeadCores] = {}
-            for name, layer in waiting[part]:
-                with self._one_layer(name):
+            for name, layer in pending[part]:
+                with self._contained(name):
                     cores[name] = layer.cores()
             target_ranks = [self._target_ranks.get(name) for name in cores]
             return dict(zip(cores, head_statistics(list(cores.values()), target_rank=target_ranks), strict=True))
 
-        multiplications = sum(layer.multiplications for _, layer in waiting)
-        for found in map_on_cores(of, split_for_cores(len(waiting), multiplications, waiting[0][1].device)):
+        multiplications = sum(layer.multiplications for _, layer in pending)
+        for found in map_on_cores(finished, split_for_cores(len(pending), multiplications, pending[0][1].device)):
             self.statistics.update(found)
 
     @contextmanager
-    def _one_layer(self, name: str) -> Iterator[None]:
-        """Let what goes wrong with one layer cost that layer."""
+    def _contained(self, name: str) -> Iterator[None]:
+        """Turn an error in one layer into a failure of that layer."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # the whole measurement is tried again with half of the probe
             raise
         except Exception as error:
             if self._strict:
                 raise
             self.layers.pop(name, None)
-            self.troubles[name] = f"measuring failed: {type(error).__name__}: {error}"
+            self.failures[name] = f"measuring failed: {type(error).__name__}: {error}"
 
     def _reduced(self, call: AttentionCall) -> ReducedLayer:
-        by_rows = [name for name in self._metrics if METRICS[name].source == "rows"]
+        """How a layer was captured, and the values of its attention rows."""
         rows: dict[str, Tensor] = {}
-        if by_rows:
+        if self._row_metrics:
             rows = attention_row_statistics(
                 call.logit_rows,
                 call.query.shape[2],
                 query_mask=call.query_mask,
                 key_mask=call.key_mask,
-                metrics=by_rows,
+                metrics=self._row_metrics,
                 device=call.query.device,
             )
         coverage = LayerCoverage(
@@ -175,15 +172,23 @@ class Reduction:
         )
         return ReducedLayer(coverage, call.precision, call.error, num_positions(call.key, call.key_mask), rows)
 
-    def _waits(self, call: AttentionCall) -> _Waiting:
-        # The cores take the query heads that share a key head side by side.
-        query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
-        queries, device = query_gram(query, call.query_mask), call.key.device
-        multiplications = queries.shape.numel() * queries.shape[-1]
-        waits = device.type == "cpu"
-        key = call.key.clone() if waits else call.key  # the model may write into what it is done with
+    def _pending_layer(self, call: AttentionCall) -> _PendingLayer:
+        """A layer's queries as their Gram matrix, and its keys; only those that a metric needs."""
+        device = call.key.device
+        is_deferred = device.type == "cpu"
+        queries = None
+        if not FROM_QUERIES.isdisjoint(self._summaries):
+            # The cores need the query heads that share a key head side by side.
+            query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
+            queries = query_gram(query, call.query_mask)
+        key = None
+        if not FROM_KEYS.isdisjoint(self._summaries):
+            key = call.key.clone() if is_deferred else call.key  # the model may overwrite its keys after its attention
         cores = partial(head_cores, queries, key, scale=call.scale, key_mask=call.key_mask, metrics=self._metrics)
-        if waits:
-            return _Waiting(cores, queries.gram.nbytes + key.nbytes, multiplications, device)
+        multiplications = call.query.numel() * call.query.shape[-1]
+        if is_deferred:
+            nbytes = (0 if queries is None else queries.gram.nbytes) + (0 if key is None else key.nbytes)
+            return _PendingLayer(cores, nbytes, multiplications, device)
         found = cores()
-        return _Waiting(lambda: found, found.fields.core.nbytes, multiplications, device)
+        nbytes = 0 if found.fields is None else found.fields.core.nbytes
+        return _PendingLayer(lambda: found, nbytes, multiplications, device)

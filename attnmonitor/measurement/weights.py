@@ -1,8 +1,7 @@
-"""The learned side of each head: what W_Qᵀ W_K could tell apart, beside what the probe's text makes of it.
+"""Metrics of each head's weights: the rank of W_Qᵀ W_K, beside the rank of its energy field on the probe.
 
-Weights change slowly and reading them costs more than a probe's own statistics, so this runs on a slower clock than
-the samples. The projections are discovered once, by what they do in a few forwards; a layer whose projections cannot be
-found is NaN, with the reason.
+Weights change slowly and reading them costs more than a sample, so this has a schedule of its own. The projections are
+found once, in a few forwards, by their effect; a layer whose projections cannot be found is NaN, with the reason.
 """
 
 from __future__ import annotations
@@ -13,33 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.projections import HeadProjections, discover_projections
-from attnmonitor.functional import interaction_effective_rank, interaction_participation_ratio, spectral_gap
+from attnmonitor.functional.interaction import interaction_spectrum
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
+from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["LearnedSide"]
+__all__ = ["WeightMeasurement"]
 
-_OF_WEIGHTS = {
-    "interaction_effective_rank": interaction_effective_rank,
-    "interaction_participation_ratio": interaction_participation_ratio,
-}
-
-_SHARDED = "the model's weights are spread over processes, and outside of a forward none of them has a layer's whole"
+_SHARDED = "the model's weights are sharded over processes, and outside of a forward none of them has a whole layer"
 
 
-class LearnedSide:
-    """Ranks of W_Qᵀ W_K of every head, read from the live weights.
+class WeightMeasurement:
+    """Measures the metrics of the weights of every head, from the model's current weights.
 
     Args:
         model: The unwrapped model.
-        probe: The batch that the projections are discovered with.
+        probe: The batch that the projections are found with.
         layers: Coverage of the layers that have heads.
         metrics: Names out of `attnmonitor.metrics.catalog.WEIGHT_METRICS`.
 
     Attributes:
-        reasons: For each layer whose projections were not found, why.
+        reasons: Reason for each layer whose projections were not found.
     """
 
     def __init__(
@@ -55,24 +50,25 @@ class LearnedSide:
         self.reasons = {name: one for name, one in found.items() if isinstance(one, str)}
 
     def take(self, energy_rank: Mapping[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
-        """Measure now.
+        """Measure the weights as they are now.
 
         Args:
-            energy_rank: The energy-field effective rank of each layer, ``(Hq,)`` on the host, for the spectral gap.
+            energy_rank: The effective rank of each layer's energy fields, ``(Hq,)`` on the host, for the spectral gap.
 
         Returns:
             ``values[metric][layer]``: float32 ``(Hq,)`` on the host.
         """
         values: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
         for name, num_heads in self._num_heads.items():
-            unknown = torch.full((num_heads,), torch.nan)
-            found = dict.fromkeys((*_OF_WEIGHTS, "spectral_gap"), unknown)
-            if name in self._projections:
-                w_q, w_k = self._projections[name].w_q, self._projections[name].w_k
-                w_k = w_k.repeat_interleave(len(w_q) // len(w_k), dim=0)
-                found |= {metric: rank(w_q, w_k).float().cpu() for metric, rank in _OF_WEIGHTS.items()}
-                if energy_rank is not None:
-                    found["spectral_gap"] = spectral_gap(found["interaction_effective_rank"], energy_rank[name])
+            projections = self._projections.get(name)
+            if projections is None:
+                for metric in self._metrics:
+                    values[metric][name] = torch.full((num_heads,), torch.nan)
+                continue
+            w_q, w_k = projections.w_q, projections.w_k
+            w_k = w_k.repeat_interleave(len(w_q) // len(w_k), dim=0)
+            rank = None if energy_rank is None else energy_rank[name].to(w_q.device)
+            spectrum = interaction_spectrum(w_q, w_k, energy_rank=rank)
             for metric in self._metrics:
-                values[metric][name] = found[metric]
+                values[metric][name] = METRICS[metric].formula(spectrum).float().cpu()
         return values

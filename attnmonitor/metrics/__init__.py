@@ -1,7 +1,7 @@
 """The table of metrics, and a torchmetrics class for each: update per layer, compute one value per head.
 
-The classes are imported when one is first asked for: torchmetrics takes seconds to import, and the table is read by
-everything that names a metric.
+The classes are imported on first use: torchmetrics takes seconds to import, and everything that names a metric reads
+the table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metrics of the softmax side, one value per query head."""
+"""Metrics of attention rows, one value per query head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _RowMetric(HeadMetric):
     Args:
         num_heads: Query heads.
         scale: Softmax scale; ``d ** -0.5`` by default.
-        num_rows: Rows to look at.
+        num_rows: How many rows to read.
         kwargs: Passed on to `torchmetrics.Metric`.
     """
 
@@ -48,7 +48,7 @@ class AttentionEntropy(_RowMetric):
 
 
 class MaxLogit(_RowMetric):
-    """Largest logit that enters the softmax, over the rows looked at; mean over sequences."""
+    """Largest logit that enters the softmax, over the rows that are read; mean over sequences."""
 
     name = "max_logit"
 

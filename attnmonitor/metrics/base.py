@@ -1,8 +1,8 @@
-"""The state behind every metric: sums over sequences of a per-head value.
+"""The state of every metric class: sums over sequences of one value per head.
 
-A head's value is its mean over the sequences of the probe. Mean and spread both follow from three sums, and sums are
-what ranks can add: ``dist_reduce_fx="sum"`` makes `compute` the same on one process and on eight, with shards of any
-size.
+A head's value is its mean over the sequences of the probe. Mean and spread both follow from three sums, and processes
+can add sums: with ``dist_reduce_fx="sum"`` the result of `compute` is the same on one process and on eight, with shards
+of any size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HeadMetric(Metric):
 
     Args:
         num_heads: Heads of the layer that have a value: query heads or key/value heads, as the catalog's scope says.
-        setting: What a subclass was told beside the number of heads; two settings never share a state.
+        setting: The subclass's other arguments; metrics with different settings never share a state.
         kwargs: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -44,7 +44,7 @@ class HeadMetric(Metric):
             raise ValueError(f"{type(self).__name__}(num_heads={num_heads!r}): a layer has at least one head")
         self.num_heads = num_heads
         # The state's name says what is summed: MetricCollection merges metrics whose states have the same name and
-        # happen to hold the same numbers after the first update, and would report one for the other ever after.
+        # happen to hold the same numbers after the first update, and from then on reports one for the other.
         self._sums = re.sub(r"\W+", "_", "_".join(map(str, (self.name, *setting, "sums"))))
         self.add_state(self._sums, default=torch.zeros(3, num_heads, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -62,11 +62,11 @@ class HeadMetric(Metric):
         sums = self._state
         wide = values.to(sums.dtype)
         setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
-        # What torchmetrics' wrapper around `update` notes, for callers who have the values already.
+        # torchmetrics' wrapper around `update` sets these; a caller that has the values does not go through it.
         self._update_count, self._computed = max(1, self._update_count), None
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        # torchmetrics returns a tensor of one entry as a bare number: a layer with one head keeps its axis of heads.
+        # torchmetrics returns a tensor of one entry without its axis: keep the axis of heads for a layer of one head.
         wrapped = super()._wrap_compute(compute)
         return functools.wraps(wrapped)(lambda *args, **kwargs: wrapped(*args, **kwargs).reshape(self.num_heads))
 
@@ -87,10 +87,10 @@ class HeadMetric(Metric):
         return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the value of each head, or several computed values over time, as torchmetrics draws; needs matplotlib.
+        """Plot the value of each head, or several computed values over time, by torchmetrics; needs matplotlib.
 
         Args:
-            val: A result of `compute` or a list of them; the present value when None.
+            val: A result of `compute` or a list of them; the current value when None.
             ax: Matplotlib axes to draw into.
 
         Returns:

@@ -1,15 +1,20 @@
-"""The one table of what is measured: each metric's name, what it belongs to, and what it means.
+"""The table of metrics: each metric's name, what it belongs to, its formula, and what it means.
 
-Everything that speaks of a metric (the torchmetrics classes, the record, alerts, charts, W&B keys, the report) reads
-its name, scope and wording here, so that a metric is called the same and read the same wherever it is met.
+Everything that names a metric (the measurement, the torchmetrics classes, the record, alerts, charts, W&B keys, the
+report) reads it here, so a metric has one formula, one name and one wording everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
+from torch import Tensor
+
+from attnmonitor.functional import attention, energy, interaction, keys, queries
+from attnmonitor.functional.spectrum import EnergySpectrum
+from attnmonitor.functional.summaries import Summary
 from attnmonitor.messages import did_you_mean
 from attnmonitor.sample import HEAD_NOUNS, Scope
 
@@ -27,8 +32,6 @@ __all__ = [
     "metric_unit",
 ]
 
-Source = Literal["cores", "rows", "weights"]
-
 
 @dataclass(frozen=True)
 class MetricInfo:
@@ -39,20 +42,23 @@ class MetricInfo:
         scope: ``"query_head"`` or ``"kv_head"``: what the index into its values counts.
         unit: Unit of a value; ``"1"`` where it has none.
         meaning: One sentence for a reader of a chart.
+        summary: The summary of a layer that it is computed from; see `attnmonitor.functional.summaries`. Metrics of
+            ``"rows"`` need rows of the L×L matrix, metrics of the ``"weights"`` have a schedule of their own.
+        formula: Its value from that summary: ``(B, H)``, or one value per row from ``"rows"``, or ``(H,)`` from
+            ``"weights"``.
         log_scale: Whether differences are read as ratios, so that charts use a logarithmic axis.
-        source: What it is computed from: ``"cores"``, the d×d products of queries and keys; ``"rows"`` of the L×L
-            matrix; or the layer's ``"weights"``, which have a schedule of their own.
         opt_in: Whether it is measured only where it is asked for by name.
-        scale_free: Whether no change in the size of queries and keys moves it, so that random heads have a value to
-            hold a curve against.
+        scale_free: Whether scaling queries and keys leaves it unchanged, so that random heads give a value to compare
+            a curve with.
     """
 
     name: str
     scope: Scope
     unit: str
     meaning: str
+    summary: Summary
+    formula: Callable[[Any], Tensor]
     log_scale: bool = False
-    source: Source = "cores"
     opt_in: bool = False
     scale_free: bool = False
 
@@ -63,6 +69,8 @@ _TABLE = (
         "query_head",
         "components",
         "Fewest singular components that hold 90 % of the variance (σ²) of the energy field.",
+        "energy_spectrum",
+        EnergySpectrum.effective_rank,
         scale_free=True,
     ),
     MetricInfo(
@@ -70,6 +78,8 @@ _TABLE = (
         "query_head",
         "components",
         "Smooth effective rank of the energy field, (Σσ²)² / Σσ⁴.",
+        "field_moments",
+        lambda moments: moments.participation_ratio,
         log_scale=True,
         scale_free=True,
     ),
@@ -78,6 +88,8 @@ _TABLE = (
         "query_head",
         "components",
         "Total energy over the energy of the leading component, Σσ² / σ₁².",
+        "energy_spectrum",
+        lambda spectrum: spectrum.stable_rank,
         log_scale=True,
         scale_free=True,
     ),
@@ -85,7 +97,9 @@ _TABLE = (
         "energy_rms",
         "query_head",
         "logit units",
-        "Root mean square of the centred logits: how sharply softmax can discriminate.",
+        "Root mean square of the centered logits: how sharply softmax can discriminate.",
+        "field_moments",
+        lambda moments: moments.energy_rms,
         log_scale=True,
     ),
     MetricInfo(
@@ -93,6 +107,8 @@ _TABLE = (
         "query_head",
         "fraction of positions",
         "Share of key positions that carry the field's energy: 1 is spread evenly, 1/L is one position.",
+        "energy_shares",
+        energy.energy_delocalization_of,
         log_scale=True,
         scale_free=True,
     ),
@@ -100,7 +116,9 @@ _TABLE = (
         "key_incoherence",
         "kv_head",
         "1",
-        "Coherence μ of the energy-carrying key subspace: 1 is perfectly incoherent, large means few keys rule.",
+        "Coherence μ of the energy-carrying key subspace: 1 is perfectly incoherent, large means few keys dominate.",
+        "leading_leverage",
+        keys.key_incoherence_of,
         log_scale=True,
         scale_free=True,
     ),
@@ -108,7 +126,9 @@ _TABLE = (
         "key_rank",
         "kv_head",
         "components",
-        "Fewest key directions that hold 90 % of the variance of the centred keys.",
+        "Fewest key directions that hold 90 % of the variance of the centered keys.",
+        "key_spectrum",
+        keys.key_rank_of,
         scale_free=True,
     ),
     MetricInfo(
@@ -116,13 +136,17 @@ _TABLE = (
         "kv_head",
         "1",
         "Largest leverage of one key position in the full key space; near 1 one position owns a direction.",
+        "leverage",
+        keys.key_leverage_max_of,
         scale_free=True,
     ),
     MetricInfo(
         "key_participation_ratio",
         "kv_head",
         "components",
-        "Smooth effective rank of the centred keys, (Σs²)² / Σs⁴.",
+        "Smooth effective rank of the centered keys, (Σs²)² / Σs⁴.",
+        "key_spectrum",
+        keys.key_participation_ratio_of,
         log_scale=True,
         scale_free=True,
     ),
@@ -131,17 +155,47 @@ _TABLE = (
         "kv_head",
         "fraction of positions",
         "Share of key positions that carry the key norm: 1 is spread evenly, 1/L is one position.",
+        "norm_shares",
+        keys.key_norm_participation_of,
         log_scale=True,
         scale_free=True,
     ),
-    MetricInfo("query_rms", "query_head", "1", "Root mean square entry of the queries.", log_scale=True),
-    MetricInfo("key_rms", "kv_head", "1", "Root mean square entry of the centred keys.", log_scale=True),
+    MetricInfo(
+        "query_rms",
+        "query_head",
+        "1",
+        "Root mean square entry of the queries.",
+        "queries",
+        queries.query_rms_of,
+        log_scale=True,
+    ),
+    MetricInfo(
+        "key_rms",
+        "kv_head",
+        "1",
+        "Root mean square entry of the centered keys.",
+        "keys",
+        keys.key_rms_of,
+        log_scale=True,
+    ),
+    MetricInfo(
+        "key_condition_number",
+        "kv_head",
+        "ratio",
+        "Largest over smallest singular value of the centered keys, among those above float32's noise.",
+        "key_spectrum",
+        keys.key_condition_number_of,
+        log_scale=True,
+        opt_in=True,
+        scale_free=True,
+    ),
     MetricInfo(
         "attention_entropy",
         "query_head",
         "nats",
         "Mean entropy of the attention rows: 0 is one key, ln(visible keys) is uniform attention.",
-        source="rows",
+        "rows",
+        attention.ROW_STATISTICS["attention_entropy"],
         opt_in=True,
     ),
     MetricInfo(
@@ -149,7 +203,8 @@ _TABLE = (
         "query_head",
         "logit units",
         "Largest logit that enters the softmax.",
-        source="rows",
+        "rows",
+        attention.ROW_STATISTICS["max_logit"],
         opt_in=True,
     ),
     MetricInfo(
@@ -157,7 +212,8 @@ _TABLE = (
         "query_head",
         "probability",
         "Mean attention probability on position 0.",
-        source="rows",
+        "rows",
+        attention.ROW_STATISTICS["sink_mass"],
         opt_in=True,
     ),
     MetricInfo(
@@ -165,7 +221,8 @@ _TABLE = (
         "query_head",
         "components",
         "Fewest components that hold 90 % of the variance of W_Qᵀ W_K: what the head has learned to tell apart.",
-        source="weights",
+        "weights",
+        interaction.interaction_effective_rank_of,
         opt_in=True,
     ),
     MetricInfo(
@@ -173,8 +230,9 @@ _TABLE = (
         "query_head",
         "components",
         "Smooth effective rank of W_Qᵀ W_K.",
+        "weights",
+        interaction.interaction_participation_ratio_of,
         log_scale=True,
-        source="weights",
         opt_in=True,
     ),
     MetricInfo(
@@ -182,8 +240,9 @@ _TABLE = (
         "query_head",
         "ratio",
         "Learned rank over energy rank: how much of what was learned the text leaves unused.",
+        "weights",
+        interaction.spectral_gap_of,
         log_scale=True,
-        source="weights",
         opt_in=True,
     ),
 )
@@ -191,14 +250,14 @@ _TABLE = (
 METRICS: dict[str, MetricInfo] = {info.name: info for info in _TABLE}
 """Every metric by name, in the order in which charts and tables show them."""
 
-WEIGHT_METRICS: tuple[str, ...] = tuple(info.name for info in _TABLE if info.source == "weights")
+WEIGHT_METRICS: tuple[str, ...] = tuple(info.name for info in _TABLE if info.summary == "weights")
 """Metrics of the weights: they change slowly and run on a schedule of their own."""
 
-OPT_IN_METRICS: tuple[str, ...] = tuple(info.name for info in _TABLE if info.opt_in and info.source != "weights")
-"""Measured with every sample where they are asked for by name: those from rows of the L×L matrix cost time."""
+OPT_IN_METRICS: tuple[str, ...] = tuple(info.name for info in _TABLE if info.opt_in and info.summary != "weights")
+"""Measured with every sample, but only where they are asked for by name."""
 
 DEFAULT_METRICS: tuple[str, ...] = tuple(info.name for info in _TABLE if not info.opt_in)
-"""What a monitor measures when it is not told otherwise."""
+"""What a monitor measures by default."""
 
 
 def check_metric_names(names: Iterable[str], *, argument: str = "metrics") -> tuple[str, ...]:
@@ -226,12 +285,12 @@ def metric_unit(metric: str | None) -> str:
 
 
 def head_noun(metric: str | None) -> str:
-    """What a metric counts: heads, or the KV heads that several of them share."""
+    """What a metric has one value per: a head, or a KV head that several heads share."""
     return HEAD_NOUNS[metric_scope(metric) or "query_head"]
 
 
 def metric_scope(metric: str | None) -> Scope | None:
-    """What the index into a metric's values counts; None for a metric that is not in the table."""
+    """What a metric has one value per; None for a metric that is not in the table."""
     return METRICS[metric].scope if metric in METRICS else None
 
 

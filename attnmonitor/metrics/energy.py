@@ -80,7 +80,7 @@ class EnergyStableRank(_SpectrumMetric):
 
 
 class EnergyRMS(_SpectrumMetric):
-    """Root mean square of the centred logits, in logit units."""
+    """Root mean square of the centered logits, in logit units."""
 
     name = "energy_rms"
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from attnmonitor.functional.keys import (
+    key_condition_number,
     key_incoherence,
     key_leverage_max,
     key_norm_participation,
@@ -18,6 +19,7 @@ from attnmonitor.functional.ranks import check_fraction
 from attnmonitor.metrics.base import HeadMetric
 
 __all__ = [
+    "KeyConditionNumber",
     "KeyIncoherence",
     "KeyLeverageMax",
     "KeyNormParticipation",
@@ -28,7 +30,7 @@ __all__ = [
 
 
 class _KeyMetric(HeadMetric):
-    """A statistic of the centred keys."""
+    """A statistic of the centered keys."""
 
     def update(self, key: Tensor, mask: Tensor | None = None) -> None:
         """Add the key heads of one layer: key ``(B, Hkv, L, d)``, mask ``(B, L)`` True where valid."""
@@ -57,7 +59,7 @@ class KeyIncoherence(_EnergyCutMetric):
 
 
 class KeyRank(_EnergyCutMetric):
-    """Fewest key directions that hold ``energy`` of the variance of the centred keys."""
+    """Fewest key directions that hold ``energy`` of the variance of the centered keys."""
 
     name = "key_rank"
 
@@ -75,12 +77,21 @@ class KeyLeverageMax(_KeyMetric):
 
 
 class KeyParticipationRatio(_KeyMetric):
-    """Smooth effective rank of the centred keys, (Σs²)² / Σs⁴."""
+    """Smooth effective rank of the centered keys, (Σs²)² / Σs⁴."""
 
     name = "key_participation_ratio"
 
     def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
         return key_participation_ratio(key, mask=mask)
+
+
+class KeyConditionNumber(_KeyMetric):
+    """Largest over smallest singular value of the centered keys above float32's noise."""
+
+    name = "key_condition_number"
+
+    def _statistic(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        return key_condition_number(key, mask=mask)
 
 
 class KeyNormParticipation(_KeyMetric):
@@ -93,7 +104,7 @@ class KeyNormParticipation(_KeyMetric):
 
 
 class KeyRMS(_KeyMetric):
-    """Root mean square entry of the centred keys."""
+    """Root mean square entry of the centered keys."""
 
     name = "key_rms"
 

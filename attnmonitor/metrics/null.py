@@ -1,7 +1,7 @@
-"""What heads that have learned nothing would read: a line to hold a curve against.
+"""The value of each metric for random heads: a reference line for its curves.
 
 An effective rank of 40 or a coherence of 3 says little until one knows what random queries and keys of the same shape
-give. Only statistics that do not depend on the size of q and k have such a value.
+give. Only metrics that do not depend on the size of q and k have such a value.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from functools import cache
 
 import torch
 
-from attnmonitor.functional.cores import head_cores
 from attnmonitor.functional.queries import query_gram
-from attnmonitor.functional.statistics import head_statistics
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.statistics import head_cores, head_statistics
 
 __all__ = ["NULL_METRICS", "null_statistics"]
 
-NULL_METRICS = tuple(name for name, info in METRICS.items() if info.source == "cores" and info.scale_free)
-"""Metrics of q and k that no change of their size moves."""
+NULL_METRICS = tuple(name for name, info in METRICS.items() if info.scale_free)
+"""Metrics that scaling q and k leaves unchanged."""
 
 _MOST_HEADS, _MOST_NUMBERS = 16, 2**22  # a long probe needs fewer heads for the same mean, and must not fill the memory
 
@@ -27,7 +26,7 @@ _MOST_HEADS, _MOST_NUMBERS = 16, 2**22  # a long probe needs fewer heads for the
 def null_statistics(num_positions: int, head_dim: int) -> dict[str, float]:
     """Mean of each of `NULL_METRICS` over heads whose queries and keys are independent standard normal numbers.
 
-    The same numbers each time, and no generator of the caller's is moved.
+    The numbers are the same each time, and the caller's random state is not touched.
 
     Args:
         num_positions: Positions L of queries and keys, at least 2.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.probe import Probe, default_forward
-from attnmonitor.measurement.weights import LearnedSide
+from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, WEIGHT_METRICS, check_metric_names
 from attnmonitor.sample import LayerCoverage
 from attnmonitor.scan.checkpoint import Checkpoint
@@ -156,9 +156,11 @@ def audit(
             _run(model, tokens)
 
     probe = Probe(model, inputs, forward=forward)
-    # The energy rank is always measured: the spectral gap compares the learned rank with it.
-    from_text = dict.fromkeys([*(set(names) - set(WEIGHT_METRICS)), "energy_effective_rank"])
-    measured = Measurement(model, probe, check_metric_names(from_text)).attach()
+    of_weights = [name for name in names if name in WEIGHT_METRICS]
+    of_probe = [name for name in names if name not in WEIGHT_METRICS]
+    if "spectral_gap" in of_weights:  # the ratio of the learned rank to this one
+        of_probe.append("energy_effective_rank")
+    measured = Measurement(model, probe, check_metric_names(of_probe)).attach()
     shown = {name: layer for name, layer in measured.coverage.items() if layer.measured}
     if not shown:
         name, layer = next(iter(measured.coverage.items()))
@@ -166,9 +168,9 @@ def audit(
     values = dict(measured.trusted_values())
     # Projections are found from position 0 alone, so a few tokens are enough.
     few = Probe(model, {name: tokens[:, :8] for name, tokens in inputs.items()}, forward=_run)
-    learned = LearnedSide(model, few, shown, WEIGHT_METRICS) if set(WEIGHT_METRICS) & set(names) else None
-    if learned is not None:
-        values |= learned.take(values["energy_effective_rank"])
+    weights = WeightMeasurement(model, few, shown, of_weights) if of_weights else None
+    if weights is not None:
+        values |= weights.take(values.get("energy_effective_rank"))
     return Scan(
         model=checkpoint.name,
         length=length,
@@ -176,7 +178,7 @@ def audit(
         probe_fingerprint=probe.fingerprint,
         values={metric: values[metric] for metric in names},
         coverage=measured.coverage,
-        without_projections={} if learned is None else learned.reasons,
+        without_projections={} if weights is None else weights.reasons,
     )
 
 

@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture import AttentionCall, capture_attention
-from attnmonitor.functional import HeadCores, head_cores, head_statistics, query_gram
+from attnmonitor.functional import query_gram
 from attnmonitor.measurement.reduction import LARGEST_BATCH
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.metrics.statistics import HeadCores, head_cores, head_statistics
 from benchmarks.cost.overhead import interleaved, ratio
 
 SEQUENCES, LENGTH = 4, 2048

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture import capture_attention
-from attnmonitor.functional import energy_spectrum, head_cores, head_statistics, query_gram
+from attnmonitor.functional import energy_spectrum, query_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.metrics.statistics import head_cores, head_statistics
 from benchmarks.smollm2 import load_smollm2
 
 SHAPES = {  # query heads, key heads, head size

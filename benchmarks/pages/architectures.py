@@ -20,7 +20,8 @@ from torch import Tensor
 
 from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture.projections import HeadProjections, discover_projections
-from attnmonitor.functional import head_cores, head_statistics, interaction_effective_rank, query_gram
+from attnmonitor.functional import interaction_effective_rank, query_gram
+from attnmonitor.metrics.statistics import head_cores, head_statistics
 from benchmarks.pages.independent import deviations
 from benchmarks.pages.library_models import Architecture, captured, hugging_face_architectures, other_architectures
 

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnmonitor.functional import attention_row_statistics, head_cores, head_statistics, query_gram, row_logits
-from attnmonitor.metrics.catalog import DEFAULT_METRICS, OPT_IN_METRICS
+from attnmonitor.functional import attention_row_statistics, query_gram, row_logits
+from attnmonitor.functional.attention import ROW_STATISTICS
+from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.metrics.statistics import head_cores, head_statistics
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique", "_to_cpu")
 
@@ -122,7 +124,7 @@ def test_the_whole_measurement_runs_on_a_device_that_is_not_the_cpu(method, mask
         query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
         mask = torch.ones(2, 64, dtype=torch.bool, device="cuda") if masked else None
         found = measure_everything(query, key, mask, method)
-    assert set(found) == {*DEFAULT_METRICS, *OPT_IN_METRICS, "certified"}
+    assert set(found) == {*DEFAULT_METRICS, *ROW_STATISTICS, "certified"}
     assert {value.device.type for value in found.values()} == {"cuda"}
 
 
@@ -158,7 +160,7 @@ def test_cores_hold_no_reference_to_queries_or_keys():
     query, key = inputs()
     held = {query.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()}
     cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
-    kept = [*vars(cores.fields).values(), cores.key_variances, cores.share_excess, *cores.per_position.values()]
+    kept = [*vars(cores.fields).values(), cores.share_excess, *cores.values.values()]
     assert all(each.untyped_storage().data_ptr() not in held for each in kept)
     assert all(64 not in each.shape for each in kept), "nothing kept may have the length of the sequence"
 
@@ -188,7 +190,7 @@ def test_products_are_in_full_precision_and_the_callers_setting_comes_back(tf32,
     with pytest.raises(ValueError, match="multiple"):
         head_cores(query_gram(query[:, :3]), key, scale=0.25, metrics=DEFAULT_METRICS)
     assert torch.get_float32_matmul_precision() == "medium", "restored after an error too"
-    assert cores.per_position["energy_delocalization"].isfinite().all()
+    assert cores.values["energy_delocalization"].isfinite().all()
 
 
 def test_autocast_around_the_measurement_changes_nothing():

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnmonitor.functional import EnergySpectrum, head_cores, head_statistics, query_gram
-from attnmonitor.functional.cores import _per_position
-from attnmonitor.functional.key_basis import key_basis
-from attnmonitor.functional.statistics import _violation
+from attnmonitor.functional import EnergySpectrum, query_gram
+from attnmonitor.functional.key_basis import key_basis, key_gram
+from attnmonitor.functional.positions import position_profiles, share_excess
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.metrics.statistics import head_cores, head_statistics
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,15 @@ def test_the_worst_broken_law_is_told_as_a_share(law, variances, energy, energy_
     numbers = [torch.tensor([number], dtype=torch.float64) for number in (variances, energy, energy_squared)]
     variances, energy, energy_squared = numbers
     spectrum = EnergySpectrum(
-        variances, variances.cumsum(-1), energy, energy_squared, error=0 * energy, max_rank=4, num_entries=energy
+        energy=energy,
+        energy_squared=energy_squared,
+        num_entries=energy,
+        variances=variances,
+        sum_bounds=variances.cumsum(-1),
+        error=0 * energy,
+        max_rank=4,
     )
-    assert _violation(spectrum).item() == pytest.approx(violation, abs=1e-12), law
+    assert spectrum.violation().item() == pytest.approx(violation, abs=1e-12), law
 
 
 def layer(seed=0):
@@ -57,11 +63,12 @@ def test_a_layer_tells_the_worst_of_its_heads_and_of_its_positions():
 
 def test_a_position_that_carries_more_than_its_leverage_is_told():
     _, key = layer()
-    basis = key_basis(key)
+    basis = key_basis(key_gram(key))
     core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).expand(1, 2, 6, 6)
-    values, excess = _per_position(core, basis, ["energy_delocalization"])
+    profiles = position_profiles(basis, {"energy_shares", "leverage"}, core=core)
+    excess = share_excess(profiles["energy_shares"], profiles["leverage"])
     left = torch.cat([block.clone() for block in basis.left_blocks()], 2)
     shares = (left.square() * torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).sum(-1)
     assert excess.item() == pytest.approx((shares - left.square().sum(-1)).max().item(), rel=1e-6)
     assert excess > 0.01
-    torch.testing.assert_close(values["energy_delocalization"], 1 / (40 * shares.square().sum(-1)))
+    torch.testing.assert_close(profiles["energy_shares"].participation(), 1 / (40 * shares.square().sum(-1)))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from drawn_layers import draw
 
-from attnmonitor.functional import energy_spectrum, head_cores, head_statistics, query_gram, statistics
+from attnmonitor.functional import energy_spectrum, query_gram
+from attnmonitor.functional.cores import joined_cores
 from attnmonitor.functional.spectrum import core_spectrum
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.metrics.statistics import batch_statistics, head_cores, head_statistics
 
 
 def measure(query, key, scale, **keywords):
@@ -35,8 +37,8 @@ def test_layers_in_one_batch_get_what_each_gets_alone(method):
         draw(shape, seed=seed) for seed, shape in enumerate([(2, 4, 2, 48, 16), (1, 6, 3, 30, 16), (3, 2, 2, 20, 16)])
     ]
     layers = [head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS) for query, key in drawn]
-    spectrum = core_spectrum(statistics._batched(layers), method=method, target_rank=12)
-    for layer, found in zip(layers, statistics._statistics(layers, spectrum), strict=True):
+    spectrum = core_spectrum(joined_cores([layer.fields for layer in layers]), method=method, target_rank=12)
+    for layer, found in zip(layers, batch_statistics(layers, spectrum), strict=True):
         [alone] = head_statistics([layer], method=method, target_rank=12)
         assert found.values.keys() == alone.values.keys()
         for name, values in alone.values.items():
@@ -47,7 +49,7 @@ def test_layers_in_one_batch_get_what_each_gets_alone(method):
 
 def test_default_target_rank_is_32():
     query, key = draw((1, 4, 4, 80, 48))
-    cores = head_cores(query_gram(query), key, scale=0.25, metrics=())
+    cores = head_cores(query_gram(query), key, scale=0.25, metrics=["energy_effective_rank"])
     [found] = head_statistics([cores], method="randomized")
     expected = energy_spectrum(query, key, scale=0.25, method="randomized", target_rank=32)
     assert torch.equal(found.certified, expected.certified())
@@ -57,7 +59,7 @@ def test_default_target_rank_is_32():
 def test_only_wanted_metrics_look_at_positions():
     query, key = draw((1, 2, 1, 20, 4))
     cores = head_cores(query_gram(query), key, scale=1.0, metrics=["energy_effective_rank", "key_leverage_max"])
-    assert set(cores.per_position) == {"key_leverage_max"}
+    assert set(cores.values) == {"key_leverage_max"}
 
 
 def test_target_ranks_must_fit_the_layers():

@@ -125,7 +125,7 @@ def test_sample_equals_the_twin(case: MetricCase, sample_and_layers: tuple[Sampl
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sample_of_drawn_heads_equals_the_twins(shape: str, dtype: torch.dtype, padding: str) -> None:
     layer = drawn(shape, dtype, padding)
-    metrics = [case for case in CLASS_CASES if METRICS[case.name].source not in ("rows", "weights")]
+    metrics = [case for case in CLASS_CASES if METRICS[case.name].summary not in ("rows", "weights")]
     sample = sample_of_heads(layer, [case.name for case in metrics])
     assert set(sample.values) == {case.name for case in metrics}
     for case in metrics:
@@ -225,7 +225,7 @@ def test_order_of_positions_changes_nothing(case: MetricCase, seed: int) -> None
 @every_class_over_positions
 def test_vector_added_to_all_keys_changes_nothing(case: MetricCase) -> None:
     layer = causal_layer((1, 2, 2, 64, 8), torch.float64, key_offset=0.0)
-    offset = 1e6 if METRICS[case.name].source != "rows" else 10  # logits are read in float32
+    offset = 1e6 if METRICS[case.name].summary != "rows" else 10  # logits are read in float32
     moved = replace(layer, key=layer.key + offset * torch.randn(8, dtype=torch.float64))
     after, before = case.per_sequence(moved), case.per_sequence(layer)
     if case.name in CHANGES_WITH["offset"]:

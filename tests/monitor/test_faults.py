@@ -175,7 +175,7 @@ FAULTS: dict[str, FaultCase] = {
         in_function("attnmonitor.measurement.measurement.to_host", LOST_DEVICE), WHOLE + ".*device lost"
     ),
     "weight metrics": FaultCase(
-        in_function("attnmonitor.measurement.weights.LearnedSide.take", LINALG),
+        in_function("attnmonitor.measurement.weights.WeightMeasurement.take", LINALG),
         WHOLE + ".*LinAlg",
         settings={"metrics": ["energy_effective_rank", "interaction_effective_rank"], "weights_every": 1},
     ),

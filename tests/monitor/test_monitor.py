@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
-from attnmonitor.functional import head_statistics
+from attnmonitor.metrics.statistics import head_statistics
 from attnmonitor.record import RunRecord
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from attnmonitor.functional import HeadCores, HeadStatistics, head_cores, head_statistics, query_gram
+from attnmonitor.functional import query_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from attnmonitor.metrics.statistics import HeadCores, HeadStatistics, head_cores, head_statistics
 from attnmonitor.parallel.workers import MIN_WORK_PER_THREAD, map_on_cores, split_for_cores
 
 CPU = torch.device("cpu")
