@@ -31,7 +31,8 @@ OUTGROWN = Rule(
 
 
 def print_event(event: AlertEvent, sample: Sample) -> None:
-    """Print the event; any function of event and sample can be an action, such as one that lowers the learning rate."""
+    """Print the event."""
+    # Any function of event and sample can be an action, for example one that lowers the learning rate.
     print(f"action: {event.layer} head {event.head} at step {event.global_step}: {event.message}")
 
 

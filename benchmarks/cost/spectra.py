@@ -1,4 +1,4 @@
-"""Time to measure every head of one layer, compared with the usual methods in the same run; ratios, not absolute times.
+"""Time to measure every head of one layer, as ratios to the usual methods in the same run.
 
     python -m benchmarks.cost.spectra [--quick] [--json benchmarks/results/spectra.json]
 

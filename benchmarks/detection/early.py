@@ -1,4 +1,4 @@
-"""Count false alarms on healthy runs that learn fast and are sampled often, as in a first try of the monitor.
+"""Count false alarms on healthy runs that learn fast and are sampled often.
 
     python -m benchmarks.detection.early --docs docs/alert-evaluation.md
 

@@ -1,4 +1,4 @@
-"""One picture per kind of fault: the metric of every head with the alarm, and the loss of the same run."""
+"""One picture per kind of fault: a metric of every head, the alarm, and the loss."""
 
 from __future__ import annotations
 

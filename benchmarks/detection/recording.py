@@ -1,4 +1,4 @@
-"""One training run as it was measured, with the setting and the fault that determine it; a file of a cache each."""
+"""One training run as it was measured, with its setting and fault; one file of the cache."""
 
 from __future__ import annotations
 

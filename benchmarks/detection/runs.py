@@ -69,7 +69,7 @@ class Run:
         return copy.deepcopy(self)
 
     def train(self, until: int, injection: Injection | None = None) -> None:
-        """Train to step ``until`` and sample on the way; a step whose loss is not finite is skipped, as is usual."""
+        """Train to step ``until``, with samples; a step whose loss is not finite is skipped, as is usual."""
         prose, code = texts(self.setting.shape.vocabulary)
         probe = torch.stack([batch_at(prose, Setting("", -1, 0.0, self.setting.shape), i)[0, :-1] for i in range(8)])
         monitor = AttentionMonitor(self.model, probe, metrics=METRICS, alerts=None, record=None)

@@ -124,7 +124,6 @@ def test_no_function_body_is_over_60_lines() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_no_file_of_the_package_is_over_400_lines() -> None:
     counted = [path for suffix in (".py", ".js", ".css", ".html") for path in files(PROGRAMS, suffix)]
     sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in counted}
