@@ -6,13 +6,15 @@ In a faulty run few positions slowly dominate one head's keys while its logits g
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
+from attnmonitor.record.history import History
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 
 # Where a healthy head of a small trained model ends, and how far heads differ (standard deviation of the logarithm).
@@ -158,3 +160,21 @@ class SyntheticRun:
                         )
                     )
         return events
+
+
+Change = Callable[[int, Mapping[str, Mapping[str, Tensor]]], None]
+
+
+def followed(run: SyntheticRun, change: Change | None = None) -> tuple[History, Sample]:
+    """The trajectories of a run and its last sample with the alarms that fire; ``change`` edits a sample's values."""
+    heads = {
+        layer: {"query_head": count, "kv_head": count // run.group}
+        for layer, count in zip(run.layers, run.heads, strict=True)
+    }
+    history, firing = History(heads, tuple(run.metrics)), []
+    for index, sample in enumerate(run.samples()):
+        if change is not None:
+            change(index, sample.values)
+        history.append(sample)
+        firing += [event for event in sample.events if event.state == "firing"]
+    return history, dataclasses.replace(sample, firing=firing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,34 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_runs import SyntheticRun
+from synthetic_runs import SyntheticRun, followed
 
 from attnmonitor.metrics.catalog import WEIGHT_METRICS
 from attnmonitor.metrics.null import NULL_METRICS, null_statistics
-from attnmonitor.record.history import History
 from attnmonitor.report.charts import layers_chart, model_chart, rank_chart
-from attnmonitor.sample import Sample
 from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS
 
 BANDS = ["least of all heads", "all heads", "lower quartile", "half of the heads", "median head"]
-
-
-Change = Callable[[int, Mapping[str, Mapping[str, torch.Tensor]]], None]
-
-
-def followed(run: SyntheticRun, change: Change | None = None) -> tuple[History, Sample]:
-    """The trajectories of a run and its last sample with the alarms that fire; ``change`` edits a sample's values."""
-    heads = {
-        layer: {"query_head": count, "kv_head": count // run.group}
-        for layer, count in zip(run.layers, run.heads, strict=True)
-    }
-    history, firing = History(heads, tuple(run.metrics)), []
-    for index, sample in enumerate(run.samples()):
-        if change is not None:
-            change(index, sample.values)
-        history.append(sample)
-        firing += [event for event in sample.events if event.state == "firing"]
-    return history, dataclasses.replace(sample, firing=firing)
 
 
 def lines(chart: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_runs import SyntheticRun
+from synthetic_runs import SyntheticRun, followed
 
 from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.report import write_report
+from attnmonitor.report.charts import model_chart
 from attnmonitor.report.numbers import alarm_spans, run_numbers
+from attnmonitor.report.page_charts import page_charts, shared_scales
 from attnmonitor.sample import AlertEvent, LayerCoverage
 from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR
 
@@ -152,6 +154,22 @@ def test_page_opens_on_the_metric_of_the_worst_alarm(tmp_path: Path) -> None:
         "scope": "kv_head",
         "metric": "energy_rms",
     }
+
+
+def test_page_and_tracker_draw_the_same_lines(tmp_path: Path) -> None:
+    run, same_run = (SyntheticRun(4, 8, 40, group=2, faulty=(1, 5)) for _ in range(2))
+    record = RunRecord.open(written(tmp_path / "run.sqlite", run))
+    numbers = run_numbers(record)
+    charts = page_charts(record, numbers, shared_scales([numbers]))
+    history, last = followed(same_run)
+    look = ("name", "line", "fill", "fillcolor", "hovertemplate")
+    for metric in history:
+        tracker = model_chart(history, last, metric)
+        page = [trace for trace in charts["metrics"][metric]["curves"]["data"] if "name" in trace]
+        assert [[trace.get(key) for key in look] for trace in page] == [
+            [trace.get(key) for key in look] for trace in tracker["data"]
+        ]
+        assert charts["metrics"][metric]["curves"]["layout"]["title"]["text"] == tracker["layout"]["title"]["text"]
 
 
 def test_page_loads_nothing_external(tmp_path: Path) -> None:
@@ -325,6 +343,20 @@ def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]
     for run, path in enumerate((first, second)):
         expected = next(iter(RunRecord.open(path).trajectories("key_incoherence").values()))[:, 3]
         np.testing.assert_allclose(curve(browser, f"curves-{run}", CHOSEN)[0], expected, rtol=1e-6)
+
+
+def test_page_fits_a_narrow_screen(run144: Path, show: Callable[[Path], Any]) -> None:
+    browser = show(write_report(run144))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        browser = show(write_report(run144))
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        columns = "return document.getElementById('grid-0').layout.grid.columns"
+        assert browser.execute_script(columns) == 1
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_pages_without_values_open(tmp_path: Path, show: Callable[[Path], Any]) -> None:
