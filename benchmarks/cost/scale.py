@@ -91,7 +91,7 @@ def core_bytes(shape: Shape) -> float:
 
 
 def pending_bytes(shape: Shape) -> float:
-    """Return the largest size of the pending cores on one process: all its layers, or a full batch and one layer."""
+    """Return the most bytes pending on one process: all its layers, or a full batch and one layer."""
     everything = core_bytes(shape) / shape.tensor_parallel
     return min(everything, LARGEST_BATCH + everything / shape.num_layers)
 
