@@ -72,7 +72,7 @@ def test_nothing_waits_for_the_device(method, masked):
     assert watch.waits == []
 
 
-def test_the_watch_sees_a_wait():
+def test_watch_sees_a_wait():
     with Watch() as watch:
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
@@ -118,7 +118,7 @@ class IndexByOperations(TorchFunctionMode):
 
 @pytest.mark.parametrize("method", ["auto", "randomized"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_whole_measurement_runs_on_a_device_that_is_not_the_cpu(method, masked):
+def test_measurement_runs_off_the_cpu(method, masked):
     """Under fake tensors an operation on tensors of two devices, or one that needs a value, raises."""
     with FakeTensorMode(), IndexByOperations():
         query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
@@ -141,7 +141,7 @@ def peak_bytes(length: int) -> int:
     return highest
 
 
-def test_memory_grows_no_faster_than_the_layers_own_queries_and_keys():
+def test_memory_grows_with_length_not_its_square():
     short, long = peak_bytes(2048), peak_bytes(8192)
     layer = 2 * 8 * 8192 * 32 * 4
     assert 0 < long < 2 * layer
@@ -149,14 +149,14 @@ def test_memory_grows_no_faster_than_the_layers_own_queries_and_keys():
     assert long < 8 * 8192 * 8192 * 4 / 50, "an L×L matrix of one head alone would be that large"
 
 
-def test_no_tensor_is_larger_than_a_block_or_the_inputs():
+def test_no_tensor_exceeds_a_block_or_the_inputs():
     query, key = torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)
     with Watch() as watch:
         head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
     assert watch.largest <= max(2**18 * 8, query.nbytes)
 
 
-def test_cores_hold_no_reference_to_queries_or_keys():
+def test_cores_keep_neither_queries_nor_keys():
     query, key = inputs()
     held = {query.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()}
     cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
@@ -173,7 +173,7 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
-def test_products_are_in_full_precision_and_the_callers_setting_comes_back(tf32, monkeypatch):
+def test_full_precision_is_set_and_restored(tf32, monkeypatch):
     query, key = inputs()
     seen = set()
 
@@ -193,7 +193,7 @@ def test_products_are_in_full_precision_and_the_callers_setting_comes_back(tf32,
     assert cores.values["energy_delocalization"].isfinite().all()
 
 
-def test_autocast_around_the_measurement_changes_nothing():
+def test_autocast_changes_nothing():
     query, key = inputs()
     plain = measure_everything(query, key, None, "auto")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +202,7 @@ def test_autocast_around_the_measurement_changes_nothing():
         assert torch.equal(cast[name], value), name
 
 
-def test_threads_of_one_process_get_the_same_numbers():
+def test_threads_get_the_same_numbers():
     query, key = inputs()
     found = []
     threads = [

@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a model and its probe are made of."""
+    """Everything that determines a model and its probe."""
 
     seed: int
     layers: list[Heads]
@@ -109,15 +109,15 @@ WRITTEN = {
     "matmul": by_matmul,
     "grouped einsum": by_grouped_einsum,
 }
-# Read from each position's row in single precision: from keys that lie close together far from 0, and of directions
-# that rounding turns the more the weaker they are.
+# Computed from one row per position in float32, where rounding moves keys that lie close together far from 0, and
+# weak directions, the most.
 OVER_POSITIONS = ("key_leverage_max", "key_incoherence", "key_norm_participation", "energy_delocalization")
 MEASURED = (*DEFAULT_METRICS, *OPT_IN_METRICS)
 PYTORCHS_OWN = ("nn.MultiheadAttention", "nn.MultiheadAttention with weights")
 
 
 def sharpened(linear: nn.Linear, recipe: Recipe) -> nn.Linear:
-    """Directions that decay and a mean that may dominate, as training makes them."""
+    """Give the outputs decaying directions and a mean that may dominate, as training does."""
     with torch.no_grad():
         linear.weight *= recipe.sharpness * torch.logspace(0, -1.5, len(linear.weight))[:, None]
         linear.bias += recipe.offset * torch.randn(len(linear.bias))
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 class PyTorchsAttention(nn.Module):
-    """``nn.MultiheadAttention``, which has no key heads of its own; what it attends with is computed beside it."""
+    """``nn.MultiheadAttention``, where each head has its own keys; its queries and keys are computed a second time."""
 
     def __init__(self, heads: Heads, recipe: Recipe) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class PyTorchsAttention(nn.Module):
         k = F.linear(source, weight[width : 2 * width], bias[width : 2 * width])
         q, k = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k))
         scale = q.shape[-1] ** -0.5
-        # Where it returns its weights it scales the queries before the product.
+        # With need_weights it scales the queries before the product.
         self.inner.seen = Seen(q * scale, k, 1.0, *masks) if self.needs_weights else Seen(q, k, scale, *masks)
 
 
@@ -201,7 +201,7 @@ class Masks(NamedTuple):
 
 
 def band(length: int, recipe: Recipe) -> Tensor:
-    """Who may see whom but for padding, ``(L, L)``."""
+    """Which keys each query may see, padding aside, ``(L, L)``."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     allowed = torch.ones(length, length, dtype=torch.bool)
     if recipe.causal:
@@ -263,7 +263,7 @@ def probe_of(recipe: Recipe) -> dict[str, Tensor]:
 @st.composite
 def recipes(draw: Any) -> Recipe:
     crosses = draw(st.integers(0, 5)) == 5
-    lengths = st.integers(2, 64)  # of longer sequences 64 rows stand for all
+    lengths = st.integers(2, 64)  # of longer sequences only 64 rows are measured
     heads = st.builds(
         Heads,
         num_kv_heads=st.integers(1, 3),
@@ -273,11 +273,11 @@ def recipes(draw: Any) -> Recipe:
     )
     attend = draw(st.sampled_from([*WRITTEN, *PYTORCHS_OWN]))
     is_pytorchs = attend in PYTORCHS_OWN
-    # Its queries and keys are computed a second time here, and in half precision would be rounded another way.
+    # Its queries and keys are computed a second time here, and half precision would round them differently.
     half = [] if is_pytorchs else [torch.bfloat16, torch.float16]
     dtype = draw(st.sampled_from([torch.float32, torch.float64, *half]))
     padding = draw(st.sampled_from(["none", "right", "left", "holes"]))
-    # It makes NaN of rows that see nothing, as padding may under a mask that hides the rest.
+    # It returns NaN for rows that see no key, which padding and a band can cause.
     has_band = not crosses and not (is_pytorchs and padding != "none")
     return Recipe(
         seed=draw(st.integers(0, 2**20)),
@@ -303,8 +303,8 @@ def recipes(draw: Any) -> Recipe:
 def expected_range(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     """Lowest and highest mean over sequences of each metric, ``(H,)``, on operands off in the last four bits.
 
-    So much may be lost on a way of long sums and a decomposition. What moves under it (a rank next to its mark, the
-    leverage in directions that are nearly none) cannot be told apart from what is in this range.
+    Long sums and a decomposition may lose that much. A value that it moves (a rank next to its mark, the leverage of
+    weak directions) may be anywhere in this range.
     """
     generator = torch.Generator().manual_seed(0)
     rounding = 16 * torch.finfo(torch.float64 if seen.query.dtype == torch.float64 else torch.float32).eps

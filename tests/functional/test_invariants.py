@@ -1,4 +1,4 @@
-"""What every field obeys is checked on every sample: a measurement that breaks it must say so, and by how much."""
+"""Laws that every field obeys are checked on every sample: a violation is reported with its size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from attnmonitor.metrics.statistics import head_cores, head_statistics
         ("a field that is not finite breaks none", [math.nan, math.nan], math.nan, math.nan, 0.0),
     ],
 )
-def test_the_worst_broken_law_is_told_as_a_share(law, variances, energy, energy_squared, violation):
+def test_violation_is_that_of_the_worst_law(law, variances, energy, energy_squared, violation):
     numbers = [torch.tensor([number], dtype=torch.float64) for number in (variances, energy, energy_squared)]
     variances, energy, energy_squared = numbers
     spectrum = EnergySpectrum(
@@ -46,7 +46,7 @@ def layer(seed=0):
     return torch.randn(2, 1, 2, 40, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_a_layer_tells_the_worst_of_its_heads_and_of_its_positions():
+def test_residual_is_the_worst_head_or_position():
     query, key = layer()
     cores = head_cores(query_gram(query), key, scale=1.0, metrics=DEFAULT_METRICS)
     [sound] = head_statistics([cores])
@@ -61,7 +61,7 @@ def test_a_layer_tells_the_worst_of_its_heads_and_of_its_positions():
     assert seen.invariant_residual > 1
 
 
-def test_a_position_that_carries_more_than_its_leverage_is_told():
+def test_share_above_leverage_is_reported():
     _, key = layer()
     basis = key_basis(key_gram(key))
     core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).expand(1, 2, 6, 6)

@@ -59,7 +59,8 @@ def test_every_metric_but_the_ratio_has_a_class() -> None:
     assert all(cls.name == name for name, cls in METRIC_CLASSES.items())
 
 
-def test_exceptions_name_known_metrics() -> None:
+def test_twins_and_exceptions_name_known_metrics() -> None:
+    assert set(reference.TWINS) == set(METRICS)
     assert set(POWERS).union(*CHANGES_WITH.values()) <= set(METRICS)
 
 

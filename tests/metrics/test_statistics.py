@@ -1,0 +1,133 @@
+"""The two stages of a measurement: cores of each layer, then the values of many layers at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from drawn_layers import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnmonitor import DEFAULT_METRICS, METRICS
+from attnmonitor.functional import energy_spectrum, query_gram
+from attnmonitor.functional.cores import joined_cores
+from attnmonitor.functional.spectrum import core_spectrum
+from attnmonitor.metrics.statistics import batch_statistics, head_cores, head_statistics
+
+
+def cores_of(query, key, scale=0.25, metrics=DEFAULT_METRICS):
+    return head_cores(query_gram(query), key, scale=scale, metrics=metrics)
+
+
+def measure(query, key, scale=0.25, **keywords):
+    return head_statistics([cores_of(query, key, scale)], **keywords)[0]
+
+
+# One layer
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(1, 2, 1, 24, 6), (2, 2, 2, 9, 12), (1, 3, 3, 40, 8)]), st.booleans())
+def test_residual_is_rounding_for_any_layer(seed, shape, wide):
+    found = measure(*draw(shape, torch.float64 if wide else torch.float32, seed))
+    assert set(found.values) == set(DEFAULT_METRICS)
+    assert found.invariant_residual < 1e-4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_broken_heads_do_not_change_the_others(bad, method):
+    query, key = draw((2, 4, 2, 40, 16))
+    before = measure(query, key, method=method, target_rank=8)
+    query[0, 1, 5, 3] = bad
+    key[1, 1, 7, 2] = bad
+    after = measure(query, key, method=method, target_rank=8)
+    broken = {"query_head": torch.zeros(2, 4, dtype=torch.bool), "kv_head": torch.zeros(2, 2, dtype=torch.bool)}
+    broken["query_head"][0, 1] = broken["query_head"][1, 2:] = broken["kv_head"][1, 1] = True
+    for name, value in after.values.items():
+        expected = broken[METRICS[name].scope].clone()
+        if name == "query_rms":
+            expected[1] = False
+        assert value.isnan().tolist() == expected.tolist(), name
+        assert torch.equal(value[~expected], before.values[name][~expected]), name
+    assert not after.certified[broken["query_head"]].any()
+    assert after.invariant_residual.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_dead_heads_are_zero_and_certified(dtype, method):
+    query, key = draw((1, 2, 2, 33, 8), dtype)
+    query[0, 0] = 0
+    key[0, 1] = 0.1  # all equal: their mean is not exactly 0.1 in floating point
+    found = measure(query, key, method=method, target_rank=4)
+    for name in ("energy_effective_rank", "energy_participation_ratio", "energy_stable_rank", "energy_rms"):
+        assert found.values[name].tolist() == [[0, 0]], name
+    assert found.certified.all()
+    assert found.invariant_residual < 1e-4
+    assert found.values["energy_delocalization"].isnan().all()
+    assert found.values["key_rank"][0, 1] == found.values["key_participation_ratio"][0, 1] == 0
+    assert found.values["key_rms"][0, 1] == 0
+    assert found.values["key_incoherence"][0, 1].isnan()
+    assert found.values["key_rank"][0, 0] > 0
+
+
+def test_default_target_rank_is_32():
+    query, key = draw((1, 4, 4, 80, 48))
+    [found] = head_statistics([cores_of(query, key, metrics=["energy_effective_rank"])], method="randomized")
+    expected = energy_spectrum(query, key, scale=0.25, method="randomized", target_rank=32)
+    assert torch.equal(found.certified, expected.certified())
+    torch.testing.assert_close(found.values["energy_effective_rank"].double(), expected.effective_rank())
+
+
+def test_only_wanted_metrics_look_at_positions():
+    cores = cores_of(*draw((1, 2, 1, 20, 4)), metrics=["energy_effective_rank", "key_leverage_max"])
+    assert set(cores.values) == {"key_leverage_max"}
+
+
+@pytest.mark.parametrize("metric", [name for name, info in METRICS.items() if info.summary not in ("rows", "weights")])
+def test_metric_alone_equals_metric_among_all(metric):
+    query, key = draw((2, 4, 2, 48, 16))
+    [alone] = head_statistics([cores_of(query, key, metrics=[metric])])
+    every = [name for name, info in METRICS.items() if info.summary not in ("rows", "weights")]
+    [among] = head_statistics([cores_of(query, key, metrics=every)])
+    assert set(alone.values) == {metric}
+    assert set(among.values) == set(every)
+    torch.testing.assert_close(alone.values[metric], among.values[metric], rtol=1e-5, atol=1e-6)
+
+
+# Many layers
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_layers_of_different_sizes_keep_their_order(method):
+    shapes = [(2, 4, 2, 30, 8), (2, 4, 4, 30, 16), (2, 2, 1, 30, 8)]
+    drawn = [draw(shape, seed=index) for index, shape in enumerate(shapes)]
+    found = head_statistics([cores_of(query, key, 0.5) for query, key in drawn], method=method, target_rank=[6, 12, 64])
+    for layer, (query, key), columns in zip(found, drawn, (6, 12, 8), strict=True):
+        alone = measure(query, key, 0.5, method=method, target_rank=columns)
+        for name in DEFAULT_METRICS:
+            torch.testing.assert_close(layer.values[name], alone.values[name], msg=name)
+        assert torch.equal(layer.certified, alone.certified)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_layers_in_one_batch_get_what_each_gets_alone(method):
+    """As on a GPU, where layers of one head size share a batch."""
+    shapes = [(2, 4, 2, 48, 16), (1, 6, 3, 30, 16), (3, 2, 2, 20, 16)]
+    layers = [cores_of(*draw(shape, seed=seed)) for seed, shape in enumerate(shapes)]
+    spectrum = core_spectrum(joined_cores([layer.fields for layer in layers]), method=method, target_rank=12)
+    for layer, found in zip(layers, batch_statistics(layers, spectrum), strict=True):
+        [alone] = head_statistics([layer], method=method, target_rank=12)
+        assert found.values.keys() == alone.values.keys()
+        for name, values in alone.values.items():
+            torch.testing.assert_close(found.values[name], values, msg=name)
+        assert torch.equal(found.certified, alone.certified)
+        torch.testing.assert_close(found.invariant_residual, alone.invariant_residual, rtol=0, atol=1e-6)
+
+
+def test_target_ranks_must_fit_the_layers():
+    with pytest.raises(ValueError, match="got 1 values for 0 layers"):
+        head_statistics([], target_rank=[3])
