@@ -1,4 +1,4 @@
-"""What an adapter is told when it is made; a framework's callback attaches with it when training begins."""
+"""The arguments that the framework callbacks share: checked when given, used to attach when training begins."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["FrameworkCallback", "check_settings"]
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse keywords for `AttentionMonitor` that it does not take, and metrics there are not, before training begins.
+    """Refuse unknown keywords and metrics at once, not only when training begins.
 
     Raises:
-        TypeError: A keyword is unknown; the message quotes it and the nearest known ones.
+        TypeError: `AttentionMonitor` does not take a keyword; the message names the nearest that it takes.
         ValueError: A metric is unknown.
     """
     known = [*inspect.signature(AttentionMonitor).parameters, "every_n_steps"]
@@ -36,7 +36,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 class FrameworkCallback:
-    """The constructor of the callbacks, which say themselves what its arguments mean there.
+    """Constructor of the framework callbacks; each documents the arguments for its framework.
 
     Attributes:
         monitor: The `AttentionMonitor`, once training has begun.
@@ -67,7 +67,7 @@ class FrameworkCallback:
     def _attach(
         self, model: nn.Module, probe: Any, *, loggers: Any, folder: str | Path, forward: ForwardFunction
     ) -> AttentionMonitor:
-        """Make the monitor; its record is in the framework's own folder unless another was asked for."""
+        """Make the monitor; by default its record is in the framework's own folder."""
         self.monitor = AttentionMonitor(
             model,
             probe,

@@ -1,7 +1,7 @@
 """Lightning: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
 
 Translates Lightning's events: train start and every optimizer step become `AttentionMonitor.on_step`, the trainer's
-loggers become the monitor's, its checkpoints carry the monitor's state, and whole-model summaries go through
+loggers get the samples, its checkpoints hold the monitor's state, and whole-model summaries go through
 ``log_dict`` so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["AttentionMonitorCallback"]
 
 
 class AttentionMonitorCallback(FrameworkCallback, Callback):
-    """Watches every attention head of the module that is trained.
+    """Monitors every attention head of the module that is trained.
 
     Args:
         probe: The probe batch, as `AttentionMonitor` takes it, moved to the module's device; by default the first
@@ -37,7 +37,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         loggers: As in `AttentionMonitor`; by default the trainer's.
         record: As in `AttentionMonitor`; by default a folder under the trainer's root.
         forward: ``forward(module, batch)``, where ``module(batch)`` does not fit.
-        name: Set it when several monitors watch side by side.
+        name: Needed where several monitors run side by side.
         settings: Every other keyword of `AttentionMonitor`.
 
     Attributes:
@@ -53,7 +53,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of this callback's state in a checkpoint: one per monitor name."""
+        """Key of this callback's state in a checkpoint; it contains the monitor's name."""
         return self._generate_state_key(name=self._name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,11 +61,11 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         return self.monitor.state_dict() if self.monitor is not None else self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training begins and there is a monitor to take it."""
+        """Keep the state for the monitor that is made when training begins."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, go on from a loaded state, and take the baseline sample."""
+        """Attach, load the state of a resumed run, and take the baseline sample."""
         probe = self._probe if self._probe is not None else _first_loader(trainer)
         if not isinstance(probe, DataLoader):
             probe = trainer.strategy.batch_to_device(probe, pl_module.device)
@@ -75,7 +75,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
                 return self._forward(model, trainer.precision_plugin.convert_input(batch))
 
         monitor = self._attach(
-            trainer.strategy.model or pl_module,  # with what the strategy wraps around it: FSDP is entered through that
+            trainer.strategy.model or pl_module,  # with the strategy's wrapper: FSDP must be called through it
             probe,
             loggers=trainer.loggers if self._loggers is None else self._loggers,
             folder=trainer.default_root_dir,
@@ -87,38 +87,38 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         self._on_step(trainer, monitor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Sample if an optimizer step was done and one is due; hand new summaries to Lightning."""
+        """Sample if the schedule asks for it, and log new summaries in Lightning."""
         if self.monitor is None:
             return
         self._on_step(trainer, self.monitor)
         if self._summaries:
-            # Loggers have them already, on the monitor's own x-axis; here they are for callbacks to watch.
+            # Only for callbacks: the loggers have them already, on the monitor's own x-axis.
             pl_module.log_dict(self._summaries, on_step=True, on_epoch=False, logger=False, batch_size=1)
             self._summaries = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish the record and the loggers and say what the run comes to."""
+        """Close the monitor and print the final report."""
         if self.monitor is not None and stage == "fit":
             self._end(trainer, pl_module, self.monitor)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do the same where training is cut short, also by an interrupt: Lightning tears nothing down then."""
+        """Do the same after an exception or interrupt: Lightning does not call `teardown` then."""
         if self.monitor is not None and trainer.state.fn == "fit":
             self._end(trainer, pl_module, self.monitor)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, monitor: AttentionMonitor) -> None:
         monitor.close()
         if (bar := trainer.progress_bar_callback) is not None:
-            # A bar that lives draws itself again below whatever is printed. Stopping it twice is harmless.
+            # A running bar would be drawn again below the report. Stopping it twice is harmless.
             bar.teardown(trainer, pl_module, "fit")
         print_final_report(monitor)
 
     def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)
         if sample is not None:
-            # Only the main process measures, but a callback that stops or saves has to see the same on every rank.
-            told = (summary_scalars(sample) if sample.values else {}, sample.requests)
-            self._summaries, requests = trainer.strategy.broadcast(told) if trainer.world_size > 1 else told
+            # Only the main process has the sample, but all ranks must stop or save at the same step.
+            outcome = (summary_scalars(sample) if sample.values else {}, sample.requests)
+            self._summaries, requests = trainer.strategy.broadcast(outcome) if trainer.world_size > 1 else outcome
             if "stop" in requests:
                 trainer.should_stop = True
             if "checkpoint" in requests:

@@ -1,7 +1,7 @@
 """Raw PyTorch loops: one line after the optimizer is made, none in the loop.
 
-The monitor listens to the optimizer's own step (``register_step_post_hook``), so it counts optimizer steps whatever
-the loop does around them: accumulated gradients count once, a step that a gradient scaler skips does not count.
+The monitor hooks into the optimizer's step (``register_step_post_hook``), so it counts optimizer steps whatever the
+loop does around them: accumulated gradients count once, a step that a gradient scaler skips does not count.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from attnmonitor.monitor.schedules import Schedule, one_schedule
 
 __all__ = ["attach"]
 
-_names_watching: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str | None]] = weakref.WeakKeyDictionary()
-"""The names of the monitors that count an optimizer's steps."""
+_attached_names: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str | None]] = weakref.WeakKeyDictionary()
+"""Names of the open monitors that are attached to each optimizer."""
 
 
 def attach(
@@ -36,9 +36,9 @@ def attach(
     schedule: int | Schedule | Iterable[int] | None = None,
     **settings: Any,
 ) -> AttentionMonitor:
-    """Watch a model from its optimizer's steps; the baseline is sampled right before the first one.
+    """Attach a monitor to an optimizer's steps; the baseline is sampled right before the first step.
 
-    When the monitor is closed, or at the end of the program, it prints what the run comes to.
+    When the monitor is closed, or at the end of the program, the final report is printed.
 
     Args:
         model: The model that is trained.
@@ -49,12 +49,12 @@ def attach(
         settings: Every other keyword of `AttentionMonitor`.
 
     Returns:
-        The monitor. After a resume, ``monitor.load_state_dict(...)`` goes on with the saved step count. ``close()``
-        takes the hook off.
+        The monitor. After a resume, ``monitor.load_state_dict(...)`` continues the saved step count. ``close()``
+        removes the hooks.
 
     Raises:
         ValueError: Both ``every_n_steps`` and ``schedule`` are given, or `AttentionMonitor` refuses an argument.
-        TypeError: It has no keyword of such a name.
+        TypeError: `AttentionMonitor` has no such keyword.
 
     Example:
         >>> model = torch.nn.TransformerEncoderLayer(16, nhead=2, batch_first=True)
@@ -77,19 +77,19 @@ def attach(
     check_settings(settings)
     monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
     steps = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if steps.isdisjoint(model.parameters()):  # no error: some optimizers step copies of the parameters
+    if steps.isdisjoint(model.parameters()):  # not an error: some optimizers step copies of the parameters
         warn(f"attnmonitor: optimizer={type(optimizer).__name__} has none of the model's parameters; is it another's?")
 
-    watched, name = _names_watching.setdefault(optimizer, []), monitor.name
-    if name in watched:
+    names, name = _attached_names.setdefault(optimizer, []), monitor.name
+    if name in names:
         warn(
             f"attnmonitor: a monitor{f' named {name!r}' if name else ''} is attached to this optimizer "
             "already, and both go on under the same keys; close() the one before, or tell them apart by name="
         )
-    watched.append(name)
-    monitor.on_close(lambda: watched.remove(name))
+    names.append(name)
+    monitor.on_close(lambda: names.remove(name))
 
-    # The baseline waits for the first step, so that a state loaded after attach is in force when it is due.
+    # The baseline is sampled at the first step, so that a state can be loaded after attach.
     def before_step(*_: object) -> None:
         monitor.on_step(max(0, monitor.global_step))
 
@@ -103,13 +103,14 @@ def attach(
 
 
 def _close_at_exit(monitor: AttentionMonitor) -> None:
-    """Close a monitor that is still there, and not closed, when this process ends; and say what the run came to."""
+    """Print the final report on close; close the monitor at the end of this process if it is still open."""
     monitor.on_close(lambda: print_final_report(monitor))
-    process, watching = os.getpid(), weakref.ref(monitor)
+    process, reference = os.getpid(), weakref.ref(monitor)
 
     def close() -> None:
-        if (left := watching()) is not None and os.getpid() == process:
-            left.close()
+        # A forked child must not close its parent's monitor.
+        if (still_open := reference()) is not None and os.getpid() == process:
+            still_open.close()
 
     atexit.register(close)
     monitor.on_close(lambda: atexit.unregister(close))

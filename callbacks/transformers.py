@@ -1,8 +1,8 @@
 """transformers: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
 
 Translates the Trainer's events: train begin and every optimizer step become `AttentionMonitor.on_step`, its checkpoints
-carry the monitor's state, and each sample's whole-model summaries go through ``Trainer.log``, so that
-``state.log_history`` and whatever ``report_to`` names have them.
+hold the monitor's state, and each sample's whole-model summaries go through ``Trainer.log`` to ``state.log_history``
+and to the trackers in ``report_to``.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _logger = logging.getLogger(__name__)
 
 
 class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
-    """Watches every attention head of the model that is trained.
+    """Monitors every attention head of the model that is trained.
 
     Args:
         probe: The probe batch, as `AttentionMonitor` takes it, moved to the trainer's device; by default the first
-            rows of the evaluation (else training) dataset, put together by the trainer's collator.
+            rows of the evaluation (else training) dataset, batched by the trainer's collator.
         every_n_steps: Optimizer steps between two samples, 100 by default. Accumulated gradients count as one step.
         schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
         loggers: As in `AttentionMonitor`, besides the trainer's own reporting; by default Weights & Biases in full
             where a run is live.
         record: As in `AttentionMonitor`; by default a folder under ``args.output_dir``.
         forward: ``forward(model, batch)``, where ``model(**batch)`` does not fit.
-        name: Set it when several monitors watch side by side.
+        name: Needed where several monitors run side by side.
         settings: Every other keyword of `AttentionMonitor`.
 
     Attributes:
@@ -68,8 +68,8 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach, go on from the state in the checkpoint that is resumed, and take the baseline sample."""
-        if self.monitor is not None:  # trained before, or begun again with a smaller batch
+        """Attach, load the state from the resumed checkpoint, and take the baseline sample."""
+        if self.monitor is not None:  # `train` was called before, or restarts with a smaller batch
             self.monitor.close()
         trainer, checkpoint = _train_call()
         probe = _first_rows(trainer, kwargs["train_dataloader"]) if self._probe is None else self._probe
@@ -86,14 +86,14 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
             forward=in_training_precision,
         )
         if checkpoint is not None:
-            self._go_on(monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
+            self._resume(monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
         monitor.on_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Sample if one is due after this optimizer step, and pass on what its alerts ask for."""
+        """Sample if the schedule asks for it after this optimizer step, and pass on the requests of alerts."""
         sample = None if self.monitor is None else self.monitor.on_step(state.global_step)
         if sample is not None:
-            # Only the main process measures, but all have to stop or save together.
+            # Only the main process has the sample, but all must stop or save at the same step.
             [requests] = broadcast_object_list([sample.requests])
             control.should_training_stop |= "stop" in requests
             control.should_save |= "checkpoint" in requests
@@ -106,28 +106,28 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         try:
             unfinished = folder / f"{self._state_file}.unfinished"
             torch.save(self.monitor.state_dict(), unfinished)
-            unfinished.replace(folder / self._state_file)  # at once: a kill leaves the whole state or none
-        except (OSError, RuntimeError) as error:  # a full disk must not end the run for the sake of its monitor
+            unfinished.replace(folder / self._state_file)  # atomic: a kill leaves the complete state or none
+        except (OSError, RuntimeError) as error:  # a full disk must not end the run
             _logger.warning("the monitor's state is not in %s: %s", folder, error)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Finish the record and the loggers and say what the run comes to."""
+        """Close the monitor and print the final report."""
         if self.monitor is not None:
             self.monitor.close()
             print_final_report(self.monitor)
 
     @property
     def _state_file(self) -> str:
-        # A file of its own: in trainer_state.json trajectories would have to be text.
+        # A separate file: in trainer_state.json trajectories would have to be text.
         return f"attnmonitor-{self._name}.pt" if self._name else "attnmonitor.pt"
 
-    def _go_on(self, monitor: AttentionMonitor, saved: Path, *, reads: bool) -> None:
-        # One process saved it and may alone have the file; all have to know which steps were sampled already.
+    def _resume(self, monitor: AttentionMonitor, saved: Path, *, reads: bool) -> None:
+        # Perhaps only the process that saved it has the file; all must know which steps were sampled.
         [state] = broadcast_object_list([_read(saved) if reads else None])
         try:
             if state is not None:
                 monitor.load_state_dict(state)
-        except Exception as error:  # whatever is wrong with the file, a run that resumes unattended has to go on
+        except Exception as error:  # an unreadable state must not stop an unattended run
             _warn_of(saved, error)
 
     def _all_loggers(self, trainer: Trainer) -> list[SampleLogger]:
@@ -140,26 +140,26 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
 
 
 class _TrainerReporting:
-    """A logger that sends whole-model summaries the way the trainer's own figures go: ``Trainer.log``.
+    """A logger that sends whole-model summaries through ``Trainer.log``, like the trainer's own values.
 
-    They stay off the console, where seventy figures would bury the loss, and off Weights & Biases where it has them
-    from its own logger already.
+    Not to the console, where seventy values would hide the loss, and not to Weights & Biases if its own logger already
+    sends them.
     """
 
     def __init__(self, trainer: Trainer, *, to_wandb: bool) -> None:
         self._trainer = trainer
-        self._left_out = (ProgressCallback, PrinterCallback, *([] if to_wandb else [WandbCallback]))
+        self._excluded = (ProgressCallback, PrinterCallback, *([] if to_wandb else [WandbCallback]))
 
     def log_sample(self, sample: Sample) -> None:
         handler, control = self._trainer.callback_handler, self._trainer.control
         callbacks, should_log = handler.callbacks, control.should_log
-        handler.callbacks = [callback for callback in callbacks if not isinstance(callback, self._left_out)]
+        handler.callbacks = [callback for callback in callbacks if not isinstance(callback, self._excluded)]
         try:
             # Not the method of a subclass: TRL's adds its averaged metrics to whatever is logged next, and clears them.
             Trainer.log(self._trainer, summary_scalars(sample))
         finally:
             handler.callbacks = callbacks
-            # `Trainer.log` takes this flag down: the loss that is due at this very step would not be logged.
+            # `Trainer.log` clears this flag, and the loss of this step would not be logged.
             control.should_log = should_log
 
 
@@ -177,11 +177,10 @@ def _warn_of(saved: Path, error: Exception) -> None:
 
 
 def _train_call() -> tuple[Trainer, Path | None]:
-    """Return the trainer whose event is being handled and the checkpoint folder it resumes from, if any.
+    """Return the trainer whose event is handled, and the checkpoint folder it resumes from or None.
 
-    A Trainer hands its callbacks neither itself nor the ``resume_from_checkpoint`` it was called with, so they are
-    read off the call that is under way. The alternative, a second line in which the user gives the trainer to the
-    callback, is one that gets forgotten.
+    A Trainer gives its callbacks neither itself nor ``resume_from_checkpoint``, so both are read from the frame of the
+    running ``train`` call. The alternative, a second line in which the user passes the trainer, would be forgotten.
     """
     frame = inspect.currentframe()
     while frame is not None:

@@ -1,4 +1,4 @@
-"""When to sample, and what becomes of a sample."""
+"""When to sample, and where samples go."""
 
 from attnmonitor.monitor.monitor import AttentionMonitor
 

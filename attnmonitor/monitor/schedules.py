@@ -1,7 +1,7 @@
-"""When to sample: a schedule is a function from the number of optimizer steps done to yes or no.
+"""When to sample: a schedule is a function from the number of optimizer steps done to a bool.
 
-Schedules are asked at 0, before the first optimizer step, and after every optimizer step. They hold no state, so a
-resumed run samples at the same steps as one that was never interrupted. Any function of that shape serves as well.
+A schedule is called with 0 before the first optimizer step, and after every optimizer step. It holds no state, so a
+resumed run samples at the same steps as one that was never interrupted. Any function ``step -> bool`` is a schedule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Schedule = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class _Named:
-    """A schedule that says in a run's configuration what it is."""
+    """A schedule whose ``repr`` in the run's configuration is readable."""
 
     text: str
     due: Schedule
@@ -71,7 +71,7 @@ def at_steps(steps: Iterable[int]) -> Schedule:
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
-    """Sample at 0 and then evenly in the logarithm of the step: often while a run is young, seldom when it is old.
+    """Sample at 0 and then evenly in the logarithm of the step: often at first, rarely later.
 
     Args:
         per_decade: Samples between a step and ten times that step, at least 1.
@@ -87,7 +87,7 @@ def logarithmic(per_decade: int = 10) -> Schedule:
         raise ValueError(f"schedule: logarithmic({per_decade!r}) needs a whole number of samples per decade, 1 or more")
 
     def bucket(step: int) -> int:
-        # The small addend keeps exact powers of ten on their own mark: log10(1000) * 3 may round to just below 9.
+        # The small addend corrects rounding at powers of ten: log10(1000) * 3 may be just below 9.
         return floor(log10(step) * per_decade + 1e-9)
 
     def due(global_step: int) -> bool:
@@ -115,7 +115,7 @@ def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:
 
 
 def one_schedule(every_n_steps: int | None, schedule: int | Schedule | Iterable[int] | None) -> Schedule:
-    """Return the schedule that an adapter's two ways of saying it mean; every 100 steps when neither is given.
+    """Return an adapter's schedule from its two arguments; every 100 steps if neither is given.
 
     Raises:
         ValueError: Both are given.

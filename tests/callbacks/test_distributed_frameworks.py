@@ -1,4 +1,4 @@
-"""Lightning and transformers' Trainer under the real ``torchrun``: trained as without the monitor, written by one.
+"""Lightning and the Trainer under ``torchrun``: training is bit-identical, and one process writes.
 
 Run as a script, this file is what ``torchrun`` starts: ``callbacks/test_distributed_frameworks.py FOLDER``.
 """
@@ -31,7 +31,7 @@ def _strategy(name: str) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     class FSDPWithoutGPU(FSDPStrategy):
-        """Lightning allows ``fsdp`` on GPUs only; all it takes on a CPU is to say which device that is."""
+        """Lightning allows ``fsdp`` only on GPUs; on a CPU it works once the device is given."""
 
         def _setup_model(self, model: nn.Module) -> nn.Module:
             return super()._setup_model(FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs))

@@ -1,3 +1,5 @@
+"""The Lightning callback: same numbers, bit-identical training, resumes, loggers, and a final report."""
+
 from __future__ import annotations
 
 import contextlib
@@ -53,7 +55,7 @@ def test_lightning_raw_and_direct_sample_are_identical() -> None:
 
 
 def float16_with_a_scaler() -> dict[str, Any]:
-    """Float16 on a CPU, scaled so far up at first that steps are skipped; Lightning itself offers it on CUDA only."""
+    """Float16 on a CPU with an initial scale so large that steps are skipped; Lightning offers it only on CUDA."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
 
@@ -92,7 +94,7 @@ def test_seeded_run_is_bit_identical_with_callback(kind: str) -> None:
         return [*module.losses, *module.seen], everything(module, trainer.optimizers[0])
 
     alone = end()
-    assert len(set(alone[0])) > 18  # losses and batches, in an order that is drawn anew in every epoch
+    assert len(set(alone[0])) > 18  # losses and batches; the order differs in every epoch
     for every_n_steps in (1, 3):
         watcher = AttentionMonitorCallback(every_n_steps=every_n_steps, strict=True)
         watched = end(watcher)
@@ -127,7 +129,7 @@ def test_early_stopping_and_checkpoint_watch_summaries(tmp_path: Path) -> None:
     assert logged[key].item() == pytest.approx(
         max(values[-1].max().item() for values in watcher.monitor.history["energy_rms"].values())
     )
-    assert trainer.current_epoch < 7  # logits grow while the model learns, so the least was seen at first
+    assert trainer.current_epoch < 7  # logits grow during training, so the minimum is the first value
     assert keeping.best_model_score is not None
 
 
@@ -205,7 +207,7 @@ def test_no_progress_bar_below_the_final_report(
     class Interrupt(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if interrupted and trainer.global_step == 3:
-                raise RuntimeError("the power fails")
+                raise RuntimeError("power failure")
 
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -213,9 +215,9 @@ def test_no_progress_bar_below_the_final_report(
     with pytest.raises(RuntimeError) if interrupted else contextlib.nullcontext():
         callbacks = (AttentionMonitorCallback(every_n_steps=2, record=None), Interrupt(), bar())
         fit(Module(), *callbacks, enable_progress_bar=True)
-    before, said, after = terminal.getvalue().rpartition("attnmonitor: ")
+    before, marker, after = terminal.getvalue().rpartition("attnmonitor: ")
     assert "Epoch" in before, "a bar was drawn"
-    assert said, "the last word was said"
+    assert marker, "the final report was printed"
     assert after.startswith("8 heads in 2 layers watched over")
     assert "of the time since attach" in after
     assert "Epoch" not in after

@@ -1,4 +1,4 @@
-"""What `attach` adds to a monitor: the optimizer's steps, and a last word."""
+"""What `attach` adds to a monitor: the optimizer's steps, and a final report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def attached(**settings: Any) -> tuple[TinyGPT, torch.optim.Optimizer, Any]:
     return model, optimizer, attach(model, optimizer, token_batch(), every_n_steps=1, **settings)
 
 
-LAST_WORD = (
-    "attnmonitor: 8 heads in 2 layers watched over 3 samples: no alarm, but some rules first wait for 25 samples"
-)
+REPORT = "attnmonitor: 8 heads in 2 layers watched over 3 samples: no alarm, but some rules first wait for 25 samples"
 
 
 def test_final_report_is_printed_on_close(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,9 +31,9 @@ def test_final_report_is_printed_on_close(tmp_path: Path, capsys: pytest.Capture
     train(model, optimizer, 2)
     assert capsys.readouterr().out == ""
     monitor.close()
-    said = capsys.readouterr().out
-    assert LAST_WORD in said
-    assert f"report {tmp_path / 'run.sqlite'}" in said
+    printed = capsys.readouterr().out
+    assert REPORT in printed
+    assert f"report {tmp_path / 'run.sqlite'}" in printed
     monitor.close()
     assert capsys.readouterr().out == ""
 
@@ -49,7 +47,7 @@ optimizer = torch.optim.SGD(model.parameters(), 0.1)
 monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
 train(model, optimizer, 2)
 if not os.fork():
-    raise SystemExit  # a child that ends has no run to end
+    raise SystemExit  # a forked child must not end its parent's run
 os.wait()
 {}
 """
@@ -62,7 +60,7 @@ def test_final_report_is_printed_once_at_exit(end: str, code: int, tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == code
     assert done.stdout.count("attnmonitor: 8 heads") == 1
-    assert LAST_WORD in done.stdout
+    assert REPORT in done.stdout
     (record,) = (tmp_path / "attnmonitor_runs").glob("*.sqlite")
     assert f"{sys.executable} -m attnmonitor report attnmonitor_runs/{record.name}" in done.stdout
     assert not list(tmp_path.glob("attnmonitor_runs/*-wal"))

@@ -1,3 +1,5 @@
+"""The Trainer callback: same numbers, bit-identical training, resumes, reporting, and a probe by default."""
+
 from __future__ import annotations
 
 import copy
@@ -60,7 +62,7 @@ def test_trainer_lightning_and_raw_loop_are_identical(build: Any, tmp_path: Path
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 0.0)
 
-    # Without a cache, as the monitor itself calls a model: with one, transformers 4 makes another mask.
+    # Without a cache, as the monitor calls a model: with one, transformers 4 builds another mask.
     in_lightning = LightningCallback(
         probe, record=None, forward=lambda module, batch: module.net(**batch, use_cache=False)
     )
@@ -170,7 +172,7 @@ def test_float_probe_uses_the_given_forward(tmp_path: Path) -> None:
     assert set(seen) == {(2, 9, 32)}
 
 
-# The run is not touched
+# Training is unchanged
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # in later versions
@@ -273,7 +275,7 @@ def test_resumed_trainer_run_equals_uninterrupted_one(name: str | None, tmp_path
 
     whole = run(tmp_path / "whole", 4)
     part = run(tmp_path / "parts", 2)
-    # The checkpoint goes on from wherever it was moved to, not just from where it was written.
+    # A checkpoint may be resumed from another folder than the one it was written to.
     moved = tmp_path / "elsewhere" / "kept"
     shutil.move(tmp_path / "parts" / "checkpoint-2", moved)
     resumed = run(tmp_path / "parts", 4, resume_from_checkpoint=str(moved))

@@ -1,4 +1,4 @@
-"""What follows from a sample: alerts, actions, opt-in and weight metrics."""
+"""What follows from a sample: alerts, actions and requests; opt-in and weight metrics."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FAINT = Rule(
 )
 
 
-def starve(model: TinyGPT, head: int = 2) -> None:
-    """Let one head of the last layer go dead."""
+def kill_head(model: TinyGPT, head: int = 2) -> None:
+    """Scale the queries of one head of the last layer to nearly zero."""
     attention = model.blocks[-1].attn
     rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_weight_metrics_equal_a_dense_svd_every_n_samples() -> None:
 def test_uncertified_sketch_grows_in_the_next_sample() -> None:
     torch.manual_seed(0)
     model = TinyGPT(width=512, num_query_heads=2, max_length=600)  # d = 256: sketched on a CPU, too
-    with torch.no_grad():  # flat spectra: the hardest to certify from a few columns
+    with torch.no_grad():  # flat spectra are the hardest to certify from a few columns
         model.tokens.weight.normal_(), model.positions.weight.normal_()
     monitor = AttentionMonitor(model, token_batch(batch=1, length=600), record=None, strict=True)
     fractions = [monitor.sample(step).diagnostics["certified_fraction"] for step in range(4)]
@@ -103,7 +103,7 @@ def test_alert_reaches_sample_record_and_wandb_once(in_own_folder: Path) -> None
             model, optimizer, token_batch(), every_n_steps=1, alerts=[FAINT], loggers=WandbLogger(run, image_share=0)
         )
         train(model, optimizer, 1)
-        starve(model)
+        kill_head(model)
         train(model, optimizer, 3)
         monitor.close()
     from attnmonitor.record import RunRecord
@@ -126,21 +126,21 @@ def test_alert_reaches_sample_record_and_wandb_once(in_own_folder: Path) -> None
 
 
 def test_actions_run_once_and_their_failure_is_contained() -> None:
-    told: list[tuple[AlertEvent, Sample]] = []
+    calls: list[tuple[AlertEvent, Sample]] = []
 
     def broken(event: AlertEvent, sample: Sample) -> None:
         raise RuntimeError("pager is down")
 
     model = TinyGPT()
-    actions = {"dead_head": ["stop", broken], "faint_query": lambda event, sample: told.append((event, sample))}
+    actions = {"dead_head": ["stop", broken], "faint_query": lambda event, sample: calls.append((event, sample))}
     monitor = AttentionMonitor(model, token_batch(), alerts=[FAINT], actions=actions, record=None)
     assert monitor.sample(0).requests == ()
-    starve(model)
+    kill_head(model)
     with pytest.warns(UserWarning, match="broken failed and was ignored: RuntimeError: pager is down"):
         sample = monitor.sample(1)
     assert sample.requests == ("stop",)
     assert monitor.should_stop
-    [(event, given)] = told
+    [(event, given)] = calls
     assert (event.head, given.global_step) == (2, 1)
     assert monitor.sample(2).requests == ()
 
@@ -152,7 +152,7 @@ def test_alerts_and_recoveries_are_logged_once(
     model = TinyGPT()
     healthy = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monitor = AttentionMonitor(model, token_batch(), alerts=[FAINT], record=None)
-    starve(model)
+    kill_head(model)
     monitor.sample(0), monitor.sample(1)
     model.load_state_dict(healthy)
     monitor.sample(2)
@@ -183,20 +183,20 @@ def test_rule_on_an_unmeasured_metric_is_refused() -> None:
     with pytest.raises(ValueError, match="rule 'faint_query' watches 'query_rms', which is not measured"):
         AttentionMonitor(TinyGPT(), token_batch(), alerts=[FAINT], metrics=["key_rank"], record=None)
     AttentionMonitor(TinyGPT(), token_batch(), metrics=["key_rank"], record=None).sample(0)
-    # A rule that says it is optional rests where its metric is not measured.
+    # An optional rule is off where its metric is not measured.
     AttentionMonitor(TinyGPT(), token_batch(), alerts=[*DEFAULT_RULES, FAINT], record=None).sample(0)
 
 
 def test_lightning_stops_and_saves_on_an_alert(tmp_path: Path) -> None:
-    class Starved(Module):
+    class DyingHead(Module):
         def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             super().optimizer_step(*args, **kwargs)
             if self.global_step >= 2:
-                starve(self.gpt)
+                kill_head(self.gpt)
 
     watcher = AttentionMonitorCallback(
         HELD_OUT, every_n_steps=1, alerts=[FAINT], actions={"dead_head": ["checkpoint", "stop"]}
     )
-    trainer: lightning.Trainer = fit(Starved(), watcher, default_root_dir=tmp_path)
+    trainer: lightning.Trainer = fit(DyingHead(), watcher, default_root_dir=tmp_path)
     assert trainer.global_step == 3
     assert (tmp_path / "attention-alert-step-3.ckpt").exists()

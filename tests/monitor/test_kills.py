@@ -1,11 +1,11 @@
-"""``kill -9`` at random moments, again and again: the run that is resumed ends as one that was never killed.
+"""A run killed by ``kill -9`` at random moments and resumed ends like one that was never killed.
 
 A training process is killed some milliseconds after one of its steps: while it samples, logs, writes its checkpoint or
-trains. The next one goes on from the last checkpoint that is whole, until the run is at its end. History, alerts,
-record and W&B curves are then compared with those of a run nobody killed, bit for bit.
+trains. The next process resumes from the last complete checkpoint, until the run has ended. History, alerts, record
+and W&B curves are then compared with those of an unkilled run, bit for bit.
 
-The W&B client is a process of its own that writes offline rows in blocks of 32 KiB; what it has not written when it is
-orphaned is lost, the user's rows as well as ours. The models have heads enough for a sample to fill a block.
+The W&B client is a separate process that writes offline rows in blocks of 32 KiB. What it has not written when its
+parent dies is lost, the user's rows as well as ours. The models have enough heads for one sample to fill a block.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ from attnmonitor.record import RunRecord
 
 EVERY, SAVE_EVERY = 2, 3
 PROBE = token_batch(seed=7, batch=2, length=12)
-# Fires with its eighth sample, if none of the seven before is forgotten or counted twice.
+# Fires with the eighth sample, if none of the seven before is lost or counted twice.
 ALWAYS = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 RULE = Rule("always", "test", "run", ALWAYS, patience=8, grace=0)
 SETTINGS: dict[str, Any] = {"every_n_steps": EVERY, "alerts": [RULE], "record": "run.sqlite"}
 
-Told = Callable[[int], None]
+Report = Callable[[int], None]
+"""Tells the test that a step is done."""
 
 
 def small_gpt() -> TinyGPT:
@@ -58,10 +59,10 @@ def small_gpt() -> TinyGPT:
 
 
 def curves_in(run: Any) -> WandbLogger:
-    return WandbLogger(run, image_share=0)  # to draw pictures takes longer than to train
+    return WandbLogger(run, image_share=0)  # drawing images takes longer than training
 
 
-def raw_loop(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
+def raw_loop(num_steps: int, folder: str, report: Report) -> AttentionMonitor:
     torch.manual_seed(0)
     model = small_gpt()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -82,7 +83,7 @@ def raw_loop(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
             optimizer.step()
             step += 1
             run.log({"loss": loss.item()})
-            told(step)
+            report(step)
             if step % SAVE_EVERY == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save({**state, "monitor": monitor.state_dict()}, "unfinished.pt")
@@ -100,7 +101,7 @@ class Module(lightning.LightningModule):
         return self.gpt(token_ids)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        token_ids = token_batch(seed=self.global_step)  # of the step: Lightning begins an epoch anew when it resumes
+        token_ids = token_batch(seed=self.global_step)  # by step: Lightning restarts the epoch when it resumes
         loss = language_loss(self(token_ids), token_ids)
         self.log("loss", loss)
         return loss
@@ -109,10 +110,10 @@ class Module(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def in_lightning(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
-    class Telling(Callback):
+def in_lightning(num_steps: int, folder: str, report: Report) -> AttentionMonitor:
+    class Reporting(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            told(trainer.global_step)
+            report(trainer.global_step)
 
     torch.manual_seed(0)
     logger = LightningWandb(save_dir=folder, id="run", offline=True)
@@ -120,7 +121,7 @@ def in_lightning(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
     saving = ModelCheckpoint("checkpoints", "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1)
     trainer = lightning.Trainer(
         max_steps=num_steps, max_epochs=-1, accelerator="cpu", log_every_n_steps=1, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[watcher, Telling(), saving], logger=logger,
+        enable_model_summary=False, callbacks=[watcher, Reporting(), saving], logger=logger,
     )  # fmt: skip
     saved = last(Path("checkpoints").glob("*.ckpt"), num_steps, readable)
     trainer.fit(Module(), DataLoader(torch.zeros(9, 1)), ckpt_path=saved)
@@ -129,10 +130,10 @@ def in_lightning(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
     return watcher.monitor
 
 
-def in_trainer(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
-    class Telling(TrainerCallback):
+def in_trainer(num_steps: int, folder: str, report: Report) -> AttentionMonitor:
+    class Reporting(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            told(state.global_step)
+            report(state.global_step)
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=6, n_head=8, n_positions=32))
@@ -143,8 +144,8 @@ def in_trainer(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
             output_dir="checkpoints", max_steps=num_steps, save_steps=SAVE_EVERY, logging_steps=1, use_cpu=True,
             report_to="wandb", disable_tqdm=True, lr_scheduler_type="constant", per_device_train_batch_size=2,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback, Telling()])
-        # The monitor's state is what is written last.
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback, Reporting()])
+        # The monitor's state is written last.
         saved = last(Path("checkpoints").glob("*-*"), num_steps, lambda at: readable(at / "attnmonitor.pt"))
         trainer.train(resume_from_checkpoint=saved)
     assert callback.monitor is not None
@@ -152,8 +153,9 @@ def in_trainer(num_steps: int, folder: str, told: Told) -> AttentionMonitor:
 
 
 def last(checkpoints: Any, num_steps: int, is_whole: Callable[[Path], bool]) -> str | None:
-    """The newest whole checkpoint of an unfinished run: of a complete one Lightning resumes nothing, and the Trainer
-    takes one step more than it was asked for.
+    """The newest complete checkpoint before the last step.
+
+    From a checkpoint of the last step Lightning resumes nothing, and the Trainer takes one step too many.
     """
 
     def step_of(path: Path) -> int:
@@ -178,16 +180,16 @@ def process(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         monitor = target(num_steps, folder, send.send)
-    complaints = [str(warning.message) for warning in caught if warning.category is AttentionMonitorWarning]
-    torch.save({"state": monitor.state_dict(), "firing": len(monitor.firing), "complaints": complaints}, "end.pt")
+    messages = [str(warning.message) for warning in caught if warning.category is AttentionMonitorWarning]
+    torch.save({"state": monitor.state_dict(), "firing": len(monitor.firing), "messages": messages}, "end.pt")
     if is_killed:
-        signal.pause()  # the kill comes when the run is at its end
+        signal.pause()  # the kill may come after the run has ended
 
 
 def start(
     target: Callable[..., AttentionMonitor], num_steps: int, folder: str, *, is_killed: bool
 ) -> tuple[Any, Connection]:
-    """A forked process: to import everything again would take longer than the run."""
+    """Fork a process: importing everything again would take longer than the run."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     started = context.Process(target=process, args=(target, num_steps, folder, send), kwargs={"is_killed": is_killed})
@@ -232,7 +234,7 @@ def same(one: Any, other: Any) -> bool:
 def test_killed_and_resumed_run_ends_like_an_unkilled_one(
     target: Callable[..., AttentionMonitor], num_kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wandb.teardown()  # a process of the client's own is not to be shared with those that are killed
+    wandb.teardown()  # the killed processes must not share the client's process
     num_steps = 12 + 3 * num_kills
     kill_at = sorted(random.sample(range(1, num_steps), num_kills))
     print("killed after steps", kill_at)
@@ -244,7 +246,7 @@ def test_killed_and_resumed_run_ends_like_an_unkilled_one(
         ends[name] = torch.load("end.pt", weights_only=True)
         records[name] = RunRecord.open(tmp_path / name / "run.sqlite")
     steps = list(range(0, num_steps + 1, EVERY))
-    assert ends["whole"]["complaints"] == ends["killed"]["complaints"] == []
+    assert ends["whole"]["messages"] == ends["killed"]["messages"] == []
     assert ends["whole"]["state"]["history"]["steps"] == records["whole"].steps.tolist() == steps
     assert records["whole"].events[0].global_step == steps[7]
     assert ends["whole"]["firing"] == 1
@@ -264,8 +266,8 @@ def test_killed_and_resumed_run_ends_like_an_unkilled_one(
         drawn = [curve(part, key) for part in parts]
         for points in drawn:
             assert points.items() <= expected.items()  # a point drawn twice is the same point
-            # What lacks are the newest points of a killed process, never one between others.
+            # Only the newest points of a killed process may be missing, never one between others.
             assert not points or list(points) == list(range(min(points), max(points) + 1, EVERY))
         assert max(drawn[-1]) == steps[-1]
-        # Steps take some milliseconds here, so that the client may be a few behind on a busy machine.
+        # Steps take milliseconds here, so the client may be a few steps behind on a busy machine.
         assert len(expected.keys() - set().union(*drawn)) <= 3 * num_kills

@@ -1,4 +1,4 @@
-"""Nothing grows with the number of samples, and nothing is kept of what a sample looked at."""
+"""Nothing grows with the number of samples, and no tensor of a sample stays alive."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def counts(model: torch.nn.Module) -> dict[str, int]:
 
 
 class Latest:
-    """Keeps what a logger of scalars would send, and no sample."""
+    """Counts the keys that a logger of scalars would send; keeps no sample."""
 
     def __init__(self) -> None:
         self.head_scalars = HeadScalars(2000)
@@ -56,23 +56,23 @@ class Latest:
         self.num_keys = [*self.num_keys[-1:], len(self.head_scalars(sample))]
 
 
-def in_a_process_of_its_own(work: Callable[..., None], *arguments: Any) -> None:
-    """What other tests left behind is freed at any time, and would be counted."""
+def in_own_process(work: Callable[..., None], *arguments: Any) -> None:
+    """In this process, what other tests left behind may be freed at any time and would be counted."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     process.join()
-    assert process.exitcode == 0, "what is wrong stands in the captured output"
+    assert process.exitcode == 0, "see the captured output"
 
 
 @pytest.mark.parametrize("num_samples", [300, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_samples_leak_nothing_and_keep_their_cost(num_samples: int, tmp_path: Path) -> None:
-    in_a_process_of_its_own(take_samples, num_samples, tmp_path)
+    in_own_process(take_samples, num_samples, tmp_path)
 
 
 def take_samples(num_samples: int, tmp_path: Path) -> None:
     model, logger = TinyGPT(num_layers=1, width=16, num_query_heads=2), Latest()
     monitor = AttentionMonitor(model, token_batch(batch=1, length=8), 1, record=tmp_path / "run.sqlite", loggers=logger)
-    # History keeps its latest 1,000 samples: until it is full it may grow, by what its rows hold.
+    # History keeps the latest 1,000 samples; until it is full it grows by one row per sample.
     warm_up = min(num_samples // 3, 1500)
     for step in range(warm_up):
         monitor.on_step(step)
@@ -94,15 +94,14 @@ def take_samples(num_samples: int, tmp_path: Path) -> None:
     assert sorted(seconds[-quarter:])[quarter // 2] < 2 * sorted(seconds[:quarter])[quarter // 2]
     assert len(monitor.history) == min(num_samples, 1000)
     assert logger.num_keys[0] == logger.num_keys[-1]
-    assert monitor._record is not None
-    assert not monitor._record.unwritten
+    assert len(RunRecord.open(tmp_path / "run.sqlite").steps) == num_samples, "nothing waits in memory"
     monitor.close()
     assert len(RunRecord.open(tmp_path / "run.sqlite").steps) == num_samples
 
 
 @pytest.mark.parametrize("num_times", [40, pytest.param(1000, marks=pytest.mark.soak)])
 def test_repeated_attach_and_close_leaks_nothing(num_times: int, tmp_path: Path) -> None:
-    in_a_process_of_its_own(attach_and_close, num_times, tmp_path)
+    in_own_process(attach_and_close, num_times, tmp_path)
 
 
 def attach_and_close(num_times: int, tmp_path: Path) -> None:
@@ -149,9 +148,9 @@ def test_no_activation_is_alive_after_a_sample(recwarn: Any) -> None:
         sample = monitor.sample(int(fails))
         gc.collect()
         assert len(seen) > 20
-        # What is still there is the probe itself, and a view of its first half.
+        # Only the probe itself is alive, and a view of its first half.
         alive = [tensor for reference in seen if (tensor := reference()) is not None]
-        probe = monitor._probe.batch.untyped_storage().data_ptr()
+        probe = monitor.probe.batch.untyped_storage().data_ptr()
         assert all(tensor.untyped_storage().data_ptr() == probe for tensor in alive)
         assert (sample.failure is not None) == fails
 

@@ -1,3 +1,5 @@
+"""A monitor's numbers, what it leaves untouched, its failures, its arguments and its state."""
+
 from __future__ import annotations
 
 import gc
@@ -84,9 +86,7 @@ def test_repeated_samples_are_bit_identical() -> None:
             assert torch.equal(values, other.values[metric][layer])
 
 
-def test_pending_layers_are_bounded_and_values_unchanged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pending_layers_are_bounded_and_values_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = monitor_of(TinyGPT(num_layers=5))
     together = monitor.sample(0)
     batches: list[int] = []
@@ -106,7 +106,7 @@ def test_pending_layers_are_bounded_and_values_unchanged(
 
 
 class Overwriting(nn.Module):
-    """Attention that uses the memory of its queries and keys again as soon as it is done with them."""
+    """Attention that overwrites its queries and keys when it is done with them."""
 
     def __init__(self, *, overwrites: bool) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ class Overwriting(nn.Module):
 
 
 def test_model_may_overwrite_q_and_k_after_attention() -> None:
-    model, careless = Overwriting(overwrites=False), Overwriting(overwrites=True)
-    careless.load_state_dict(model.state_dict())
+    model, overwriting = Overwriting(overwrites=False), Overwriting(overwrites=True)
+    overwriting.load_state_dict(model.state_dict())
     probe = torch.randn(2, 20, 16)
-    expected, found = (AttentionMonitor(each, probe, record=None).sample(0) for each in (model, careless))
+    expected, found = (AttentionMonitor(each, probe, record=None).sample(0) for each in (model, overwriting))
     for metric, layers in expected.values.items():
         for name, values in layers.items():
             assert torch.equal(found.values[metric][name], values)
@@ -146,7 +146,7 @@ def test_only_the_head_with_nan_weights_is_nan() -> None:
 
 
 class WrongKernel(TorchDispatchMode):
-    """A kernel that does not compute attention: what a broken build or a bad quantiser amounts to."""
+    """A kernel that does not compute attention, as in a broken build or with a bad quantizer."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -194,7 +194,7 @@ def test_seeded_run_is_bit_identical_with_monitor(settings: dict[str, Any], ever
     for watched in (False, True):
         torch.manual_seed(0)
         model = TinyGPT(**settings)
-        model.blocks[0].norm1.eval()  # a module the user froze must not be thawed
+        model.blocks[0].norm1.eval()  # a module that the user froze stays frozen
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         if watched:
             monitor = attach(model, optimizer, token_batch(), every_n_steps=every_n_steps, strict=True)
@@ -222,7 +222,7 @@ def test_no_hook_and_no_activation_is_left() -> None:
 # Failure
 
 
-class Stumbling(TinyGPT):
+class Failing(TinyGPT):
     fails = False
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Stumbling(TinyGPT):
 
 
 def test_failed_sample_is_nan_counted_and_warned_once() -> None:
-    model = Stumbling(dropout=0.1)
+    model = Failing(dropout=0.1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = attach(model, optimizer, token_batch(), every_n_steps=1)
     train(model, optimizer, 2)
@@ -253,7 +253,7 @@ def test_failed_sample_is_nan_counted_and_warned_once() -> None:
 
 
 def test_warnings_as_errors_do_not_reach_training() -> None:
-    model = Stumbling()
+    model = Failing()
     monitor = monitor_of(model, strict=False)
     model.fails = True
     model.eval()
@@ -266,7 +266,7 @@ def test_warnings_as_errors_do_not_reach_training() -> None:
 
 
 def test_strict_raises_a_failed_sample() -> None:
-    model = Stumbling()
+    model = Failing()
     monitor = monitor_of(model)
     model.fails = True
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -372,6 +372,18 @@ def test_history_of_another_probe_is_not_loaded() -> None:
     assert len(other.history) == 0
 
 
+def test_state_of_the_previous_version_is_loaded() -> None:
+    first = monitor_of(TinyGPT())
+    first.sample(0), first.sample(1)
+    state = first.state_dict()
+    counts = state.pop("summary")
+    older = {**state, **{name: counts[name] for name in ("num_samples", "num_cleared", "num_failed")}}
+    second = monitor_of(TinyGPT())
+    second.load_state_dict(saved_and_loaded(older))
+    assert second.summary.num_samples == 2
+    assert second.sample(2).verdict.startswith("8 heads in 2 layers watched over 3 samples")
+
+
 def test_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state: format None is not 1"):
         monitor_of(TinyGPT()).load_state_dict({})
@@ -417,7 +429,7 @@ def test_history_is_bounded() -> None:
     from attnmonitor.record.history import History
 
     monitor = monitor_of(TinyGPT(), metrics=["energy_rms"])
-    history = History(monitor._measurement.num_heads, ("energy_rms",), max_samples=3)
+    history = History(monitor.history.num_heads, ("energy_rms",), max_samples=3)
     for step in range(5):
         history.append(monitor.sample(step))
     assert history.steps == [2, 3, 4]

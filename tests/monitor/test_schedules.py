@@ -1,3 +1,5 @@
+"""Schedules sample at the documented steps, and refuse what never fires."""
+
 from __future__ import annotations
 
 import pytest
