@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from drawn_layers import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import DEFAULT_METRICS, METRICS
 from attnmonitor.functional import energy_spectrum, query_gram
@@ -85,6 +87,40 @@ def test_default_target_rank_is_32():
 def test_only_wanted_metrics_look_at_positions():
     cores = cores_of(*draw((1, 2, 1, 20, 4)), metrics=["energy_effective_rank", "key_leverage_max"])
     assert set(cores.values) == {"key_leverage_max"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(metrics):
+    query, key = draw((1, 2, 1, 20, 4))
+    with Operations() as seen:
+        head_statistics([cores_of(query, key, metrics=metrics)])
+    return seen.counts
+
+
+@pytest.mark.parametrize("metric", ["query_rms", "key_rms", "energy_rms", "energy_participation_ratio"])
+def test_traces_solve_no_eigenproblem(metric):
+    assert operations(["key_rank"])["_linalg_eigh"] == 1
+    assert operations([metric])["_linalg_eigh"] == 0
+
+
+@pytest.mark.parametrize(
+    "metric", [name for name, info in METRICS.items() if info.opt_in and info.summary not in ("rows", "weights")]
+)
+def test_opt_in_metric_costs_nothing_unless_asked(metric):
+    default, more = operations(DEFAULT_METRICS), operations([*DEFAULT_METRICS, metric])
+    assert more.total() > default.total()
+    assert operations([metric]).total() < default.total()
 
 
 @pytest.mark.parametrize("metric", [name for name, info in METRICS.items() if info.summary not in ("rows", "weights")])
