@@ -21,6 +21,7 @@ from attnmonitor.report.page_charts import page_charts, shared_scales
 from attnmonitor.sample import head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.style import BAND_COLOR, FAINT_INK, INK
 from attnmonitor.summary.verdict import verdict
 
 __all__ = ["write_report"]
@@ -57,6 +58,7 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
             _run_section(record, at, run) for at, (record, run) in enumerate(zip(records, numbers, strict=True))
         ),
         layout="two" if compare is not None else "one",
+        palette=f"--ink: {INK}; --faint: {FAINT_INK}; --band: {BAND_COLOR};",
         style=_source("page.css"),
         numbers=_json_in_html({"runs": runs}),
         plotly=get_plotlyjs(),
