@@ -144,7 +144,6 @@ def test_identifiers_are_under_30_characters() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_test_names_are_under_60_characters() -> None:
     names = [(place, node.name) for place, node in nodes(("tests",), *FUNCTIONS) if node.name.startswith("test")]
     assert len(names) > 500
@@ -152,7 +151,6 @@ def test_test_names_are_under_60_characters() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_spelling_is_american() -> None:
     written = [path for suffix in (".py", ".md", ".js", ".css") for path in files((*PROGRAMS, "tests", "docs"), suffix)]
     written += ROOT.glob("*.md")
@@ -196,7 +194,6 @@ def private_names() -> set[str]:
     return {name for name in found if is_private(name)}
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_tests_import_nothing_private() -> None:
     found = [
         f"{place} {node.module}.{alias.name}"
@@ -208,7 +205,6 @@ def test_tests_import_nothing_private() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_tests_touch_no_private_member() -> None:
     """Also not through an instance, a module under another name, or the string that a monkeypatch takes."""
     private = private_names()
