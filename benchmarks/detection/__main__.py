@@ -42,7 +42,7 @@ def measured_section(runs: RecordedSet, name: str, images: Path) -> str:
         f"{len(runs.faults_of(0.5))} at half strength, {len(runs.broken)} runs broken from the start, "
         f"{len(runs.jumps)} learning-rate jumps, {len(runs.slow)} slow drifts. Delays are in samples of "
         f"{SAMPLE_EVERY} steps after onset; the ramp takes 6.",
-        "### Beside what is used today",
+        "### Compared with what is used today",
         comparison_table(runs, default),
         "### Faults at full strength",
         fault_table(runs, default, 1.0),
@@ -52,7 +52,7 @@ def measured_section(runs: RecordedSet, name: str, images: Path) -> str:
         fault_table(runs, default, 0.5),
         "### Slow drift",
         f"A factor of 4 over 50 samples: found {found_count(slow)}, median delay {median_delay(slow):.0f} samples, "
-        f"{sum(each.healthy_named for each in slow)} innocents named.",
+        f"{sum(each.healthy_named for each in slow)} healthy heads named.",
         "### False alarms",
         false_alarm_table(runs, DEFAULT_RULES),
         "### Faults of the run",

@@ -194,7 +194,7 @@ def measured_section(healthy: list[Recording], broken: list[Recording]) -> str:
         "samples",
         "head named",
         "first alarm true",
-        "innocents named",
+        "healthy heads named",
         "all alarms, or those about the run",
     )
     return table(header, rows)

@@ -69,7 +69,7 @@ def fault_table(runs: RecordedSet, detector: Detector, strength: float, only: Se
     for recording in runs.faults_of(strength):
         by_kind[recording.fault.kind.replace("_", " ")].append(score(recording, detector))
     by_kind["**all**"] = [each for scores in by_kind.values() for each in scores]
-    header = ("fault", "found", "delay, median / worst", "first alarm true", "innocents named", "found by")
+    header = ("fault", "found", "delay, median / worst", "first alarm true", "healthy heads named", "found by")
     return table(header, [(kind, *fault_cells(each)) for kind, each in by_kind.items() if not only or kind in only])
 
 
@@ -125,7 +125,7 @@ def run_fault_table(runs: RecordedSet, detector: Detector) -> str:
         in_time = sum(delay <= BROKEN_WITHIN_SAMPLES for delay in found)
         delay = f"{statistics.median(found):.0f} / {max(found):.0f}" if found else ""
         rows.append((title, share(in_time, len(delays)), delay))
-    return table(("fault of the run", f"told within {BROKEN_WITHIN_SAMPLES} samples", "delay, median / worst"), rows)
+    return table(("fault of the run", f"named within {BROKEN_WITHIN_SAMPLES} samples", "delay, median / worst"), rows)
 
 
 def ablation_table(runs: RecordedSet) -> str:
@@ -149,5 +149,5 @@ def ablation_table(runs: RecordedSet) -> str:
                 share(counted.runs_alarmed, counted.runs),
             )
         )
-    header = ("", "full", "half", "median delay", "innocents named", "false alarms per 1,000", "clean runs alarmed")
+    header = ("", "full", "half", "median delay", "healthy heads named", "false alarms per 1,000", "clean runs alarmed")
     return table(header, rows)

@@ -203,6 +203,13 @@ def test_architectures_page_opens_as_generated() -> None:
     assert "| " + " | ".join(HEADINGS) + " |" in text
 
 
+def test_evaluation_page_has_the_generated_headings() -> None:
+    generated = (ROOT / "benchmarks" / "detection" / "__main__.py").read_text()
+    headings = re.findall(r"\"(### [^\"]+)\"", generated)
+    assert len(headings) == 8
+    assert [line for line in headings if f"\n{line}\n" not in (DOCS / "alert-evaluation.md").read_text()] == []
+
+
 def test_extending_has_its_six_recipes() -> None:
     headings = re.findall(r"^## (.+)$", (DOCS / "extending.md").read_text(), flags=re.MULTILINE)
     wanted = ["A metric", "An attention the capture does not see", "A logger", "An adapter", "A rule", "A plot"]
