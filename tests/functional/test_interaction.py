@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnmonitor.functional import interaction_effective_rank, interaction_participation_ratio, spectral_gap
+from attnmonitor.functional.interaction import interaction_spectrum, spectral_gap_of
 
 
 def test_ranks_equal_those_of_the_whole_matrix():
@@ -20,6 +21,11 @@ def test_ranks_equal_those_of_the_whole_matrix():
 
 def test_spectral_gap_is_a_ratio():
     assert spectral_gap(torch.tensor([40.0]), torch.tensor([8.0])).item() == 5
+
+
+def test_spectral_gap_without_energy_rank_is_nan():
+    w_q, w_k = torch.ones(2, 5, 8, 30)
+    assert spectral_gap_of(interaction_spectrum(w_q, w_k)).isnan().tolist() == [True] * 5
 
 
 def test_key_projections_must_be_repeated():

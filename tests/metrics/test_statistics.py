@@ -89,6 +89,12 @@ def test_only_wanted_metrics_look_at_positions():
     assert set(cores.values) == {"key_leverage_max"}
 
 
+def test_metrics_of_rows_and_weights_need_no_cores():
+    cores = head_cores(None, None, scale=1.0, metrics=["sink_mass", "interaction_effective_rank"])
+    assert cores.values == {}
+    assert head_statistics([cores])[0].values == {}
+
+
 class Operations(TorchDispatchMode):
     """Counts operations by name."""
 
