@@ -1,4 +1,4 @@
-"""How a rule reads a metric m: as it is, or as a logarithm in which a given factor is the same step everywhere."""
+"""How a rule reads a metric: as it is, or as a logarithm, where a factor is one step."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Alerts:
         return events
 
     def _firing_share(self) -> tuple[float, float]:
-        """Return the share of firing heads (the larger one of query and KV heads) and of layers with a firing head."""
+        """Return two shares: of firing heads (the larger one of query and KV heads), and of layers that have one."""
         share_of_heads, layers = 0.0, set[str | None]()
         for scope, heads in self._past.heads.items():
             units = {unit for tracker in self._trackers if tracker.rule.scope == scope for unit in tracker.firing}

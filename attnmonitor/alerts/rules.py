@@ -111,7 +111,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class FiringShare:
-    """A large share of the heads, in many layers, has a head alarm: the run is at fault, not a head.
+    """Many heads in many layers have an alarm: the run is at fault, not a head.
 
     Attributes:
         heads: Holds when at least this share of the heads (query heads or KV heads, whichever is larger) is firing ...

@@ -105,7 +105,7 @@ def mask_step(mask: Tensor, num_rows: int) -> Step:
 
 
 def mask_visibility(mask: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
-    """Return the keys that a mask ``(B|1, H|1, Lq|1, Lk)`` shows as a ``(B, Lk)`` tensor; none without a key axis."""
+    """Return the keys that a mask ``(B|1, H|1, Lq|1, Lk)`` shows, as ``(B, Lk)``; none without a key axis."""
     if mask.shape[-1] != key.shape[-2]:
         return []
     seen = visible_keys(mask if mask.dim() >= 2 else mask[None])  # (..., Lk)

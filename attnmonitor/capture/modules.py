@@ -93,7 +93,7 @@ class Frames:
             self._stack.pop()
 
     def note_projection(self, x: Tensor) -> None:
-        """Note in every running call that a weight was applied to ``x``; a view of a tensor counts as that tensor."""
+        """Note in every running call that a weight was applied to ``x`` or to a view of it."""
         source = x if x._base is None else x._base
         for frame in self._stack:
             frame.note_projection(source)

@@ -148,7 +148,7 @@ class Attention:
             return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
 
     def outside_effects(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
-        """Name what acts on the logits outside ``s q kᵀ``. Waits for the device: call once per layer, not per sample.
+        """Name what acts on the logits outside ``s q kᵀ``; waits for the device: once per layer only.
 
         Found on the checked rows. A bias differs between visible keys when the product is zero. A soft-cap keeps logits
         of 1,000 from growing with the product; they are scaled up to that size, so that a cap is found while the
@@ -178,7 +178,7 @@ class Attention:
 
 
 def checked_rows(query: Tensor) -> Tensor:
-    """Return the rows that are checked: at most 8, evenly spaced, with the last; made on the device without a wait."""
+    """Return the rows to check: at most 8, evenly spaced, the last among them; made without a wait."""
     length = query.shape[-2]
     count = min(NUM_CHECKED_ROWS, length)
     return length - 1 - torch.arange(count, device=query.device) * (length // count)

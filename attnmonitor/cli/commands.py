@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 where a layer was not measured, 2 on an error."""
+    """Run the command line; return 0, 1 where a layer was not measured, or 2 on an error."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

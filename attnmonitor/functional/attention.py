@@ -70,7 +70,8 @@ def _entropy(rows: AttentionRows) -> Tensor:
 
 
 def _largest_logit(rows: AttentionRows) -> Tensor:
-    return rows.logits.amax(-1)
+    largest = rows.logits.amax(-1)
+    return torch.where(largest == torch.inf, torch.nan, largest)  # queries or keys that are not finite
 
 
 def _mass_on_first_key(rows: AttentionRows) -> Tensor:

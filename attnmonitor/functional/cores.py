@@ -25,7 +25,7 @@ from torch import Tensor
 from attnmonitor.functional.checks import check_query_and_key
 from attnmonitor.functional.key_basis import KeyGram
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.ranks import participation_ratio_of_moments
+from attnmonitor.functional.ranks import participation_from_moments
 
 __all__ = ["FieldCores", "FieldMoments", "field_cores", "field_moments", "joined_cores"]
 
@@ -78,7 +78,7 @@ class FieldMoments:
     @property
     def participation_ratio(self) -> Tensor:
         r"""Smooth effective rank, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`, ``(...)``; 0 for a zero field."""
-        return participation_ratio_of_moments(self.energy, self.energy_squared)
+        return participation_from_moments(self.energy, self.energy_squared)
 
     @property
     def energy_rms(self) -> Tensor:

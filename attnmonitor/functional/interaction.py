@@ -70,14 +70,14 @@ def interaction_effective_rank(w_q: Tensor, w_k: Tensor, *, fraction: float = 0.
     return interaction_effective_rank_of(interaction_spectrum(w_q, w_k), fraction)
 
 
-def interaction_participation_ratio_of(spectrum: InteractionSpectrum) -> Tensor:
+def interaction_participation_of(spectrum: InteractionSpectrum) -> Tensor:
     """Smooth rank of the learned interaction, ``(H,)``."""
     return spectrum.or_nan(participation_ratio(spectrum.variances))
 
 
 def interaction_participation_ratio(w_q: Tensor, w_k: Tensor) -> Tensor:
     r"""Smooth rank of ``W_Qᵀ W_K``, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`, ``(H,)``."""
-    return interaction_participation_ratio_of(interaction_spectrum(w_q, w_k))
+    return interaction_participation_of(interaction_spectrum(w_q, w_k))
 
 
 def spectral_gap_of(spectrum: InteractionSpectrum) -> Tensor:

@@ -115,7 +115,7 @@ class KeyBasis(KeySpectrum):
     eigenvectors: Tensor
 
     def root(self) -> Tensor:
-        """C = W Λ^{1/2}, ``(B, Hkv, d, d)``, in which a field core is graded; NaN for a head that is not finite."""
+        """C = W Λ^{1/2}, ``(B, Hkv, d, d)``, in which a field core is graded; NaN if not finite."""
         return self.eigenvectors * self.eigenvalues.sqrt()[..., None, :]
 
     def leading(self, rank: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ __all__ = [
     "check_fraction",
     "count_to_fraction",
     "effective_rank",
+    "participation_from_moments",
     "participation_ratio",
-    "participation_ratio_of_moments",
     "spread_over_positions",
 ]
 
@@ -43,7 +43,7 @@ def count_to_fraction(sums: Tensor, total: Tensor, fraction: float) -> Tensor:
 
 
 def effective_rank(variances: Tensor, fraction: float) -> Tensor:
-    """Fewest leading variances that hold a fraction of their own total, ``(..., n) -> (...)`` int64; 0 if all are zero.
+    """Fewest leading variances that hold a fraction of their total, ``(..., n) -> (...)`` int64; 0 if all are zero.
 
     Args:
         variances: ``(..., n)``, descending.
@@ -60,10 +60,10 @@ def effective_rank(variances: Tensor, fraction: float) -> Tensor:
 
 def participation_ratio(variances: Tensor) -> Tensor:
     r"""Smooth rank of a spectrum, :math:`(\sum v)^2 / \sum v^2`, ``(..., n) -> (...)``; 0 where all are zero."""
-    return participation_ratio_of_moments(variances.sum(-1), variances.square().sum(-1))
+    return participation_from_moments(variances.sum(-1), variances.square().sum(-1))
 
 
-def participation_ratio_of_moments(total: Tensor, sum_of_squares: Tensor) -> Tensor:
+def participation_from_moments(total: Tensor, sum_of_squares: Tensor) -> Tensor:
     r"""`participation_ratio` of a spectrum of which only :math:`\sum v` and :math:`\sum v^2` are known."""
     return torch.where(total == 0, 0, total.square() / sum_of_squares)
 

@@ -78,7 +78,7 @@ class DistributedMeasurement(Measurement):
         return measured
 
     def _try_half(self) -> None:
-        """Record the collectives of half of the probe; use no half where one rank has none or its model rejects it."""
+        """Record the collectives of half of the probe; none if one rank cannot halve it."""
         all_can = all(_gather(self._half is not None))
         if self._half is not None and all_can:
             with CollectiveRecorder() as half, suppress(Exception):
@@ -199,7 +199,7 @@ class _Outcome:
 
 
 def _common_failure(outcomes: Sequence[_Outcome], result: Measured | Exception) -> Exception:
-    """Return what to raise on this process after a failure on any; out of memory on one is out of memory on all."""
+    """Return what to raise here after a failure on any process; out of memory counts for all."""
     out_of_memory = any(each.out_of_memory for each in outcomes)
     kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
     if isinstance(result, kind if out_of_memory else Exception):

@@ -1,4 +1,4 @@
-"""Run a forward and restore all state that it changes, so that a run with a monitor is bit-identical to one without.
+"""Run a forward and restore all state that it changes: a monitored run stays bit-identical.
 
 A forward changes the generators of torch (CPU, and CUDA once it is in use), ``random`` and numpy, and the modules'
 buffers. The probe needs eval mode, no gradients, no cached autocast casts and no compilation. `quiet` restores all of

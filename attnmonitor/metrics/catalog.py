@@ -231,7 +231,7 @@ _TABLE = (
         "components",
         "Smooth effective rank of W_Qᵀ W_K.",
         "weights",
-        interaction.interaction_participation_ratio_of,
+        interaction.interaction_participation_of,
         log_scale=True,
         opt_in=True,
     ),

@@ -33,7 +33,7 @@ __all__ = ["HeadCores", "HeadStatistics", "batch_statistics", "head_cores", "hea
 
 @dataclass(frozen=True, eq=False)
 class HeadCores:
-    """What is kept of one layer: values, and cores for those that need a spectrum; nothing that grows with its length.
+    """What is kept of one layer: values, and cores for those that need a spectrum.
 
     Attributes:
         metrics: The metrics asked for.

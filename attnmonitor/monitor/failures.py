@@ -1,4 +1,4 @@
-"""Failures of one monitor: counted, warned about once, kept out of the training step; too many in a row pause it."""
+"""Failures of one monitor: counted, warned about once, contained; too many in a row pause it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 
 def split_for_cores(count: int, multiplications: int, device: torch.device) -> list[slice]:
-    """Split ``count`` independent items into one part per core; into one part on a GPU or if there is little to do.
+    """Split ``count`` independent items into one part per core; one part on a GPU or for little work.
 
     Args:
         count: Number of items.
@@ -37,7 +37,7 @@ def split_for_cores(count: int, multiplications: int, device: torch.device) -> l
 
 
 def map_on_cores(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
-    """Run ``work`` on every part, as many at a time as torch may use threads, and return the results in order."""
+    """Run ``work`` on every part, in as many threads as torch may use; return the results in order."""
     num_threads = torch.get_num_threads()
     if num_threads == 1 or len(parts) == 1:
         return [work(part) for part in parts]

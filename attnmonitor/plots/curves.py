@@ -1,4 +1,4 @@
-"""Curves of heads over training: all heads thin and gray, or as quantile bands, with a few named heads on top.
+"""Curves of heads over training: thin and gray or as quantile bands, with a few named heads on top.
 
 Named are the heads with alarms and those furthest from the rest; the name stands at the end of the curve.
 """
@@ -128,7 +128,7 @@ def _time_axes(ax: Axes | None, metric: str | None) -> Axes:
 def measured_samples(
     steps: ArrayLike, values: Mapping[str, ArrayLike]
 ) -> tuple[NDArray[Any], dict[str, NDArray[np.float64]]]:
-    """Leave out the samples in which no head has a number, so that metrics of a slower schedule keep whole curves."""
+    """Leave out samples without any number, so that metrics of a slower schedule keep whole curves."""
     curves = {layer: np.asarray(heads, dtype=np.float64) for layer, heads in values.items()}
     known = np.zeros(len(np.asarray(steps)), dtype=bool)
     for heads in curves.values():

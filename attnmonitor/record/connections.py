@@ -1,4 +1,4 @@
-"""How a record file is opened: by one writer, under a lock, and by any number of readers that cannot write."""
+"""How a record file is opened: by one writer under a lock, and by readers that cannot write."""
 
 from __future__ import annotations
 

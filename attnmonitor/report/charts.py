@@ -87,7 +87,7 @@ def model_chart(history: History, sample: Sample, metric: str) -> Chart:
 
 
 def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
-    """Every layer in a small chart of its own, on common axes: each head, or bands where there are too many.
+    """Every layer in a small chart, on common axes: each head, or bands where there are too many.
 
     Heads have the colors that `model_chart` gives them. Of a model with more layers than a page shows, those whose
     heads fire or moved furthest are chosen.

@@ -1,4 +1,4 @@
-"""The curves of a metric that a chart is drawn from: thinned, named, and with the heads that are shown in color."""
+"""The curves of a metric that a chart is drawn from: thinned, named, the shown heads in color."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def _frame(color: str, width: int, half: float) -> Chart:
 
 
 def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart:
-    """The tracker's chart of the whole model, with the curves of the other heads and a line at the chosen step."""
+    """The tracker's chart of the whole model, with the other heads and a line at the chosen step."""
     metric = run["metrics"][name]
     frames = metric["frames"]
     values = unpacked(metric["values"]).reshape(len(frames), -1)
@@ -226,7 +226,7 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
 
 
 def _other_curves(curves: HeadCurves, run: Numbers) -> list[Chart]:
-    """The heads without a color: all of them in gray or, of a large model, the chosen layer's; then other alarms."""
+    """The heads without a color: all in gray, or those of the chosen layer; then other alarms."""
 
     def gray(columns: Sequence[int], **where: Any) -> Chart:
         opacity = 0.45 if len(columns) > 40 else 0.8

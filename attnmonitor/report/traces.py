@@ -133,7 +133,7 @@ def log_axis_ticks(low: float, high: float) -> Chart:
 
 
 def small_charts(headings: Sequence[Chart], axes: Sequence[tuple[Chart, Chart]], columns: int, gaps: Chart) -> Chart:
-    """The part of a layout that places small charts in rows, each with its heading and its x and y axis."""
+    """The part of a layout that places small charts in rows, with headings and axes."""
     grid = {"rows": math.ceil(len(axes) / columns), "columns": columns, "pattern": "independent", **gaps}
     layout: Chart = {"grid": grid, "annotations": []}
     for index, (small_heading, (x_axis, y_axis)) in enumerate(zip(headings, axes, strict=True)):
@@ -157,5 +157,5 @@ def heading(text: str, *, note: str = "", alarmed: bool = False, size: int = 10)
 
 
 def _short(values: NDArray[np.float64]) -> list[float | None]:
-    """Five digits: more than a chart shows, and half of what a file would hold; a gap where there is no number."""
+    """Five digits, which is more than a chart shows; a gap where there is no number."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

@@ -131,7 +131,7 @@ class Checkpoint:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of one run in a folder, in order of their steps; none if the folder is one model.
+    """Return the checkpoints of one run in a folder, by step; none if the folder is one model.
 
     A folder that is a model itself and holds ``checkpoint-N`` folders, as transformers' Trainer writes it, comes last;
     so does a checkpoint whose name has no number (``final``).
@@ -151,7 +151,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
-    """Return the step of each checkpoint: the number at the end of its name, or the one its Trainer saved in it.
+    """Return the step of each checkpoint: the number that ends its name, or what its Trainer saved.
 
     A checkpoint with neither counts as one step after the checkpoint before it.
     """

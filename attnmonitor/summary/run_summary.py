@@ -1,4 +1,4 @@
-"""What a run came to so far: one record of counts and alarms, filled from samples or read from a file.
+"""What a run came to so far: counts and alarms, from samples or from a file.
 
 The monitor adds each sample as it is taken and carries the counts in its state; the report and the plots build the
 same record from a file. All texts about a run are made from it.

@@ -134,7 +134,6 @@ def test_no_file_of_the_package_is_over_400_lines() -> None:
 # -- Names and words ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_identifiers_are_under_30_characters() -> None:
     named = (
         (place, getattr(node, "arg", None) or getattr(node, "name", None))
@@ -164,7 +163,6 @@ def test_spelling_is_american() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="not every room obeys it yet")
 def test_docstrings_open_with_at_most_20_words() -> None:
     found = []
     for place, node in nodes(PROGRAMS, ast.Module, ast.ClassDef, *FUNCTIONS):

@@ -1,4 +1,4 @@
-"""The operations on a product of queries and keys up to its softmax, kept so that they can be replayed on a few rows.
+"""The operations from a product of queries and keys to its softmax, to be replayed on a few rows.
 
 Every operation is kept as the call that was made, with the position of the traced operand in it. To replay it on some
 rows, the rows replace that operand, and every other operand that has the query axis is cut to the same rows.
@@ -148,7 +148,7 @@ class TracedCall:
 
 
 def as_soft_cap(trace: Trace, cap: float) -> Trace:
-    """Return the trace of ``cap · tanh(x / cap)``: the logits are x, so the division is not a part of their scale."""
+    """Return the trace of ``cap · tanh(x / cap)``, whose logits are x: the division is no scale."""
     moved = ("affine", Step(lambda x, rows: x * cap)), ("nonlinear", Step(lambda x, rows: x / cap))
     return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *moved, trace.steps[-1]))
 
@@ -176,7 +176,7 @@ def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
 
 
 def as_attention(trace: Trace) -> Attention | None:
-    """Return the attention of a finished trace, operands (B, Hq, L, d); None where B and Hq cannot be told apart."""
+    """Return the attention of a finished trace, with operands (B, Hq, L, d); None if B and Hq are ambiguous."""
     origin, product = trace.origin, trace.origin.product
     num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
     num_sequences = num_sequences_in(product.batch, origin.frame, num_rows)

@@ -305,7 +305,7 @@ class Tracer:
     # Masks and numbers.
 
     def _number(self, x: Any) -> float | None:
-        """Return ``x`` as a number if it is one or holds one on the host; None where reading it waits for a device."""
+        """Return ``x`` as a number if it is one or holds one on the host; None on a device."""
         if isinstance(x, int | float) and not isinstance(x, bool):
             return float(x)
         if not isinstance(x, Tensor) or x.numel() != 1:
