@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnmonitor._version import __version__
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.scan.files import check_folder_of, whole_file
 
 if TYPE_CHECKING:
@@ -209,7 +210,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    from attnmonitor.cli.demo import main as demo
+    with first_import("attnmonitor.cli.demo"):
+        from attnmonitor.cli.demo import main as demo
 
     demo(arguments.out, num_steps=arguments.steps)
     return 0
@@ -225,8 +227,9 @@ def _progress_bar(name: str) -> Iterator[Progress]:
         yield lambda activity, fraction: None
         return
     try:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
+        with first_import("rich.console", "rich.progress"):
+            from rich.console import Console
+            from rich.progress import Progress as Bar
     except ModuleNotFoundError:
         yield _progress_lines(name)
         return

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attnmonitor import AttentionMonitor
+from attnmonitor.parallel.process_state import first_import
 
 WARM_UP_STEPS = 30
 
@@ -103,7 +104,8 @@ def next_token_loss(model: nn.Module, token_ids: Tensor) -> Tensor:
 
 def as_lightning_module(gpt: SmallGPT) -> Any:
     """Return the model as a LightningModule, which knows nothing of the monitor."""
-    import lightning
+    with first_import("lightning"):
+        import lightning
 
     class LanguageModel(lightning.LightningModule):
         def __init__(self) -> None:
@@ -131,10 +133,11 @@ def as_lightning_module(gpt: SmallGPT) -> Any:
 
 def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size: int) -> AttentionMonitor:
     """Train with the monitor attached and return the monitor."""
-    import lightning
-    from lightning.pytorch.loggers import WandbLogger
+    with first_import("lightning.pytorch.loggers", "attnmonitor.callbacks.lightning"):
+        import lightning
+        from lightning.pytorch.loggers import WandbLogger
 
-    from attnmonitor.callbacks.lightning import AttentionMonitorCallback
+        from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 
     lightning.seed_everything(0, verbose=False)
     text, vocabulary = english()
@@ -164,7 +167,8 @@ def run(out: Path, *, num_steps: int, batch: int = 8, length: int = 128, **size:
 
 def write_pages(monitor: AttentionMonitor, out: Path) -> None:
     """Write the picture and the report and print their paths; the callback has printed the verdict."""
-    from attnmonitor.plots import overview
+    with first_import("attnmonitor.plots"):
+        from attnmonitor.plots import overview
     from attnmonitor.record import RunRecord
     from attnmonitor.report import write_report
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ class DrawingBudget:
 def heatmap_images(sample: Sample) -> dict[str, Image]:
     """One image per metric, by its name; none where matplotlib is missing."""
     try:
-        from attnmonitor.plots import heatmap
-        from attnmonitor.plots.style import pixels
+        with first_import("attnmonitor.plots", "PIL.Image"):
+            import PIL.Image
+
+            from attnmonitor.plots import heatmap
+            from attnmonitor.plots.style import pixels
     except ModuleNotFoundError:
         _logger.info("no heatmaps: they need matplotlib (pip install 'attnmonitor[plots]')")
         return {}
-    import PIL.Image
-
     images: dict[str, Image] = {}
     for metric, layers in sample.values.items():
         figure = heatmap(

@@ -19,6 +19,7 @@ from attnmonitor.loggers.images import DrawingBudget, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.loggers.wandb_rows import RowsOfUser
 from attnmonitor.messages import needed
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.report.charts import Chart, as_figure, layers_chart, model_chart, rank_chart
 from attnmonitor.sample import Sample
 
@@ -52,7 +53,7 @@ class WandbLogger:
     def __init__(
         self, run: Run | None = None, *, max_keys: int = 2000, image_share: float = 0.002, commit: bool = False
     ) -> None:
-        with needed(by="WandbLogger", extra="wandb"):
+        with needed(by="WandbLogger", extra="wandb"), first_import("wandb"):
             import wandb
 
         if run is None:
@@ -116,8 +117,8 @@ class WandbLogger:
 
     def _drawn(self, sample: Sample, with_layers: bool) -> dict[str, Any]:
         """Draw the heatmaps of a sample and the charts of the curves up to it."""
-        import wandb
-
+        with first_import("wandb"):
+            import wandb
         with self._budget.drawing():
             drawn = {
                 heatmap_key(sample, metric): wandb.Image(image) for metric, image in heatmap_images(sample).items()
@@ -140,8 +141,8 @@ class WandbLogger:
         return {key: chart for key, chart in charts.items() if chart}
 
     def _announce(self) -> None:
-        import wandb
-
+        with first_import("wandb"):
+            import wandb
         what = "every head has a curve" if self._head_scalars.every_head else "summaries and outlier heads"
         wandb.termlog(
             f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
@@ -150,8 +151,8 @@ class WandbLogger:
 
 def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
     """The charts as ``wandb.Plotly`` objects; none where plotly is missing."""
-    import wandb
-
+    with first_import("wandb"):
+        import wandb
     if find_spec("plotly") is None:
         _logger.info("no charts of curves: they need plotly (pip install 'attnmonitor[wandb]')")
         return {}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.messages import warn
+from attnmonitor.parallel.process_state import first_import
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -121,7 +122,8 @@ class RowsOfUser:
 
 def _call_before_finish(run: Run, call: Callable[[], None]) -> None:
     """Have ``call()`` called once, when the run finishes or the program ends, while the run still takes rows."""
-    from wandb.sdk.wandb_run import TeardownHook, TeardownStage
+    with first_import("wandb.sdk.wandb_run"):
+        from wandb.sdk.wandb_run import TeardownHook, TeardownStage
 
     def once() -> None:
         atexit.unregister(once)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attnmonitor.measurement.quiet import restored_random_state
 from attnmonitor.parallel.fsdp import through_wrapper
+from attnmonitor.parallel.process_state import restored_random_state
 
 __all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "unwrap"]
 

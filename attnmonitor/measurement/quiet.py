@@ -7,20 +7,19 @@ that on exit, also after an exception; `default_torch_state` is for what is comp
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attnmonitor.parallel.fsdp import restored_shards
+from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["default_torch_state", "quiet", "restored_random_state"]
+__all__ = ["default_torch_state", "quiet"]
 
 
 @contextmanager
@@ -60,23 +59,6 @@ def default_torch_state() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         yield
-
-
-@contextmanager
-def restored_random_state() -> Iterator[None]:
-    """On exit, restore the random number generators of torch, ``random`` and numpy."""
-    torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 @contextmanager

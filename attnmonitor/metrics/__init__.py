@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.parallel.process_state import first_import
 
 if TYPE_CHECKING:
     from attnmonitor.metrics.attention import *  # noqa: F403
@@ -25,13 +26,16 @@ _MODULES = ("energy", "keys", "attention", "interaction")
 
 def _classes() -> dict[str, Any]:
     """Import every metric class; by the class's name."""
-    modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
+    names = [f"{__name__}.{module}" for module in _MODULES]
+    with first_import(*names):
+        modules = [importlib.import_module(name) for name in names]
     return {name: getattr(module, name) for module in modules for name in module.__all__}
 
 
 def __getattr__(name: str) -> Any:
     if name == "HeadMetric":
-        return importlib.import_module(f"{__name__}.base").HeadMetric
+        with first_import(f"{__name__}.base"):
+            return importlib.import_module(f"{__name__}.base").HeadMetric
     if name.startswith("__") and name != "__all__":
         raise AttributeError(name)
     classes = _classes()

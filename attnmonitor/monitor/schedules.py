@@ -16,18 +16,45 @@ Schedule = Callable[[int], bool]
 """``schedule(global_step)`` says whether to sample after that many optimizer steps."""
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A schedule whose ``repr`` in the run's configuration is readable."""
+# Classes and not closures: a callback is pickled with its schedule where a trainer spawns its processes.
 
-    text: str
-    due: Schedule
+
+@dataclass(frozen=True)
+class _Every:
+    num_steps: int
 
     def __call__(self, global_step: int) -> bool:
-        return self.due(global_step)
+        return global_step % self.num_steps == 0
 
     def __repr__(self) -> str:
-        return self.text
+        return f"every({self.num_steps})"
+
+
+@dataclass(frozen=True)
+class _AtSteps:
+    steps: list[int]
+    wanted: frozenset[int]
+
+    def __call__(self, global_step: int) -> bool:
+        return global_step in self.wanted
+
+    def __repr__(self) -> str:
+        return f"at_steps({self.steps})"
+
+
+@dataclass(frozen=True)
+class _Logarithmic:
+    per_decade: int
+
+    def __call__(self, global_step: int) -> bool:
+        return global_step < 2 or self._bucket(global_step) > self._bucket(global_step - 1)
+
+    def _bucket(self, step: int) -> int:
+        # The small addend corrects rounding at powers of ten: log10(1000) * 3 may be just below 9.
+        return floor(log10(step) * self.per_decade + 1e-9)
+
+    def __repr__(self) -> str:
+        return f"logarithmic({self.per_decade})"
 
 
 def every(num_steps: int) -> Schedule:
@@ -45,7 +72,7 @@ def every(num_steps: int) -> Schedule:
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"schedule: every({num_steps!r}) needs a whole number of optimizer steps, 1 or more")
-    return _Named(f"every({num_steps})", lambda global_step: global_step % num_steps == 0)
+    return _Every(num_steps)
 
 
 def at_steps(steps: Iterable[int]) -> Schedule:
@@ -66,8 +93,7 @@ def at_steps(steps: Iterable[int]) -> Schedule:
     if wrong or not chosen:
         arrived = f"{wrong[0]!r} among them" if wrong else "none"
         raise ValueError(f"schedule: at_steps(...) got {arrived}; give one or more whole step numbers, 0 or more")
-    wanted = frozenset(chosen)
-    return _Named(f"at_steps({chosen})", lambda global_step: global_step in wanted)
+    return _AtSteps(chosen, frozenset(chosen))
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
@@ -85,15 +111,7 @@ def logarithmic(per_decade: int = 10) -> Schedule:
     """
     if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
         raise ValueError(f"schedule: logarithmic({per_decade!r}) needs a whole number of samples per decade, 1 or more")
-
-    def bucket(step: int) -> int:
-        # The small addend corrects rounding at powers of ten: log10(1000) * 3 may be just below 9.
-        return floor(log10(step) * per_decade + 1e-9)
-
-    def due(global_step: int) -> bool:
-        return global_step < 2 or bucket(global_step) > bucket(global_step - 1)
-
-    return _Named(f"logarithmic({per_decade})", due)
+    return _Logarithmic(per_decade)
 
 
 def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:

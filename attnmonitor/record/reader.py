@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
 from attnmonitor.record.rows import add_heads, decode_coverage, decode_event, decode_values
 from attnmonitor.record.schema import EVENT_COLUMNS
@@ -186,7 +187,8 @@ class RunRecord:
         Returns:
             Columns ``global_step``, ``metric``, ``layer``, ``head``, ``value``, ``spread``.
         """
-        import pandas
+        with first_import("pandas"):
+            import pandas
 
         steps, frames = self.steps, []
         for metric in self.metrics:

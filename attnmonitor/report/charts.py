@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from attnmonitor.metrics.catalog import metric_title, metric_unit
 from attnmonitor.metrics.null import NULL_METRICS, null_statistics
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.history import History
 from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
 from attnmonitor.report.traces import (
@@ -63,7 +64,8 @@ _RANKS = {
 
 def as_figure(chart: Chart) -> Any:
     """The chart as a ``plotly.graph_objects.Figure``; needs plotly."""
-    from plotly.graph_objects import Figure
+    with first_import("plotly.graph_objects"):
+        from plotly.graph_objects import Figure
 
     return Figure(chart)
 

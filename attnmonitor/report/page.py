@@ -15,6 +15,7 @@ from typing import Any
 from attnmonitor.alerts.firing import still_firing
 from attnmonitor.alerts.notifications import ADVICE
 from attnmonitor.messages import needed
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record import RunRecord
 from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
 from attnmonitor.report.page_charts import page_charts, shared_scales
@@ -45,7 +46,7 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
         RecordError: A file is not a record that this version reads.
         ModuleNotFoundError: plotly is not installed.
     """
-    with needed(by="write_report", extra="report"):
+    with needed(by="write_report", extra="report"), first_import("plotly.offline"):
         from plotly.offline import get_plotlyjs
     paths = [Path(record_path)] if compare is None else [Path(record_path), Path(compare)]
     records = [RunRecord.open(path) for path in paths]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.messages import needed
+from attnmonitor.parallel.process_state import first_import
 
 __all__ = ["Checkpoint", "checkpoints_in", "silence_transformers", "steps_of"]
 
@@ -50,7 +51,7 @@ class Checkpoint:
         tokenizer: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        with needed(by="scan", extra="transformers"):
+        with needed(by="scan", extra="transformers"), first_import("transformers"):
             import transformers
 
         self.name = str(source)
@@ -108,8 +109,8 @@ class Checkpoint:
         Raises:
             ValueError: Its weights cannot be read, it takes no text, or the device cannot hold it.
         """
-        import transformers
-
+        with first_import("transformers"):
+            import transformers
         # The class the checkpoint was saved from, so that layers have the names they had in training.
         saved_from = (getattr(transformers, name, None) for name in self._config.architectures or ())
         kind: Any = next(filter(None, saved_from), transformers.AutoModelForCausalLM)
@@ -184,8 +185,8 @@ def _find(model: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
-    import transformers
-
+    with first_import("transformers"):
+        import transformers
     folder, where = _find(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
@@ -202,7 +203,7 @@ def _first_line(error: Exception) -> str:
 
 def silence_transformers() -> None:
     """Switch off the progress bars and advice of transformers; its errors are exceptions."""
-    with needed(by="scan", extra="transformers"):
+    with needed(by="scan", extra="transformers"), first_import("transformers.utils"):
         from transformers.utils import logging
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

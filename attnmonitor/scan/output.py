@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from attnmonitor.metrics.catalog import head_noun
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.scan.audit import Scan
 from attnmonitor.scan.checkpoint import steps_of
 from attnmonitor.scan.files import whole_file
@@ -97,7 +98,8 @@ def plot_scans(scans: Sequence[Scan], target: Path) -> None:
     Raises:
         ValueError: The models do not have the same layers.
     """
-    from attnmonitor.plots import bands_over  # matplotlib is optional and slow to import
+    with first_import("attnmonitor.plots"):  # matplotlib is optional and slow to import
+        from attnmonitor.plots import bands_over
 
     metrics = _shown_metrics(scans[0])
     layers = list(scans[0].values[metrics[0]])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
-from attnmonitor.measurement.quiet import restored_random_state
+from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
 
@@ -82,7 +82,7 @@ def print_layer_table(
 ) -> None:
     """Print `layer_table`, with lines and color where ``rich`` is installed."""
     try:
-        with restored_random_state():  # importing rich draws a number from the run's `random`
+        with first_import("rich.box", "rich.console", "rich.table", "rich.text"):
             from rich.box import SIMPLE_HEAD
             from rich.console import Console
             from rich.table import Table

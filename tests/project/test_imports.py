@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import attnmonitor
 from attnmonitor.loggers import WandbLogger
 from attnmonitor.report import write_report
 from attnmonitor.scan.checkpoint import Checkpoint
@@ -67,3 +70,47 @@ def test_missing_extra_is_named(
     with pytest.raises(ModuleNotFoundError) as raised:
         use()
     assert str(raised.value) == message
+
+
+def guarded_lines(tree: ast.Module) -> set[int]:
+    """Lines inside ``with first_import(...)``, which names what is imported."""
+    return {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        for item in node.items
+        if isinstance(item.context_expr, ast.Call) and getattr(item.context_expr.func, "id", "") == "first_import"
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    }
+
+
+def late_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and module of each import in a function, of libraries and of rooms that import them."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+                    names.append("by name")
+                for name in names:
+                    yield node.lineno, name
+
+
+def test_libraries_imported_late_are_imported_in_a_guard() -> None:
+    root = Path(attnmonitor.__file__).parent
+    found = {"guarded": 0, "not guarded": list[str]()}
+    for path in root.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded = guarded_lines(tree)
+        for line, name in late_imports(tree):
+            library = name.partition(".")[0]
+            harmless = library == "attnmonitor" and not name.startswith(("attnmonitor.plots", "attnmonitor.callbacks"))
+            if harmless or library == "torch" or library in sys.stdlib_module_names:
+                continue
+            if line in guarded:
+                found["guarded"] += 1
+            else:
+                found["not guarded"].append(f"{path.relative_to(root)}:{line} {name}")
+    assert found["guarded"] > 15
+    assert not found["not guarded"], found["not guarded"]
