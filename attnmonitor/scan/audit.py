@@ -44,6 +44,7 @@ class Scan:
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, layers in forward order; measured layers only.
         coverage: How each attention layer was captured, or why it was not.
         without_projections: Layers whose weight metrics are NaN because W_Q and W_K were not found, and why.
+        notes: What is to be said about the checkpoint's tensors: names that were mended, tensors that were not used.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Scan:
     values: Mapping[str, Mapping[str, Tensor]]
     coverage: Mapping[str, LayerCoverage]
     without_projections: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -94,6 +96,7 @@ class Scan:
             ],
             "not_measured": self.not_measured,
             "without_projections": dict(self.without_projections),
+            "notes": list(self.notes),
             "summary": self.summary(),
         }
 
@@ -179,6 +182,7 @@ def audit(
         values={metric: values[metric] for metric in names},
         coverage=measured.coverage,
         without_projections={} if weights is None else weights.reasons,
+        notes=checkpoint.notes,
     )
 
 

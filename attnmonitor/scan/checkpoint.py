@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnmonitor.messages import needed
 from attnmonitor.parallel.process_state import first_import
+from attnmonitor.scan.weights import load_complete
 
 __all__ = ["Checkpoint", "checkpoints_in", "silence_transformers", "steps_of"]
 
@@ -36,6 +37,8 @@ class Checkpoint:
 
     Attributes:
         name: The source as the caller named it.
+        notes: What is to be said about its tensors, once they are loaded: names that were mended, tensors that are not
+            part of the model.
 
     Raises:
         ValueError: There is no such model, or no tokenizer. The message says what to do.
@@ -55,6 +58,7 @@ class Checkpoint:
             import transformers
 
         self.name = str(source)
+        self.notes: list[str] = []
         self._dtype = dtype
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._folder, where = _find(source)
@@ -107,7 +111,7 @@ class Checkpoint:
         """The model, loaded on first use.
 
         Raises:
-            ValueError: Its weights cannot be read, it takes no text, or the device cannot hold it.
+            ValueError: Its weights cannot be read or do not fit, it takes no text, or the device cannot hold it.
         """
         with first_import("transformers"):
             import transformers
@@ -115,7 +119,7 @@ class Checkpoint:
         saved_from = (getattr(transformers, name, None) for name in self._config.architectures or ())
         kind: Any = next(filter(None, saved_from), transformers.AutoModelForCausalLM)
         try:
-            model = kind.from_pretrained(self._folder, **self._where)
+            model, self.notes = load_complete(kind, self._folder, self._where)
         except Exception as error:
             raise ValueError(f"the weights of model={self.name!r} cannot be loaded: {_first_line(error)}") from error
         if model.main_input_name != "input_ids":

@@ -66,8 +66,9 @@ def scans_text(scans: Sequence[Scan]) -> str:
 
 
 def problem_lines(found: Scan) -> list[str]:
-    """Return one line for each layer that was not measured, or only in part."""
+    """Return one line for each layer that was not measured, or only in part, and for each note on the checkpoint."""
     return [
+        *(f"{found.model}: {note}" for note in found.notes),
         *(f"{found.model}: {name} is not measured: {reason}" for name, reason in found.not_measured.items()),
         *(f"{found.model}: {name} has no learned rank: {reason}" for name, reason in found.without_projections.items()),
     ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import TEXT, save_llama, save_tokenizer
 from models import TinyGPT, token_batch, train
+from safetensors.torch import load_file, save_file
 
 import attnmonitor
 from attnmonitor import DEFAULT_METRICS, WEIGHT_METRICS
@@ -267,6 +268,27 @@ def test_unmeasured_layer_is_named_and_others_reported(
     assert [layer["name"] for layer in found["layers"]] == ["model.layers.1.self_attn"]
     assert list(found["not_measured"]) == ["model.layers.0.self_attn"]
     assert "model.layers.0.self_attn is not measured: " in err
+
+
+def test_checkpoint_without_projections_exits_with_2(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path)
+    save_tokenizer(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    arguments = ["scan", tmp_path, "--text", text, "--length", 16, "--metrics", "energy_rms", "--json"]
+    prefixed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(prefixed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert command(*arguments) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["notes"] == ["'_orig_mod.' was stripped from its tensors' names"]
+    assert "'_orig_mod.' was stripped" in err
+    rest = {name: tensor for name, tensor in tensors.items() if "q_proj" not in name}
+    save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert command(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "model.layers.0.self_attn.q_proj.weight (missing)" in err
 
 
 # report and replay

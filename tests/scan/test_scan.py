@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import TEXT, save_llama, save_tokenizer, smollm2
+from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -289,3 +290,118 @@ def test_gguf_ranks_equal_independent_float64_results() -> None:
     assert found.summary()["energy_effective_rank"] == {"min": 3, "median": 11, "max": 24}
     # With the norm's gain folded in; that computation left it out and had a median of 37 and a maximum of 47.
     assert found.summary()["interaction_effective_rank"] == {"min": 2, "median": 36, "max": 48}
+
+
+# Weights that do not fit
+
+
+def rewritten(folder: Path, change: Any, **settings: Any) -> Path:
+    """Save a small model whose tensors went through ``change(name, tensor)``, which returns another name or None."""
+    save_llama(folder, **settings)
+    save_tokenizer(folder)
+    tensors = load_file(folder / "model.safetensors")
+    changed = {new: tensor for name, tensor in tensors.items() if (new := change(name)) is not None}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def energy_rms(model: Path) -> list[float]:
+    return scan(model, text=TEXT, length=16, metrics=["energy_rms"]).heads("energy_rms").tolist()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "_forward_module.",
+        "model.",
+        "module._orig_mod.",
+        "_forward_module.model.",
+        "_fsdp_wrapped_module.",
+    ],
+)
+def test_prefix_of_a_wrapper_is_stripped_and_said(prefix: str, tmp_path: Path, checkpoint: Path) -> None:
+    found = scan(rewritten(tmp_path, lambda name: prefix + name), text=TEXT, length=16, metrics=["energy_rms"])
+    assert found.heads("energy_rms").tolist() == energy_rms(checkpoint)
+    if prefix != "model.":  # transformers 5 strips this one itself
+        assert "was stripped" in found.notes[0]
+        assert found.to_json()["notes"] == list(found.notes)
+
+
+def test_wrappers_within_names_are_stripped(tmp_path: Path, checkpoint: Path) -> None:
+    inside = "self_attn._fsdp_wrapped_module._checkpoint_wrapped_module."
+    assert energy_rms(rewritten(tmp_path, lambda name: name.replace("self_attn.", inside))) == energy_rms(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: None if "q_proj" in name or "k_proj" in name else name, r"4 of its tensors .*0.self_attn.k_proj"),
+        (lambda name: None if "1.self_attn.v_proj" in name else name, r"1 of its tensors .*layers.1.self_attn.v_proj"),
+        (lambda name: f"net.{name}", r"20 of its tensors .*and 16 more; in the checkpoint, but not .* net\."),
+        (lambda name: name.replace("q_proj", "k_proj2").replace("k_proj.", "q_proj."), "random values"),
+        (lambda name: name if "norm" in name else None, "random values"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        energy_rms(rewritten(tmp_path, change))
+
+
+def test_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    rewritten(tmp_path, lambda name: name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name][:8]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of its tensors .*layers\.0\.self_attn\.q_proj.*shape"):
+        energy_rms(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_missing_output_layer_changes_no_number(tied: bool, tmp_path: Path) -> None:
+    whole = energy_rms(rewritten(tmp_path / "whole", lambda name: name, tie_word_embeddings=tied))
+    folder = rewritten(tmp_path / "cut", lambda name: None if "lm_head" in name else name, tie_word_embeddings=tied)
+    found = scan(folder, text=TEXT, length=16, metrics=["energy_rms"])
+    assert found.heads("energy_rms").tolist() == whole
+    assert bool(found.notes) is not tied
+
+
+def test_extra_tensors_are_measured_around_and_said(tmp_path: Path, checkpoint: Path) -> None:
+    rewritten(tmp_path, lambda name: name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "ema.decay": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = scan(tmp_path, text=TEXT, length=16, metrics=["energy_rms"])
+    assert found.heads("energy_rms").tolist() == energy_rms(checkpoint)
+    assert found.notes == ["1 tensors are not part of LlamaForCausalLM: ema.decay"]
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_bin_files_and_nested_state_dicts_are_read(
+    nested: str | None, prefix: str, tmp_path: Path, checkpoint: Path
+) -> None:
+    rewritten(tmp_path, lambda name: name)
+    tensors = {prefix + name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors if nested is None else {nested: tensors, "step": 7}, tmp_path / "pytorch_model.bin")
+    assert energy_rms(tmp_path) == energy_rms(checkpoint)
+
+
+@pytest.mark.parametrize(("prefix", "without"), [("", "none"), ("_orig_mod.", "none"), ("", "q_proj")])
+def test_sharded_checkpoint_is_complete_or_refused(prefix: str, without: str, tmp_path: Path, checkpoint: Path) -> None:
+    rewritten(tmp_path, lambda name: name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(name for name in tensors if without not in name)
+    shard_of = {prefix + name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    for shard in set(shard_of.values()):
+        part = {name: tensors[name.removeprefix(prefix)] for name, at in shard_of.items() if at == shard}
+        save_file(part, tmp_path / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": shard_of}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    if without == "none":
+        assert energy_rms(tmp_path) == energy_rms(checkpoint)
+    else:
+        with pytest.raises(ValueError, match=r"2 of its tensors .*q_proj"):
+            energy_rms(tmp_path)
