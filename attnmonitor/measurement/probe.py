@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from attnmonitor.measurement.batches import copied, map_tensors, moved, tensors_of
 from attnmonitor.parallel.fsdp import through_wrapper
 from attnmonitor.parallel.process_state import restored_random_state
 
@@ -101,8 +102,8 @@ class Probe:
             )
         device = _device(model)
         if isinstance(batch, DataLoader):
-            batch = _to(_first_batch(batch), device)
-        tensors = dict(_tensors(batch))
+            batch = moved(_first_batch(batch), device)
+        tensors = dict(tensors_of(batch))
         if not tensors:
             raise ValueError(
                 f"probe={type(batch).__name__} holds no tensor; give a tensor of token ids (batch, length), a dict or "
@@ -116,14 +117,14 @@ class Probe:
                 )
         _check_length(model, tensors)
         # A copy: the user may later write into the batch in place, and the probe must not change.
-        self.batch = _map(batch, lambda tensor: tensor.detach().clone())
+        self.batch = copied(batch)
         self.fingerprint = _fingerprint(self.batch)
         self._forward = forward if forward is not None else default_forward
         self._skip_hooks = skip_hooks
 
     def run(self, model: nn.Module) -> None:
         """Run the model once on the batch, moved to where the model is now; the output is dropped."""
-        batch = _to(self.batch, _device(model))
+        batch = moved(self.batch, _device(model))
         with nullcontext() if self._skip_hooks is None else _without_hooks(model, self._skip_hooks):
             through_wrapper(model, lambda inner: self._forward(inner, batch))
 
@@ -132,11 +133,11 @@ class Probe:
 
         The sequences are the first axis of the first tensor that has axes; a tensor of another length is kept whole.
         """
-        num_sequences = next((tensor.shape[0] for _, tensor in _tensors(self.batch) if tensor.dim()), 0)
+        num_sequences = next((tensor.shape[0] for _, tensor in tensors_of(self.batch) if tensor.dim()), 0)
         if num_sequences < 2:
             return None
         half = copy.copy(self)
-        half.batch = _map(
+        half.batch = map_tensors(
             self.batch,
             lambda tensor: tensor[: num_sequences // 2] if tensor.shape[:1] == (num_sequences,) else tensor,
         )
@@ -147,7 +148,7 @@ class Probe:
         """Return the shapes of the batch's tensors as text, for error messages and the run's configuration."""
         return ", ".join(
             f"{where.lstrip('.') or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            for where, tensor in _tensors(self.batch)
+            for where, tensor in tensors_of(self.batch)
         )
 
 
@@ -156,36 +157,9 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _map(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: _map(value, function) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(value, function) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_map(value, function) for value in batch)
-    return batch
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _tensors(batch: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        yield where, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _tensors(value, f"{where}.{key}")
-    elif isinstance(batch, (tuple, list)):
-        for index, value in enumerate(batch):
-            yield from _tensors(value, f"{where}[{index}]")
-
-
 def _fingerprint(batch: Any) -> str:
     digest = hashlib.sha256()
-    for where, tensor in _tensors(batch):
+    for where, tensor in tensors_of(batch):
         digest.update(f"{where}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         # Through a byte view: numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
