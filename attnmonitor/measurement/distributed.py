@@ -1,9 +1,10 @@
 """One measurement by all ranks that share a sharded model.
 
-Every rank measures the heads it holds. One gather of a few bytes then makes the result the same on all ranks: what
-failed on one rank counts as failed on all, so that no rank waits for another, in this sample or the next; and if one
-rank ran out of memory, all of them try again with half of the probe. Where the heads of a layer are divided among ranks
-(tensor parallelism), the ranks that share it join their heads, with one more gather per sample.
+The ranks first wait for each other, so that none starts a forward alone. Every rank measures the heads it holds. One
+exchange of a few bytes then makes the result the same on all ranks: what failed on one rank counts as failed on all, so
+that no rank waits for another, in this sample or the next; and if one rank ran out of memory, all of them try again
+with half of the probe. Where the heads of a layer are divided among ranks (tensor parallelism), the ranks that share it
+join their heads, with one more exchange per sample.
 
 A forward of a sharded model runs collectives on all ranks. If one rank fails, it joins the remaining ones with zeros so
 that the others do not hang (`attnmonitor.parallel.collectives`).
@@ -26,6 +27,7 @@ from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.collectives import Collective, CollectiveRecorder, run_with_zeros
+from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 from attnmonitor.parallel.head_slices import HeadSlice, head_slice
 from attnmonitor.sample import LayerCoverage
 
@@ -44,11 +46,17 @@ class DistributedMeasurement(Measurement):
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
         strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
+        ranks: The processes that share the model.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False, ranks: Sequence[int]
+    ) -> None:
         super().__init__(model, probe, metrics, strict=strict)
         self._own = Measurement(model, probe, metrics, strict=strict)
+        self._ranks = tuple(ranks)
+        self._exchange = Exchange(ranks)
+        self._slice_exchanges: dict[distributed.ProcessGroup, Exchange] = {}
         self._slices: dict[str, HeadSlice] = {}
         self._unknown_slices: dict[str, str] = {}  # layer to the reason why its slice is unknown
         self._collectives: dict[Probe, Sequence[Collective]] = {}  # of one forward of each probe
@@ -60,33 +68,70 @@ class DistributedMeasurement(Measurement):
         to the first.
 
         Raises:
-            ValueError: As for one process; or processes that share a layer's heads have different probes.
+            ValueError: As for one process, also where another one raises it; a process did not attach in time; or
+                processes that share a layer's heads have different probes.
         """
-        self._own.attach()
+        try:
+            return self._attach_together()
+        except MissingProcessError as error:
+            raise ValueError(
+                f"model={type(self._model).__qualname__}: its weights are shared by processes "
+                f"{', '.join(map(str, self._ranks))}, and {error}; attach a monitor on each of them"
+            ) from error
+
+    def _attach_together(self) -> Measured:
+        self._exchange.gather(None)  # before the forward: alone, its collectives would meet those of training
+        self._attach_own()
         with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
         self._collectives[self._probe] = whole.calls
         self._try_half()
-        for group in self._groups():
-            if len(prints := set(_gather(self._probe.fingerprint, group))) > 1:
+        self._slice_exchanges = {
+            group: Exchange(distributed.get_process_group_ranks(group)) for group in self._slice_groups()
+        }
+        for exchange in self._slice_exchanges.values():
+            if len(prints := set(exchange.gather(self._probe.fingerprint))) > 1:
                 raise ValueError(
                     f"probe: processes that share the heads of a layer have {len(prints)} different probes; give them "
                     "the same batch"
                 )
-        measured = self._joined(measured, [each.missing for each in _gather(_Outcome.of(measured))])
+        measured = self._joined(measured, [each.missing for each in self._exchange.gather(_Outcome.of(measured))])
         self.layers = measured.coverage
         return measured
 
+    def _attach_own(self) -> None:
+        """Find the layers on this process; raise on all processes what one raises."""
+        failure: Exception | None = None
+        try:
+            self._own.attach()
+        except Exception as error:
+            failure = error
+        others = self._exchange.gather(failure and str(failure))
+        if failure is not None:
+            raise failure
+        for rank, message in zip(self._ranks, others, strict=True):
+            if message is not None:
+                raise ValueError(f"on process {rank}: {message}")
+
     def _try_half(self) -> None:
         """Record the collectives of half of the probe; none if one rank cannot halve it."""
-        all_can = all(_gather(self._half is not None))
+        all_can = all(self._exchange.gather(self._half is not None))
         if self._half is not None and all_can:
             with CollectiveRecorder() as half, suppress(Exception):
                 self._own._attempt(self._half, False)
                 self._collectives[self._half] = half.calls
-            all_can = all(_gather(self._half in self._collectives))
+            all_can = all(self._exchange.gather(self._half in self._collectives))
         if not all_can:
             self._half = None
+
+    def take(self, *, with_weights: bool = False) -> Measured:
+        """Measure once, when all processes are there.
+
+        Raises:
+            MissingProcessError: A process did not come in time; raised on all that came or come later.
+        """
+        self._exchange.gather(None)
+        return super().take(with_weights=with_weights)
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
         """Measure once, with all processes.
@@ -105,10 +150,10 @@ class DistributedMeasurement(Measurement):
             if isinstance(result, torch.OutOfMemoryError):
                 _free_frames(result)
             run_with_zeros(self._collectives[probe][len(done.calls) :])
-        outcomes = _gather(_Outcome.of(result))
+        outcomes = self._exchange.gather(_Outcome.of(result))
         try:
             if isinstance(result, Exception) or any(each.failure for each in outcomes):
-                raise _common_failure(outcomes, result)
+                raise _common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
             return self._joined(result, [each.missing for each in outcomes])
         finally:
             del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
@@ -122,17 +167,17 @@ class DistributedMeasurement(Measurement):
                 elif found is not None:
                     self._unknown_slices[layer] = found
 
-    def _groups(self) -> list[distributed.ProcessGroup]:
+    def _slice_groups(self) -> list[distributed.ProcessGroup]:
         """Return the process groups that share layers, in an order that is the same on all processes."""
         return list(dict.fromkeys(each.group for each in self._slices.values()))
 
     def _joined(self, measured: Measured, missing: Sequence[Mapping[str, str]]) -> Measured:
         """Return the measurement of all ranks: what is missing on any rank is NaN, slices of a layer are joined."""
         coverage = dict(measured.coverage)
-        for process, layers in enumerate(missing):
+        for rank, layers in zip(self._ranks, missing, strict=True):
             for name, reason in layers.items():
                 if name in coverage and coverage[name].measured:
-                    coverage[name] = replace(coverage[name], reason=f"process {process}: {reason}")
+                    coverage[name] = replace(coverage[name], reason=f"process {rank}: {reason}")
         for name, reason in self._unknown_slices.items():
             coverage[name] = replace(coverage[name], reason=reason)
         values, spread = (
@@ -141,7 +186,7 @@ class DistributedMeasurement(Measurement):
         )
         diagnostics = dict(measured.diagnostics)
         with default_torch_state():
-            for group in self._groups():
+            for group in self._slice_groups():
                 diagnostics = self._join_slices(group, (values, spread), coverage, diagnostics)
             for table in (values, spread):
                 for by_layer in table.values():
@@ -164,7 +209,7 @@ class DistributedMeasurement(Measurement):
             "coverage": {name: coverage[name] for name in names},
             "diagnostics": diagnostics,
         }
-        parts = _gather(own_part, group)
+        parts = self._slice_exchanges[group].gather(own_part)
         for name in names:
             splits_keys = self._slices[name].splits_keys
             coverage[name] = _joined_coverage([part["coverage"][name] for part in parts], splits_keys)
@@ -198,14 +243,14 @@ class _Outcome:
         return cls({name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()})
 
 
-def _common_failure(outcomes: Sequence[_Outcome], result: Measured | Exception) -> Exception:
+def _common_failure(outcomes: Mapping[int, _Outcome], result: Measured | Exception) -> Exception:
     """Return what to raise here after a failure on any process; out of memory counts for all."""
-    out_of_memory = any(each.out_of_memory for each in outcomes)
+    out_of_memory = any(each.out_of_memory for each in outcomes.values())
     kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
     if isinstance(result, kind if out_of_memory else Exception):
         return result
-    process = next(i for i, each in enumerate(outcomes) if each.failure and each.out_of_memory is out_of_memory)
-    failure = kind(f"process {process}: {outcomes[process].failure}")
+    rank = next(rank for rank, each in outcomes.items() if each.failure and each.out_of_memory is out_of_memory)
+    failure = kind(f"process {rank}: {outcomes[rank].failure}")
     failure.__cause__ = result if isinstance(result, Exception) else None
     return failure
 
@@ -220,13 +265,6 @@ def _free_frames(failure: Exception) -> None:
             visited.add(id(error))
             error.__traceback__ = None
             pending += [error.__cause__, error.__context__]
-
-
-def _gather(own: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:
-    """Return the object of each process of the group, in order of rank."""
-    objects: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(objects, own, group=group)
-    return objects
 
 
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -27,6 +27,8 @@ from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.schedules import Schedule, as_schedule
+from attnmonitor.parallel.exchange import MissingProcessError
+from attnmonitor.parallel.groups import model_group
 from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
 from attnmonitor.record.history import History
 from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
@@ -130,10 +132,14 @@ class AttentionMonitor:
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks)
         # In data parallelism all processes have the same weights: the first measures, writes and logs for all.
         # With sharded weights a forward needs all processes: all measure, the first writes and logs.
-        self._is_main = not distributed.is_initialized() or distributed.get_rank() == 0
-        measurement = DistributedMeasurement if is_sharded(self.model) else Measurement
-        self._measures = self._is_main or measurement is DistributedMeasurement
-        self._measurement = measurement(self.model, self.probe, self._metrics, strict=strict)
+        group = model_group(model)  # with its wrappers: DDP's names the group
+        self._is_main = group.is_main
+        self._measures = self._is_main or is_sharded(self.model)
+        self._measurement = (
+            DistributedMeasurement(self.model, self.probe, self._metrics, strict=strict, ranks=group.ranks)
+            if is_sharded(self.model)
+            else Measurement(self.model, self.probe, self._metrics, strict=strict)
+        )
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
         loggers, record = (loggers, record) if self._is_main else ((), None)
         self._delivery = Delivery(self._failures, loggers=loggers, record=record, actions=self._actions, name=name)
@@ -183,7 +189,7 @@ class AttentionMonitor:
 
     @property
     def paused(self) -> bool:
-        """Whether `on_step` takes no samples: several in a row measured nothing. `sample` still tries."""
+        """Whether `on_step` takes no samples: several measured nothing, or a process was missing. `sample` tries."""
         return self._failures.paused
 
     def resume(self) -> None:
@@ -193,7 +199,7 @@ class AttentionMonitor:
     def sample(self, global_step: int) -> Sample:
         """Take a sample now, whatever the schedule says, and hand it to history, record, loggers and alerts.
 
-        On processes other than the first the sample has no values: only the first writes and logs.
+        Only the first of the processes that share the model writes and logs; on others the sample has no values.
         """
         if not self._measures:
             return self._no_sample(global_step)
@@ -245,6 +251,8 @@ class AttentionMonitor:
         except Exception as error:
             if self.strict:
                 raise
+            if isinstance(error, MissingProcessError):
+                self._failures.pause(str(error))
             failure = f"{type(error).__name__}: {error}"
             return self._measurement.nothing(failure), failure
 

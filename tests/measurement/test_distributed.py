@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.measurement.quiet import quiet
 from attnmonitor.messages import AttentionMonitorWarning
 from attnmonitor.parallel.collectives import CollectiveRecorder
+from attnmonitor.parallel.exchange import Exchange
 from attnmonitor.record import RunRecord
 
 Ends = tuple[Path, list[dict[str, Any]]]
@@ -80,6 +82,15 @@ def _own_collectives(rank: int, how: str) -> int:
     return len(sample.calls) - len(forward.calls)
 
 
+def _exchanges(how: str) -> int:
+    """Exchanges between the processes in one sample."""
+    tell(f"exchanges, {how}")
+    monitor = AttentionMonitor(spread(TinyGPT(), how), token_batch(), record=None, strict=True)
+    with mock.patch.object(Exchange, "gather", autospec=True, side_effect=Exchange.gather) as gather:
+        monitor.sample(0)
+    return gather.call_count
+
+
 def _unknown_slices(rank: int) -> dict[str, Any]:
     """Shard only the output projections, from which the heads of each rank cannot be read."""
     model = TinyGPT()
@@ -103,7 +114,8 @@ def _everything(rank: int) -> dict[str, Any]:
     samples = {how: _one_sample(rank, how) for how in (None, *ON_TWO)}
     own = {how: _own_collectives(rank, how) for how in ON_TWO}
     refused = {"unknown slices": _unknown_slices(rank), "different probes": _different_probes(rank)}
-    return {"ends": ends, "samples": samples, "own collectives": own, **refused}
+    exchanges = {how: _exchanges(how) for how in ON_TWO}
+    return {"ends": ends, "samples": samples, "own collectives": own, "exchanges": exchanges, **refused}
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +163,16 @@ def _same_numbers(found: dict[str, Any], expected: dict[str, Any], *, exact: boo
                     torch.testing.assert_close(found[table][metric][layer], values, rtol=1e-5, atol=1e-5)
 
 
-def test_number_of_gathers_per_sample(processes: Ends) -> None:
-    # An object is gathered in two collectives: its length and its bytes.
+def test_monitor_has_no_collectives_of_its_own(processes: Ends) -> None:
     for rank in range(2):
-        gathers = {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 4}
-        assert processes[1][rank]["own collectives"] == {how: gathers[how] for how in ON_TWO}
+        assert processes[1][rank]["own collectives"] == dict.fromkeys(ON_TWO, 0)
+
+
+def test_number_of_exchanges_per_sample(processes: Ends) -> None:
+    # One to meet, one for how it ended, and one to join heads.
+    for rank in range(2):
+        expected = {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 3}
+        assert processes[1][rank]["exchanges"] == {how: expected[how] for how in ON_TWO}
 
 
 def test_layer_with_unknown_head_slices_is_nan_with_reason(processes: Ends) -> None:

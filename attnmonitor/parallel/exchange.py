@@ -1,0 +1,139 @@
+"""Objects exchanged between processes within a time limit: no process waits longer for one that does not come.
+
+They go through the key-value store with which the processes found each other, not through a collective. A collective
+that one process does not start cannot be given up: on gloo its group is then unusable, on NCCL the process is aborted
+after the group's own time limit. Giving up a key is harmless, and the missing process is known by name. The way is the
+same with every backend, needs no group of its own and does not wait for a GPU.
+
+The first rank collects the objects and puts down the list, so that n processes make about 3n requests and not n². One
+key, written once (``compare_set``), decides whether an exchange has succeeded: all processes come to the same result,
+also where one is late by about the limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import distributed
+
+__all__ = ["TIME_LIMIT", "Exchange", "MissingProcessError"]
+
+TIME_LIMIT = 60.0  # seconds
+_PIECE = 4 << 20  # bytes; the store closes the connection on a value of more than 8 MiB
+_SUCCESS = "complete"
+_MAX_NAMED = 8  # of missing processes in a message
+
+_num_made: Counter[tuple[int, ...]] = Counter()
+
+
+class MissingProcessError(RuntimeError):
+    """A process did not take part in an exchange in time, or the store is gone."""
+
+
+class Exchange:
+    """Exchanges objects among some processes; each makes its exchanges in the same order.
+
+    Args:
+        ranks: The processes by their rank in the world, this one among them, in the same order on all of them.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._ranks = tuple(ranks)
+        self._rank = distributed.get_rank()
+        self._num_done = 0
+        made = f"{hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]}/{_num_made[self._ranks]}"
+        _num_made[self._ranks] += 1
+        store: Any = distributed.distributed_c10d._get_default_store()
+        # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
+        self._limit = min(TIME_LIMIT, store.timeout.total_seconds() / 2)
+        self._store: Any = distributed.distributed_c10d.PrefixStore(f"attnmonitor/{made}", store)
+
+    def gather(self, own: Any) -> list[Any]:
+        """Return the object of each process, in the order of the ranks.
+
+        Raises:
+            MissingProcessError: Not all processes came within `TIME_LIMIT`, or half of the world's own time limit where
+                that is shorter; raised on all that came, and on those that come later.
+        """
+        if len(self._ranks) == 1:
+            return [own]
+        number, self._num_done = self._num_done, self._num_done + 1
+        try:
+            return self._gather(str(number), own)
+        except distributed.DistError as error:
+            raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
+
+    def from_first(self, own: Any) -> Any:
+        """Return the object of the first of the ranks on all processes.
+
+        Raises:
+            MissingProcessError: As for `gather`.
+        """
+        return self.gather(own if self._rank == self._ranks[0] else None)[0]
+
+    def _gather(self, number: str, own: Any) -> list[Any]:
+        end = f"{number}/end"
+        self._put(f"{number}/{self._rank}", pickle.dumps(own))
+        is_first = self._rank == self._ranks[0]
+        if not self._have_come([f"{number}/{rank}" for rank in self._ranks] if is_first else [end], end):
+            result = self._store.compare_set(end, "", self._missing(number))
+        elif is_first and not self._store.check([end]):
+            self._put(f"{number}/all", pickle.dumps([self._take(f"{number}/{rank}") for rank in self._ranks]))
+            result = self._store.compare_set(end, "", _SUCCESS)
+        else:
+            result = self._store.get(end)
+        if result != _SUCCESS.encode():
+            raise MissingProcessError(result.decode())
+        objects = [pickle.loads(each) for each in pickle.loads(self._take(f"{number}/all"))]
+        if is_first:
+            self._delete(int(number) - 1)
+        return objects
+
+    def _have_come(self, keys: Sequence[str], end: str) -> bool:
+        """Wait until all keys are there or the exchange has ended; return False if the limit passes before."""
+        deadline = time.monotonic() + self._limit
+        pause = 0.0002
+        while not self._store.check([end]):
+            keys = [key for key in keys if not self._store.check([key])]
+            if not keys:
+                break
+            if time.monotonic() > deadline:
+                return False
+            # Not `Store.wait`: it would hold the connection, which NCCL's watchdog needs as well.
+            time.sleep(pause)
+            pause = min(1.3 * pause, 0.02)
+        return True
+
+    def _missing(self, number: str) -> str:
+        """Say which processes have not come; where all have, it is the first, which has not put down the list."""
+        absent = [str(rank) for rank in self._ranks if not self._store.check([f"{number}/{rank}"])]
+        absent = absent or [str(self._ranks[0])]
+        named = ", ".join(absent[:_MAX_NAMED]) + f" and {len(absent) - _MAX_NAMED} more" * (len(absent) > _MAX_NAMED)
+        return f"process {named} did not take part within {self._limit:.3g} s"
+
+    def _put(self, key: str, value: bytes) -> None:
+        """Store a value in pieces; the key itself comes last, so that where it exists all pieces do."""
+        pieces = [value[start : start + _PIECE] for start in range(0, len(value), _PIECE)]
+        for index, piece in enumerate(pieces):
+            self._store.set(f"{key}/{index}", piece)
+        self._store.set(key, str(len(pieces)))
+
+    def _take(self, key: str) -> bytes:
+        return b"".join(self._store.get(f"{key}/{index}") for index in range(int(self._store.get(key))))
+
+    def _delete(self, number: int) -> None:
+        """Delete an earlier exchange: all who take part in a later one have read it."""
+        with suppress(RuntimeError):  # a kind of store that deletes nothing
+            for which in (*self._ranks, "all"):
+                key = f"{number}/{which}"
+                if self._store.check([key]):
+                    for index in range(int(self._store.get(key))):
+                        self._store.delete_key(f"{key}/{index}")
+                    self._store.delete_key(key)
+            self._store.delete_key(f"{number}/end")
