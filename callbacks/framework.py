@@ -6,16 +6,20 @@ import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import distributed, nn
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.measurement.probe import ForwardFunction, default_forward
+from attnmonitor.messages import warn
 from attnmonitor.metrics.catalog import check_metric_names
 from attnmonitor.monitor.schedules import Schedule, one_schedule
+from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 
 __all__ = ["FrameworkCallback", "check_settings"]
+
+T = TypeVar("T")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -56,6 +60,7 @@ class FrameworkCallback:
     ) -> None:
         check_settings(settings)
         self.monitor: AttentionMonitor | None = None
+        self._exchange: Exchange | None = None
         self._probe = probe
         self._schedule = one_schedule(every_n_steps, schedule)
         self._loggers = loggers
@@ -78,4 +83,20 @@ class FrameworkCallback:
             name=self._name,
             **self._settings,
         )
+        if distributed.is_initialized():
+            self._exchange = Exchange(range(distributed.get_world_size()))
         return self.monitor
+
+    def _from_first(self, own: T, otherwise: T) -> T:
+        """Return the first process's object on all of them; from when one was missing in time, ``otherwise``."""
+        if not distributed.is_initialized():
+            return own
+        if self._exchange is None:
+            return otherwise
+        try:
+            shared: T = self._exchange.from_first(own)
+        except MissingProcessError as error:
+            self._exchange = None  # on all processes; each further one would make training wait again
+            warn(f"attnmonitor: {error}: alerts can no longer ask this training to stop or to save a checkpoint")
+            return otherwise
+        return shared

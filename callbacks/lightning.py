@@ -118,7 +118,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         if sample is not None:
             # Only the main process has the sample, but all ranks must stop or save at the same step.
             outcome = (summary_scalars(sample) if sample.values else {}, sample.requests)
-            self._summaries, requests = trainer.strategy.broadcast(outcome) if trainer.world_size > 1 else outcome
+            self._summaries, requests = self._from_first(outcome, ({}, ()))
             if "stop" in requests:
                 trainer.should_stop = True
             if "checkpoint" in requests:

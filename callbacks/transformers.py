@@ -25,7 +25,7 @@ from attnmonitor.monitor.final_report import print_final_report
 from attnmonitor.sample import Sample
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
-    from accelerate.utils import broadcast_object_list, send_to_device  # type: ignore[import-untyped]
+    from accelerate.utils import send_to_device  # type: ignore[import-untyped]
     from transformers import (
         PrinterCallback,
         ProgressCallback,
@@ -94,7 +94,7 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         sample = None if self.monitor is None else self.monitor.on_step(state.global_step)
         if sample is not None:
             # Only the main process has the sample, but all must stop or save at the same step.
-            [requests] = broadcast_object_list([sample.requests])
+            requests = self._from_first(sample.requests, ())
             control.should_training_stop |= "stop" in requests
             control.should_save |= "checkpoint" in requests
 
@@ -123,7 +123,7 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
 
     def _resume(self, monitor: AttentionMonitor, saved: Path, *, reads: bool) -> None:
         # Perhaps only the process that saved it has the file; all must know which steps were sampled.
-        [state] = broadcast_object_list([_read(saved) if reads else None])
+        state = self._from_first(_read(saved) if reads else None, None)
         try:
             if state is not None:
                 monitor.load_state_dict(state)
