@@ -26,7 +26,7 @@ __all__ = ["TIME_LIMIT", "Exchange", "MissingProcessError"]
 
 TIME_LIMIT = 60.0  # seconds
 _PIECE = 4 << 20  # bytes; the store closes the connection on a value of more than 8 MiB
-_SUCCESS = "complete"
+_SUCCESS = b"complete"
 _MAX_NAMED = 8  # of missing processes in a message
 
 _num_made: Counter[tuple[int, ...]] = Counter()
@@ -47,12 +47,16 @@ class Exchange:
         self._ranks = tuple(ranks)
         self._rank = distributed.get_rank()
         self._num_done = 0
-        made = f"{hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]}/{_num_made[self._ranks]}"
-        _num_made[self._ranks] += 1
         store: Any = distributed.distributed_c10d._get_default_store()
         # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
         self._limit = min(TIME_LIMIT, store.timeout.total_seconds() / 2)
-        self._store: Any = distributed.distributed_c10d.PrefixStore(f"attnmonitor/{made}", store)
+        members = hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]
+        number = _num_made[self._ranks]
+        # A process that missed earlier ones, which the others gave up, takes part in their next one.
+        while store.check([given_up := f"attnmonitor/{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
+            number += 1
+        _num_made[self._ranks] = number + 1
+        self._store: Any = distributed.distributed_c10d.PrefixStore(f"attnmonitor/{members}/{number}", store)
 
     def gather(self, own: Any) -> list[Any]:
         """Return the object of each process, in the order of the ranks.
@@ -85,10 +89,10 @@ class Exchange:
             result = self._store.compare_set(end, "", self._missing(number))
         elif is_first and not self._store.check([end]):
             self._put(f"{number}/all", pickle.dumps([self._take(f"{number}/{rank}") for rank in self._ranks]))
-            result = self._store.compare_set(end, "", _SUCCESS)
+            result = self._store.compare_set(end, "", _SUCCESS.decode())
         else:
             result = self._store.get(end)
-        if result != _SUCCESS.encode():
+        if result != _SUCCESS:
             raise MissingProcessError(result.decode())
         objects = [pickle.loads(each) for each in pickle.loads(self._take(f"{number}/all"))]
         if is_first:
