@@ -6,9 +6,9 @@ import difflib
 import logging
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-__all__ = ["AttentionMonitorWarning", "did_you_mean", "needed", "warn"]
+__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "needed", "warn"]
 
 _logger = logging.getLogger("attnmonitor")
 
@@ -21,8 +21,18 @@ def warn(message: str) -> None:
     """Warn; where warnings are turned into errors, log instead, because a run must not stop for its monitor."""
     try:
         warnings.warn(message, AttentionMonitorWarning, stacklevel=3)
-    except AttentionMonitorWarning:
-        _logger.warning(message)
+    except Exception:  # also what a `warnings.showwarning` of the user raises
+        with suppress(Exception):
+            _logger.warning(message)
+
+
+def error_text(error: BaseException) -> str:
+    """Return type and message of an exception; the type alone where its message cannot be made."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:
+        return name
 
 
 def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str:

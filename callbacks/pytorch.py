@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from attnmonitor.callbacks.framework import check_settings
+from attnmonitor.measurement.quiet import not_compiled
 from attnmonitor.messages import warn
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.monitor.final_report import print_final_report
@@ -90,9 +91,11 @@ def attach(
     monitor.on_close(lambda: names.remove(name))
 
     # The baseline is sampled at the first step, so that a state can be loaded after attach.
+    @not_compiled
     def before_step(*_: object) -> None:
         monitor.on_step(max(0, monitor.global_step))
 
+    @not_compiled
     def after_step(*_: object) -> None:
         monitor.on_step(monitor.global_step + 1)
 

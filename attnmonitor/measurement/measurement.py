@@ -22,6 +22,7 @@ from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import WeightMeasurement
+from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
 from attnmonitor.sample import LayerCoverage
 
@@ -114,10 +115,12 @@ class Measurement:
             forward = self._forward(self._probe)
         except Exception as error:
             hint = ""
-            if "index out of range in self" in str(error):  # torch's message for an embedding, without any detail
+            if "index out of range in self" in error_text(
+                error
+            ):  # torch's message for an embedding, without any detail
                 hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
             raise ValueError(
-                f"probe={described}: {model} rejects this batch: {type(error).__name__}: {error}{hint}; give a batch "
+                f"probe={described}: {model} rejects this batch: {error_text(error)}{hint}; give a batch "
                 "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
         if not forward.layers:

@@ -7,9 +7,11 @@ that on exit, also after an exception; `default_torch_state` is for what is comp
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,10 @@ from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["default_torch_state", "quiet"]
+__all__ = ["default_torch_state", "not_compiled", "quiet"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -48,6 +53,28 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 _eager_mode = ProcessSetting(lambda: torch.compiler.set_stance("force_eager"))
+
+
+def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function, run as it is where a compiled training step calls it: neither traced nor compiled."""
+    if "torch._dynamo" in sys.modules:
+        return _without_dynamo(function)
+    disabled: Callable[P, T] | None = None
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # loading it here would cost seconds
+            return function(*args, **kwargs)
+        disabled = disabled or _without_dynamo(function)
+        return disabled(*args, **kwargs)
+
+    return call
+
+
+def _without_dynamo(function: Callable[P, T]) -> Callable[P, T]:
+    disabled: Callable[P, T] = torch.compiler.disable(function)
+    return disabled
 
 
 @contextmanager

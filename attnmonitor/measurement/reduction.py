@@ -20,6 +20,7 @@ from attnmonitor.capture import AttentionCall
 from attnmonitor.functional import attention_row_statistics, query_gram
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
+from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadCores, HeadStatistics, head_cores, head_statistics, summaries_of
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
@@ -144,7 +145,7 @@ class Reduction:
             if self._strict:
                 raise
             self.layers.pop(name, None)
-            self.failures[name] = f"measuring failed: {type(error).__name__}: {error}"
+            self.failures[name] = f"measuring failed: {error_text(error)}"
 
     def _reduced(self, call: AttentionCall) -> ReducedLayer:
         """How a layer was captured, and the values of its attention rows."""

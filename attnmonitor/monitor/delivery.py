@@ -81,7 +81,7 @@ class Delivery:
 
     def deliver(self, sample: Sample, history: History, describe: Callable[[], Mapping[str, Any]]) -> None:
         """Hand out one sample; ``describe()`` gives the run's settings when the record is created."""
-        with default_torch_state():
+        with self._failures.contained("history"), default_torch_state():
             history.append(sample)
         with self._failures.contained("record"):
             self._write(sample, describe)
@@ -115,12 +115,17 @@ class Delivery:
             self._record.append(sample)
 
     def _close_one(self, action: Callable[[], object]) -> None:
-        with self._failures.contained(getattr(action, "__qualname__", "closing")):
+        with self._failures.contained(_name_of(action)):
             action()
 
 
 def _name_of(action: object) -> str:
-    return action if isinstance(action, str) else str(getattr(action, "__qualname__", repr(action)))
+    if isinstance(action, str):
+        return action
+    try:
+        return str(getattr(action, "__qualname__", None) or repr(action))
+    except Exception:  # a `repr` of the user's own
+        return type(action).__qualname__
 
 
 def _record_path(record: bool | str | Path | None, name: str | None) -> tuple[Path | None, bool]:

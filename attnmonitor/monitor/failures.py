@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from attnmonitor.measurement import Measured
-from attnmonitor.messages import warn
+from attnmonitor.messages import error_text, warn
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Failures"]
@@ -63,7 +63,7 @@ class Failures:
         if self._strict:
             raise error
         self.count += 1
-        self._warn_once(what, f"{what} failed and was ignored: {type(error).__name__}: {error}")
+        self._warn_once(what, f"{what} failed and was ignored: {error_text(error)}")
 
     def note_sample(
         self, measured: Measured, at_attach: Mapping[str, LayerCoverage], failure: str | None, global_step: int

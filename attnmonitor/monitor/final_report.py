@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
-import time
 from collections import Counter
 
 from attnmonitor.messages import warn
-from attnmonitor.monitor import AttentionMonitor
+from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
 from attnmonitor.summary.tables import print_layer_table
 
@@ -27,7 +27,7 @@ def print_final_report(monitor: AttentionMonitor) -> None:
         return
     try:
         _print(monitor, monitor.last_sample)
-    except (OSError, ValueError) as error:  # a closed pipe or a console without Unicode must not fail the run
+    except Exception as error:  # a closed pipe or a console without Unicode must not fail the run
         warn(f"attnmonitor: the final report could not be printed: {error}")
 
 
@@ -38,8 +38,9 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
         kinds = Counter(kind.replace("_", " ") for kind, *_ in places)
         print("  " + ", ".join(f"{kind} in {number}" for kind, number in kinds.most_common()))
     _print_layers(monitor, sample)
-    elapsed = time.perf_counter() - monitor.attached_at
-    print(f"  watching took {monitor.seconds:.1f} s, {monitor.seconds / elapsed:.1%} of the time since attach")
+    share = clock.share(monitor.seconds, clock.passed(monitor.attached_at, clock.now()))
+    of_run = "" if math.isnan(share) else f", {share:.1%} of the time since attach"
+    print(f"  watching took {monitor.seconds:.1f} s{of_run}")
     if monitor.record_path is not None:
         command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
         print(f"  record: {monitor.record_path}\n  charts: {command} report {monitor.record_path}")

@@ -7,8 +7,6 @@ any more pauses itself.
 
 from __future__ import annotations
 
-import string
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed, nn
 
 from attnmonitor._version import __version__
-from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.alerts import Rule
 from attnmonitor.alerts.actions import Action, check_actions, requests_of
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe, unwrap
-from attnmonitor.measurement.quiet import default_torch_state
-from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
+from attnmonitor.measurement.quiet import default_torch_state, not_compiled
+from attnmonitor.messages import error_text
+from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
-from attnmonitor.monitor.schedules import Schedule, as_schedule
+from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
+from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.groups import model_group
 from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["AttentionMonitor"]
 
 _STATE_FORMAT = 1
-_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
 
 
 class AttentionMonitor:
@@ -69,6 +68,9 @@ class AttentionMonitor:
         actions: What to do when an alert begins or becomes critical: maps a rule's name, a fault kind or
             ``"critical"`` to ``"stop"``, ``"checkpoint"`` or a function ``action(event, sample)``, or several of
             them. Requests reach the training loop in ``sample.requests``; the adapters carry them out.
+
+    A copy of a monitor, as EMA or pickle of what holds it makes one, is closed: it has the results, but no model,
+    probe, record or loggers, and takes no samples.
 
     Attributes:
         model: The unwrapped model.
@@ -116,17 +118,17 @@ class AttentionMonitor:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} is not a torch.nn.Module")
         self.model = unwrap(model)
-        self.name = _check_name(name)
+        self.name = check_name(name)
         self.strict = strict
         self.should_stop = False
         self.global_step = -1
         self.last_sample: Sample | None = None
         self.seconds = 0.0
         self._schedule, self._schedule_text = as_schedule(schedule), repr(schedule)
-        self._metrics = _check_metrics(metrics)
-        self._weights_every = _check_weights_every(weights_every)
+        self._metrics = check_metrics(metrics)
+        self._weights_every = check_weights_every(weights_every)
         with default_torch_state():
-            self._alerts = _alerts(alerts, self._metrics)
+            self._alerts = alerts_on(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks)
@@ -151,7 +153,7 @@ class AttentionMonitor:
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
         self.summary = RunSummary(layers, has_rules=bool(self._alerts.rules), grace=self._alerts.grace)
-        self.attached_at = self._last_sample_ended = time.perf_counter()
+        self.attached_at = self._last_sample_ended = clock.now()
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
@@ -161,26 +163,28 @@ class AttentionMonitor:
         """A table of the layers: how each is captured and verified, or why it is not measured."""
         return coverage_table(self.coverage)
 
+    @not_compiled
     def on_step(self, global_step: int) -> Sample | None:
         """Sample if the schedule asks for it after ``global_step`` optimizer steps; return the sample or None.
 
         A step that was already passed, as after a resume, is not sampled again. If the count moved by more than one,
         the schedule is asked for the steps between as well. While `paused`, no sample is taken.
         """
-        if global_step <= self.global_step:
-            return None
-        first = self.global_step + 1 if self.global_step >= 0 else global_step
-        self.global_step = global_step
         try:
-            if not any(map(self._schedule, range(first, global_step + 1))):
+            if global_step <= self.global_step:
+                return None
+            step = whole_number(global_step)
+            first = self.global_step + 1 if self.global_step >= 0 else step
+            self.global_step = step
+            if not is_due(self._schedule, first, step):
                 return None
         except Exception as error:
             self._failures.contain("the schedule", error)
             return None
         if self.paused:
             # Adapters broadcast a sample's requests to all processes, so each process needs a sample.
-            return self._no_sample(global_step) if distributed.is_initialized() else None
-        return self.sample(global_step)
+            return self._no_sample(step) if distributed.is_initialized() else None
+        return self.sample(step)
 
     @property
     def failures(self) -> int:
@@ -196,6 +200,7 @@ class AttentionMonitor:
         """End a pause."""
         self._failures.resume()
 
+    @not_compiled
     def sample(self, global_step: int) -> Sample:
         """Take a sample now, whatever the schedule says, and hand it to history, record, loggers and alerts.
 
@@ -203,7 +208,15 @@ class AttentionMonitor:
         """
         if not self._measures:
             return self._no_sample(global_step)
-        started = time.perf_counter()
+        try:
+            return self._take(whole_number(global_step))
+        except Exception as error:
+            self._failures.contain("the sample", error)
+            return replace(self._no_sample(self.global_step), failure=error_text(error))
+
+    def _take(self, global_step: int) -> Sample:
+        """Measure, judge and hand out."""
+        started = clock.now()
         measured, failure = self._measure()
         self.coverage = ByLayer(measured.coverage)
         self._failures.note_sample(measured, self._measurement.layers, failure, global_step)
@@ -214,8 +227,9 @@ class AttentionMonitor:
         events: list[AlertEvent] = []
         with self._failures.contained("alerts"), default_torch_state():
             events = self._alerts.observe(measured.trusted_values(), global_step)
-        ended = time.perf_counter()
-        overhead = (ended - started) / (ended - self._last_sample_ended)
+        ended = clock.now()
+        seconds = clock.passed(started, ended)
+        overhead = clock.share(seconds, clock.passed(self._last_sample_ended, ended))
         self._last_sample_ended = ended
         sample = Sample(
             global_step=global_step,
@@ -225,7 +239,7 @@ class AttentionMonitor:
             events=events,
             firing=self._alerts.firing,
             diagnostics={**measured.diagnostics, "overhead": overhead},
-            seconds=ended - started,
+            seconds=seconds,
             failures=self.failures,
             failure=failure,
             requests=requests_of(events, self._actions),
@@ -235,8 +249,9 @@ class AttentionMonitor:
 
     def _hand_out(self, sample: Sample) -> Sample:
         """Add the verdict, and deliver the sample."""
-        self.summary.add(sample)
-        sample = replace(sample, verdict=verdict(self.summary))
+        with self._failures.contained("the verdict"):
+            self.summary.add(sample)
+            sample = replace(sample, verdict=verdict(self.summary))
         self.last_sample = sample
         self.seconds += sample.seconds
         self.should_stop |= "stop" in sample.requests
@@ -253,7 +268,7 @@ class AttentionMonitor:
                 raise
             if isinstance(error, MissingProcessError):
                 self._failures.pause(str(error))
-            failure = f"{type(error).__name__}: {error}"
+            failure = error_text(error)
             return self._measurement.nothing(failure), failure
 
     def describe(self) -> dict[str, Any]:
@@ -341,6 +356,14 @@ class AttentionMonitor:
         """File of this run's record; None without one."""
         return self._delivery.record_path
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
+        dropped = {"model", "probe", "_measurement"}
+        results = {name: value for name, value in vars(self).items() if name not in dropped}
+        nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name)
+        results |= {"_schedule": never, "_measures": False, "_actions": {}, "_delivery": nowhere}
+        return object.__new__, (type(self),), results
+
     def __enter__(self) -> Self:
         return self
 
@@ -349,38 +372,3 @@ class AttentionMonitor:
 
     def _no_sample(self, global_step: int) -> Sample:
         return Sample(global_step, values={}, name=self.name)
-
-
-def _check_name(name: str | None) -> str | None:
-    if name is not None and (not name or not set(name) <= _NAME_CHARACTERS):
-        raise ValueError(f"name={name!r} becomes part of keys and file names: letters, digits, '-', '_' and '.' only")
-    return name
-
-
-def _check_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
-    checked = check_metric_names(DEFAULT_METRICS if metrics is None else metrics)
-    if not checked:
-        raise ValueError("metrics=[] names no metric; leave it out for the defaults")
-    return checked
-
-
-def _check_weights_every(weights_every: int) -> int:
-    if weights_every < 1:
-        raise ValueError(f"weights_every={weights_every} must be 1 or more samples")
-    return weights_every
-
-
-def _alerts(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:
-    if alerts is True:
-        alerts = [rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics)]
-    if not alerts:
-        return Alerts(())
-    chosen = Alerts(alerts)
-    for rule in chosen.rules:
-        missing = sorted(rule.metrics - set(metrics))
-        if missing and not rule.optional:
-            raise ValueError(
-                f"alerts: rule {rule.name!r} watches {missing[0]!r}, which is not measured; add it: "
-                f"metrics=[..., {missing[0]!r}]"
-            )
-    return chosen

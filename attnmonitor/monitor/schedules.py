@@ -9,8 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import floor, log10
+from typing import Any
 
-__all__ = ["Schedule", "as_schedule", "at_steps", "every", "logarithmic", "one_schedule"]
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "at_steps",
+    "every",
+    "is_due",
+    "logarithmic",
+    "never",
+    "one_schedule",
+    "whole_number",
+]
+
+_LONGEST_JUMP = 10_000  # steps: asking for more would take longer than a training step
 
 Schedule = Callable[[int], bool]
 """``schedule(global_step)`` says whether to sample after that many optimizer steps."""
@@ -112,6 +125,31 @@ def logarithmic(per_decade: int = 10) -> Schedule:
     if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
         raise ValueError(f"schedule: logarithmic({per_decade!r}) needs a whole number of samples per decade, 1 or more")
     return _Logarithmic(per_decade)
+
+
+def never(global_step: int) -> bool:
+    """Sample at no step."""
+    return False
+
+
+def whole_number(global_step: Any) -> int:
+    """Return a step as an ``int``: numpy's and torch's integers count as well.
+
+    Raises:
+        ValueError: It is not a whole number.
+    """
+    try:
+        step = int(global_step)
+        if step == global_step:
+            return step
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"global_step={global_step!r} is not a whole number of optimizer steps")
+
+
+def is_due(schedule: Schedule, first: int, last: int) -> bool:
+    """Return whether the schedule asks for a sample at one of the steps from first to last; of a jump, at its end."""
+    return any(map(schedule, range(max(first, last - _LONGEST_JUMP), last + 1)))
 
 
 def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:

@@ -1,0 +1,52 @@
+"""Arguments of a monitor, checked: an error quotes the argument, what arrived and the way out."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+
+from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
+
+__all__ = ["alerts_on", "check_metrics", "check_name", "check_weights_every"]
+
+_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
+
+
+def check_name(name: str | None) -> str | None:
+    """Return the name, if keys and file names may contain it."""
+    if name is not None and (not name or not set(name) <= _NAME_CHARACTERS):
+        raise ValueError(f"name={name!r} becomes part of keys and file names: letters, digits, '-', '_' and '.' only")
+    return name
+
+
+def check_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
+    """Return the metrics in table order; the default ones if none are named."""
+    checked = check_metric_names(DEFAULT_METRICS if metrics is None else metrics)
+    if not checked:
+        raise ValueError("metrics=[] names no metric; leave it out for the defaults")
+    return checked
+
+
+def check_weights_every(weights_every: int) -> int:
+    """Return the number of samples between two measurements of weights."""
+    if weights_every < 1:
+        raise ValueError(f"weights_every={weights_every} must be 1 or more samples")
+    return weights_every
+
+
+def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:
+    """Return the alerts of these rules; True means the default rules whose metrics are measured."""
+    if alerts is True:
+        alerts = [rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics)]
+    if not alerts:
+        return Alerts(())
+    chosen = Alerts(alerts)
+    for rule in chosen.rules:
+        missing = sorted(rule.metrics - set(metrics))
+        if missing and not rule.optional:
+            raise ValueError(
+                f"alerts: rule {rule.name!r} watches {missing[0]!r}, which is not measured; add it: "
+                f"metrics=[..., {missing[0]!r}]"
+            )
+    return chosen
