@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Frame", "Frames", "unwrapped_name"]
+from attnmonitor.parallel.fsdp import flattened_modules
+from attnmonitor.parallel.wrappers import unwrapped_modules, whole_name
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+__all__ = ["Frame", "Frames"]
+
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin)$", re.IGNORECASE)
 _FUSED_NAME = re.compile(r"^(c_attn|in_proj|to_qkv|wqkv|qkv|qkv_proj|query_key_value)$", re.IGNORECASE)
@@ -58,13 +60,14 @@ class Frames:
         self._model = model
         self._stack: list[Frame] = []
         self._handles: list[RemovableHandle] = []
+        self._flattened: dict[nn.Module, int] = {}  # what FSDP1 shows no parameters of
         self.called: set[str] = set()
         self.scripted: set[str] = set()
 
     def __enter__(self) -> Frames:
         try:
-            for path, module in self._model.named_modules():
-                name = unwrapped_name(path) or type(self._model).__name__
+            self._flattened = flattened_modules(self._model)
+            for name, module in unwrapped_modules(self._model):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks, and its operations cannot be seen
                     self.scripted.add(name)
                     continue
@@ -109,33 +112,39 @@ class Frames:
     def current_layer(self) -> tuple[str, Frame | None]:
         """Return name and call of the running layer: the innermost module that has parameters, also in its children."""
         for frame in reversed(self._stack):
-            if next(frame.module.parameters(), None) is not None:
+            if self._has_parameters(frame.module):
                 return frame.name, frame
-        return type(self._model).__name__, None
+        return whole_name(self._model), None
+
+    def _has_parameters(self, module: nn.Module) -> bool:
+        if next(module.parameters(), None) is not None:
+            return True
+        return bool(self._flattened) and any(each in self._flattened for each in module.modules())
+
+    def _has_matrices(self, module: nn.Module) -> bool:
+        if any(parameter.dim() >= 2 for parameter in module.parameters()):
+            return True
+        return bool(self._flattened) and any(self._flattened.get(each, 0) >= 2 for each in module.modules())
+
+    def _looks_like_attention(self, name: str, module: nn.Module) -> bool:
+        return self._has_matrices(module) and _is_named_like_attention(name, module)
 
     def unrecorded(self, layers: Iterable[str]) -> Iterator[str]:
         """Yield the names of modules that look like attention and have none of ``layers`` in, at or around them."""
         layers = set(layers)
-        names = {unwrapped_name(path): module for path, module in self._model.named_modules() if path}
-        names = {name: module for name, module in names.items() if _looks_like_attention(name, module)}
-        whole = type(self._model).__name__
-        if not names and not layers and _looks_like_attention(whole, self._model):
-            names = {whole: self._model}
+        modules = dict(unwrapped_modules(self._model))
+        whole = whole_name(self._model)
+        names = {name for name, module in modules.items() if self._looks_like_attention(name, module)}
+        if names != {whole} or layers:
+            names.discard(whole)
         for name in sorted(names):
             inside = any(other.startswith(f"{name}.") for other in (*names, *layers))
-            around = any(name.startswith(f"{layer}.") for layer in layers & names.keys())
+            around = any(name.startswith(f"{layer}.") for layer in layers & names)
             if not inside and not around and name not in layers:
                 yield name
 
 
-def unwrapped_name(name: str) -> str:
-    """Return a module's name without the parts that compile, FSDP and checkpoint wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _looks_like_attention(name: str, module: nn.Module) -> bool:
-    if not any(parameter.dim() >= 2 for parameter in module.parameters()):
-        return False
+def _is_named_like_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList | nn.ModuleDict):
         return False
     children = [child for child, _ in module.named_children()]

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from attnmonitor.capture.modules import unwrapped_name
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.collectives import Collective, CollectiveRecorder, run_with_zeros
+from attnmonitor.parallel.collectives import Collective, CollectiveRecorder, run_with_zeros, why_not_joinable
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 from attnmonitor.parallel.head_slices import HeadSlice, head_slice
+from attnmonitor.parallel.wrappers import unwrapped_modules
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["DistributedMeasurement"]
+__all__ = ["DistributedMeasurement", "check_joinable"]
 
 _REASON_LENGTH = 300  # characters of a reason that are sent to the other processes
 
@@ -53,7 +53,7 @@ class DistributedMeasurement(Measurement):
         self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False, ranks: Sequence[int]
     ) -> None:
         super().__init__(model, probe, metrics, strict=strict)
-        self._own = Measurement(model, probe, metrics, strict=strict)
+        self._own = Measurement(model, probe, metrics, strict=strict, with_others=True)
         self._ranks = tuple(ranks)
         self._exchange = Exchange(ranks)
         self._slice_exchanges: dict[distributed.ProcessGroup, Exchange] = {}
@@ -68,14 +68,15 @@ class DistributedMeasurement(Measurement):
         to the first.
 
         Raises:
-            ValueError: As for one process, also where another one raises it; a process did not attach in time; or
-                processes that share a layer's heads have different probes.
+            ValueError: As for one process, also where another one raises it; a process did not attach in time;
+                processes that share a layer's heads have different probes; or a process could not join one of the
+                forward's collectives after a failure.
         """
         try:
             return self._attach_together()
         except MissingProcessError as error:
             raise ValueError(
-                f"model={type(self._model).__qualname__}: its weights are shared by processes "
+                f"model={type(self._model).__qualname__}: its forward needs processes "
                 f"{', '.join(map(str, self._ranks))}, and {error}; attach a monitor on each of them"
             ) from error
 
@@ -85,6 +86,8 @@ class DistributedMeasurement(Measurement):
         with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
         self._collectives[self._probe] = whole.calls
+        reason = next(filter(None, map(why_not_joinable, whole.calls)), "")
+        check_joinable(self._model, *self._exchange.gather(reason))
         self._try_half()
         self._slice_exchanges = {
             group: Exchange(distributed.get_process_group_ranks(group)) for group in self._slice_groups()
@@ -267,6 +270,16 @@ def _free_frames(failure: Exception) -> None:
             pending += [error.__cause__, error.__context__]
 
 
+def check_joinable(model: nn.Module, *reasons: str) -> None:
+    """Raise ValueError where one of these reasons of `why_not_joinable` is not empty."""
+    for reason in filter(None, reasons):
+        raise ValueError(
+            f"model={type(model).__qualname__}: its forward needs other processes, and {reason}: a process that fails "
+            "could not take part in the rest of it, and the others would hang; audit its checkpoints with `attnmonitor "
+            "scan`, or give a forward=lambda model, batch: ... that does not communicate"
+        )
+
+
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     return {metric: {name: layers[name] for name in names} for metric, layers in table.items()}
 
@@ -295,8 +308,7 @@ def _joined_diagnostics(parts: Sequence[Mapping[str, float]]) -> dict[str, float
 def _inside_forwards(model: nn.Module, visit: Callable[[str, nn.Module], None]) -> ExitStack:
     """Call ``visit(name, module)`` at the start of each module's forward, while the context is open."""
     handles = ExitStack()
-    for path, module in model.named_modules():
-        name = unwrapped_name(path) or type(model).__name__
+    for name, module in unwrapped_modules(model):
         handle = module.register_forward_pre_hook(lambda module, _, name=name: visit(name, module))
         handles.callback(handle.remove)
     return handles

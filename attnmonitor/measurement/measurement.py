@@ -24,6 +24,7 @@ from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
+from attnmonitor.parallel.collectives import LoneCollectiveError
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Measured", "Measurement"]
@@ -70,6 +71,7 @@ class Measurement:
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
         strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
+        with_others: Whether the processes that share the model measure at the same time, so that it may communicate.
 
     Attributes:
         layers: Coverage at attach: the layers and head counts that every measurement reports.
@@ -77,8 +79,17 @@ class Measurement:
         signature: 12 hex digits over names and head counts of the layers, different for another model.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        metrics: Sequence[str],
+        *,
+        strict: bool = False,
+        with_others: bool = False,
+    ) -> None:
         self._model = model
+        self._with_others = with_others
         self._probe = probe
         self._half = probe.half()
         self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
@@ -109,10 +120,13 @@ class Measurement:
 
         Raises:
             ValueError: The model rejects the probe, no attention is seen, or the probe has fewer than two tokens.
+            LoneCollectiveError: The forward needs other processes, which do not measure with this one.
         """
         model, described = type(self._model).__qualname__, self._probe.describe()
         try:
             forward = self._forward(self._probe)
+        except LoneCollectiveError:
+            raise
         except Exception as error:
             hint = ""
             if "index out of range in self" in error_text(
@@ -140,7 +154,9 @@ class Measurement:
             measured = self._on_host(forward)
         self.layers = measured.coverage
         if self._weight_metrics:
-            self._weights = WeightMeasurement(self._model, self._probe, self.layers, self._weight_metrics)
+            self._weights = WeightMeasurement(
+                self._model, self._probe, self.layers, self._weight_metrics, with_others=self._with_others
+            )
             reasons = self._weights.reasons
             self.layers = {
                 name: replace(layer, weights_reason=reasons.get(name, "")) for name, layer in self.layers.items()
@@ -190,7 +206,7 @@ class Measurement:
         """Run the probe and reduce its attention."""
         reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
         with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
-            probe.run(self._model)
+            probe.run(self._model, with_others=self._with_others)
         reduction.failures = {**report.missed, **reduction.failures}
         with default_torch_state():
             reduction.finish()

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -20,28 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnmonitor.measurement.batches import copied, map_tensors, moved, tensors_of
+from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.parallel.fsdp import through_wrapper
 from attnmonitor.parallel.process_state import restored_random_state
+from attnmonitor.parallel.wrappers import data_parallel_left_out
 
-__all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward", "unwrap"]
+__all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 HookFilter = Callable[[Callable[..., Any]], bool]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's own module under compile, DDP and DataParallel wrappers.
-
-    Rank 0 can then run it alone: a forward through the DDP wrapper would wait for the other ranks' buffers.
-    """
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original
-        else:
-            return model
 
 
 @contextmanager
@@ -122,10 +109,23 @@ class Probe:
         self._forward = forward if forward is not None else default_forward
         self._skip_hooks = skip_hooks
 
-    def run(self, model: nn.Module) -> None:
-        """Run the model once on the batch, moved to where the model is now; the output is dropped."""
+    def run(self, model: nn.Module, *, with_others: bool = False) -> None:
+        """Run the model once on the batch, moved to where the model is now; the output is dropped.
+
+        Args:
+            model: The unwrapped model.
+            with_others: Whether the processes that share the model run it now as well, so that it may communicate.
+
+        Raises:
+            LoneCollectiveError: The forward came to a collective that this process would have started alone.
+        """
         batch = moved(self.batch, _device(model))
-        with nullcontext() if self._skip_hooks is None else _without_hooks(model, self._skip_hooks):
+        with ExitStack() as stack:
+            stack.enter_context(data_parallel_left_out(model))
+            if self._skip_hooks is not None:
+                stack.enter_context(_without_hooks(model, self._skip_hooks))
+            if not with_others:
+                stack.enter_context(no_collectives(model))
             through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def half(self) -> Probe | None:

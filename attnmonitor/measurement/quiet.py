@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from attnmonitor.parallel.fsdp import restored_shards
 from attnmonitor.parallel.process_state import restored_random_state
-from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.parallel.threads import ProcessSetting
 
 __all__ = ["default_torch_state", "not_compiled", "quiet"]
@@ -39,8 +38,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     with ExitStack() as restore:
         restore.enter_context(restored_random_state())
         restore.enter_context(_restored_modules(model))
-        if is_sharded(model):
-            restore.enter_context(restored_shards(model))
+        restore.enter_context(restored_shards(model))
         # Not inference mode: a cache (RoPE) that a probe fills first in it breaks the next training step.
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())

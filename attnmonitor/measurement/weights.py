@@ -16,12 +16,11 @@ from attnmonitor.functional.interaction import interaction_spectrum
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["WeightMeasurement"]
 
-_SHARDED = "the model's weights are sharded over processes, and outside of a forward none of them has a whole layer"
+_SHARED = "the model is spread over processes, and outside of a forward none of them has the whole weights of a layer"
 
 
 class WeightMeasurement:
@@ -32,18 +31,25 @@ class WeightMeasurement:
         probe: The batch that the projections are found with.
         layers: Coverage of the layers that have heads.
         metrics: Names out of `attnmonitor.metrics.catalog.WEIGHT_METRICS`.
+        with_others: Whether a forward of the model needs other processes.
 
     Attributes:
         reasons: Reason for each layer whose projections were not found.
     """
 
     def __init__(
-        self, model: nn.Module, probe: Probe, layers: Mapping[str, LayerCoverage], metrics: Sequence[str]
+        self,
+        model: nn.Module,
+        probe: Probe,
+        layers: Mapping[str, LayerCoverage],
+        metrics: Sequence[str],
+        *,
+        with_others: bool = False,
     ) -> None:
         self._num_heads = {name: layer.num_query_heads for name, layer in layers.items() if layer.num_query_heads}
         self._metrics = tuple(metrics)
-        found: Mapping[str, HeadProjections | str] = dict.fromkeys(self._num_heads, _SHARDED)
-        if not is_sharded(model):
+        found: Mapping[str, HeadProjections | str] = dict.fromkeys(self._num_heads, _SHARED)
+        if not with_others:
             with quiet(model):
                 found = discover_projections(model, lambda: probe.run(model), list(self._num_heads))
         self._projections = {name: one for name, one in found.items() if isinstance(one, HeadProjections)}

@@ -17,10 +17,10 @@ from torch import distributed, nn
 from attnmonitor._version import __version__
 from attnmonitor.alerts import Rule
 from attnmonitor.alerts.actions import Action, check_actions, requests_of
-from attnmonitor.measurement import Measured, Measurement
-from attnmonitor.measurement.distributed import DistributedMeasurement
-from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe, unwrap
+from attnmonitor.measurement import Measured
+from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
+from attnmonitor.measurement.ranks import RankMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
@@ -29,7 +29,8 @@ from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, 
 from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.groups import model_group
-from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
+from attnmonitor.parallel.sharding import check_known_sharding
+from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
 from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
@@ -132,16 +133,9 @@ class AttentionMonitor:
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks)
-        # In data parallelism all processes have the same weights: the first measures, writes and logs for all.
-        # With sharded weights a forward needs all processes: all measure, the first writes and logs.
         group = model_group(model)  # with its wrappers: DDP's names the group
+        self._measurement = RankMeasurement(self.model, self.probe, self._metrics, group, strict=strict)
         self._is_main = group.is_main
-        self._measures = self._is_main or is_sharded(self.model)
-        self._measurement = (
-            DistributedMeasurement(self.model, self.probe, self._metrics, strict=strict, ranks=group.ranks)
-            if is_sharded(self.model)
-            else Measurement(self.model, self.probe, self._metrics, strict=strict)
-        )
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
         loggers, record = (loggers, record) if self._is_main else ((), None)
         self._delivery = Delivery(self._failures, loggers=loggers, record=record, actions=self._actions, name=name)
@@ -149,7 +143,8 @@ class AttentionMonitor:
 
     def _attach(self) -> None:
         """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
-        layers = self._measurement.attach().coverage if self._measures else {}
+        measured = self._measurement.attach()
+        layers = measured.coverage if self._measurement.measures else {}
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
         self.summary = RunSummary(layers, has_rules=bool(self._alerts.rules), grace=self._alerts.grace)
@@ -206,9 +201,10 @@ class AttentionMonitor:
 
         Only the first of the processes that share the model writes and logs; on others the sample has no values.
         """
-        if not self._measures:
-            return self._no_sample(global_step)
         try:
+            self._measurement.follow_model()
+            if not self._measurement.measures:
+                return self._no_sample(global_step)
             return self._take(whole_number(global_step))
         except Exception as error:
             self._failures.contain("the sample", error)
@@ -318,7 +314,7 @@ class AttentionMonitor:
                 f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
             )
         self.global_step = state["global_step"]
-        if not self._measures:
+        if not self._measurement.measures:
             return
         self._failures.count = state["failures"]
         self.summary.load_state_dict(state.get("summary", state))  # older states hold the counts themselves

@@ -1,4 +1,7 @@
-"""Record the collectives of a forward, and run the remaining ones with zeros after a failure.
+"""The collectives of a forward: stop them, record them, and run the remaining ones with zeros after a failure.
+
+A forward that one process runs alone must start none: the others would wait, or pair it with one of their own training.
+A dispatch mode sees each collective before it starts, whatever started it.
 
 A forward of a sharded model runs collectives on all ranks: FSDP gathers each layer's weights, tensor parallelism sums
 over ranks. If one rank fails in the middle, it joins the remaining ones with zeros so that the others do not hang.
@@ -7,20 +10,31 @@ Which ones remain is known from a record of a complete forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from attnmonitor.parallel.sharding import dtensor_class
+from attnmonitor.parallel.wrappers import unwrapped_modules
 
-__all__ = ["Collective", "CollectiveRecorder", "run_with_zeros"]
+__all__ = [
+    "Collective",
+    "CollectiveRecorder",
+    "LoneCollectiveError",
+    "group_of",
+    "no_collectives",
+    "run_with_zeros",
+    "why_not_joinable",
+]
 
-_NAMESPACES = ("c10d", "_c10d_functional")
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem")
 _LOCAL_OPERATIONS = ("wait_tensor", "_wrap_tensor_autograd")  # in these namespaces, but no communication
 
 Collective = tuple[Any, Any, Any]  # operation, arguments, keyword arguments; tensors replaced by their _TensorSpec
@@ -38,6 +52,60 @@ class _TensorSpec:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+class LoneCollectiveError(RuntimeError):
+    """A forward that one process ran alone came to a collective, which was not started.
+
+    Attributes:
+        collective: The collective.
+    """
+
+    def __init__(self, collective: Collective, place: str, group: distributed.ProcessGroup | None) -> None:
+        self.collective = collective
+        size = "several" if group is None else str(group.size())
+        super().__init__(
+            f"{_name(collective)} in {place} needs {size} processes, but one measures alone; it was not started"
+        )
+
+
+class _CollectiveStop(TorchDispatchMode):
+    """Raises LoneCollectiveError at the first collective over more than one process, before it starts."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
+        self.found: LoneCollectiveError | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(each, dtensor_class()) for each in types):
+            return NotImplemented  # DTensor then calls plain operations and collectives
+        if _is_collective(func):
+            call = _specified(func, args, kwargs)
+            group = group_of(call)
+            if group is None or group.size() > 1:
+                self.found = LoneCollectiveError(call, _running(self._model), group)
+                raise self.found
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def no_collectives(model: nn.Module) -> Iterator[None]:
+    """Stop each collective of the model's forward before it starts, where there are several processes.
+
+    Raises:
+        LoneCollectiveError: There was one; also where the model has caught the exception.
+    """
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        yield
+        return
+    with _CollectiveStop(model) as stop:
+        yield
+    if stop.found is not None:
+        raise stop.found
+
+
 class CollectiveRecorder(TorchDispatchMode):
     """Records every collective that this process starts while the context is open.
 
@@ -46,6 +114,8 @@ class CollectiveRecorder(TorchDispatchMode):
     Attributes:
         calls: The collectives in order, as `run_with_zeros` takes them.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -56,10 +126,70 @@ class CollectiveRecorder(TorchDispatchMode):
         if any(issubclass(each, dtensor_class()) for each in types):
             return NotImplemented  # DTensor then calls plain operations and collectives
         result = func(*args, **kwargs)
-        if func.namespace in _NAMESPACES and func._opname not in _LOCAL_OPERATIONS:
-            specs = tree_map_only(Tensor, lambda x: _TensorSpec(x.shape, x.dtype, x.device), (args, kwargs))
-            self.calls.append((func, *specs))
+        if _is_collective(func):
+            self.calls.append(_specified(func, args, kwargs))
         return result
+
+
+def why_not_joinable(call: Collective) -> str:
+    """Return why a process could not join this collective with zeros after a failure; ``""`` where it could."""
+    func, args, kwargs = call
+    if func.namespace == "symm_mem" or func._opname in ("send", "recv_", "recv_any_source_"):
+        return f"{_name(call)} passes tensors between single processes"
+    if "all_to_all" in func._opname or "alltoall" in func._opname:
+        sizes = [[getattr(each, "shape", each) for each in values] for values in _lists((args, kwargs))]
+        if uneven := next((each for each in sizes if any(size != each[0] for size in each)), None):
+            return f"{_name(call)} has sizes that depend on the data: {[*map(_plain, uneven)]}"
+    return ""
+
+
+def _plain(size: Any) -> Any:
+    return tuple(size) if isinstance(size, torch.Size) else size
+
+
+def _lists(arguments: Any) -> Iterator[Sequence[Any]]:
+    args, kwargs = arguments
+    yield from (each for each in (*args, *kwargs.values()) if isinstance(each, list | tuple) and each)
+
+
+def _is_collective(func: Any) -> bool:
+    return getattr(func, "namespace", "") in _NAMESPACES and func._opname not in _LOCAL_OPERATIONS
+
+
+def _specified(func: Any, args: Any, kwargs: Any) -> Collective:
+    specs = tree_map_only(Tensor, lambda x: _TensorSpec(x.shape, x.dtype, x.device), (args, kwargs))
+    return (func, *specs)
+
+
+def _name(call: Collective) -> str:
+    """Return the name of a collective as its callers know it: ``alltoall_base_`` is ``alltoall``."""
+    return str(call[0]._opname).strip("_").removesuffix("_base")
+
+
+def group_of(call: Collective) -> distributed.ProcessGroup | None:
+    """Return the processes of a collective; None where its arguments do not say."""
+    func, args, kwargs = call
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    group = given.get("process_group", given.get("group_name", given.get("group")))
+    c10d: Any = distributed.distributed_c10d
+    try:
+        found = c10d._resolve_process_group(group) if isinstance(group, str) else c10d.ProcessGroup.unbox(group)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # other torch versions may pass it in another form
+        return None
+    return found if isinstance(found, distributed.ProcessGroup) else None
+
+
+def _running(model: nn.Module) -> str:
+    """Return the name of the innermost module of the model whose code is running, and its class."""
+    names = {module: name for name, module in unwrapped_modules(model)}
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        first = frame.f_code.co_varnames[:1]
+        module = frame.f_locals.get(first[0]) if first else None
+        if isinstance(module, nn.Module) and module in names:
+            return f"{names[module]} ({type(module).__name__})"
+    return f"the forward of {type(model).__name__}"
 
 
 def run_with_zeros(calls: Sequence[Collective]) -> None:

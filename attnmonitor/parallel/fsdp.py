@@ -9,15 +9,53 @@ discards gradients that are being accumulated. This is the one file to change wh
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from attnmonitor.parallel.sharding import loaded_class
 
-__all__ = ["restored_shards", "through_wrapper"]
+__all__ = ["enclosing_fsdp1", "flattened_modules", "restored_shards", "through_wrapper"]
+
+
+def enclosing_fsdp1(model: nn.Module) -> nn.Module:
+    """Return the outermost FSDP1 wrapper whose module this is; the model itself where there is none.
+
+    A forward of the module without its wrapper would make each wrapper inside it a root of its own, and the next
+    training forward would fail.
+
+    Raises:
+        ValueError: The model is a part of a model under an FSDP1 wrapper.
+    """
+    wrapper = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if not wrapper or not distributed.is_initialized():
+        return model
+    # A module does not know what holds it. The type is asked, because isinstance would call properties of any object.
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), wrapper)]
+    while (around := next((each for each in wrappers if each.module is model), None)) is not None:
+        model = around
+    for other in wrappers:
+        if other is not model and any(module is model for module in other.modules()):
+            raise ValueError(
+                f"model={type(model).__qualname__} is a part of a {type(other.module).__qualname__} under "
+                "FullyShardedDataParallel, whose forward gathers the weights; give the whole wrapped model"
+            )
+    return model
+
+
+def flattened_modules(model: nn.Module) -> dict[nn.Module, int]:
+    """Return the modules whose parameters FSDP1 holds flattened, each with the most axes of one of its parameters."""
+    wrapper = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    found: dict[nn.Module, int] = {}
+    for unit in model.modules():
+        if isinstance(unit, wrapper) and unit._handle is not None:
+            flat = unit._handle.flat_param
+            for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
+                found[info.module] = max(len(shape), found.get(info.module, 0))
+    return found
 
 
 def through_wrapper(model: nn.Module, call: Callable[[nn.Module], object]) -> None:
@@ -109,6 +147,6 @@ def _fsdp1_restore(module: Any) -> Callable[[], None]:
         if handle is not None:
             handle._post_forward_index = index
             handle._training_state = HandleTrainingState.IDLE
-            _reshard(module, handle, free_unsharded_flat_param=True)
+            _reshard(module, handle, free_unsharded_flat_param=handle.uses_sharded_strategy)
 
     return restore

@@ -19,9 +19,14 @@ def is_sharded(model: nn.Module) -> bool:
     if not distributed.is_initialized():
         return False
     wrapper, sharded = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel"), dtensor_class()
-    return any(isinstance(module, wrapper) for module in model.modules()) or any(
+    return any(isinstance(module, wrapper) and _shards(module) for module in model.modules()) or any(
         isinstance(parameter, sharded) for parameter in model.parameters()
     )
+
+
+def _shards(wrapper: Any) -> bool:
+    """Return whether an FSDP1 wrapper divides weights; not with NO_SHARD, which one process always has."""
+    return wrapper._handle is not None and bool(wrapper._handle.uses_sharded_strategy)
 
 
 def check_known_sharding(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from models import TinyGPT, token_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from attnmonitor.measurement.probe import Probe, unwrap
+from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
 
 
@@ -85,13 +85,6 @@ def test_quiet_turns_the_autocast_cache_off_and_on_again() -> None:
         assert torch.is_autocast_cache_enabled()
         model(torch.randn(2, 3)).sum().backward()
     assert model.weight.grad is not None
-
-
-def test_unwrap_looks_through_compile_and_data_parallel() -> None:
-    model = nn.Linear(2, 2)
-    assert unwrap(nn.DataParallel(model)) is model
-    assert unwrap(torch.compile(model)) is model
-    assert unwrap(torch.compile(nn.DataParallel(model))) is model
 
 
 @pytest.mark.parametrize("wrap", ["tensor", "dict", "userdict", "tuple", "list", "loader"])

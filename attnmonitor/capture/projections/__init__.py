@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
-from attnmonitor.capture.modules import unwrapped_name
 from attnmonitor.capture.projections.noise import Draws, block_norms, noisy, note_call
 from attnmonitor.capture.projections.weights import Coordinates, match_columns, mha_projections
+from attnmonitor.parallel.wrappers import unwrapped_modules
 
 __all__ = ["HeadProjections", "discover_projections"]
 
@@ -76,8 +76,7 @@ def discover_projections(
     Returns:
         For each layer its `HeadProjections`, or why they could not be found.
     """
-    modules = {unwrapped_name(name): module for name, module in model.named_modules()}
-    modules[type(model).__name__] = modules.pop("")
+    modules = dict(unwrapped_modules(model))
     wanted = {name.partition("#")[0] for name in layers}
     draws = {name: Draws(block_norms(name, wanted, modules)) for name in wanted if name in modules}
     generator = torch.Generator()

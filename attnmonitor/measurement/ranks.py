@@ -1,0 +1,143 @@
+"""Which processes measure: the first one for all, or all together; asked at attach and again before each sample.
+
+Where every process holds the whole model, as in data parallelism, the first measures for all. Where a forward needs
+other processes, all of them measure together: a sharded model is recognized by its weights; experts, tensor parallelism
+written by hand and all else by the first collective of a forward that each process runs alone at attach, stopped before
+it starts. All processes run the same model, so all decide alike without a word between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import distributed, nn
+
+from attnmonitor.measurement import Measured, Measurement
+from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.parallel.collectives import LoneCollectiveError, why_not_joinable
+from attnmonitor.parallel.exchange import MissingProcessError
+from attnmonitor.parallel.fsdp import enclosing_fsdp1
+from attnmonitor.parallel.groups import ModelGroup, model_group
+from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
+from attnmonitor.sample import LayerCoverage
+
+__all__ = ["RankMeasurement"]
+
+
+class RankMeasurement:
+    """The measurement of a model, as this process takes part in it.
+
+    Args:
+        model: The unwrapped model.
+        probe: The batch and how to run it.
+        metrics: Names of the metrics, in table order.
+        group: The processes that share the model.
+        strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Probe, metrics: Sequence[str], group: ModelGroup, *, strict: bool = False
+    ) -> None:
+        self._group = group
+        self._model = model
+        self._arguments = probe, metrics
+        self._strict = strict
+        self._parts: list[object] = []  # of the model when it was last looked at
+        self._measurement = Measurement(model, probe, metrics, strict=strict)
+        self._attached = False
+        self._refusal: ValueError | None = None
+
+    @property
+    def layers(self) -> Mapping[str, LayerCoverage]:
+        """Coverage at attach."""
+        return self._measurement.layers
+
+    @property
+    def num_heads(self) -> dict[str, dict[str, int]]:
+        """Heads per scope of every layer that has heads."""
+        return self._measurement.num_heads
+
+    @property
+    def signature(self) -> str:
+        """Hash of the names and head counts of the layers."""
+        return self._measurement.signature
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process takes the next measurement."""
+        return self._group.is_main or isinstance(self._measurement, DistributedMeasurement)
+
+    def attach(self) -> Measured:
+        """Measure once on every process, to find out who measures and what is measured.
+
+        Raises:
+            ValueError: As `Measurement.attach`; or the model is spread over processes in a way that is not supported.
+        """
+        self.follow_model()
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            return self._attach()
+        except LoneCollectiveError as error:
+            if reason := why_not_joinable(error.collective):
+                check_joinable(self._model, f"{reason} ({error})")
+        self._use(DistributedMeasurement(self._model, *self._arguments, strict=self._strict, ranks=self._group.ranks))
+        return self._attach()
+
+    def _attach(self) -> Measured:
+        measured = self._measurement.attach()
+        self._attached = True
+        return measured
+
+    def follow_model(self) -> None:
+        """Measure together from now on, if the model has been sharded or wrapped since the last time."""
+        if not distributed.is_initialized() or isinstance(self._measurement, DistributedMeasurement):
+            return
+        parts = [*map(id, self._model.modules()), *((id(each), each.shape) for each in self._model.parameters())]
+        if parts == self._parts:
+            return
+        self._parts, self._refusal = parts, None
+        try:
+            check_known_sharding(self._model)
+            model = enclosing_fsdp1(self._model)
+        except ValueError as error:
+            self._refusal = error
+            return
+        if is_sharded(model) or model is not self._model:
+            self._follow(model)
+
+    def take(self, *, with_weights: bool = False) -> Measured:
+        """Measure once, see `Measurement.take`.
+
+        Raises:
+            MissingProcessError: Not all processes that share the model take part.
+            ValueError: The model cannot be measured any more in the way it is wrapped now.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        if not self._attached:
+            try:
+                self._attach()
+            except ValueError as error:
+                if isinstance(error.__cause__, MissingProcessError):
+                    raise error.__cause__ from None
+                raise
+        return self._measurement.take(with_weights=with_weights)
+
+    def nothing(self, reason: str) -> Measured:
+        """The result of a measurement that failed as a whole: NaN for every head."""
+        return self._measurement.nothing(reason)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Measure ``model`` from now on: the same, now sharded, or its wrapper."""
+        self._model = model
+        if not is_sharded(model):
+            self._use(Measurement(model, *self._arguments, strict=self._strict))
+            return
+        ranks = self._group.ranks if not self._attached else model_group(model).ranks  # its weights now name the group
+        self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=ranks))
+
+    def _use(self, measurement: Measurement) -> None:
+        measurement.layers = self._measurement.layers  # until it is attached
+        self._measurement, self._attached = measurement, False
