@@ -22,7 +22,16 @@ from attnmonitor.parallel.groups import ModelGroup, model_group
 from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["RankMeasurement"]
+__all__ = ["NoMeasurement", "RankMeasurement"]
+
+
+class NoMeasurement:
+    """The measurement of a monitor that is a copy: no process takes it."""
+
+    measures = False
+
+    def follow_model(self) -> None:
+        """Do nothing."""
 
 
 class RankMeasurement:

@@ -20,7 +20,7 @@ from attnmonitor.alerts.actions import Action, check_actions, requests_of
 from attnmonitor.measurement import Measured
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
-from attnmonitor.measurement.ranks import RankMeasurement
+from attnmonitor.measurement.ranks import NoMeasurement, RankMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
@@ -357,7 +357,7 @@ class AttentionMonitor:
         dropped = {"model", "probe", "_measurement"}
         results = {name: value for name, value in vars(self).items() if name not in dropped}
         nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name)
-        results |= {"_schedule": never, "_measures": False, "_actions": {}, "_delivery": nowhere}
+        results |= {"_schedule": never, "_measurement": NoMeasurement(), "_actions": {}, "_delivery": nowhere}
         return object.__new__, (type(self),), results
 
     def __enter__(self) -> Self:
