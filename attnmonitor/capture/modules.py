@@ -150,6 +150,6 @@ def _is_named_like_attention(name: str, module: nn.Module) -> bool:
     children = [child for child, _ in module.named_children()]
     return bool(
         _ATTENTION_NAME.search(name.rpartition(".")[2])
-        or _ATTENTION_NAME.search(type(module).__name__)
+        or _ATTENTION_NAME.search(getattr(module, "original_name", type(module).__name__))  # a scripted module's own
         or any(_QUERY_NAME.match(child) or _FUSED_NAME.match(child) for child in children)
     )

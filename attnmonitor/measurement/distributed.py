@@ -309,6 +309,8 @@ def _inside_forwards(model: nn.Module, visit: Callable[[str, nn.Module], None]) 
     """Call ``visit(name, module)`` at the start of each module's forward, while the context is open."""
     handles = ExitStack()
     for name, module in unwrapped_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            continue
         handle = module.register_forward_pre_hook(lambda module, _, name=name: visit(name, module))
         handles.callback(handle.remove)
     return handles

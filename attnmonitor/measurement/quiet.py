@@ -46,8 +46,16 @@ def quiet(model: nn.Module) -> Iterator[None]:
         # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
         if "torch._dynamo" in sys.modules:
             restore.enter_context(_eager_mode())
-        model.eval()
+        _to_eval_mode(model)
         yield
+
+
+def _to_eval_mode(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError:  # a module from `torch.export` in it has no modes, and refuses
+        for module in model.modules():
+            module.training = False
 
 
 _eager_mode = ProcessSetting(lambda: torch.compiler.set_stance("force_eager"))
@@ -88,28 +96,41 @@ def default_torch_state() -> Iterator[None]:
 
 @contextmanager
 def _restored_modules(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, getattr(module, "training", None)) for module in model.modules()]  # a frozen script has none
     buffers = [
         (module, name, buffer, None if buffer is None else (buffer.detach().clone(), _version(buffer)))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    names = [(module, set(module._buffers)) for module in model.modules()]
+    names = [(module, set(module._buffers.keys())) for module in model.modules()]
     try:
         yield
     finally:
         for module, training in flags:
-            module.training = training
+            if training is None:
+                vars(module).pop("training", None)
+            else:
+                module.training = training
         for module, known in names:
-            for added in module._buffers.keys() - known:
+            for added in set(module._buffers.keys()) - known:
                 del module._buffers[added]
         for module, name, buffer, saved in buffers:
-            module._buffers[name] = buffer
+            if module._buffers[name] is not buffer:
+                module._buffers[name] = buffer
             # Only a buffer that was written is restored: writing raises its version, and autograd refuses a backward
             # through a tensor whose version has changed since the forward.
-            if buffer is not None and saved is not None and _version(buffer) != saved[1]:
-                with torch.no_grad():
-                    buffer.copy_(saved[0])
+            if buffer is not None and saved is not None:
+                if _version(buffer) != saved[1]:
+                    with torch.no_grad():
+                        buffer.copy_(saved[0])
+                elif _may_be_running_stats(buffer):
+                    buffer.data.copy_(saved[0])  # through `data`: the version stays
+
+
+def _may_be_running_stats(buffer: Tensor) -> bool:
+    """Return whether ``F.batch_norm`` may have written the buffer, which it does without raising the version."""
+    can_be = buffer.dim() == 1 and buffer.is_floating_point() and not buffer.is_inference()
+    return can_be and buffer.layout is torch.strided and 0 not in buffer.stride()
 
 
 def _version(tensor: Tensor) -> int:

@@ -75,6 +75,19 @@ def test_quiet_keeps_the_version_of_unwritten_buffers() -> None:
     assert torch.equal(weight.grad, scale)
 
 
+def test_batch_statistics_updated_in_eval_mode_are_restored() -> None:
+    class AlwaysTraining(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+    model = AlwaysTraining(3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with quiet(model):
+        model(torch.randn(4, 3))
+        assert not torch.equal(model.running_mean, before["running_mean"])
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
+
+
 def test_quiet_turns_the_autocast_cache_off_and_on_again() -> None:
     model = nn.Linear(3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):

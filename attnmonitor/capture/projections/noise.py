@@ -55,6 +55,8 @@ def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: tor
     norms_before = Notes[tuple[nn.Module, ...]]()
     try:
         for name, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             layer = next((layer for layer in draws if name != layer and module in inside[layer]), None)
             kind = _kind(module)
             if layer is None and kind == "norm":
