@@ -45,7 +45,13 @@ def texts(seed: int, count: int = 16) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer_of(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **settings: Any) -> Trainer:
+def trainer_of(
+    folder: Path,
+    *callbacks: TrainerCallback,
+    model: nn.Module | None = None,
+    kind: type[Trainer] = Trainer,
+    **settings: Any,
+) -> Trainer:
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": 2,
@@ -62,4 +68,4 @@ def trainer_of(folder: Path, *callbacks: TrainerCallback, model: nn.Module | Non
         if name in settings:
             data[name] = settings.pop(name)
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-    return Trainer(model or llama(), arguments, callbacks=list(callbacks), **data)
+    return kind(model or llama(), arguments, callbacks=list(callbacks), **data)

@@ -1,0 +1,114 @@
+"""Subclasses of the Trainer that add their own metrics to what is logged, as TRL's trainers do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_run import trainer_of
+from transformers import Trainer
+
+from attnmonitor.callbacks.transformers import AttentionMonitorCallback
+
+
+class AveragingTrainer(Trainer):
+    """Averages metrics over the steps between two logs, adds them to the next log and starts anew, as in TRL."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._averaged: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._averaged["reward"].append(float(len(self._averaged["reward"])))
+        self._averaged["entropy"].append(1.0)
+        return super().compute_loss(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        averages = {name: sum(values) / len(values) for name, values in self._averaged.items()}
+        super().log({**logs, **averages}, *args, **kwargs)
+        self._averaged.clear()
+
+
+class StrictTrainer(Trainer):
+    """Takes no log without a loss."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        assert logs.keys() & {"loss", "train_loss"}, logs
+        super().log(logs, *args, **kwargs)
+
+
+CLOCK = ("runtime", "per_second")
+
+
+def own_rows(trainer: Trainer) -> list[dict[str, Any]]:
+    rows = [row for row in trainer.state.log_history if not any(key.startswith("attention/") for key in row)]
+    return [{key: row[key] for key in row if not key.endswith(CLOCK)} for row in rows]
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2, 3])
+@pytest.mark.parametrize("logging_steps", [1, 2])
+@pytest.mark.parametrize("kind", [AveragingTrainer, StrictTrainer])
+def test_subclass_logs_the_same_rows(kind: Any, logging_steps: int, every_n_steps: int, tmp_path: Path) -> None:
+    rows = []
+    for callbacks in ([], [AttentionMonitorCallback(every_n_steps=every_n_steps, strict=True)]):
+        trainer = trainer_of(tmp_path, *callbacks, kind=kind, max_steps=6, logging_steps=logging_steps)
+        trainer.train()
+        rows.append(own_rows(trainer))
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 6 // logging_steps + 1
+    [callback] = callbacks
+    assert callback.monitor.history.steps == list(range(0, 7, every_n_steps))
+    summaries = [row for row in trainer.state.log_history if "attention/energy_rms/median" in row]
+    assert [row["step"] for row in summaries] == callback.monitor.history.steps
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="`make soak` installs it")
+    datasets = pytest.importorskip("datasets")
+    from checkpoints import save_tokenizer
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "a"
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    sentences = ["the cat sat on the mat", "a dog ran in the park"] * 8
+    columns = {
+        "SFT": {"text": sentences},
+        "DPO": {"prompt": sentences, "chosen": [" yes"] * 16, "rejected": [" no"] * 16},
+        "GRPO": {"prompt": sentences},
+    }
+    rows = []
+    for watched in (False, True):
+        set_seed(0)
+        model = LlamaForCausalLM(config)
+        settings = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+        extra: dict[str, Any] = {"bf16": False, "per_device_train_batch_size": 2, "disable_tqdm": True}
+        arguments: dict[str, Any] = {}
+        if name == "GRPO":
+            extra |= {"num_generations": 2, "max_completion_length": 4}
+            arguments["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
+        callback = AttentionMonitorCallback(
+            probe={"input_ids": tokenizer(sentences[:2], return_tensors="pt", padding=True)["input_ids"]},
+            every_n_steps=1,
+            strict=True,
+        )
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=model,
+            args=getattr(trl, f"{name}Config")(output_dir=str(tmp_path / str(watched)), **settings, **extra),
+            train_dataset=datasets.Dataset.from_dict(columns[name]),
+            processing_class=tokenizer,
+            callbacks=[callback] if watched else [],
+            **arguments,
+        )
+        trainer.train()
+        rows.append([{key: row[key] for key in row if "time" not in key} for row in own_rows(trainer)])
+    assert rows[0] == rows[1]
+    assert callback.monitor is not None
+    assert callback.monitor.history.steps == [0, 1, 2, 3, 4]
