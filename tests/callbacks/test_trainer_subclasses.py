@@ -72,12 +72,13 @@ def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
     from checkpoints import save_tokenizer
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-    save_tokenizer(tmp_path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "a"
+    save_tokenizer(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = tokenizer.pad_token
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     sentences = ["the cat sat on the mat", "a dog ran in the park"] * 8
     columns = {
         "SFT": {"text": sentences},
@@ -87,7 +88,7 @@ def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
     rows = []
     for watched in (False, True):
         set_seed(0)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model")  # GRPO reads the folder again
         settings = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
         extra: dict[str, Any] = {"bf16": False, "per_device_train_batch_size": 2, "disable_tqdm": True}
         arguments: dict[str, Any] = {}

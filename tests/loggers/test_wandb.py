@@ -265,7 +265,7 @@ def test_outlier_heads_keep_curves_above_the_cap() -> None:
 def test_bad_arguments_are_refused(in_own_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no W&B run is live; call wandb\.init"):
         WandbLogger()
-    with pytest.raises(ValueError, match="max_keys=20 is less than the 380 that summaries may need"):
+    with pytest.raises(ValueError, match="max_keys=20 is less than the 400 that summaries may need"):
         HeadScalars(20)
     with wandb.init(project="test", dir=in_own_folder), pytest.raises(ValueError, match="image_share=-1"):
         WandbLogger(image_share=-1)

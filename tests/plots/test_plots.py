@@ -216,9 +216,12 @@ def test_plots_draw_into_given_axes() -> None:
 
 
 def test_global_matplotlib_state_is_unchanged() -> None:
-    before = dict(mpl.rcParams)
+    def open_figures() -> list[int]:
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        return [] if pyplot is None else pyplot.get_fignums()
+
+    before, were_open = dict(mpl.rcParams), open_figures()
     heatmap({"a": np.ones(3)}, metric="energy_rms")
     trajectories({"a": np.ones((2, 3))}, [0, 1], metric="energy_rms")
     assert dict(mpl.rcParams) == before
-    if "matplotlib.pyplot" in sys.modules:
-        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+    assert open_figures() == were_open
