@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+import unicodedata
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "needed", "warn"]
+__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "needed", "printable", "warn"]
 
 _logger = logging.getLogger("attnmonitor")
 
@@ -20,6 +21,7 @@ class AttentionMonitorWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn; where warnings are turned into errors, log instead, because a run must not stop for its monitor."""
     try:
+        message = printable(message)
         warnings.warn(message, AttentionMonitorWarning, stacklevel=3)
     except Exception:  # also what a `warnings.showwarning` of the user raises
         with suppress(Exception):
@@ -33,6 +35,33 @@ def error_text(error: BaseException) -> str:
         return f"{name}: {error}"
     except Exception:
         return name
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    """Return a text that does nothing to a terminal but show characters: control characters become escapes.
+
+    Names of layers and rules, messages and paths may come from files of others. An escape sequence in them could
+    change the terminal's title or clear it, a change of writing direction could hide what is written.
+
+    Args:
+        text: Any text.
+        one_line: Escape line ends and tabs too, so that a name cannot add lines of its own.
+
+    Example:
+        >>> printable("layer" + chr(27) + "[2J") == "layer" + chr(92) + "x1b[2J"
+        True
+    """
+    kept = "" if one_line else "\n\t"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char in kept or unicodedata.category(char) not in _NOT_SHOWN else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+# Control, format, surrogate, private and unassigned characters; ends of lines and paragraphs.
+_NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from attnmonitor.messages import printable
 from attnmonitor.sample import AlertEvent, head_name
 
 __all__ = ["ADVICE", "Advice", "Notification", "log_events", "notifications_of"]
@@ -115,7 +116,8 @@ def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
 def log_events(events: Sequence[AlertEvent]) -> None:
     """Log each notification with Python's logging, which by default shows warnings and errors."""
     for notification in notifications_of(events):
-        _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", notification.title, notification.text)
+        title, text = printable(notification.title, one_line=True), printable(notification.text)
+        _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", title, text)
 
 
 def _is_new_head_alarm(event: AlertEvent) -> bool:
@@ -148,4 +150,5 @@ def _lines(events: Sequence[AlertEvent], *, rest: str) -> list[str]:
 
 def _line(event: AlertEvent) -> str:
     state = "recovered" if event.state == "cleared" else "still" if event.severity == "critical" else "alarm"
-    return f"step {event.global_step}, {head_name(event)}: {state}: {event.message}, since step {event.since_step}"
+    line = f"step {event.global_step}, {head_name(event)}: {state}: {event.message}, since step {event.since_step}"
+    return printable(line, one_line=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from attnmonitor.alerts.defaults import DEFAULT_RULES
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import Rule
+from attnmonitor.messages import printable
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import AlertEvent, head_name
 
@@ -120,8 +121,11 @@ def replay_text(events: Sequence[AlertEvent]) -> str:
     if not events:
         return "nothing would have fired"
     return "\n".join(
-        f"step {event.global_step:>8}  {event.state:<8} {event.severity:<8} {event.rule:<16} "
-        f"{head_name(event)}"
-        f"{'' if math.isnan(event.value) else f'  {event.message}'}"
+        printable(
+            f"step {event.global_step:>8}  {event.state:<8} {event.severity:<8} {event.rule:<16} "
+            f"{head_name(event)}"
+            f"{'' if math.isnan(event.value) else f'  {event.message}'}",
+            one_line=True,
+        )
         for event in events
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnmonitor._version import __version__
+from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.scan.files import check_folder_of, whole_file
 
@@ -32,10 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, sqlite3.Error) as error:
         is_bare = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
         way_out = "; pip install 'attnmonitor[all]'" if is_bare else ""
-        print(f"attnmonitor {arguments.command}: error: {error}{way_out}", file=sys.stderr)
-        return 2
+        return _fail(arguments.command, f"{error}{way_out}")
+    except _CONTENT_ERRORS as error:
+        if arguments.command not in ("report", "replay"):
+            raise
+        return _fail(
+            arguments.command, f"the record's content is not that of a record ({type(error).__name__}: {error})"
+        )
     except KeyboardInterrupt:
         return 130
+
+
+def _fail(command: str, reason: str) -> int:
+    print(printable(f"attnmonitor {command}: error: {' '.join(reason.split())}", one_line=True), file=sys.stderr)
+    return 2
+
+
+# What a record with content that no monitor writes may cause behind the checks of its reader.
+_CONTENT_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,7 +155,7 @@ def _run_scan(arguments: argparse.Namespace) -> int:
     )
     _write_scans(scans, arguments)
     for line in (line for found in scans for line in problem_lines(found)):
-        print(f"attnmonitor scan: {line}", file=sys.stderr)
+        print(printable(f"attnmonitor scan: {line}", one_line=True), file=sys.stderr)
     return int(any(found.not_measured for found in scans))
 
 
@@ -149,14 +164,14 @@ def _write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
     for target, text_of in ((arguments.json, json_text), (arguments.csv, csv_text)):
         if target == "-":
-            sys.stdout.write(text_of(scans))
+            sys.stdout.write(printable(text_of(scans)))
         elif target is not None:
             with whole_file(Path(target)) as unfinished:
                 unfinished.write_text(text_of(scans), encoding="utf-8")
     if arguments.plot is not None:
         plot_scans(scans, arguments.plot)
     if "-" not in (arguments.json, arguments.csv):
-        print(scan_text(scans[0]) if len(scans) == 1 else scans_text(scans))
+        print(printable(scan_text(scans[0]) if len(scans) == 1 else scans_text(scans)))
 
 
 # report, replay, demo
@@ -176,7 +191,7 @@ def _run_report(arguments: argparse.Namespace) -> int:
     target = arguments.out or arguments.record.parent / f"{arguments.record.stem}.html"
     with whole_file(target) as unfinished:
         write_report(arguments.record, unfinished, arguments.compare)
-    print(target)
+    print(printable(str(target), one_line=True))
     return 0
 
 
@@ -234,6 +249,7 @@ def _progress_bar(name: str) -> Iterator[Progress]:
         yield _progress_lines(name)
         return
     with Bar(console=Console(stderr=True), transient=True) as bar:
+        name = printable(name, one_line=True)
         task = bar.add_task(name, total=1.0)
         yield lambda activity, fraction: bar.update(task, description=f"{activity} {name}", completed=fraction)
 
@@ -244,6 +260,6 @@ def _progress_lines(name: str) -> Progress:
     def show(activity: str, fraction: float) -> None:
         if activity not in shown:
             shown.add(activity)
-            print(f"{activity} {name} ...", file=sys.stderr)
+            print(printable(f"{activity} {name} ...", one_line=True), file=sys.stderr)
 
     return show

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,17 @@ class Delivery:
 
     def record_to_continue(self) -> str | None:
         """Return the path that a resumed run passes to `continue_record`."""
-        return None if self._record_path is None else str(self._record_path)
+        return None if self.record_path is None else str(self.record_path)
 
     def continue_record(self, path: str | None) -> None:
         """Write to the record of a resumed run if it still exists, unless the user has named a file."""
-        if self._is_new_path and path is not None and Path(path).exists():
-            self._record_path = Path(path)
+        if path is None or self._record_path is None or not self._is_new_path:
+            return
+        # Beside the new one as well: the folder of a run may have been moved, or copied to another machine.
+        for found in (Path(path).absolute(), self._record_path.with_name(Path(path).name)):
+            if found.is_file():
+                self._record_path = found
+                return
 
     def deliver(self, sample: Sample, history: History, describe: Callable[[], Mapping[str, Any]]) -> None:
         """Hand out one sample; ``describe()`` gives the run's settings when the record is created."""
@@ -111,8 +116,11 @@ class Delivery:
         if self._record is None and self._record_path is not None:
             self._record = RecordWriter(self._record_path, run=describe())
             self.on_close(self._record.close)
+            self._failures.count += self._record.failed_writes
         if self._record is not None:
+            failed_before = self._record.failed_writes
             self._record.append(sample)
+            self._failures.count += self._record.failed_writes - failed_before
 
     def _close_one(self, action: Callable[[], object]) -> None:
         with self._failures.contained(_name_of(action)):
@@ -129,10 +137,12 @@ def _name_of(action: object) -> str:
 
 
 def _record_path(record: bool | str | Path | None, name: str | None) -> tuple[Path | None, bool]:
-    """Return the path of the record, and whether its file name was made here."""
+    """Return the absolute path of the record, and whether its file name was made here."""
     if record is None or record is False:
         return None, False
     path = Path("attnmonitor_runs" if record is True else record)
+    with suppress(OSError):  # there is no working directory any more
+        path = path.absolute()  # the working directory may change before the first sample
     if path.suffix:
         return path, False
     # Not from `random`: naming a file must not advance the user's generators.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
-from attnmonitor.messages import warn
+from attnmonitor.messages import printable, warn
 from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
 from attnmonitor.summary.tables import print_layer_table
@@ -36,14 +38,24 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
     places = {(event.kind, event.scope, event.layer, event.head) for event in monitor.summary.firing}
     if len(places) > 1:
         kinds = Counter(kind.replace("_", " ") for kind, *_ in places)
-        print("  " + ", ".join(f"{kind} in {number}" for kind, number in kinds.most_common()))
+        faults = ", ".join(f"{kind} in {number}" for kind, number in kinds.most_common())
+        print(printable(f"  {faults}"))
     _print_layers(monitor, sample)
     share = clock.share(monitor.seconds, clock.passed(monitor.attached_at, clock.now()))
     of_run = "" if math.isnan(share) else f", {share:.1%} of the time since attach"
     print(f"  watching took {monitor.seconds:.1f} s{of_run}")
     if monitor.record_path is not None:
         command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
-        print(f"  record: {monitor.record_path}\n  charts: {command} report {monitor.record_path}")
+        path = _from_here(monitor.record_path)
+        print(printable(f"  record: {path}\n  charts: {command} report {shlex.quote(str(path))}"))
+
+
+def _from_here(path: Path) -> Path:
+    """Return a shorter path where the file lies below the working directory."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # elsewhere; or the working directory is gone
+        return path
 
 
 def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from attnmonitor.record.foreign import check_tables, check_undamaged, content_checked, restrict, time_limit
+from attnmonitor.record.open_files import OpenFiles, opened_beside
 from attnmonitor.record.schema import (
     APPLICATION_ID,
     BUSY_TIMEOUT_SECONDS,
@@ -28,18 +32,22 @@ _PAGES_BETWEEN_MERGES = 64
 _CACHE_KIB = 512
 
 
-def open_for_writing(path: Path, held: contextlib.ExitStack) -> sqlite3.Connection:
+def open_for_writing(path: Path, held: contextlib.ExitStack) -> tuple[sqlite3.Connection, OpenFiles]:
     """Open a record as its only writer, until ``held`` is closed; an empty or missing file gets its tables.
 
     Raises:
         RecordError: Another process writes this record, or the file is not a record that can be continued.
+        OSError, sqlite3.OperationalError: The file cannot be written now.
     """
+    if path.exists() and not path.is_file():
+        raise RecordError(f"{path}: not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _lock(path, held)
+    files = OpenFiles(path, held.enter_context(opened_beside(path)))
     db = held.enter_context(contextlib.closing(_connect(path)))
     _create_tables(db, path)
     db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")  # only now: creating the tables resets it to the default
-    return db
+    return db, files
 
 
 @contextlib.contextmanager
@@ -51,19 +59,31 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a record for queries only; SQLite's errors become a `RecordError` that says what to do."""
-    if not path.is_file():
+def reading(path: Path, *, search_damage: bool = False) -> Iterator[sqlite3.Connection]:
+    """Open a record for queries only; errors over it become a `RecordError` that says what to do.
+
+    Args:
+        path: The record.
+        search_damage: Search all pages for damage first, for a few seconds at most.
+    """
+    if path.is_dir() or not path.exists():
         # While a run is written, it is the log beside its file that grows.
         written = sorted(path.glob("*.sqlite*"), key=os.path.getmtime)
         newest = f"; the newest in it is {written[-1].with_suffix('.sqlite')}" if written else ""
         raise FileNotFoundError(f"{path}: no such run record{newest}")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise RecordError(f"{path}: not a regular file")
     if not path.stat().st_size:
         raise RecordError(f"{path}: an empty file, not a run record")
     try:
-        with contextlib.closing(_connect_to_read(path)) as db:
-            check_is_record(db, path)
-            yield db
+        with content_checked(path), contextlib.closing(_connect_to_read(path)) as db:
+            with time_limit(db, path):
+                check_is_record(db, path)
+                check_tables(db, path)
+            if search_damage:
+                check_undamaged(db, path)
+            with time_limit(db, path):
+                yield db
     except sqlite3.DatabaseError as damaged:
         raise damaged_record(path, damaged) from damaged
 
@@ -74,7 +94,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     for mode in ("mode=rw", "mode=ro&immutable=1"):
         db = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_TIMEOUT_SECONDS)
         try:
-            db.execute("PRAGMA query_only = 1")
+            restrict(db)
             db.execute("PRAGMA schema_version").fetchone()
         except sqlite3.DatabaseError as refused:
             db.close()
@@ -86,23 +106,55 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 
 def _lock(path: Path, held: contextlib.ExitStack) -> None:
     """Lock ``path`` against other writers until ``held`` is closed or the process ends."""
+    lock_path = path.with_name(f"{path.name}-lock")
+    try:
+        lock = _locked(lock_path)
+    except sqlite3.OperationalError as busy:
+        if "locked" not in str(busy):
+            raise
+        # SQLite says the same where another process holds the lock and where the file system refuses all locks.
+        if _grants_locks(path.parent):
+            raise RecordError(f"{path}: another run is writing this record") from busy
+        _remove(lock_path)
+        raise OSError(
+            errno.ENOLCK, "the file system of this folder grants no locks; name a folder on another one: record=..."
+        ) from busy
+    held.callback(_remove, lock_path)
+    held.callback(lock.close)
+
+
+def _locked(lock_path: Path) -> sqlite3.Connection:
     # The lock is an open transaction on an empty SQLite file: the system releases it however the process ends, and
     # SQLite can lock on every platform.
-    lock_path = path.with_name(f"{path.name}-lock")
     lock = sqlite3.connect(lock_path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as busy:
+    except BaseException:
         lock.close()
-        if "locked" in str(busy):
-            raise RecordError(f"{path}: another run is writing this record") from busy
         raise
-    held.callback(lock_path.unlink, missing_ok=True)
-    held.callback(lock.close)
+    return lock
+
+
+def _grants_locks(folder: Path) -> bool:
+    """Whether a file that nobody else knows can be locked in ``folder``."""
+    own = folder / f".{uuid.uuid4().hex}-lock"
+    try:
+        _locked(own).close()
+    except sqlite3.OperationalError as refused:
+        return "locked" not in str(refused)
+    finally:
+        _remove(own)
+    return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA trusted_schema = OFF")
     # NORMAL cannot corrupt a write-ahead log; a power failure (not a kill) may lose the last samples.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_BETWEEN_MERGES}")
@@ -113,6 +165,7 @@ def _create_tables(db: sqlite3.Connection, path: Path) -> None:
     """Create the tables of an empty file; check that any other file can be continued."""
     if path.stat().st_size:
         check_is_record(db, path)
+        check_tables(db, path)  # a trigger would run on every insert
         return
     db.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
     db.execute("PRAGMA journal_mode = WAL")

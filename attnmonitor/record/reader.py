@@ -6,9 +6,8 @@ have the same number of samples.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,16 @@ from numpy.typing import NDArray
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
-from attnmonitor.record.rows import add_heads, decode_coverage, decode_event, decode_values
+from attnmonitor.record.foreign import content_checked
+from attnmonitor.record.rows import (
+    add_heads,
+    decode_coverage,
+    decode_event,
+    decode_json,
+    decode_layout,
+    decode_values,
+    typed,
+)
 from attnmonitor.record.schema import EVENT_COLUMNS
 from attnmonitor.sample import AlertEvent, LayerCoverage
 
@@ -27,6 +35,8 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = ["RecordedSample", "RunRecord", "Segment"]
+
+_MAX_VALUES = 2**32  # of one metric: 16 GiB of arrays
 
 
 @dataclass(frozen=True)
@@ -84,31 +94,19 @@ class RunRecord:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with reading(self.path) as db:
-            self.segments = [
-                Segment(index, started_at, json.loads(run), decode_coverage(coverage))
-                for index, (started_at, run, coverage) in enumerate(
-                    db.execute("SELECT started_at, run, coverage FROM segment ORDER BY id")
-                )
-            ]
-            segment_index = {row[0]: i for i, row in enumerate(db.execute("SELECT id FROM segment ORDER BY id"))}
+        with reading(self.path, search_damage=True) as db:
+            segments = db.execute("SELECT id, started_at, run, coverage FROM segment ORDER BY id").fetchall()
             rows = db.execute(
                 "SELECT id, segment_id, global_step, recorded_at, seconds, failures, failure, diagnostics"
                 " FROM sample WHERE superseded_by IS NULL ORDER BY global_step"
             ).fetchall()
-        self._row_of_sample = {row[0]: index for index, row in enumerate(rows)}
-        self.samples = [
-            RecordedSample(
-                global_step=step,
-                segment=segment_index[segment],
-                recorded_at=recorded_at,
-                seconds=math.nan if seconds is None else seconds,
-                failures=failures,
-                failure=failure,
-                diagnostics=json.loads(diagnostics),
-            )
-            for _, segment, step, recorded_at, seconds, failures, failure, diagnostics in rows
-        ]
+            self.segments = [
+                Segment(index, typed(started_at, str), typed(decode_json(run), dict), decode_coverage(coverage))
+                for index, (_, started_at, run, coverage) in enumerate(segments)
+            ]
+            segment_index = {row[0]: index for index, row in enumerate(segments)}
+            self._row_of_sample = {row[0]: index for index, row in enumerate(rows)}
+            self.samples = [_decode_sample(row[1:], segment_index) for row in rows]
 
     @classmethod
     def open(cls, path: str | Path) -> RunRecord:
@@ -150,7 +148,7 @@ class RunRecord:
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that were recorded, in the order of the catalog."""
         with reading(self.path) as db:
-            found = {name for (name,) in db.execute("SELECT DISTINCT metric FROM value")}
+            found = {typed(name, str) for (name,) in db.execute("SELECT DISTINCT metric FROM value")}
         return tuple(name for name in METRICS if name in found) + tuple(sorted(found - METRICS.keys()))
 
     @property
@@ -158,9 +156,9 @@ class RunRecord:
         """Alerts that began or cleared, in order of time."""
         with reading(self.path) as db:
             rows = db.execute(f"SELECT sample_id, {', '.join(EVENT_COLUMNS)} FROM event ORDER BY rowid").fetchall()
-        shown = [row for row in rows if row[0] in self._row_of_sample]
-        shown.sort(key=lambda row: self._row_of_sample[row[0]])
-        return [decode_event(row[1:]) for row in shown]
+            shown = [row for row in rows if row[0] in self._row_of_sample]
+            shown.sort(key=lambda row: self._row_of_sample[row[0]])
+            return [decode_event(row[1:]) for row in shown]
 
     def trajectories(self, metric: str) -> dict[str, NDArray[np.float32]]:
         """Return the values of ``metric`` over the whole run.
@@ -215,18 +213,39 @@ class RunRecord:
             rows = db.execute(
                 f"SELECT sample_id, layout_id, {column} FROM value WHERE metric = ? ORDER BY sample_id", (metric,)
             ).fetchall()
-            layouts = {i: json.loads(layers) for i, layers in db.execute("SELECT id, layers FROM layout ORDER BY id")}
+            texts = dict(db.execute("SELECT id, layers FROM layout ORDER BY id"))
         if not rows:
             raise ValueError(f"{self.path}: no metric {metric!r} in this record; recorded: {', '.join(self.metrics)}")
-        rows_of_layout: dict[int, list[tuple[int, bytes]]] = {}
+        with content_checked(self.path):
+            return self._arrays(rows, texts, bfloat16="bfloat16" in column)
+
+    def _arrays(
+        self, rows: list[tuple[int, int, Any]], texts: Mapping[int, Any], *, bfloat16: bool
+    ) -> dict[str, NDArray[np.float32]]:
+        layouts = {layout_id: decode_layout(texts[layout_id]) for layout_id in sorted({row[1] for row in rows})}
+        num_heads = sum(count for layout in layouts.values() for _, count in layout)
+        if num_heads * len(self.samples) > _MAX_VALUES:
+            raise ValueError(f"{len(self.samples)} samples of {num_heads} heads")
+        rows_of_layout: dict[int, list[tuple[int, Any]]] = {}
         for sample_id, layout_id, blob in rows:
             if sample_id in self._row_of_sample and blob is not None:
                 rows_of_layout.setdefault(layout_id, []).append((self._row_of_sample[sample_id], blob))
         trajectories: dict[str, NDArray[np.float32]] = {}
-        for layout_id in sorted({layout_id for _, layout_id, _ in rows}):
-            for layer, num_heads in layouts[layout_id]:
-                add_heads(trajectories, layer, len(self.samples), num_heads)
-            decode_values(
-                trajectories, layouts[layout_id], rows_of_layout.get(layout_id, []), bfloat16="bfloat16" in column
-            )
+        for layout_id, layout in layouts.items():
+            for layer, count in layout:
+                add_heads(trajectories, layer, len(self.samples), count)
+            decode_values(trajectories, layout, rows_of_layout.get(layout_id, []), bfloat16=bfloat16)
         return trajectories
+
+
+def _decode_sample(row: Sequence[Any], segment_index: Mapping[int, int]) -> RecordedSample:
+    segment, step, recorded_at, seconds, failures, failure, diagnostics = row
+    return RecordedSample(
+        global_step=typed(step, int),
+        segment=segment_index[segment],
+        recorded_at=typed(recorded_at, str),
+        seconds=math.nan if seconds is None else typed(seconds, float, int),
+        failures=typed(failures, int),
+        failure=typed(failure, str, type(None)),
+        diagnostics={name: typed(value, float, int) for name, value in typed(decode_json(diagnostics), dict).items()},
+    )

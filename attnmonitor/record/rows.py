@@ -10,9 +10,9 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnmonitor.record.schema import EVENT_COLUMNS
+from attnmonitor.record.texts import json_of, plain, storable
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 
 __all__ = [
@@ -27,11 +28,26 @@ __all__ = [
     "add_heads",
     "decode_coverage",
     "decode_event",
+    "decode_json",
+    "decode_layout",
     "decode_values",
     "encode",
     "insert",
+    "typed",
     "utc_now",
 ]
+
+
+_MAX_COUNT = 10_000_000  # heads or positions: beyond it a number cannot be that of a model
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "None": (type(None),),
+}
+
+_Entry = TypeVar("_Entry", AlertEvent, LayerCoverage)
 
 
 @dataclass(frozen=True)
@@ -46,22 +62,26 @@ class EncodedSample:
 
 
 def encode(sample: Sample) -> EncodedSample:
-    """Return a sample as rows, before it has an id."""
-    diagnostics = json.dumps({name: float(value) for name, value in sample.diagnostics.items()})
+    """Return a sample as rows, before it has an id.
+
+    Raises:
+        Exception: Any, for values of other types than `Sample` has; texts of any kind are stored.
+    """
+    diagnostics = json_of({name: float(value) for name, value in sample.diagnostics.items()})
     values = []
     for metric, means in sample.values.items():
-        layout = json.dumps([[layer, mean.numel()] for layer, mean in means.items()])
+        layout = json_of([[layer, mean.numel()] for layer, mean in means.items()])
         spread, spread_blob = sample.spread.get(metric), None
         if spread is not None:
             aligned = [spread[at] if at in spread else torch.full_like(mean, math.nan) for at, mean in means.items()]
             spread_blob = _blob(aligned, torch.bfloat16)
-        values.append((metric, layout, _blob(means.values(), torch.float32), spread_blob))
+        values.append((storable(metric), layout, _blob(means.values(), torch.float32), spread_blob))
     return EncodedSample(
-        global_step=int(sample.global_step),
-        row=(utc_now(), float(sample.seconds), int(sample.failures), sample.failure, diagnostics),
+        global_step=_stored_int(sample.global_step),
+        row=(utc_now(), float(sample.seconds), _stored_int(sample.failures), plain(sample.failure), diagnostics),
         values=values,
-        events=[astuple(event) for event in sample.events],
-        coverage=json.dumps([vars(entry) for entry in sample.coverage.values()]),
+        events=[tuple(map(_stored, astuple(event))) for event in sample.events],
+        coverage=json_of([vars(entry) for entry in sample.coverage.values()]),
     )
 
 
@@ -84,6 +104,17 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
         db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
 
 
+def _stored_int(value: float) -> int:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{number:#x} does not fit into 64 bits")
+    return number
+
+
+def _stored(value: Any) -> Any:
+    return _stored_int(value) if isinstance(value, int) else plain(value)
+
+
 def _blob(tensors: Iterable[Tensor], dtype: torch.dtype) -> bytes:
     heads = list(tensors)  # (num_heads,) each
     return torch.cat(heads).detach().to("cpu", dtype).view(torch.uint8).numpy().tobytes() if heads else b""
@@ -94,18 +125,72 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def decode_coverage(text: str) -> dict[str, LayerCoverage]:
-    """Return the coverage of each layer from its JSON text."""
-    entries = [LayerCoverage(**{**entry, "outside": tuple(entry["outside"])}) for entry in json.loads(text)]
-    return {entry.layer: entry for entry in entries}
+def decode_json(text: Any) -> Any:
+    """Return what a JSON text holds, `plain`."""
+    return plain(json.loads(typed(text, str)))
+
+
+def decode_coverage(text: Any) -> dict[str, LayerCoverage]:
+    """Return the coverage of each layer from its JSON text.
+
+    Raises:
+        TypeError, ValueError: It is not the coverage of a model.
+    """
+    layers = {}
+    for entry in typed(decode_json(text), list):
+        layer = _checked(LayerCoverage(**{**entry, "outside": tuple(entry["outside"])}))
+        counts = (layer.num_query_heads, layer.num_kv_heads, layer.head_dim, layer.num_keys)
+        if not all(0 <= count <= _MAX_COUNT for count in counts) or bool(counts[0]) != bool(counts[1]):
+            raise ValueError(f"a layer of {counts[0]} query heads and {counts[1]} KV heads")
+        layers[layer.layer] = layer
+    return layers
 
 
 def decode_event(row: Sequence[Any]) -> AlertEvent:
-    """Return the event of a row of `EVENT_COLUMNS`."""
+    """Return the event of a row of `EVENT_COLUMNS`.
+
+    Raises:
+        TypeError: It has values of other types than an event.
+    """
     named = dict(zip(EVENT_COLUMNS, row, strict=True))
     for number in ("value", "baseline"):  # SQLite has no NaN and stores NULL for it
         named[number] = math.nan if named[number] is None else named[number]
-    return AlertEvent(**named)
+    return _checked(AlertEvent(**named))
+
+
+def decode_layout(text: Any) -> list[tuple[str, int]]:
+    """Return the layers of a layout with their numbers of heads.
+
+    Raises:
+        TypeError, ValueError: It is not a layout.
+    """
+    layout = [(typed(layer, str), typed(num_heads, int)) for layer, num_heads in typed(decode_json(text), list)]
+    if any(num_heads < 0 for _, num_heads in layout) or sum(num_heads for _, num_heads in layout) > _MAX_COUNT:
+        raise ValueError(f"a layout of {sum(num_heads for _, num_heads in layout)} heads")
+    return layout
+
+
+def typed(value: Any, *kinds: type) -> Any:
+    """Return ``value`` if it is of one of these types.
+
+    Raises:
+        TypeError: It is not; a bool is no int.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{value!r:.40} where {' or '.join(kind.__name__ for kind in kinds)} belongs")
+    return value
+
+
+def _checked(entry: _Entry) -> _Entry:
+    for part in fields(entry):
+        value = getattr(entry, part.name)
+        if part.type == "tuple[str, ...]":
+            for item in value:
+                typed(item, str)
+        else:
+            names = str(part.type).split(" | ")
+            typed(value, *(kind for name in names for kind in _TYPES.get(name, (str,))))  # a Literal is a str
+    return entry
 
 
 def add_heads(trajectories: dict[str, NDArray[np.float32]], layer: str, num_samples: int, num_heads: int) -> None:
@@ -125,8 +210,17 @@ def decode_values(
     *,
     bfloat16: bool,
 ) -> None:
-    """Write the blobs of ``rows`` (sample index, blob), all of one layout, into the layers' arrays."""
+    """Write the blobs of ``rows`` (sample index, blob), all of one layout, into the layers' arrays.
+
+    Raises:
+        TypeError, ValueError: A blob does not have one number for each head.
+    """
     if not rows or not layout:
+        return
+    num_bytes = (2 if bfloat16 else 4) * sum(num_heads for _, num_heads in layout)
+    if any(len(typed(blob, bytes)) != num_bytes for _, blob in rows):
+        raise ValueError(f"values of a sample that are not the {num_bytes} bytes of its heads")
+    if not num_bytes:
         return
     buffer = bytearray(b"".join(blob for _, blob in rows))
     values = torch.frombuffer(buffer, dtype=torch.bfloat16 if bfloat16 else torch.float32).float().numpy()

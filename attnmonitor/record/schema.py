@@ -16,6 +16,7 @@ __all__ = [
     "TABLES",
     "RecordError",
     "check_is_record",
+    "check_pages",
     "damaged_record",
 ]
 
@@ -57,6 +58,13 @@ def check_is_record(db: sqlite3.Connection, path: Path) -> None:
             f"{path}: written by {age} attnmonitor (schema {version}; this one has schema {SCHEMA_VERSION});"
             " use it with the version that wrote it"
         )
+
+
+def check_pages(db: sqlite3.Connection) -> None:
+    """Raise `sqlite3.DatabaseError` if SQLite finds a damaged page."""
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError("malformed: " + " ".join(found.split()))
 
 
 def damaged_record(path: Path, error: sqlite3.DatabaseError) -> RecordError:

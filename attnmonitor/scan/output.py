@@ -66,7 +66,7 @@ def scans_text(scans: Sequence[Scan]) -> str:
 
 
 def problem_lines(found: Scan) -> list[str]:
-    """Return one line for each layer that was not measured, or only in part, and for each note on the checkpoint."""
+    """Return one line for each note on the checkpoint and each layer that was not, or only partly, measured."""
     return [
         *(f"{found.model}: {note}" for note in found.notes),
         *(f"{found.model}: {name} is not measured: {reason}" for name, reason in found.not_measured.items()),

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
+from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
@@ -63,7 +64,7 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
         else (layer.layer, "", "", "", "NOT MEASURED", "", layer.reason)
         for layer in coverage.values()
     ]
-    return _aligned([header], rows)
+    return _aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])
 
 
 def _aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
@@ -120,7 +121,8 @@ def _table(
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
         more = [f"and {len(alarms) - MAX_NAMED} more"] if len(alarms) > MAX_NAMED else []
-        rows.append([short[layer], *cells, "; ".join(alarms[:MAX_NAMED] + more)])
+        row = [short[layer], *cells, "; ".join(alarms[:MAX_NAMED] + more)]
+        rows.append([printable(cell, one_line=True) for cell in row])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from attnmonitor.alerts.firing import most_severe_first
+from attnmonitor.messages import printable
 from attnmonitor.sample import AlertEvent, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
 from attnmonitor.summary.run_summary import RunSummary
@@ -30,9 +31,11 @@ def verdict(summary: RunSummary) -> str:
     if summary.num_samples == 0:
         return "no sample taken yet"
     if summary.num_failed == summary.num_samples:
-        return f"nothing measured: {_count(summary.num_samples, 'sample')} failed ({summary.failure})"
+        line = f"nothing measured: {_count(summary.num_samples, 'sample')} failed ({summary.failure})"
+        return printable(line, one_line=True)
     if missed and not measured:
-        return f"nothing measured in {_count(len(missed), 'attention layer')} ({missed[0].layer}: {missed[0].reason})"
+        line = f"nothing measured in {_count(len(missed), 'attention layer')} ({missed[0].layer}: {missed[0].reason})"
+        return printable(line, one_line=True)
     if summary.firing:
         places = most_severe_first(summary.firing, summary.coverage)
         line = _alarms_text(places, short_layer_names(summary.coverage))
@@ -47,7 +50,7 @@ def verdict(summary: RunSummary) -> str:
         notes.append(f"{_count(summary.num_failed, 'sample')} failed")
     if missed:
         notes.append(f"{_count(len(missed), 'layer')} not measured")
-    return "; ".join([line, *notes])
+    return printable("; ".join([line, *notes]), one_line=True)
 
 
 def _no_alarm_text(summary: RunSummary) -> str:
