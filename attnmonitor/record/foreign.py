@@ -1,4 +1,4 @@
-"""Protection from a file that somebody else made: what SQLite may do while it reads, and which tables it may read.
+"""Protection from a file that somebody else made: what SQLite may do, and which tables it may read.
 
 SQLite advises these settings for files of unknown origin (https://www.sqlite.org/security.html, section 1.1.1): a view,
 trigger or generated column in the place of a table can run for ever or call functions; a length in a damaged file can
@@ -86,7 +86,7 @@ def check_tables(db: sqlite3.Connection, path: Path) -> None:
 
 
 def check_undamaged(db: sqlite3.Connection, path: Path) -> None:
-    """Raise an error if a page of the file is damaged; a file too large to be searched in a few seconds passes."""
+    """Raise an error if a page of the file is damaged; the search ends after a few seconds."""
     try:
         with time_limit(db, path, _MAX_CHECK_SECONDS):
             check_pages(db)

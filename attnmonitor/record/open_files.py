@@ -19,7 +19,7 @@ _Files = tuple["tuple[int, int, int] | None", "tuple[int, int, int] | None"]
 
 @contextlib.contextmanager
 def opened_beside(path: Path) -> Iterator[int]:
-    """Open a file for as long as SQLite has it open, to see whether it was deleted; create it where it is missing."""
+    """Open a file for as long as SQLite has it open; create it where it is missing."""
     # Closing it drops SQLite's locks on the file (POSIX), so SQLite must have closed its own before.
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
     try:
@@ -53,7 +53,7 @@ class OpenFiles:
 
     @property
     def has_shrunk(self) -> bool:
-        """Whether the record or its log lost bytes, or the log is gone: by a tool that merged it, or by damage."""
+        """Whether the record or its log lost bytes, or the log is gone: merged, or damaged."""
         pairs = zip(self._noted, self._found(), strict=True)
         return any(
             noted is not None and (found is None or found[:2] != noted[:2] or found[2] < noted[2])

@@ -204,7 +204,7 @@ class RecordWriter:
         self._num_samples = _Counts(found, self._num_samples.own - missing)
 
     def _leave_file(self, db: sqlite3.Connection, files: OpenFiles) -> None:
-        """Complete a file that was moved, deleted or replaced, as far as it can be reached; choose where to go on."""
+        """Complete a file that was moved, deleted or replaced; choose the file to go on in."""
         with contextlib.suppress(sqlite3.Error):
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         is_deleted, before = files.is_deleted, self.path
