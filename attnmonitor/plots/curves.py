@@ -204,7 +204,14 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             xytext=(1.025, label_height),
             xycoords="axes fraction",
             textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),  # from the left edge of the name: lines do not cross other names
+                "color": color,
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
             annotation_clip=False,
             color=color,
             fontsize=8,

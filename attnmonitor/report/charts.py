@@ -23,7 +23,7 @@ from attnmonitor.metrics.catalog import metric_title, metric_unit
 from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.history import History
-from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
+from attnmonitor.report.curves import HeadCurves, head_curves, plain_text, thinned
 from attnmonitor.report.traces import (
     QUANTILES,
     Chart,
@@ -94,14 +94,16 @@ def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
     Heads have the colors that `model_chart` gives them. Of a model with more layers than a page shows, those whose
     heads fire or moved furthest are chosen.
     """
-    curves = _followed(history, sample, metric, _MOST_LAYER_POINTS)
+    # From the samples of `model_chart`, so that both choose the same heads; only every other one of them is drawn.
+    curves = _followed(history, sample, metric, _MOST_POINTS)
     if not len(curves.steps):
         return {}
+    samples = thinned(np.arange(len(curves.steps)), _MOST_LAYER_POINTS)
     shown = _shown_layers(curves)
     traces: list[Chart] = []
     for index, layer in enumerate(shown):
         axes = {"xaxis": f"x{index + 1}", "yaxis": f"y{index + 1}", "showlegend": False}
-        traces += [{**trace, **axes} for trace in _layer_traces(curves, curves.layers[layer])]
+        traces += [{**trace, **axes} for trace in _layer_traces(curves, curves.layers[layer], samples)]
     layout = model_layout(metric, _ends(curves))
     if len(shown) < len(curves.layers):
         layout["title"]["text"] += f": {len(shown)} of {len(curves.layers)} layers"
@@ -186,16 +188,17 @@ def _shown_layers(curves: HeadCurves) -> list[str]:
     return [layer for layer in curves.layers if layer in most]
 
 
-def _layer_traces(curves: HeadCurves, columns: Sequence[int]) -> list[Chart]:
+def _layer_traces(curves: HeadCurves, columns: Sequence[int], samples: NDArray[np.intp]) -> list[Chart]:
     """One layer's heads in gray, or as bands in a model with many heads, and those in color on top."""
+    steps, values = curves.steps[samples], curves.values[samples]
     if len(curves.heads) > _MOST_SINGLE_CURVES:
-        below = bands(_quantile_points(curves.steps, curves.values[:, columns]), OTHER_HEADS_COLOR)
+        below = bands(_quantile_points(steps, values[:, columns]), OTHER_HEADS_COLOR)
     else:
         plain = [at for at in columns if at not in curves.colors]
         names = [curves.names[at] for at in plain]
-        below = [other_heads(other_points(names, curves.steps, curves.values[:, plain]))]
+        below = [other_heads(other_points(names, steps, values[:, plain]))]
     colored = [
-        line(curves.names[at], curves.colors[at], points(curves.steps, curves.values[:, at]), width=1.6)
+        line(curves.names[at], curves.colors[at], points(steps, values[:, at]), width=1.6)
         for at in columns
         if at in curves.colors
     ]

@@ -7,6 +7,7 @@ const state = { metric: null, step: 0, layer: null, head: null, scope: "query_he
 let stops = [];  // steps at which the slider stops
 
 const CONFIG = { displayModeBar: false, responsive: true };
+const NARROW = 480, LEGEND_ROW = 19;  // pixels
 const floats = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
 const finite = value => Number.isFinite(value) ? value : null;
 const grouped = step => step.toLocaleString("en-US");
@@ -74,8 +75,11 @@ function chosenTraces(run, template) {
 }
 
 function draw(run, div, traces, layout, onClick) {
-  const shown = traces.map(trace => filled(run, trace));
-  Plotly.react(div, shown, structuredClone(layout), CONFIG).then(() => {
+  const shown = traces.map(trace => filled(run, trace)), figure = structuredClone(layout);
+  // On a narrow page every entry of a legend has a row of its own: the figure grows, so that the plot keeps its height.
+  const entries = traces.filter(({ showlegend }) => showlegend !== false).length;
+  if (figure.showlegend && div.clientWidth < NARROW) figure.height += LEGEND_ROW * entries;
+  Plotly.react(div, shown, figure, CONFIG).then(() => {
     div.removeAllListeners("plotly_click");
     if (onClick) div.on("plotly_click", event => onClick(event.points[0]));
   });

@@ -117,7 +117,8 @@ def _timeline(run: Numbers, scales: Scales) -> Chart:
     num_hidden = len(places) - len(shown)
     title = f"{num_hidden} places with earlier alarms are left out" if num_hidden else ""
     layout = _layout(title, 96 + 22 * len(shown), scales, run["segments"])
-    layout["yaxis"] = axis(autorange="reversed", type="category", categoryarray=shown)
+    every_row = {"tickmode": "linear", "tick0": 0, "dtick": 1}
+    layout["yaxis"] = axis(autorange="reversed", type="category", categoryarray=shown, **every_row)
     layout |= {"margin": {"l": 10, "r": 20, "t": 36, "b": 44}, "showlegend": True}
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     return {"data": traces, "layout": layout}

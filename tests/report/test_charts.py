@@ -50,6 +50,18 @@ def test_a_head_keeps_its_color_in_all_charts() -> None:
     assert {len(used) for used in colors.values()} == {1}
 
 
+def test_both_charts_color_the_same_heads() -> None:
+    history, sample = followed(SyntheticRun(4, 4, 81, faulty=(2, 1)))
+
+    def colored(chart: dict[str, Any]) -> dict[str, str]:
+        return {name: line["line"]["color"] for name, line in lines(chart).items() if name.startswith("layers.")}
+
+    for metric in history:
+        of_model, of_layers = (draw(history, sample, metric) for draw in (model_chart, layers_chart))
+        assert colored(of_model) == colored(of_layers), metric
+        assert max(len(line["x"]) for line in lines(of_layers).values()) <= 32
+
+
 @pytest.mark.parametrize(("layers", "heads"), [(2, 6), (12, 12), (32, 32), (80, 64)])
 def test_charts_stay_small_for_models_of_any_size(layers: int, heads: int) -> None:
     history, sample = followed(

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -345,18 +346,41 @@ def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]
         np.testing.assert_allclose(curve(browser, f"curves-{run}", CHOSEN)[0], expected, rtol=1e-6)
 
 
-def test_page_fits_a_narrow_screen(run144: Path, show: Callable[[Path], Any]) -> None:
-    browser = show(write_report(run144))
+@contextmanager
+def narrow_screen(browser: Any) -> Iterator[None]:
+    """The screen of a phone, 390 pixels wide."""
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )
     try:
-        browser = show(write_report(run144))
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_page_fits_a_narrow_screen(run144: Path, browser: Any, show: Callable[[Path], Any]) -> None:
+    with narrow_screen(browser):
+        show(write_report(run144))
         assert browser.execute_script("return document.documentElement.scrollWidth") == 390
         columns = "return document.getElementById('grid-0').layout.grid.columns"
         assert browser.execute_script(columns) == 1
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_many_alarms_have_room_on_a_narrow_screen(tmp_path: Path, browser: Any, show: Callable[[Path], Any]) -> None:
+    run, path = SyntheticRun(3, 4, 20), tmp_path / "run.sqlite"
+    kinds = ("logit_blowup", "dead_head", "key_sink", "rank_collapse", "non_finite")
+    with RecordWriter(path, run=run.config) as record:
+        for at, sample in enumerate(run.samples()):
+            layer, head = run.layers[at % 3], at // 3 % 4
+            begun = event(sample.global_step, "firing", layer=layer, head=head, kind=kinds[at % 5])
+            record.append(replace(sample, events=[begun] if at < 12 else []))
+    height = "return document.querySelector(arguments[0]).getBoundingClientRect().height"
+    with narrow_screen(browser):
+        show(write_report(path))
+        rows = browser.find_elements("css selector", "#timeline-0 .yaxislayer-above text")
+        assert {row.text for row in rows} == {f"layers.{layer} head {head}" for layer in range(3) for head in range(4)}
+        assert browser.execute_script(height, "#timeline-0 .nsewdrag") > 12 * 15, "rows do not touch"
+        assert browser.execute_script(height, "#curves-0 .nsewdrag") > 250, "the legend leaves room for the plot"
 
 
 def test_pages_without_values_open(tmp_path: Path, show: Callable[[Path], Any]) -> None:
