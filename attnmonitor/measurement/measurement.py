@@ -157,11 +157,8 @@ class Measurement:
             self._weights = WeightMeasurement(
                 self._model, self._probe, self.layers, self._weight_metrics, with_others=self._with_others
             )
-            reasons = self._weights.reasons
-            self.layers = {
-                name: replace(layer, weights_reason=reasons.get(name, "")) for name, layer in self.layers.items()
-            }
-        return replace(measured, coverage=self.layers)
+            return self._with_reasons(measured, self._weights)
+        return measured
 
     def take(self, *, with_weights: bool = False) -> Measured:
         """Measure once: one forward, one transfer to the host, and the metrics of the weights if asked for.
@@ -186,13 +183,22 @@ class Measurement:
         return self._with_weights(measured, self._weights)
 
     def _with_weights(self, measured: Measured, weights: WeightMeasurement) -> Measured:
+        values = weights.take(measured.values.get("energy_effective_rank"))
         with default_torch_state():
-            values = weights.take(measured.values.get("energy_effective_rank"))
             no_spread = {
                 metric: {name: torch.zeros_like(heads) for name, heads in layers.items()}
                 for metric, layers in values.items()
             }
-        return replace(measured, values={**measured.values, **values}, spread={**measured.spread, **no_spread})
+        measured = replace(measured, values={**measured.values, **values}, spread={**measured.spread, **no_spread})
+        return self._with_reasons(measured, weights)
+
+    def _with_reasons(self, measured: Measured, weights: WeightMeasurement) -> Measured:
+        """Put why weights could not be read into the coverage, which keeps it until they are read again."""
+        self.layers, coverage = (
+            {name: replace(layer, weights_reason=weights.reasons.get(name, "")) for name, layer in layers.items()}
+            for layers in (self.layers, measured.coverage)
+        )
+        return replace(measured, coverage=coverage)
 
     def nothing(self, reason: str) -> Measured:
         """The result of a measurement that failed as a whole: NaN for every head."""
@@ -205,7 +211,11 @@ class Measurement:
     def _forward(self, probe: Probe) -> Reduction:
         """Run the probe and reduce its attention."""
         reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
-        with quiet(self._model), capture_attention(self._model, reduction.take, layouts=self._layouts) as report:
+        with (
+            quiet(self._model),
+            probe.without_hooks(self._model),
+            capture_attention(self._model, reduction.take, layouts=self._layouts) as report,
+        ):
             probe.run(self._model, with_others=self._with_others)
         reduction.failures = {**report.missed, **reduction.failures}
         with default_torch_state():

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.measurement.batches import copied, map_tensors, moved, tensors_of
 from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.parallel.fsdp import through_wrapper
@@ -29,24 +29,6 @@ __all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 HookFilter = Callable[[Callable[..., Any]], bool]
-
-
-@contextmanager
-def _without_hooks(model: nn.Module, skipped: HookFilter) -> Iterator[None]:
-    """Remove the forward hooks and pre-hooks that ``skipped`` selects; handles that remove hooks still work."""
-    originals: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module in model.modules():
-            for kind in ("_forward_pre_hooks", "_forward_hooks"):
-                hooks = getattr(module, kind)
-                others = OrderedDict((key, hook) for key, hook in hooks.items() if not skipped(hook))
-                if len(others) < len(hooks):
-                    originals.append((module, kind, hooks))
-                    setattr(module, kind, others)
-        yield
-    finally:
-        for module, kind, hooks in originals:
-            setattr(module, kind, hooks)
 
 
 class Probe:
@@ -122,11 +104,18 @@ class Probe:
         batch = moved(self.batch, _device(model))
         with ExitStack() as stack:
             stack.enter_context(data_parallel_left_out(model))
-            if self._skip_hooks is not None:
-                stack.enter_context(_without_hooks(model, self._skip_hooks))
             if not with_others:
                 stack.enter_context(no_collectives(model))
             through_wrapper(model, lambda inner: self._forward(inner, batch))
+
+    def without_hooks(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Leave out the hooks that ``skip_hooks`` selects. Enter it before hooks of this package are on the model."""
+        skip = self._skip_hooks
+        return (
+            nullcontext()
+            if skip is None
+            else replaced_hooks(model.modules(), lambda _, hook: None if skip(hook) else hook)
+        )
 
     def half(self) -> Probe | None:
         """Return a probe of the first half of the batch's sequences; None where there is only one sequence.

@@ -117,19 +117,27 @@ def _restored_modules(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, saved in buffers:
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
-            # Only a buffer that was written is restored: writing raises its version, and autograd refuses a backward
-            # through a tensor whose version has changed since the forward.
             if buffer is not None and saved is not None:
-                if _version(buffer) != saved[1]:
-                    with torch.no_grad():
-                        buffer.copy_(saved[0])
-                elif _may_be_running_stats(buffer):
-                    buffer.data.copy_(saved[0])  # through `data`: the version stays
+                _restore(buffer, *saved)
 
 
-def _may_be_running_stats(buffer: Tensor) -> bool:
-    """Return whether ``F.batch_norm`` may have written the buffer, which it does without raising the version."""
-    can_be = buffer.dim() == 1 and buffer.is_floating_point() and not buffer.is_inference()
+def _restore(buffer: Tensor, value: Tensor, version: int) -> None:
+    """Restore a buffer that was written, and no other: autograd refuses tensors written since the forward."""
+    with torch.no_grad():
+        if buffer.shape != value.shape:  # the observer of a fake quantization gives its buffers their size
+            buffer.resize_(value.shape)
+        if _version(buffer) != version:
+            buffer.copy_(value)
+        elif _may_be_statistics(buffer):
+            buffer.data.copy_(value)  # through `data`: the version stays
+
+
+def _may_be_statistics(buffer: Tensor) -> bool:
+    """Return whether an operation may have written the buffer without raising the version.
+
+    ``F.batch_norm`` does so with its running statistics, fused fake quantization with its ranges and scales.
+    """
+    can_be = buffer.dim() <= 1 and buffer.dtype is not torch.bool and not (buffer.is_inference() or buffer.is_meta)
     return can_be and buffer.layout is torch.strided and 0 not in buffer.stride()
 
 

@@ -1,7 +1,9 @@
 """Metrics of each head's weights: the rank of W_Qᵀ W_K, beside the rank of its energy field on the probe.
 
 Weights change slowly and reading them costs more than a sample, so this has a schedule of its own. The projections are
-found once, in a few forwards, by their effect; a layer whose projections cannot be found is NaN, with the reason.
+found at attach, in a few forwards, by their effect, and anew for a layer whose modules have changed since: an adapter
+added or merged, a projection replaced or quantized. A layer whose projections cannot be found or read is NaN, with the
+reason. All of it runs inside `quiet`, like the probe: without dropout, and with counters and buffers restored.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture.projections import HeadProjections, discover_projections
+from attnmonitor.capture.projections import HeadProjections, Structure, discover_projections, structures
 from attnmonitor.functional.interaction import interaction_spectrum
+from attnmonitor.functional.precision import full_precision
 from attnmonitor.measurement.probe import Probe
-from attnmonitor.measurement.quiet import quiet
+from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["WeightMeasurement"]
@@ -34,7 +38,7 @@ class WeightMeasurement:
         with_others: Whether a forward of the model needs other processes.
 
     Attributes:
-        reasons: Reason for each layer whose projections were not found.
+        reasons: Reason for each layer whose projections were not found, or could not be read the last time.
     """
 
     def __init__(
@@ -46,14 +50,16 @@ class WeightMeasurement:
         *,
         with_others: bool = False,
     ) -> None:
+        self._model = model
+        self._probe = probe
         self._num_heads = {name: layer.num_query_heads for name, layer in layers.items() if layer.num_query_heads}
         self._metrics = tuple(metrics)
-        found: Mapping[str, HeadProjections | str] = dict.fromkeys(self._num_heads, _SHARED)
-        if not with_others:
-            with quiet(model):
-                found = discover_projections(model, lambda: probe.run(model), list(self._num_heads))
-        self._projections = {name: one for name, one in found.items() if isinstance(one, HeadProjections)}
-        self.reasons = {name: one for name, one in found.items() if isinstance(one, str)}
+        self._with_others = with_others
+        self._found: dict[str, HeadProjections | str] = {}
+        self._structures: Mapping[str, Structure] = {}
+        self.reasons: dict[str, str] = {}
+        with quiet(model), probe.without_hooks(model):
+            self._find()
 
     def take(self, energy_rank: Mapping[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
         """Measure the weights as they are now.
@@ -65,16 +71,52 @@ class WeightMeasurement:
             ``values[metric][layer]``: float32 ``(Hq,)`` on the host.
         """
         values: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
-        for name, num_heads in self._num_heads.items():
-            projections = self._projections.get(name)
-            if projections is None:
+        with quiet(self._model), self._probe.without_hooks(self._model):
+            self._find()
+            for name, num_heads in self._num_heads.items():
+                by_metric: Mapping[str, Tensor] = {}
+                try:
+                    by_metric = self._measured(name, None if energy_rank is None else energy_rank[name])
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    self.reasons[name] = f"its weights could not be measured: {reason}"
                 for metric in self._metrics:
-                    values[metric][name] = torch.full((num_heads,), torch.nan)
-                continue
-            w_q, w_k = projections.w_q, projections.w_k
-            w_k = w_k.repeat_interleave(len(w_q) // len(w_k), dim=0)
-            rank = None if energy_rank is None else energy_rank[name].to(w_q.device)
-            spectrum = interaction_spectrum(w_q, w_k, energy_rank=rank)
-            for metric in self._metrics:
-                values[metric][name] = METRICS[metric].formula(spectrum).float().cpu()
+                    nothing = torch.full((num_heads,), torch.nan, device="cpu")
+                    values[metric][name] = by_metric.get(metric, nothing)
         return values
+
+    def _find(self) -> None:
+        """Find the projections of the layers whose structure has changed since they were last found."""
+        if self._with_others:
+            self._found = dict.fromkeys(self._num_heads, _SHARED)
+        else:
+            now = structures(self._model, {name.partition("#")[0] for name in self._num_heads})
+            before, self._structures = self._structures, now
+            of_layer = {name: name.partition("#")[0] for name in self._num_heads}
+            changed = [name for name, own in of_layer.items() if own not in before or before[own] != now[own]]
+            if changed:
+                self._found |= self._discovered(changed)
+        self.reasons = {name: found for name, found in self._found.items() if isinstance(found, str)}
+
+    def _discovered(self, names: Sequence[str]) -> Mapping[str, HeadProjections | str]:
+        try:
+            return discover_projections(self._model, lambda: self._probe.run(self._model), names)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return dict.fromkeys(names, f"the forward that looks for its projections failed: {reason}")
+
+    def _measured(self, name: str, energy_rank: Tensor | None) -> Mapping[str, Tensor]:
+        """Return the metrics of one layer, each ``(Hq,)`` on the host; none where its projections are not known."""
+        projections = self._found[name]
+        if isinstance(projections, str):
+            return {}
+        device = next(self._model.parameters()).device
+        with full_precision(device), no_collectives(self._model):
+            w_q, w_k = projections.read()
+            with default_torch_state():
+                if len(w_q) != self._num_heads[name]:
+                    raise ValueError(f"{self._num_heads[name]} query heads at attach, {len(w_q)} now: attach again")
+                w_k = w_k.repeat_interleave(len(w_q) // len(w_k), dim=0)
+                rank = None if energy_rank is None else energy_rank.to(w_q.device)
+                spectrum = interaction_spectrum(w_q, w_k, energy_rank=rank)
+                return {metric: METRICS[metric].formula(spectrum).float().cpu() for metric in self._metrics}

@@ -22,14 +22,25 @@ from attnmonitor.capture.tensor_notes import Notes
 __all__ = ["Draws", "block_norms", "noisy", "note_call"]
 
 
+# The types of packed weights; int64 and bool are indices and masks.
+_PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+
+# In eval mode these are linear maps with a weight of their own, unlike a norm of each vector.
+_LINEAR_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 @dataclass(eq=False)
 class Draws:
     """The random draws of one layer: inputs, noise, and the queries and keys that result, at position 0.
 
     Attributes:
         block_norms: Norms that belong to the layer's block: only their gain is multiplied in.
+        names: The name of each module of the model.
+        hooks: Keys of the user's hooks that take part in what a module computes.
         inputs: Per module, its input at position 0, one ``(B, width)`` per forward.
         noise: Per module, the noise in place of its output at position 0, one ``(B, N)`` per forward.
+        arrived: Per module, its input as it arrived, without the values.
+        ran: The modules with weights that ran before the attention.
         norms: Per module, the norms before it.
         query: ``(B, Hq, d)`` per forward, at position 0.
         key: ``(B, Hkv, d)`` per forward.
@@ -38,8 +49,12 @@ class Draws:
     """
 
     block_norms: set[nn.Module] = field(default_factory=set)
+    names: dict[nn.Module, str] = field(default_factory=dict)
+    hooks: set[int] = field(default_factory=set)
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     noise: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    arrived: dict[nn.Module, Tensor] = field(default_factory=dict)
+    ran: dict[nn.Module, None] = field(default_factory=dict)
     norms: dict[nn.Module, tuple[nn.Module, ...]] = field(default_factory=dict)
     query: list[Tensor] = field(default_factory=list)
     key: list[Tensor] = field(default_factory=list)
@@ -61,9 +76,9 @@ def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: tor
             kind = _kind(module)
             if layer is None and kind == "norm":
                 hook: Callable[..., Any] = partial(_note_norm, norms_before)
-            elif layer is not None and kind == "weight":
+            elif layer is not None and (kind == "weight" or isinstance(module, _LINEAR_NORMS)):
                 hook = partial(_make_noise, draws[layer], norms_before, generator)
-            elif layer is not None and kind != "weight":
+            elif layer is not None and kind != "table":
                 hook = partial(_bypass, norms_before)
             elif name in draws and isinstance(module, nn.MultiheadAttention):
                 hook = partial(_note_mha_inputs, draws[name], norms_before)
@@ -96,10 +111,23 @@ def block_norms(layer: str, layers: Collection[str], modules: dict[str, nn.Modul
 
 
 def _kind(module: nn.Module) -> str:
+    """Return what a module is: with a weight, a norm, with tables (angles, positions), or bare."""
     sizes = [parameter.dim() for parameter in module.parameters()]
-    if any(size >= 2 for size in sizes):
+    if any(size >= 2 for size in sizes) or _is_packed(module):
         return "weight"
-    return "norm" if sizes else "bare"
+    if sizes:
+        return "norm"
+    return "table" if any(buffer.dim() >= 2 for buffer in module.buffers()) else "bare"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether a module without parameters has a weight: in buffers, packed codes, or an object of a library."""
+    if all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features")):
+        return True
+    return any(
+        buffer.dim() >= 2 and (buffer.dtype in _PACKED or name.rpartition(".")[2] == "weight")
+        for name, buffer in module.named_buffers()
+    )
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -117,8 +145,8 @@ def _note_norm(
 
 def _bypass(norms_before: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     x = _first_input(args, kwargs)
-    if x is None or not isinstance(output, Tensor) or isinstance(module, nn.Softmax):
-        return None
+    if x is None or not isinstance(output, Tensor) or type(module).__module__ == nn.Softmax.__module__:
+        return None  # also not an activation: weights with one between them are no one matrix
     if output.shape != x.shape or output.dtype != x.dtype:
         return None
     passed = x.clone()  # a new tensor object, which can carry a note of its own
@@ -147,12 +175,15 @@ def _make_noise(
     kwargs: Any,
     output: Any,
 ) -> Tensor | None:
+    if not draws.complete:
+        draws.ran[module] = None
     x = _first_input(args, kwargs)
     if x is None or not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     noise = torch.randn(output.shape, generator=generator).to(output)
     if module not in draws.running and not draws.complete:
         draws.running[module] = x, noise
+        draws.arrived[module] = x.new_empty((0,) * x.dim())
         draws.norms[module] = _norms_before(x, norms_before)
     return noise
 
@@ -168,11 +199,12 @@ def note_call(draws: dict[str, Draws], call: AttentionCall) -> None:
     key = call.key.repeat(1, call.query.shape[1] // call.key.shape[1], 1, 1) if call.tiled else call.key
     draw.key.append(key[:, :, 0].float())
     lengths = {call.query.shape[-2], call.key.shape[-2]}
-    for module, (x, noise) in draw.running.items():
-        rows = _first_position(x, num_sequences, lengths), _first_position(noise, num_sequences, lengths)
-        if rows[0] is not None and rows[1] is not None:
-            draw.inputs.setdefault(module, []).append(rows[0].float())
-            draw.noise.setdefault(module, []).append(rows[1].float())
+    for module, tensors in draw.running.items():
+        rows = [_first_position(x, num_sequences, lengths) for x in tensors]
+        found = [row.float() for row in rows if row is not None]
+        if len(found) == len(rows):
+            for kept, row in zip((draw.inputs, draw.noise), found, strict=True):
+                kept.setdefault(module, []).append(row)
 
 
 def _first_position(x: Tensor, num_sequences: int, lengths: Collection[int]) -> Tensor | None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.capture.projections.noise import Draws
+from attnmonitor.capture.projections.reading import ModuleWeight, ParameterRows, UnreadableError
 
-__all__ = ["Coordinates", "match_columns", "mha_projections"]
+__all__ = ["Coordinates", "Weights", "match_columns", "mha_projections"]
+
+Weights = MutableMapping[Any, Tensor]
+"""The weights that modules have now, each read once, by the ``key`` of the `ModuleWeight` or `ParameterRows`."""
 
 MATCH = 0.999
 """Smallest absolute correlation of a match; a copied column rounded to bfloat16 still has 0.99999."""
@@ -26,28 +32,25 @@ class _LinearMap:
     """One module with weights as a matrix from the layer's input to its output columns.
 
     Attributes:
-        function: The module, or a function that applies a bare parameter.
-        width: Size of its input.
+        own: The weight of the module itself.
         norms: Norms that act on its input.
+        hooks: Keys of the hooks that take part in what a module computes.
         source: The coordinates of other modules' outputs that make up its input; None for the layer's own input.
-        like: A parameter of it: its dtype and device are those of the input.
     """
 
-    function: Callable[[Tensor], Tensor]
-    width: int
-    norms: tuple[nn.Module, ...]
+    own: ModuleWeight | ParameterRows
+    norms: tuple[weakref.ref[nn.Module], ...]
+    hooks: set[int]
     source: Coordinates | None
-    like: Tensor
 
-    def matrix(self) -> Tensor:
+    def matrix(self, weights: Weights) -> Tensor:
         """Return the effective weight, ``(N, D)`` float32."""
-        options: dict[str, Any] = {"dtype": self.like.dtype, "device": self.like.device}
-        inputs = torch.eye(self.width, **options)[None]
-        origin = self.function(torch.zeros(1, 1, self.width, **options))
-        weight = (self.function(inputs) - origin)[0].float().mT  # (N, width)
+        if self.own.key not in weights:
+            weights[self.own.key] = self.own.read()
+        weight = weights[self.own.key]
         for norm in self.norms:
-            weight = weight * _gain(norm, self.width, options)
-        return weight if self.source is None else weight @ self.source.weight().flatten(0, -2)
+            weight = weight * _gain(norm(), weight, self.hooks)
+        return weight if self.source is None else weight @ self.source.weight(weights).flatten(0, -2)
 
 
 @dataclass(eq=False)
@@ -57,22 +60,35 @@ class Coordinates:
     shape: tuple[int, ...]
     parts: list[tuple[_LinearMap, Tensor, Tensor, Tensor]]  # map, which coordinates, their columns, their gains
 
-    def weight(self) -> Tensor:
-        """Return the weight of each coordinate, ``(*shape, D)`` float32."""
+    def weight(self, weights: Weights) -> Tensor:
+        """Return the weight of each coordinate, ``(*shape, D)`` float32.
+
+        Args:
+            weights: The weights of modules that have been read already; more are added.
+        """
         with torch.no_grad():
             rows: list[Tensor] = []
             order: list[Tensor] = []
             for linear, which, columns, gains in self.parts:
-                rows.append(linear.matrix()[columns] * gains[:, None])
-                order.append(which)
+                matrix = linear.matrix(weights)
+                rows.append(matrix[columns.to(matrix.device)] * gains.to(matrix.device)[:, None])
+                order.append(which.to(matrix.device))
             return torch.cat(rows)[torch.cat(order).argsort()].reshape(*self.shape, -1)
+
+    def own_weights(self) -> Iterator[ModuleWeight | ParameterRows]:
+        """Yield what is read of each module, also of the modules in front."""
+        for linear, *_ in self.parts:
+            yield linear.own
+            if linear.source is not None:
+                yield from linear.source.own_weights()
 
     def norms(self) -> tuple[nn.Module, ...]:
         """Return every norm whose gain is multiplied in, each once."""
         found: dict[int, nn.Module] = {}
         for linear, *_ in self.parts:
             inner = () if linear.source is None else linear.source.norms()
-            found |= {id(norm): norm for norm in (*linear.norms, *inner)}
+            own = (norm for reference in linear.norms if (norm := reference()) is not None)
+            found |= {id(norm): norm for norm in (*own, *inner)}
         return tuple(found.values())
 
 
@@ -115,48 +131,56 @@ def _linear_map(module: nn.Module, draws: Draws) -> _LinearMap:
         source = match_columns(inputs, _without(draws, module))
     except _UnmatchedError:
         source = None
-    norms = tuple(norm for norm in draws.norms[module] if norm in draws.block_norms)
-    return _LinearMap(module, inputs.shape[-1], norms, source, next(module.parameters()))
+    arrived, name = draws.arrived[module], draws.names[module]
+    own = ModuleWeight(
+        weakref.ref(module), name, inputs.shape[-1], arrived.dim(), arrived.dtype, arrived.device, draws.hooks
+    )
+    return _LinearMap(own, _norms_in_block(module, draws), draws.hooks, source)
+
+
+def _norms_in_block(module: nn.Module, draws: Draws) -> tuple[weakref.ref[nn.Module], ...]:
+    return tuple(weakref.ref(norm) for norm in draws.norms[module] if norm in draws.block_norms)
 
 
 def _without(draws: Draws, module: nn.Module) -> Draws:
     """Return the draws of a layer without one of its modules, to find what that module's input is made of."""
     noise = {other: rows for other, rows in draws.noise.items() if other is not module}
-    return Draws(draws.block_norms, draws.inputs, noise, draws.norms)
+    return replace(draws, noise=noise)
 
 
 def mha_projections(module: nn.MultiheadAttention, draws: Draws) -> tuple[Coordinates, Coordinates]:
     """Return the projections of ``nn.MultiheadAttention``: its parameters, which are no modules with hooks."""
     head_dim, num_heads, width = module.head_dim, module.num_heads, module.embed_dim
     query, key = draws.inputs[module]
-    norms = tuple(norm for norm in draws.norms[module] if norm in draws.block_norms)
+    norms = _norms_in_block(module, draws)
 
-    def block(name: str, start: int, width_in: int, norms_before: tuple[nn.Module, ...]) -> Coordinates:
-        weight = getattr(module, name)
-
-        def apply(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, getattr(module, name)[start : start + width])
-
-        linear = _LinearMap(apply, width_in, norms_before, None, weight)
-        every = torch.arange(width, device=weight.device)
-        return Coordinates((num_heads, head_dim), [(linear, every, every, torch.ones_like(every))])
+    def block(name: str, start: int, norms: tuple[weakref.ref[nn.Module], ...]) -> Coordinates:
+        own = ParameterRows(weakref.ref(module), draws.names[module], name, start, start + width)
+        every = torch.arange(width, device=query.device)
+        parts = [(_LinearMap(own, norms, draws.hooks, None), every, every, torch.ones_like(every))]
+        return Coordinates((num_heads, head_dim), parts)
 
     key_norms = norms if key is query else ()
     if module.in_proj_weight is not None:
-        return block("in_proj_weight", 0, width, norms), block("in_proj_weight", width, width, key_norms)
-    return block("q_proj_weight", 0, width, norms), block("k_proj_weight", 0, module.kdim or width, key_norms)
+        return block("in_proj_weight", 0, norms), block("in_proj_weight", width, key_norms)
+    return block("q_proj_weight", 0, norms), block("k_proj_weight", 0, key_norms)
 
 
-def _gain(norm: nn.Module, width: int, options: dict[str, Any]) -> Tensor:
+def _gain(norm: nn.Module | None, weight: Tensor, hooks: set[int]) -> Tensor:
     """Return the gain of a norm per coordinate, ``(width,)``, whether it is stored as g or as 1 + g.
 
     On a vector of zero mean, both layer norm and RMS norm divide by its root mean square, so the difference of the
     responses to x and -x keeps the gain and removes the bias.
     """
-    x = torch.ones(width, **options)
+    if norm is None:
+        raise UnreadableError("a norm before the projections has been replaced")
+    own = next(parameter for parameter in norm.parameters())
+    width = weight.shape[-1]
+    x = torch.ones(width, dtype=own.dtype, device=weight.device if own.is_meta else own.device)
     x[1::2] = -1.0
     if width % 2:
-        x[-3:] = torch.tensor([1.0, 1.0, -2.0], **options)
-    response = norm(x[None, None]) - norm(-x[None, None])
+        x[-3:] = x.new_tensor([1.0, 1.0, -2.0])
+    with replaced_hooks(norm.modules(), lambda key, hook: hook if key in hooks else None):
+        response = norm(x[None, None]) - norm(-x[None, None])
     gain: Tensor = (response[0, 0].float() / (2.0 * x.float())) * x.float().square().mean().sqrt()
-    return gain
+    return gain.to(weight.device)
