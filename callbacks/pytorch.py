@@ -27,6 +27,9 @@ __all__ = ["attach"]
 _attached_names: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str | None]] = weakref.WeakKeyDictionary()
 """Names of the open monitors that are attached to each optimizer."""
 
+_INNER = ("optimizer", "base_optimizer", "optim", "_optimizer")
+"""Attributes under which wrappers keep the optimizer that they wrap."""
+
 
 def attach(
     model: nn.Module,
@@ -43,7 +46,7 @@ def attach(
 
     Args:
         model: The model that is trained.
-        optimizer: The optimizer whose steps are counted.
+        optimizer: The optimizer whose steps are counted, or a wrapper with it as ``.optimizer``, such as accelerate's.
         probe: The probe batch, as `AttentionMonitor` takes it.
         every_n_steps: Optimizer steps between two samples, 100 by default.
         schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
@@ -71,10 +74,7 @@ def attach(
         attnmonitor: 2 heads in 1 layer watched over 2 samples: no alarm, but some rules first wait for 25 samples
         ...
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer; give the one whose steps count"
-        )
+    optimizer = _with_hooks(optimizer)
     check_settings(settings)
     monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
     steps = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -103,6 +103,24 @@ def attach(
     monitor.on_close(optimizer.register_step_post_hook(after_step).remove)
     _close_at_exit(monitor)
     return monitor
+
+
+def _with_hooks(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer itself, or the one in it that has step hooks (accelerate's, Lookahead's).
+
+    Raises:
+        ValueError: There is none.
+    """
+    inner, seen = optimizer, list[Any]()
+    while inner is not None and not any(inner is one for one in seen):
+        if isinstance(inner, torch.optim.Optimizer) and hasattr(inner, "_optimizer_step_post_hooks"):
+            return inner
+        seen.append(inner)
+        inner = next(filter(None, (getattr(inner, name, None) for name in _INNER)), None)
+    raise ValueError(
+        f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer with step hooks and holds none as "
+        ".optimizer; give the one whose steps count"
+    )
 
 
 def _close_at_exit(monitor: AttentionMonitor) -> None:

@@ -107,11 +107,11 @@ def with_weights(name: str, value: float) -> Inject:
         run, weight = Probe.run, _named(model.named_parameters(), name)
         local = weight.to_local() if isinstance(weight, DTensor) else weight
 
-        def run_on_broken(self: Probe, module: nn.Module) -> None:
+        def run_on_broken(self: Probe, module: nn.Module, **settings: Any) -> None:
             kept = local.detach().clone()
             local.data.fill_(value)
             try:
-                run(self, module)
+                run(self, module, **settings)
             finally:
                 local.data.copy_(kept)
 

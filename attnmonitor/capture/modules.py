@@ -33,7 +33,7 @@ class Frame:
     def __init__(self, name: str, module: nn.Module, arguments: Iterable[Any]) -> None:
         self.name = name
         self.module = module
-        self.inputs = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+        self.inputs = [x for x in arguments if isinstance(x, Tensor) and _is_activation(x)]
         self.projected: list[Tensor] = []
         self.recorded_by = ""
 
@@ -51,6 +51,10 @@ class Frame:
         if any(num_keys in x.shape[:-1] for x in self.projected[1:]):
             return False
         return num_rows == num_keys or len(self.projected) == 1
+
+
+def _is_activation(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dim() >= 2 and x.layout is torch.strided and not x.is_nested
 
 
 class Frames:

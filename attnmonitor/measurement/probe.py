@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnmonitor.capture.hooks import replaced_hooks
-from attnmonitor.measurement.batches import copied, map_tensors, moved, tensors_of
+from attnmonitor.measurement.batches import copied, is_plain, map_tensors, moved, plain_parts, shape_of, tensors_of
+from attnmonitor.messages import error_text
 from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.parallel.fsdp import through_wrapper
 from attnmonitor.parallel.process_state import restored_random_state
@@ -52,7 +53,7 @@ class Probe:
 
     Raises:
         ValueError: The batch holds no tensor, is on another device than the model, or is longer than the positions
-            the model's configuration allows.
+            the model's configuration allows; a tensor of it cannot be read; the model's weights hold no numbers.
     """
 
     def __init__(
@@ -78,12 +79,17 @@ class Probe:
                 f"probe={type(batch).__name__} holds no tensor; give a tensor of token ids (batch, length), a dict or "
                 "tuple of tensors, or a DataLoader"
             )
+        if device.type == "meta":
+            raise ValueError(
+                f"model={type(model).__qualname__}: its weights are on 'meta', without numbers; load them, then attach"
+            )
         for where, tensor in tensors.items():
             if tensor.device != device:
                 raise ValueError(
                     f"probe{where} is on {tensor.device} but the model is on {device}; move it there: "
                     f"probe.to({str(device)!r})"
                 )
+            _check_readable(where, tensor)
         _check_length(model, tensors)
         # A copy: the user may later write into the batch in place, and the probe must not change.
         self.batch = copied(batch)
@@ -122,13 +128,14 @@ class Probe:
 
         The sequences are the first axis of the first tensor that has axes; a tensor of another length is kept whole.
         """
-        num_sequences = next((tensor.shape[0] for _, tensor in tensors_of(self.batch) if tensor.dim()), 0)
-        if num_sequences < 2:
+        tensors = [tensor for _, tensor in tensors_of(self.batch)]
+        num_sequences = next((tensor.size(0) for tensor in tensors if tensor.dim()), 0)
+        if num_sequences < 2 or any(shape_of(x)[:1] == (num_sequences,) and not is_plain(x) for x in tensors):
             return None
         half = copy.copy(self)
         half.batch = map_tensors(
             self.batch,
-            lambda tensor: tensor[: num_sequences // 2] if tensor.shape[:1] == (num_sequences,) else tensor,
+            lambda tensor: tensor[: num_sequences // 2] if shape_of(tensor)[:1] == (num_sequences,) else tensor,
         )
         half.fingerprint = _fingerprint(half.batch)
         return half
@@ -136,22 +143,41 @@ class Probe:
     def describe(self) -> str:
         """Return the shapes of the batch's tensors as text, for error messages and the run's configuration."""
         return ", ".join(
-            f"{where.lstrip('.') or 'tensor'} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            f"{where.lstrip('.') or 'tensor'} {shape_of(tensor)} {str(tensor.dtype).removeprefix('torch.')}"
             for where, tensor in tensors_of(self.batch)
         )
 
 
 def _device(model: nn.Module) -> torch.device:
+    """Return where the model runs: where its weights are, or where accelerate brings those that it offloads."""
     first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    if first is None:
+        return torch.device("cpu")
+    if first.device.type == "meta":
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return first.device
+
+
+def _check_readable(where: str, tensor: Tensor) -> None:
+    try:
+        _fingerprint(copied(tensor))
+    except Exception as error:
+        raise ValueError(
+            f"probe{where} is a {type(tensor).__name__} of {tensor.dtype} and {tensor.layout} that cannot be "
+            f"copied and read ({error_text(error)}); give it in another form"
+        ) from error
 
 
 def _fingerprint(batch: Any) -> str:
     digest = hashlib.sha256()
     for where, tensor in tensors_of(batch):
-        digest.update(f"{where}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        # Through a byte view: numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{where}|{shape_of(tensor)}|{tensor.dtype}|".encode())
+        for part in plain_parts(tensor.detach()):
+            # Through a byte view: numpy has no bfloat16.
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -194,7 +220,7 @@ def _check_length(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     else:
         return
     for where, tensor in tensors.items():
-        is_token_ids = tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
+        is_token_ids = is_plain(tensor) and tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
         if is_token_ids and tensor.shape[1] > limit:
             raise ValueError(
                 f"probe{where} is {tensor.shape[1]} tokens long but the model's config.{name} is {limit}; "
