@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
+from attnmonitor.alerts.older_states import with_present_names
 from attnmonitor.alerts.past import RunPast
 from attnmonitor.alerts.rule_tracker import RuleTracker
 from attnmonitor.alerts.rules import FiringShare, Rule, check_rules, leaves
@@ -108,6 +109,7 @@ class Alerts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; rules that are new or were changed since then start anew."""
+        state = with_present_names(state)
         self._past.load_state_dict(state["past"])
         for tracker in self._trackers:
             if tracker.rule.name in state["rules"]:

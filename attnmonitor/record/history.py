@@ -1,7 +1,8 @@
 """Trajectories in memory: the values of each head in the latest samples of this run.
 
 One float32 row per metric and sample holds all heads of the model, layer after layer. The number of rows is bounded, so
-that neither memory nor a checkpoint with the history grows with the length of the run; the record has older samples.
+that memory does not grow with the length of the run. A checkpoint has the latest rows up to a number of bytes, so that
+many heads do not make it large either. The record has all samples.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ class History:
         num_heads: Number of heads of each layer per scope: ``{"query_head": 12, "kv_head": 4}``.
         metrics: Names of the metrics to keep.
         max_samples: Number of latest samples to keep.
+        max_state_bytes: Size of the values in `state_dict`, which has the latest samples that fit, one at least.
     """
 
     def __init__(
-        self, num_heads: Mapping[str, Mapping[str, int]], metrics: tuple[str, ...], *, max_samples: int = 1000
+        self,
+        num_heads: Mapping[str, Mapping[str, int]],
+        metrics: tuple[str, ...],
+        *,
+        max_samples: int = 1000,
+        max_state_bytes: int = 64 * 2**20,
     ) -> None:
         self.num_heads = {layer: dict(heads) for layer, heads in num_heads.items()}
         self._max_samples = max_samples
+        self._max_state_bytes = max_state_bytes
         self._steps: list[int] = []
         self._rows: dict[str, list[Tensor]] = {metric: [] for metric in metrics}
 
@@ -69,11 +77,13 @@ class History:
                 del rows[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the trajectories as plain containers and tensors."""
+        """Return the trajectories of the latest samples as plain containers and tensors."""
+        bytes_per_sample = 4 * sum(sum(self._widths(metric)) for metric in self._rows)
+        latest = slice(-max(1, self._max_state_bytes // max(1, bytes_per_sample)), None)
         return {
             "num_heads": self.num_heads,
-            "steps": list(self._steps),
-            "values": {metric: self._table(metric) for metric in self._rows},
+            "steps": self._steps[latest],
+            "values": {metric: self._table(metric, latest) for metric in self._rows},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,8 +103,8 @@ class History:
         for rows in self._rows.values():
             del rows[keep:]
 
-    def _table(self, metric: str) -> Tensor:
-        rows = self._rows[metric]
+    def _table(self, metric: str, samples: slice = slice(None)) -> Tensor:
+        rows = self._rows[metric][samples]
         return torch.stack(rows) if rows else torch.empty(0, sum(self._widths(metric)))
 
     def _widths(self, metric: str) -> list[int]:

@@ -57,3 +57,30 @@ def test_changed_rule_starts_anew():
     changed.load_state_dict(watch.state_dict())
     assert changed.firing == []
     assert changed.observe(tensors(one_head([3])[0]), 3) == []
+
+
+def as_version_0_1_saved_it(state):
+    """The same state under the names that version 0.1 had."""
+    metrics = {
+        metric: {"rows": past["rows"], "is_sick": past["is_excluded"], "seen": past["seen"]}
+        for metric, past in state["past"]["metrics"].items()
+    }
+    rules = {}
+    for name, rule in state["rules"].items():
+        renamed = {"samples" if key == "num_samples" else key: value for key, value in rule.items()}
+        references = [{"base": each["base"], "crowd": each["peers"]} for each in rule["references"]]
+        rules[name] = {**renamed, "references": references}
+    return {"recent": {"heads": state["past"]["heads"], "pasts": metrics}, "rules": rules}
+
+
+def test_state_of_version_0_1_is_continued():
+    run = [tensors(sample) for sample in healthy_run(60)]
+    for sample in run[35:50]:
+        sample["energy_rms"]["layers.1"][2] = 30.0
+    unbroken, first, second = Alerts(), Alerts(), Alerts()
+    expected = [unbroken.observe(sample, index) for index, sample in enumerate(run)]
+    for index, sample in enumerate(run[:40]):
+        first.observe(sample, index)
+    assert first.firing
+    second.load_state_dict(as_version_0_1_saved_it(first.state_dict()))
+    assert [second.observe(sample, index) for index, sample in enumerate(run[40:], start=40)] == expected[40:]

@@ -384,6 +384,19 @@ def test_state_of_the_previous_version_is_loaded() -> None:
     assert second.sample(2).verdict.startswith("8 heads in 2 layers watched over 3 samples")
 
 
+@pytest.mark.parametrize("alerts", [{}, {"recent": {}, "rules": {}}, {"past": {"heads": {}}, "rules": 3}, None])
+def test_unreadable_alert_state_begins_anew(alerts: Any) -> None:
+    first = monitor_of(TinyGPT(), alerts=True)
+    first.sample(0), first.sample(1)
+    second = monitor_of(TinyGPT(), alerts=True)
+    with pytest.warns(UserWarning, match="alert baselines begin anew") as caught:
+        second.load_state_dict({**first.state_dict(), "alerts": alerts})
+    assert len(caught) == 1
+    assert second.history.steps == [0, 1]
+    assert second.sample(2).failure is None
+    assert second.failures == 0
+
+
 def test_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state: format None is not 1"):
         monitor_of(TinyGPT()).load_state_dict({})
@@ -436,3 +449,30 @@ def test_history_is_bounded() -> None:
     assert history["energy_rms"]["blocks.0.attn"].shape == (3, 4)
     with pytest.raises(KeyError, match="key_rank"):
         history["key_rank"]
+
+
+def test_history_in_a_checkpoint_is_bounded_in_bytes() -> None:
+    from attnmonitor.record.history import History
+
+    num_heads = {f"layers.{i}": {"query_head": 128, "kv_head": 8} for i in range(126)}  # of a model of 405B parameters
+    metrics = ("energy_rms", "energy_effective_rank", "key_rms")
+    sample_bytes = 4 * 126 * (128 + 128 + 8)
+    history = History(num_heads, metrics, max_state_bytes=20 * sample_bytes + 1)
+    nothing = {"energy_rms": {layer: torch.ones(128) for layer in num_heads}}
+    for step in range(50):
+        history.append(Sample(step, nothing))
+    state = history.state_dict()
+    assert state["steps"] == list(range(30, 50))
+    assert sum(table.nbytes for table in state["values"].values()) == 20 * sample_bytes
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert file.tell() < 21 * sample_bytes
+    assert len(history) == 50
+    resumed = History(num_heads, metrics)
+    resumed.load_state_dict(state)
+    assert resumed.steps == list(range(30, 50))
+    assert resumed["energy_rms"]["layers.7"].shape == (20, 128)
+    assert History(num_heads, metrics, max_state_bytes=1).state_dict()["steps"] == []
+    tiny = History(num_heads, metrics, max_state_bytes=1)
+    tiny.append(Sample(3, nothing))
+    assert tiny.state_dict()["steps"] == [3]
