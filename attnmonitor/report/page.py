@@ -84,10 +84,11 @@ def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
     spans = alarm_spans(record.events)
     state = "alarm" if still_firing(record.events) else "calm"
     configuration = escape(json.dumps(dict(record.config), indent=2))
+    model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
     return f"""
 <section class="run" id="run-{index}">
   <div>
-    <p class="name">{escape(record.path.name)} · {escape(str(record.config.get("model", "")))}</p>
+    <p class="name">{escape(record.path.name)} · {escape(model)}</p>
     <h1 class="{state}">{escape(verdict(RunSummary.of_record(record)))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>

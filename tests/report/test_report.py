@@ -110,7 +110,7 @@ def test_page_of_144_heads_is_under_15_megabytes(tmp_path: Path) -> None:
 def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
     run = SyntheticRun(2, 4, 30, faulty=(1, 2))
     path = tmp_path / "run.sqlite"
-    with RecordWriter(path, run=run.config) as record:
+    with RecordWriter(path, run={**run.config, "model": "build.<locals>.SyntheticLM"}) as record:
         for sample in run.samples():
             missed = {"pooler": LayerCoverage("pooler", reason="a kernel nobody can see into")}
             record.append(replace(sample, coverage={**sample.coverage, **missed}))
@@ -120,6 +120,7 @@ def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
     assert "2 of 3 attention layers measured" in page
     assert "0.21 s per sample (median), 6.3 s in 30 samples" in page
     assert "certified fraction 0.97" in page
+    assert "run.sqlite · SyntheticLM<" in page
     assert "5e1f0c" in page
     assert "still firing" in page
     assert "A few key positions carry the key subspace" in page
