@@ -33,9 +33,9 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
     for key, given in actions.items():
         if key not in keys:
             raise ValueError(f"actions: {key!r} is no rule and no fault kind; there are {', '.join(sorted(keys))}")
-        checked[key] = (given,) if isinstance(given, str) or callable(given) else tuple(given)
+        checked[key] = (given,) if callable(given) or isinstance(given, str) else tuple(given)
         for action in checked[key]:
-            if action not in REQUESTS and not callable(action):
+            if not callable(action) and action not in REQUESTS:
                 raise ValueError(
                     f"actions[{key!r}]: {action!r} is none of {REQUESTS} and not a function action(event, sample)"
                 )
@@ -44,12 +44,12 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
 
 def requests_of(events: Sequence[AlertEvent], actions: Actions) -> tuple[str, ...]:
     """Return what the events request of the training loop, without repeats."""
-    return tuple(dict.fromkeys(action for _, action in _triggered(events, actions) if isinstance(action, str)))
+    return tuple(dict.fromkeys(action for _, action in _triggered(events, actions) if not callable(action)))
 
 
 def calls_of(events: Sequence[AlertEvent], actions: Actions) -> list[tuple[AlertEvent, ActionFunction]]:
     """Return the functions to call, each with the event that triggers it."""
-    return [(event, action) for event, action in _triggered(events, actions) if not isinstance(action, str)]
+    return [(event, action) for event, action in _triggered(events, actions) if callable(action)]
 
 
 def _triggered(events: Sequence[AlertEvent], actions: Actions) -> Iterator[tuple[AlertEvent, Action]]:

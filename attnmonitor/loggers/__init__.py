@@ -34,8 +34,9 @@ def as_logger(logger: Any) -> SampleLogger:
     Raises:
         ValueError: ``logger`` is none of these.
     """
-    if isinstance(logger, SampleLogger):
-        return logger
+    if callable(getattr(logger, "log_sample", None)):
+        taking_samples: SampleLogger = logger
+        return taking_samples
     if any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__):
         return WandbLogger(logger.experiment)
     if callable(getattr(logger, "define_metric", None)):

@@ -128,11 +128,9 @@ class Delivery:
 
 
 def _name_of(action: object) -> str:
-    if isinstance(action, str):
-        return action
     try:
-        return str(getattr(action, "__qualname__", None) or repr(action))
-    except Exception:  # a `repr` of the user's own
+        return action if isinstance(action, str) else str(getattr(action, "__qualname__", None) or repr(action))
+    except Exception:  # a `repr` or a class of the user's own
         return type(action).__qualname__
 
 

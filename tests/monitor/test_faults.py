@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
 from collections import OrderedDict
@@ -64,6 +65,11 @@ class Logger:
 class Tracker:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         pass
+
+
+class WithoutTextError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
 
 class Forward:
@@ -191,7 +197,42 @@ FAULTS: dict[str, FaultCase] = {
         with_weights("blocks.1.attn.q_proj.weight", torch.inf), "", SECOND, num_failures=0
     ),
     "NaN in the embedding": FaultCase(with_weights("tokens.weight", torch.nan), "", num_failures=0),
+    # The clock, which tests of training loops freeze
+    **{
+        f"a clock that {how}": FaultCase(
+            lambda monitor, model, patch, clock=clock: patch.setattr("attnmonitor.monitor.clock.perf_counter", clock),
+            "", NONE, num_failures=0,
+        )
+        for how, clock in {
+            "stands still": lambda: 5.0,
+            "runs backwards": functools.partial(next, iter(range(0, -1000, -1))),
+            "jumps": functools.partial(next, itertools.cycle([1e18, -1e18])),
+            "fails": raising(OSError("clock")),
+            "is not a number": lambda: float("nan"),
+        }.items()
+    },
     # What is done with a sample
+    "the verdict": FaultCase(
+        in_function("attnmonitor.monitor.monitor.verdict", KeyError("verdict")), "the verdict failed and was", NONE
+    ),
+    "the history": FaultCase(
+        in_function("attnmonitor.record.history.History.append", KeyError("history")),
+        "history failed and was ignored: KeyError",
+        NONE,
+        sampled=False,
+    ),
+    "what follows the measurement": FaultCase(
+        in_function("attnmonitor.monitor.monitor.requests_of", KeyError("requests")),
+        "the sample failed and was ignored: KeyError",
+        NONE,
+        sampled=False,
+    ),
+    "an exception without a text": FaultCase(
+        lambda monitor, model, patch: patch.setattr(Logger, "log_sample", raising(WithoutTextError())),
+        "Logger failed and was ignored: WithoutTextError",
+        NONE,
+        settings={"loggers": [Logger()]},
+    ),
     "the schedule": FaultCase(
         lambda *_: None, "the schedule failed", NONE, settings={"schedule": failing_schedule}, sampled=False
     ),
