@@ -145,6 +145,10 @@ class AttentionMonitor:
         """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
         measured = self._measurement.attach()
         layers = measured.coverage if self._measurement.measures else {}
+        self._identity = {
+            "probe_fingerprint": self.probe.fingerprint,
+            "model_signature": self._measurement.signature,
+        }
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
         self.summary = RunSummary(layers, has_rules=bool(self._alerts.rules), grace=self._alerts.grace)
@@ -272,10 +276,9 @@ class AttentionMonitor:
         return {
             "attnmonitor_version": __version__,
             "model": type(self.model).__qualname__,
-            "model_signature": self._measurement.signature,
+            **self._identity,
             "name": self.name,
             "probe": self.probe.describe(),
-            "probe_fingerprint": self.probe.fingerprint,
             "schedule": self._schedule_text,
             "metrics": list(self._metrics),
             "weights_every": self._weights_every,
@@ -293,8 +296,7 @@ class AttentionMonitor:
             "global_step": self.global_step,
             "failures": self.failures,
             "summary": self.summary.state_dict(),
-            "probe_fingerprint": self.probe.fingerprint,
-            "model_signature": self._measurement.signature,
+            **self._identity,
             "record": self._delivery.record_to_continue(),
             "history": self.history.state_dict(),
             "alerts": self._alerts.state_dict(),
@@ -320,12 +322,9 @@ class AttentionMonitor:
         self.summary.load_state_dict(state.get("summary", state))  # older states hold the counts themselves
         self._delivery.continue_record(state["record"])
         changed = [
-            f"{what} was {state[key]}, is {now}"
-            for what, key, now in (
-                ("the probe", "probe_fingerprint", self.probe.fingerprint),
-                ("the model's attention", "model_signature", self._measurement.signature),
-            )
-            if state[key] != now
+            f"{what} was {state[key]}, is {self._identity[key]}"
+            for what, key in (("the probe", "probe_fingerprint"), ("the model's attention", "model_signature"))
+            if state[key] != self._identity[key]
         ]
         if changed:
             self._failures.warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
