@@ -25,9 +25,16 @@ from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.parallel.collectives import Collective, CollectiveRecorder, run_with_zeros, why_not_joinable
+from attnmonitor.parallel.collectives import (
+    Collective,
+    CollectiveRecorder,
+    group_of,
+    run_with_zeros,
+    why_not_joinable,
+)
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
-from attnmonitor.parallel.head_slices import HeadSlice, head_slice
+from attnmonitor.parallel.head_slices import HeadSlice, head_slice, projection_hashes, unmarked_slice
+from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.parallel.wrappers import unwrapped_modules
 from attnmonitor.sample import LayerCoverage
 
@@ -88,6 +95,8 @@ class DistributedMeasurement(Measurement):
         self._collectives[self._probe] = whole.calls
         reason = next(filter(None, map(why_not_joinable, whole.calls)), "")
         check_joinable(self._model, *self._exchange.gather(reason))
+        if not is_sharded(self._model):
+            self._find_unmarked_slices(measured, whole.calls)
         self._try_half()
         self._slice_exchanges = {
             group: Exchange(distributed.get_process_group_ranks(group)) for group in self._slice_groups()
@@ -169,6 +178,39 @@ class DistributedMeasurement(Measurement):
                     self._slices[layer] = found
                 elif found is not None:
                     self._unknown_slices[layer] = found
+
+    def _find_unmarked_slices(self, measured: Measured, calls: Sequence[Collective]) -> None:
+        """Find layers whose heads are divided by code of the user's, which leaves no mark on their weights."""
+        groups = {group for call in calls if (group := group_of(call)) is not None and group.size() > 1}
+        group = groups.pop() if len(groups) == 1 else None
+        if group is not None and not set(distributed.get_process_group_ranks(group)) <= set(self._ranks):
+            group = None
+        modules = dict(unwrapped_modules(self._model))
+        layers = {name: layer.heads for name, layer in measured.coverage.items() if layer.num_query_heads}
+        own = {
+            "probe": self._probe.fingerprint,
+            "layers": layers,
+            "values": measured.values,
+            "hashes": {name: projection_hashes(modules[name.partition("#")[0]], layers[name]) for name in layers},
+        }
+        parts = dict(zip(self._ranks, self._exchange.gather(own), strict=True))
+        ranks = self._ranks if group is None else distributed.get_process_group_ranks(group)
+        parts_of_group = [parts[rank] for rank in ranks]
+        same_probe = len({part["probe"] for part in parts_of_group}) == 1
+        for name, heads in layers.items():
+            if any(part["layers"].get(name) != heads for part in parts_of_group):
+                self._unknown_slices[name] = "processes have different numbers of its heads"
+                continue
+            found = unmarked_slice(
+                group,
+                heads,
+                [part["hashes"][name] for part in parts_of_group],
+                same_numbers=_same_numbers(name, [part["values"] for part in parts_of_group]) if same_probe else None,
+            )
+            if isinstance(found, HeadSlice):
+                self._slices[name] = found
+            elif found is not None:
+                self._unknown_slices[name] = found
 
     def _slice_groups(self) -> list[distributed.ProcessGroup]:
         """Return the process groups that share layers, in an order that is the same on all processes."""
@@ -278,6 +320,12 @@ def check_joinable(model: nn.Module, *reasons: str) -> None:
             "could not take part in the rest of it, and the others would hang; audit its checkpoints with `attnmonitor "
             "scan`, or give a forward=lambda model, batch: ... that does not communicate"
         )
+
+
+def _same_numbers(layer: str, values: Sequence[LayerValues]) -> bool:
+    """Return whether processes have measured the same in a layer, up to rounding in most of its numbers."""
+    rows = [torch.cat([layers[layer] for layers in each.values() if layer in layers]) for each in values]
+    return all(torch.isclose(row, rows[0], rtol=1e-3, equal_nan=True).float().mean() > 0.5 for row in rows)
 
 
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ a model that uses one has imported it, and importing them costs about a second.
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -38,6 +39,21 @@ def check_known_sharding(model: nn.Module) -> None:
                 "every process in a way this monitor does not know; train with ZeRO-1, ZeRO-2 or FSDP, or audit its "
                 "checkpoints with `attnmonitor scan`"
             )
+    if _is_pipeline_stage(model):
+        raise ValueError(
+            f"model={type(model).__qualname__} is a stage of a pipeline (torch.distributed.pipelining): it takes what "
+            "the stage before it computes, and no process can run a probe through all of them; audit its checkpoints "
+            "with `attnmonitor scan`"
+        )
+
+
+def _is_pipeline_stage(model: nn.Module) -> bool:
+    stages = loaded_class("torch.distributed.pipelining.stage", "_PipelineStageBase")
+    if not stages:
+        return False
+    # A module does not know what holds it. The type is asked, because isinstance would call properties of any object.
+    held = [each.submod for each in gc.get_objects() if issubclass(type(each), stages) and hasattr(each, "submod")]
+    return any(module is model for submodule in held for module in submodule.modules())
 
 
 def dtensor_class() -> Any:
