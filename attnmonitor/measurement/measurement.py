@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
-from attnmonitor.parallel.collectives import LoneCollectiveError
+from attnmonitor.parallel.collectives import LoneCollectiveError, no_collectives
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Measured", "Measurement"]
@@ -213,10 +214,11 @@ class Measurement:
         reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
         with (
             quiet(self._model),
+            nullcontext() if self._with_others else no_collectives(self._model),
             probe.without_hooks(self._model),
             capture_attention(self._model, reduction.take, layouts=self._layouts) as report,
         ):
-            probe.run(self._model, with_others=self._with_others)
+            probe.run(self._model)
         reduction.failures = {**report.missed, **reduction.failures}
         with default_torch_state():
             reduction.finish()

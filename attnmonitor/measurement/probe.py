@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.measurement.batches import copied, is_plain, map_tensors, moved, plain_parts, shape_of, tensors_of
 from attnmonitor.messages import error_text
-from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.parallel.fsdp import through_wrapper
 from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.parallel.wrappers import data_parallel_left_out
@@ -97,21 +96,11 @@ class Probe:
         self._forward = forward if forward is not None else default_forward
         self._skip_hooks = skip_hooks
 
-    def run(self, model: nn.Module, *, with_others: bool = False) -> None:
-        """Run the model once on the batch, moved to where the model is now; the output is dropped.
-
-        Args:
-            model: The unwrapped model.
-            with_others: Whether the processes that share the model run it now as well, so that it may communicate.
-
-        Raises:
-            LoneCollectiveError: The forward came to a collective that this process would have started alone.
-        """
+    def run(self, model: nn.Module) -> None:
+        """Run the model once on the batch, moved to where the model is now; the output is dropped."""
         batch = moved(self.batch, _device(model))
         with ExitStack() as stack:
             stack.enter_context(data_parallel_left_out(model))
-            if not with_others:
-                stack.enter_context(no_collectives(model))
             through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def without_hooks(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -100,7 +100,8 @@ class WeightMeasurement:
 
     def _discovered(self, names: Sequence[str]) -> Mapping[str, HeadProjections | str]:
         try:
-            return discover_projections(self._model, lambda: self._probe.run(self._model), names)
+            with no_collectives(self._model):
+                return discover_projections(self._model, lambda: self._probe.run(self._model), names)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             return dict.fromkeys(names, f"the forward that looks for its projections failed: {reason}")
