@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import distributed, nn
+from torch.utils.data import DataLoader
 
 from attnmonitor import AttentionMonitor
-from attnmonitor.measurement.probe import ForwardFunction, default_forward
+from attnmonitor.measurement.loader import CannotCopyError, EmptyLoaderError, draw_first_batch
+from attnmonitor.measurement.probe import ForwardFunction, RejectedBatchError, default_forward
 from attnmonitor.messages import warn
 from attnmonitor.metrics.catalog import check_metric_names
 from attnmonitor.monitor.schedules import Schedule, one_schedule
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
+from attnmonitor.parallel.wrappers import unwrap
 
-__all__ = ["FrameworkCallback", "check_settings"]
+__all__ = ["FrameworkCallback", "check_settings", "drawn"]
 
 T = TypeVar("T")
 
@@ -68,24 +72,45 @@ class FrameworkCallback:
         self._forward = forward or default_forward
         self._name = name
         self._settings = settings
+        self._rejections: list[str] = []
+        self._warned_of_model = False
+
+    def _begin_run(self) -> None:
+        """Forget what belonged to an earlier run."""
+        self._rejections = []
+        self._exchange = Exchange(range(distributed.get_world_size())) if distributed.is_initialized() else None
 
     def _attach(
-        self, model: nn.Module, probe: Any, *, loggers: Any, folder: str | Path, forward: ForwardFunction
-    ) -> AttentionMonitor:
-        """Make the monitor; by default its record is in the framework's own folder."""
-        self.monitor = AttentionMonitor(
-            model,
-            probe,
-            self._schedule,
-            loggers=loggers,
-            record=Path(folder) / "attnmonitor_runs" if self._record is True else self._record,
-            forward=forward,
-            name=self._name,
-            **self._settings,
-        )
-        if distributed.is_initialized():
-            self._exchange = Exchange(range(distributed.get_world_size()))
-        return self.monitor
+        self, model: nn.Module, probes: Iterable[Any], *, loggers: Any, folder: str | Path, forward: ForwardFunction
+    ) -> AttentionMonitor | None:
+        """Make a monitor with the first probe that the model takes; by default its record is in the framework's folder.
+
+        Returns:
+            The monitor, also in `monitor`; None where no probe was given by the user and the model takes none.
+
+        Raises:
+            ValueError: `AttentionMonitor` refuses an argument, or the probe that the user gave.
+        """
+        self.monitor = None
+        for probe in probes:
+            try:
+                self.monitor = AttentionMonitor(
+                    model,
+                    probe,
+                    self._schedule,
+                    loggers=loggers,
+                    record=Path(folder) / "attnmonitor_runs" if self._record is True else self._record,
+                    forward=forward,
+                    name=self._name,
+                    **self._settings,
+                )
+            except RejectedBatchError as error:
+                if self._probe is not None:
+                    raise
+                self._rejections.append(str(error))
+            else:
+                return self.monitor
+        return None
 
     def _from_first(self, own: T, otherwise: T) -> T:
         """Return the first process's object on all of them; from when one was missing in time, ``otherwise``."""
@@ -100,3 +125,38 @@ class FrameworkCallback:
             warn(f"attnmonitor: {error}: alerts can no longer ask this training to stop or to save a checkpoint")
             return otherwise
         return shared
+
+    def _on_all(self, own: bool) -> bool:
+        """Return whether it holds on all processes; False where one was missing in time."""
+        if not distributed.is_initialized():
+            return own
+        try:
+            return self._exchange is not None and all(self._exchange.gather(own))
+        except MissingProcessError:
+            self._exchange = None
+            return False
+
+    def _give_up(self) -> None:
+        """Warn that the run is not watched, because the model took no default probe; raise if strict."""
+        tried = "; ".join(dict.fromkeys(self._rejections)) or "the loaders gave no batch; give one: probe=..."
+        message = f"attnmonitor: this run is not watched, no default probe fits the model: {tried}"
+        if self._settings.get("strict"):
+            raise RejectedBatchError(message)
+        warn(message)
+
+    def _warn_of_other_model(self, model: nn.Module) -> None:
+        """Warn once if the model that is trained is not the one that is measured."""
+        if self.monitor is not None and unwrap(model) is not self.monitor.model and not self._warned_of_model:
+            self._warned_of_model = True
+            warn(
+                "attnmonitor: the model that is trained was replaced, and the one from the start of training is still "
+                "measured; start training again to watch the new one"
+            )
+
+
+def drawn(loaders: Iterable[Any]) -> Iterator[Any]:
+    """Yield the first batch of each DataLoader that has one and that can be copied."""
+    for loader in loaders:
+        if isinstance(loader, DataLoader):
+            with suppress(CannotCopyError, EmptyLoaderError):
+                yield draw_first_batch(loader)

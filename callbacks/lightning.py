@@ -7,6 +7,8 @@ loggers get the samples, its checkpoints hold the monitor's state, and whole-mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from attnmonitor.callbacks.framework import FrameworkCallback
+from attnmonitor.callbacks.framework import FrameworkCallback, drawn
 from attnmonitor.loggers import summary_scalars
+from attnmonitor.measurement.batches import copied
 from attnmonitor.messages import needed
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.monitor.final_report import print_final_report
 
 with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 
 __all__ = ["AttentionMonitorCallback"]
 
@@ -31,7 +35,8 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
     Args:
         probe: The probe batch, as `AttentionMonitor` takes it, moved to the module's device; by default the first
-            batch of the validation (else training) loader.
+            batch of the validation (else training) loader that the module takes. A loader that cannot be copied is not
+            drawn from: then it is the first batch that the sanity check, else training, reads.
         every_n_steps: Optimizer steps between two samples, 100 by default. Accumulated gradients count as one step.
         schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
         loggers: As in `AttentionMonitor`; by default the trainer's.
@@ -45,9 +50,12 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
     Raises:
         ValueError: Both ``every_n_steps`` and ``schedule`` are given; at train start, whatever `AttentionMonitor`
-            refuses.
+            refuses. A default probe that the module does not take is a warning, and an error if ``strict``.
     """
 
+    _is_fitting = _seeks_probe = False
+    _from_checkpoint = False
+    _checked: tuple[Any, ...] = ()  # first batches that the sanity check has read
     _loaded: dict[str, Any] | None = None
     _summaries: dict[str, float] | None = None
 
@@ -58,17 +66,62 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state."""
-        return self.monitor.state_dict() if self.monitor is not None else self._loaded or {}
+        return self._loaded or ({} if self.monitor is None else self.monitor.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the monitor that is made when training begins."""
         self._loaded = state_dict
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note that the state that is loaded next belongs to the call that is running."""
+        self._from_checkpoint = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what an earlier call loaded: a run that was only validated or tested is not continued."""
+        if self._from_checkpoint:
+            self._loaded, self._from_checkpoint = None, False
+        self._checked = ()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep each validation loader's first batch of the sanity check: a probe that is not drawn."""
+        if trainer.sanity_checking and batch_idx == 0 and self._probe is None:
+            self._checked += (copied(batch),)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, load the state of a resumed run, and take the baseline sample."""
-        probe = self._probe if self._probe is not None else _first_loader(trainer)
-        if not isinstance(probe, DataLoader):
-            probe = trainer.strategy.batch_to_device(probe, pl_module.device)
+        """Attach, continue a resumed run or the one before, and take the baseline sample."""
+        self._is_fitting = True
+        self._begin_run()
+        before = self.monitor
+        if self._loaded is None and before is not None and _continues(before, trainer, pl_module):
+            self._loaded = {**before.state_dict(), "probe": before.probe.batch}
+        batch = self._loaded and self._loaded.get("probe")
+        if self._probe is not None:
+            self._begin(trainer, pl_module, [self._probe])
+        elif batch is not None:
+            self._begin(trainer, pl_module, [batch], in_state=True)
+        else:
+            held_out = list(drawn(_loaders(trainer.val_dataloaders)))
+            probes = chain(held_out or self._checked, drawn(_loaders(trainer.train_dataloader)))
+            self._begin(trainer, pl_module, probes, in_state=not held_out)
+        self._seeks_probe, self._checked = self.monitor is None, ()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Attach to the first training batch where no other probe was found."""
+        if self._seeks_probe:
+            self._seeks_probe = False
+            parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+            self._begin(trainer, pl_module, [batch, *parts], in_state=True)
+            if self.monitor is None:
+                self._give_up()
+        elif self.monitor is not None and self.monitor.probe.batch is None:
+            self._on_step(trainer, pl_module, self.monitor)
+
+    def _begin(
+        self, trainer: Trainer, pl_module: LightningModule, probes: Iterable[Any], *, in_state: bool = False
+    ) -> None:
+        """Attach to the first probe the module takes, load the state, and take the baseline sample."""
 
         def in_training_precision(model: nn.Module, batch: Any) -> Any:
             with trainer.precision_plugin.forward_context():
@@ -76,21 +129,33 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
         monitor = self._attach(
             trainer.strategy.model or pl_module,  # with the strategy's wrapper: FSDP must be called through it
-            probe,
+            (
+                probe if isinstance(probe, DataLoader) else trainer.strategy.batch_to_device(probe, pl_module.device)
+                for probe in probes
+            ),
             loggers=trainer.loggers if self._loggers is None else self._loggers,
             folder=trainer.default_root_dir,
             forward=in_training_precision,
         )
+        # All processes or none take part in samples: they exchange what alerts ask for.
+        if self._probe is None and not self._on_all(monitor is not None):
+            if monitor is not None:
+                monitor.close()
+            self.monitor = monitor = None
+        if monitor is None:
+            return
+        monitor.probe.in_state |= in_state
         if self._loaded:
             monitor.load_state_dict(self._loaded)
-            self._loaded = None
-        self._on_step(trainer, monitor)
+        self._loaded = None
+        if monitor.probe.batch is not None:
+            self._on_step(trainer, pl_module, monitor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Sample if the schedule asks for it, and log new summaries in Lightning."""
         if self.monitor is None:
             return
-        self._on_step(trainer, self.monitor)
+        self._on_step(trainer, pl_module, self.monitor)
         if self._summaries:
             # Only for callbacks: the loggers have them already, on the monitor's own x-axis.
             pl_module.log_dict(self._summaries, on_step=True, on_epoch=False, logger=False, batch_size=1)
@@ -98,24 +163,28 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the monitor and print the final report."""
-        if self.monitor is not None and stage == "fit":
-            self._end(trainer, pl_module, self.monitor)
+        if stage == "fit":
+            self._end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do the same after an exception or interrupt: Lightning does not call `teardown` then."""
-        if self.monitor is not None and trainer.state.fn == "fit":
-            self._end(trainer, pl_module, self.monitor)
+        if trainer.state.fn == "fit":
+            self._end(trainer, pl_module)
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule, monitor: AttentionMonitor) -> None:
-        monitor.close()
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_fitting, self._is_fitting = self._is_fitting, False
+        if not is_fitting or self.monitor is None:  # the learning rate finder ends a fit that never began
+            return
+        self.monitor.close()
         if (bar := trainer.progress_bar_callback) is not None:
             # A running bar would be drawn again below the report. Stopping it twice is harmless.
             bar.teardown(trainer, pl_module, "fit")
-        print_final_report(monitor)
+        print_final_report(self.monitor)
 
-    def _on_step(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
+    def _on_step(self, trainer: Trainer, pl_module: LightningModule, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)
         if sample is not None:
+            self._warn_of_other_model(trainer.strategy.model or pl_module)
             # Only the main process has the sample, but all ranks must stop or save at the same step.
             outcome = (summary_scalars(sample) if sample.values else {}, sample.requests)
             self._summaries, requests = self._from_first(outcome, ({}, ()))
@@ -127,12 +196,15 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
                 )
 
 
-def _first_loader(trainer: Trainer) -> DataLoader[Any]:
-    for loaders in (trainer.val_dataloaders, trainer.train_dataloader):
-        for loader in tree_leaves(loaders):
-            if isinstance(loader, DataLoader):
-                return loader
-    raise ValueError(
-        "AttentionMonitorCallback(probe=None): the trainer has no torch DataLoader to draw a probe from; give one "
-        "batch: probe=next(iter(my_data))"
-    )
+def _continues(monitor: AttentionMonitor, trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Return whether a fit goes on where the monitor's ended: the same module at the same step."""
+    is_same_module = any(module is pl_module for module in monitor.model.modules())
+    return is_same_module and 0 < trainer.global_step == monitor.global_step
+
+
+def _loaders(loaders: Any) -> Iterator[Any]:
+    for loader in tree_leaves(loaders):
+        if isinstance(loader, CombinedLoader):
+            yield from loader.flattened
+        else:
+            yield loader

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from attnmonitor.callbacks.framework import FrameworkCallback
+from attnmonitor.callbacks.framework import FrameworkCallback, drawn
 from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_scalars
+from attnmonitor.measurement.batches import copied
 from attnmonitor.messages import needed
-from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.monitor.final_report import print_final_report
 from attnmonitor.sample import Sample
 
@@ -47,7 +48,8 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
 
     Args:
         probe: The probe batch, as `AttentionMonitor` takes it, moved to the trainer's device; by default the first
-            rows of the evaluation (else training) dataset, batched by the trainer's collator.
+            rows of the evaluation (else training) dataset, batched by the trainer's collator; where these cannot be
+            copied, the first training batch.
         every_n_steps: Optimizer steps between two samples, 100 by default. Accumulated gradients count as one step.
         schedule: Instead of ``every_n_steps``: any schedule `AttentionMonitor` takes.
         loggers: As in `AttentionMonitor`, besides the trainer's own reporting; by default Weights & Biases in full
@@ -62,8 +64,11 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
 
     Raises:
         ValueError: Both ``every_n_steps`` and ``schedule`` are given; at train begin, whatever `AttentionMonitor`
-            refuses.
+            refuses. A default probe that the model does not take is a warning, and an error if ``strict``.
     """
+
+    _loaded: dict[str, Any] | None = None
+    _seeks_probe = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,27 +77,73 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         if self.monitor is not None:  # `train` was called before, or restarts with a smaller batch
             self.monitor.close()
         trainer, checkpoint = _train_call()
-        probe = _first_rows(trainer, kwargs["train_dataloader"]) if self._probe is None else self._probe
+        self._begin_run()
+        self._checkpoint = checkpoint or Path()
+        self._loaded = None if checkpoint is None else self._read_state(state.is_world_process_zero)
+        batch = self._loaded and self._loaded.get("probe")
+        if self._probe is not None:
+            self._begin(trainer, state, kwargs["model"], [self._probe])
+        elif batch is not None:
+            self._begin(trainer, state, kwargs["model"], [batch], in_state=True)
+        else:
+            self._begin(trainer, state, kwargs["model"], drawn(_first_rows(trainer, kwargs["train_dataloader"])))
+        self._seeks_probe = self.monitor is None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the first training batch where no other probe was found."""
+        if self._seeks_probe:
+            self._seeks_probe = False
+            trainer, batch = _training_batch()
+            self._begin(trainer, state, kwargs["model"], [copied(batch)], in_state=True)
+            if self.monitor is None:
+                self._give_up()
+        elif self.monitor is not None and self.monitor.probe.batch is None:
+            self._on_step(state, control, kwargs["model"])
+
+    def _begin(
+        self, trainer: Trainer, state: TrainerState, model: nn.Module, probes: Iterable[Any], *, in_state: bool = False
+    ) -> None:
+        """Attach to the first probe the model takes, load the state, and take the baseline sample."""
 
         def in_training_precision(model: nn.Module, batch: Any) -> Any:
             with trainer.compute_loss_context_manager():
                 return self._forward(model, batch)
 
+        device = trainer.args.device
         monitor = self._attach(
-            kwargs["model"],
-            probe if isinstance(probe, DataLoader) else send_to_device(probe, args.device),
+            model,
+            (probe if isinstance(probe, DataLoader) else send_to_device(probe, device) for probe in probes),
             loggers=self._all_loggers(trainer),
-            folder=str(args.output_dir),
+            folder=str(trainer.args.output_dir),
             forward=in_training_precision,
         )
-        if checkpoint is not None:
-            self._resume(monitor, checkpoint / self._state_file, reads=state.is_world_process_zero)
-        monitor.on_step(state.global_step)
+        # All processes or none take part in samples: they exchange what alerts ask for.
+        if self._probe is None and not self._on_all(monitor is not None):
+            if monitor is not None:
+                monitor.close()
+            self.monitor = monitor = None
+        if monitor is None:
+            return
+        monitor.probe.in_state |= in_state
+        if self._loaded is not None:
+            try:
+                monitor.load_state_dict(self._loaded)
+            except Exception as error:  # an unreadable state must not stop an unattended run
+                _warn_of(self._checkpoint / self._state_file, error)
+        self._loaded = None
+        if monitor.probe.batch is not None:
+            monitor.on_step(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Sample if the schedule asks for it after this optimizer step, and pass on the requests of alerts."""
+        self._on_step(state, control, kwargs["model"])
+
+    def _on_step(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         sample = None if self.monitor is None else self.monitor.on_step(state.global_step)
         if sample is not None:
+            self._warn_of_other_model(model)
             # Only the main process has the sample, but all must stop or save at the same step.
             requests = self._from_first(sample.requests, ())
             control.should_training_stop |= "stop" in requests
@@ -121,14 +172,11 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         # A separate file: in trainer_state.json trajectories would have to be text.
         return f"attnmonitor-{self._name}.pt" if self._name else "attnmonitor.pt"
 
-    def _resume(self, monitor: AttentionMonitor, saved: Path, *, reads: bool) -> None:
+    def _read_state(self, reads: bool) -> dict[str, Any] | None:
         # Perhaps only the process that saved it has the file; all must know which steps were sampled.
-        state = self._from_first(_read(saved) if reads else None, None)
-        try:
-            if state is not None:
-                monitor.load_state_dict(state)
-        except Exception as error:  # an unreadable state must not stop an unattended run
-            _warn_of(saved, error)
+        own = _read(self._checkpoint / self._state_file) if reads else None
+        state: dict[str, Any] | None = self._from_first(own, None)
+        return state
 
     def _all_loggers(self, trainer: Trainer) -> list[SampleLogger]:
         chosen = self._loggers
@@ -182,12 +230,21 @@ def _train_call() -> tuple[Trainer, Path | None]:
     A Trainer gives its callbacks neither itself nor ``resume_from_checkpoint``, so both are read from the frame of the
     running ``train`` call. The alternative, a second line in which the user passes the trainer, would be forgotten.
     """
+    trainer, checkpoint = _from_trainer("resume_from_checkpoint")
+    return trainer, None if checkpoint is None else Path(checkpoint)
+
+
+def _training_batch() -> tuple[Trainer, Any]:
+    """Return the trainer whose event is handled, and the batch of the step that begins: no event carries it."""
+    return _from_trainer("inputs")
+
+
+def _from_trainer(name: str) -> tuple[Trainer, Any]:
     frame = inspect.currentframe()
     while frame is not None:
         trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
-            checkpoint = frame.f_locals["resume_from_checkpoint"]
-            return trainer, None if checkpoint is None else Path(checkpoint)
+        if isinstance(trainer, Trainer) and name in frame.f_locals:
+            return trainer, frame.f_locals[name]
         frame = frame.f_back
     raise ValueError(
         "AttentionMonitorCallback: on_train_begin was not called from transformers.Trainer.train(); in a loop of your "
@@ -195,10 +252,11 @@ def _train_call() -> tuple[Trainer, Path | None]:
     )
 
 
-def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader over the evaluation (else training) dataset in order, so that a resumed run draws the same."""
+def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> Iterator[DataLoader[Any]]:
+    """Yield loaders over the evaluation and the training dataset in order, so that a resumed run draws the same."""
     datasets = trainer.eval_dataset
-    loader = train_dataloader
+    loaders = [train_dataloader]
     if datasets is not None:
-        loader = trainer.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None)
-    return DataLoader(loader.dataset, batch_size=trainer.args.eval_batch_size, collate_fn=loader.collate_fn)
+        loaders.insert(0, trainer.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None))
+    for loader in loaders:
+        yield DataLoader(loader.dataset, batch_size=trainer.args.eval_batch_size, collate_fn=loader.collate_fn)

@@ -90,6 +90,7 @@ class DistributedMeasurement(Measurement):
     def _attach_together(self) -> Measured:
         self._exchange.gather(None)  # before the forward: alone, its collectives would meet those of training
         self._attach_own()
+        self._half = self._probe.half()
         with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
         self._collectives[self._probe] = whole.calls

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
-from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.weights import WeightMeasurement
@@ -92,7 +92,7 @@ class Measurement:
         self._model = model
         self._with_others = with_others
         self._probe = probe
-        self._half = probe.half()
+        self._half: Probe | None = None
         self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
         self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
         self._weights: WeightMeasurement | None = None
@@ -124,6 +124,7 @@ class Measurement:
             LoneCollectiveError: The forward needs other processes, which do not measure with this one.
         """
         model, described = type(self._model).__qualname__, self._probe.describe()
+        self._half = self._probe.half()
         try:
             forward = self._forward(self._probe)
         except LoneCollectiveError:
@@ -134,7 +135,7 @@ class Measurement:
                 error
             ):  # torch's message for an embedding, without any detail
                 hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
-            raise ValueError(
+            raise RejectedBatchError(
                 f"probe={described}: {model} rejects this batch: {error_text(error)}{hint}; give a batch "
                 "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
@@ -147,7 +148,7 @@ class Measurement:
         self.layers = {layer: found.coverage for layer, found in forward.layers.items()}
         self.layers |= {layer: LayerCoverage(layer, reason=reason) for layer, reason in forward.failures.items()}
         if all(bool((found.num_keys < 2).any()) for found in forward.layers.values()):
-            raise ValueError(
+            raise RejectedBatchError(
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
             )

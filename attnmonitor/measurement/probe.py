@@ -20,25 +20,34 @@ from torch.utils.data import DataLoader
 
 from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.measurement.batches import copied, is_plain, map_tensors, moved, plain_parts, shape_of, tensors_of
+from attnmonitor.measurement.loader import CannotCopyError, PassingBatch, draw_first_batch
 from attnmonitor.messages import error_text
 from attnmonitor.parallel.fsdp import through_wrapper
-from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.parallel.wrappers import data_parallel_left_out
 
-__all__ = ["ForwardFunction", "HookFilter", "Probe", "default_forward"]
+__all__ = ["ForwardFunction", "HookFilter", "Probe", "RejectedBatchError", "default_forward"]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 HookFilter = Callable[[Callable[..., Any]], bool]
+
+_MOST_SAVED_BYTES = 2**24  # of a probe in a checkpoint
+
+
+class RejectedBatchError(ValueError):
+    """The batch does not fit the model."""
 
 
 class Probe:
     """A fixed batch, how to run it, and its fingerprint.
 
+    A loader is not touched if drawing from it could move state of the user's (`attnmonitor.measurement.loader`): then
+    the probe has no batch before `take_passing_batch` or `keep` gives it one.
+
     Args:
         model: The unwrapped model the batch is for.
         batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch (in stored order, where it
-            shuffles) is drawn here without advancing its generators. A batch given directly must be on the model's
-            device; one drawn from a loader is moved.
+            shuffles) is drawn here from copies of its parts; of one that cannot be copied, the first batch that
+            training reads. A batch given directly must be on the model's device; a loader's is moved.
         forward: ``forward(model, batch)``, where the default call does not fit. By default a tensor is the first
             argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
             tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
@@ -47,12 +56,16 @@ class Probe:
             probe's forward must not call. None calls all of them.
 
     Attributes:
-        batch: A detached copy of the batch.
+        batch: A detached copy of the batch; None before there is one.
         fingerprint: 12 hex digits of the SHA-256 over names, shapes, dtypes and bytes of the batch's tensors.
+        source: Why the loader's first batch was not drawn; empty where it was, or where a batch was given.
+        in_state: Whether the batch is saved with the monitor's state, because a resumed run cannot draw it again.
 
     Raises:
-        ValueError: The batch holds no tensor, is on another device than the model, or is longer than the positions
-            the model's configuration allows; a tensor of it cannot be read; the model's weights hold no numbers.
+        ValueError: ``forward`` or ``skip_hooks`` is not callable, the loader has no batch, a tensor of the batch cannot
+            be read, or the model's weights hold no numbers.
+        RejectedBatchError: The batch holds no tensor, is on another device than the model, or is longer than the
+            positions the model's configuration allows.
     """
 
     def __init__(
@@ -69,12 +82,27 @@ class Probe:
             raise ValueError(
                 f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
             )
-        device = _device(model)
+        self._forward = forward if forward is not None else default_forward
+        self._skip_hooks = skip_hooks
+        self.batch: Any = None
+        self.fingerprint = self.source = ""
+        self.in_state = False
+        self._passing: PassingBatch | None = None
         if isinstance(batch, DataLoader):
-            batch = moved(_first_batch(batch), device)
+            try:
+                batch = moved(draw_first_batch(batch), _device(model))
+            except CannotCopyError as reason:
+                self.source, self._passing = str(reason), PassingBatch(batch)
+                return
+        self.settle(model, batch)
+
+    def settle(self, model: nn.Module, batch: Any) -> None:
+        """Check the batch and keep a copy of it."""
+        self.close()
+        device = _device(model)
         tensors = dict(tensors_of(batch))
         if not tensors:
-            raise ValueError(
+            raise RejectedBatchError(
                 f"probe={type(batch).__name__} holds no tensor; give a tensor of token ids (batch, length), a dict or "
                 "tuple of tensors, or a DataLoader"
             )
@@ -84,7 +112,7 @@ class Probe:
             )
         for where, tensor in tensors.items():
             if tensor.device != device:
-                raise ValueError(
+                raise RejectedBatchError(
                     f"probe{where} is on {tensor.device} but the model is on {device}; move it there: "
                     f"probe.to({str(device)!r})"
                 )
@@ -93,11 +121,38 @@ class Probe:
         # A copy: the user may later write into the batch in place, and the probe must not change.
         self.batch = copied(batch)
         self.fingerprint = _fingerprint(self.batch)
-        self._forward = forward if forward is not None else default_forward
-        self._skip_hooks = skip_hooks
+
+    def take_passing_batch(self, model: nn.Module) -> bool:
+        """Return whether the probe has a batch now; take the first that training has read from the loader."""
+        if self.batch is None and self._passing is not None and self._passing.batch is not None:
+            self.keep(model, self._passing.batch)
+        return self.batch is not None
+
+    def keep(self, model: nn.Module, batch: Any) -> None:
+        """Take a batch that cannot be drawn again, and save it with the state."""
+        self.in_state = True
+        self.settle(model, moved(batch, _device(model)))
+
+    def saved_batch(self) -> Any:
+        """Return the batch on the CPU where a resumed run cannot draw it again, up to 16 MB; else None."""
+        if not self.in_state or not _is_loadable(self.batch):
+            return None
+        num_bytes = sum(tensor.nbytes for _, tensor in tensors_of(self.batch))
+        return moved(self.batch, torch.device("cpu")) if num_bytes <= _MOST_SAVED_BYTES else None
+
+    def close(self) -> None:
+        """Stop watching the loader."""
+        if self._passing is not None:
+            self._passing.close()
 
     def run(self, model: nn.Module) -> None:
-        """Run the model once on the batch, moved to where the model is now; the output is dropped."""
+        """Run the model once on the batch, moved to where the model is now; the output is dropped.
+
+        Raises:
+            RuntimeError: There is no batch yet.
+        """
+        if self.batch is None:
+            raise RuntimeError(self.missing)
         batch = moved(self.batch, _device(model))
         with ExitStack() as stack:
             stack.enter_context(data_parallel_left_out(model))
@@ -110,6 +165,14 @@ class Probe:
             nullcontext()
             if skip is None
             else replaced_hooks(model.modules(), lambda _, hook: None if skip(hook) else hook)
+        )
+
+    @property
+    def missing(self) -> str:
+        """Why there is no batch yet, and the way out."""
+        return (
+            f"probe=DataLoader: {self.source}, so drawing from it could change the training data. The probe is the "
+            "first batch that is read from it, and none was read so far; or give one batch: probe=..."
         )
 
     def half(self) -> Probe | None:
@@ -170,32 +233,11 @@ def _fingerprint(batch: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _first_batch(loader: DataLoader[Any]) -> Any:
-    """Return the loader's first batch, drawn without its workers and without advancing any of its generators."""
-    generators = {
-        id(generator): generator
-        for owner in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-        if isinstance(generator := getattr(owner, "generator", None), torch.Generator)
-    }
-    states = [(generator, generator.get_state()) for generator in generators.values()]
-    # A second loader over the same dataset and sampler: iterating the user's own would reset its persistent workers.
-    # From a shuffling loader, the first examples in stored order: a resumed run must draw the same probe again.
-    is_shuffled = isinstance(loader.sampler, torch.utils.data.RandomSampler) and loader.batch_size is not None
-    if is_shuffled or isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        order: dict[str, Any] = {"batch_size": loader.batch_size}
-    elif loader.batch_sampler is not None:
-        order = {"batch_sampler": loader.batch_sampler}
-    else:
-        order = {"sampler": loader.sampler, "batch_size": None}
-    plain: DataLoader[Any] = DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
-    with restored_random_state():
-        try:
-            return next(iter(plain))
-        except StopIteration:
-            raise ValueError("probe: the DataLoader is empty; give one with at least one batch") from None
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
+def _is_loadable(batch: Any) -> bool:
+    """Return whether ``torch.load`` reads the batch with ``weights_only=True``."""
+    if type(batch) in (dict, list, tuple):
+        return all(map(_is_loadable, batch.values() if isinstance(batch, dict) else batch))
+    return (type(batch) is Tensor and is_plain(batch)) or isinstance(batch, (str, int, float, type(None)))
 
 
 def _check_length(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -211,7 +253,7 @@ def _check_length(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for where, tensor in tensors.items():
         is_token_ids = is_plain(tensor) and tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
         if is_token_ids and tensor.shape[1] > limit:
-            raise ValueError(
+            raise RejectedBatchError(
                 f"probe{where} is {tensor.shape[1]} tokens long but the model's config.{name} is {limit}; "
                 f"cut it: probe[:, :{limit}]"
             )

@@ -51,7 +51,8 @@ class AttentionMonitor:
     Args:
         model: The model; DDP and compile wrappers are removed.
         probe: The batch that is run each time: a tensor, mapping, tuple or list on the model's device, or a
-            ``DataLoader`` whose first batch is taken.
+            ``DataLoader`` whose first batch is taken: from a copy, or, where a copy could change the training data,
+            as training reads it; the monitor then attaches at the next sample.
         schedule: When to sample: every so many optimizer steps, a list of steps, or any function of the step
             (`attnmonitor.monitor.schedules`). Asked at 0 and after every optimizer step.
         metrics: Names from `attnmonitor.metrics.catalog.METRICS`; by default those that need no L×L matrix.
@@ -137,14 +138,17 @@ class AttentionMonitor:
         self._measurement = RankMeasurement(self.model, self.probe, self._metrics, group, strict=strict)
         self._is_main = group.is_main
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
+        self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
         loggers, record = (loggers, record) if self._is_main else ((), None)
         self._delivery = Delivery(self._failures, loggers=loggers, record=record, actions=self._actions, name=name)
+        self._delivery.on_close(self.probe.close)
         self._attach()
 
     def _attach(self) -> None:
         """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
-        measured = self._measurement.attach()
-        layers = measured.coverage if self._measurement.measures else {}
+        has_probe = self.probe.batch is not None
+        layers = self._measurement.attach().coverage if has_probe else {}
+        layers = layers if self._measurement.measures else {}
         self._identity = {
             "probe_fingerprint": self.probe.fingerprint,
             "model_signature": self._measurement.signature,
@@ -156,7 +160,16 @@ class AttentionMonitor:
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
-        self._delivery.connect_loggers(self.history, self.describe())
+        if has_probe:
+            self._delivery.connect_loggers(self.history, self.describe())
+
+    def _has_probe(self) -> bool:
+        """Return whether the probe has a batch; attach once it has."""
+        if self.probe.batch is None and self.probe.take_passing_batch(self.model):
+            self._attach()
+            if self._state is not None:
+                self.load_state_dict({**self._state, "global_step": self.global_step})
+        return self.probe.batch is not None
 
     def __str__(self) -> str:
         """A table of the layers: how each is captured and verified, or why it is not measured."""
@@ -180,7 +193,10 @@ class AttentionMonitor:
         except Exception as error:
             self._failures.contain("the schedule", error)
             return None
-        if self.paused:
+        with self._failures.contained("attach"):
+            if not self._has_probe() and step > 0:
+                raise RuntimeError(self.probe.missing)
+        if self.paused or self.probe.batch is None:
             # Adapters broadcast a sample's requests to all processes, so each process needs a sample.
             return self._no_sample(step) if distributed.is_initialized() else None
         return self.sample(step)
@@ -291,12 +307,15 @@ class AttentionMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain containers and tensors that load with ``weights_only=True``."""
+        if self.probe.batch is None and self._state is not None:
+            return {**self._state, "global_step": self.global_step}
         return {
             "format": _STATE_FORMAT,
             "global_step": self.global_step,
             "failures": self.failures,
             "summary": self.summary.state_dict(),
             **self._identity,
+            "probe": self.probe.saved_batch(),
             "record": self._delivery.record_to_continue(),
             "history": self.history.state_dict(),
             "alerts": self._alerts.state_dict(),
@@ -316,6 +335,12 @@ class AttentionMonitor:
                 f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
             )
         self.global_step = state["global_step"]
+        if self.probe.batch is None:
+            if state.get("probe") is None:
+                self._state = state
+                return
+            self.probe.keep(self.model, state["probe"])
+            self._attach()
         if not self._measurement.measures:
             return
         self._failures.count = state["failures"]

@@ -114,9 +114,24 @@ def test_probe_defaults_to_first_validation_else_train_batch() -> None:
         watcher = AttentionMonitorCallback(every_n_steps=3)
         fit(Module(), watcher, train=DataLoader(TRAIN, batch_size=4), val=val)
         assert torch.equal(watcher.monitor.probe.batch, expected)
+
+
+def test_default_probe_that_does_not_fit_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def loaders_of_rows() -> list[Tensor]:
+        return list(TRAIN.split(4))  # Lightning reads each tensor as a loader of its rows
+
+    class Rows(Module):
+        def training_step(self, rows: list[Tensor], index: int) -> Tensor:
+            return super().training_step(torch.stack(rows), index)
+
     watcher = AttentionMonitorCallback()
-    with pytest.raises(ValueError, match=r"AttentionMonitorCallback\(probe=None\)"):
-        fit(Module(), watcher, train=list(TRAIN.split(4)))
+    trainer = fit(Rows(), watcher, train=loaders_of_rows())
+    assert "not watched, no default probe fits the model" in caplog.text
+    assert "forward=lambda model, batch" in caplog.text
+    assert trainer.global_step == 6
+    assert watcher.monitor is None
+    with pytest.raises(ValueError, match="not watched, no default probe fits"):
+        fit(Rows(), AttentionMonitorCallback(strict=True), train=loaders_of_rows())
 
 
 def test_early_stopping_and_checkpoint_watch_summaries(tmp_path: Path) -> None:
@@ -188,7 +203,10 @@ def test_forward_that_does_not_fit_is_explained() -> None:
             return language_loss(self.gpt(token_ids), token_ids)
 
     with pytest.raises(ValueError, match=r"rejects this batch.*forward=lambda model, batch"):
-        fit(NoForward(), AttentionMonitorCallback())
+        fit(NoForward(), AttentionMonitorCallback(HELD_OUT))
+    with pytest.raises(ValueError, match=r"rejects this batch.*forward=lambda model, batch"):
+        fit(NoForward(), AttentionMonitorCallback(strict=True))
+    assert fit(NoForward(), AttentionMonitorCallback()).global_step == 6
     watcher = AttentionMonitorCallback(every_n_steps=3, forward=lambda module, batch: module.gpt(batch))
     fit(NoForward(), watcher)
     assert watcher.monitor.history.steps == [0, 3, 6]
