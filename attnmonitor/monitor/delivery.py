@@ -51,6 +51,8 @@ class Delivery:
         self._failures = failures
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
         self._record_path, self._is_new_path = _record_path(record, name)
+        is_absolute = not isinstance(record, bool) and record is not None and Path(record).is_absolute()
+        self._given_from = None if is_absolute else _working_directory()
         self._record: RecordWriter | None = None
         self._actions = actions
         self._on_close = ExitStack()
@@ -59,6 +61,15 @@ class Delivery:
     def record_path(self) -> Path | None:
         """File of the run's record; None without one."""
         return self._record.path if self._record is not None else self._record_path
+
+    @property
+    def record_path_from_here(self) -> Path | None:
+        """As in `AttentionMonitor`."""
+        path = self.record_path
+        is_same = self._given_from is not None and self._given_from == _working_directory()
+        if path is not None and is_same and path.is_relative_to(str(self._given_from)):
+            return path.relative_to(str(self._given_from))
+        return path
 
     def connect_loggers(self, history: History, run: Mapping[str, Any]) -> None:
         """Give each logger what it asks for beside samples: run settings, trajectories, a call of ``close()``."""
@@ -132,6 +143,13 @@ def _name_of(action: object) -> str:
         return action if isinstance(action, str) else str(getattr(action, "__qualname__", None) or repr(action))
     except Exception:  # a `repr` or a class of the user's own
         return type(action).__qualname__
+
+
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:  # it is gone
+        return None
 
 
 def _record_path(record: bool | str | Path | None, name: str | None) -> tuple[Path | None, bool]:

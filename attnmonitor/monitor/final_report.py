@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 
 from attnmonitor.messages import printable, warn
 from attnmonitor.monitor import AttentionMonitor, clock
@@ -46,16 +45,8 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
     print(f"  watching took {monitor.seconds:.1f} s{of_run}")
     if monitor.record_path is not None:
         command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
-        path = _from_here(monitor.record_path)
-        print(printable(f"  record: {path}\n  charts: {command} report {shlex.quote(str(path))}"))
-
-
-def _from_here(path: Path) -> Path:
-    """Return a shorter path where the file lies below the working directory."""
-    try:
-        return path.relative_to(Path.cwd())
-    except (ValueError, OSError):  # elsewhere; or the working directory is gone
-        return path
+        path = str(monitor.record_path_from_here)
+        print(printable(f"  record: {path}\n  charts: {command} report {shlex.quote(path)}"))
 
 
 def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:

@@ -384,6 +384,11 @@ class AttentionMonitor:
         """File of this run's record; None without one."""
         return self._delivery.record_path
 
+    @property
+    def record_path_from_here(self) -> Path | None:
+        """`record_path`, relative if it was given so and the working directory is still the same."""
+        return self._delivery.record_path_from_here
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
         dropped = {"model", "probe", "_measurement"}
