@@ -51,8 +51,7 @@ class AttentionMonitor:
     Args:
         model: The model; DDP and compile wrappers are removed.
         probe: The batch that is run each time: a tensor, mapping, tuple or list on the model's device, or a
-            ``DataLoader`` whose first batch is taken: from a copy, or, where a copy could change the training data,
-            as training reads it; the monitor then attaches at the next sample.
+            ``DataLoader`` whose first batch is taken, from a copy or, where none is safe, as training reads it.
         schedule: When to sample: every so many optimizer steps, a list of steps, or any function of the step
             (`attnmonitor.monitor.schedules`). Asked at 0 and after every optimizer step.
         metrics: Names from `attnmonitor.metrics.catalog.METRICS`; by default those that need no L×L matrix.
@@ -146,9 +145,8 @@ class AttentionMonitor:
 
     def _attach(self) -> None:
         """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
-        has_probe = self.probe.batch is not None
-        layers = self._measurement.attach().coverage if has_probe else {}
-        layers = layers if self._measurement.measures else {}
+        coverage = {} if self.probe.batch is None else self._measurement.attach().coverage
+        layers = coverage if self._measurement.measures else {}
         self._identity = {
             "probe_fingerprint": self.probe.fingerprint,
             "model_signature": self._measurement.signature,
@@ -160,7 +158,7 @@ class AttentionMonitor:
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
-        if has_probe:
+        if self.probe.batch is not None:
             self._delivery.connect_loggers(self.history, self.describe())
 
     def _has_probe(self) -> bool:
