@@ -332,3 +332,44 @@ def _check(found: list[list[tuple[Case, list[str], float]]], count: int) -> None
 @pytest.mark.parametrize("first", range(0, 300, 50))
 def test_three_hundred_setups_with_faults_hang_none(first: int, tmp_path: Path) -> None:
     _check(on_processes(tmp_path, _run_cases, list(range(first, first + 50)), world=WORLD), 50)
+
+
+# Each of these is a kind: a set-up in pairs of which one attaches or both, and one process that the others miss.
+FEW = (
+    Case("fsdp2 in pairs" if FSDP2 else "fsdp1 in pairs", (0, 1), "none", 0, "head"),
+    Case("fsdp2 in pairs" if FSDP2 else "fsdp1 in pairs", (1,), "late", 3, "head"),
+    Case("replicas in pairs", (0, 1), "raises", 2, "blocks.1"),
+    Case("fsdp1", (0, 1), "absent", 1, "head"),
+    Case("fsdp1", (0, 1), "skips", 2, "head"),
+    Case("experts", (0, 1), "none", 2, "blocks.0.attn"),
+)
+
+
+def _run_few(rank: int) -> list[tuple[Case, list[str], float]]:
+    return [_tried(rank, seed, case) for seed, case in enumerate(FEW)]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, list[str]]]:
+    found = on_processes(tmp_path_factory.mktemp("setups"), _run_few, world=WORLD)
+    return [{case: said for case, said, _ in each} for each in found]
+
+
+def test_first_rank_of_each_group_records_and_alerts(few: list[dict[Case, list[str]]]) -> None:
+    assert [[each[FEW[0]], each[FEW[2]]] for each in few] == [[[], []]] * WORLD
+
+
+def test_group_alone_measures_and_names_its_late_process(few: list[dict[Case, list[str]]]) -> None:
+    assert [each[FEW[1]] for each in few] == [[]] * WORLD
+
+
+def test_attach_names_a_process_that_never_attaches(few: list[dict[Case, list[str]]]) -> None:
+    assert [each[FEW[3]] for each in few] == [[]] * WORLD
+
+
+def test_process_that_skips_a_sample_pauses_all(few: list[dict[Case, list[str]]]) -> None:
+    assert [each[FEW[4]] for each in few] == [[]] * WORLD
+
+
+def test_experts_are_measured_by_all_processes(few: list[dict[Case, list[str]]]) -> None:
+    assert [each[FEW[5]] for each in few] == [[]] * WORLD
