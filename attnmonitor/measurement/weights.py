@@ -58,8 +58,7 @@ class WeightMeasurement:
         self._found: dict[str, HeadProjections | str] = {}
         self._structures: Mapping[str, Structure] = {}
         self.reasons: dict[str, str] = {}
-        with quiet(model), probe.without_hooks(model):
-            self._find()
+        self._find()
 
     def take(self, energy_rank: Mapping[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
         """Measure the weights as they are now.
@@ -71,8 +70,8 @@ class WeightMeasurement:
             ``values[metric][layer]``: float32 ``(Hq,)`` on the host.
         """
         values: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
+        self._find()
         with quiet(self._model), self._probe.without_hooks(self._model):
-            self._find()
             for name, num_heads in self._num_heads.items():
                 by_metric: Mapping[str, Tensor] = {}
                 try:
@@ -99,8 +98,9 @@ class WeightMeasurement:
         self.reasons = {name: found for name, found in self._found.items() if isinstance(found, str)}
 
     def _discovered(self, names: Sequence[str]) -> Mapping[str, HeadProjections | str]:
+        # In a context of its own: its forwards move the ranges of observers, which the weights are then read with.
         try:
-            with no_collectives(self._model):
+            with quiet(self._model), self._probe.without_hooks(self._model), no_collectives(self._model):
                 return discover_projections(self._model, lambda: self._probe.run(self._model), names)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -111,7 +111,8 @@ class WeightMeasurement:
         projections = self._found[name]
         if isinstance(projections, str):
             return {}
-        device = next(self._model.parameters()).device
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
         with full_precision(device), no_collectives(self._model):
             w_q, w_k = projections.read()
             with default_torch_state():
