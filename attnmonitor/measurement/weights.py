@@ -13,11 +13,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture.projections import HeadProjections, Structure, discover_projections, structures
+from attnmonitor.capture.projections import (
+    HeadProjections,
+    Structure,
+    UnreadableError,
+    discover_projections,
+    structures,
+)
 from attnmonitor.functional.interaction import interaction_spectrum
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state, quiet
+from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.collectives import no_collectives
 from attnmonitor.sample import LayerCoverage
@@ -77,8 +84,7 @@ class WeightMeasurement:
                 try:
                     by_metric = self._measured(name, None if energy_rank is None else energy_rank[name])
                 except Exception as error:
-                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                    self.reasons[name] = f"its weights could not be measured: {reason}"
+                    self.reasons[name] = _reason(error)
                 for metric in self._metrics:
                     nothing = torch.full((num_heads,), torch.nan, device="cpu")
                     values[metric][name] = by_metric.get(metric, nothing)
@@ -103,8 +109,7 @@ class WeightMeasurement:
             with quiet(self._model), self._probe.without_hooks(self._model), no_collectives(self._model):
                 return discover_projections(self._model, lambda: self._probe.run(self._model), names)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            return dict.fromkeys(names, f"the forward that looks for its projections failed: {reason}")
+            return dict.fromkeys(names, f"the forward that looks for its projections failed: {error_text(error)}")
 
     def _measured(self, name: str, energy_rank: Tensor | None) -> Mapping[str, Tensor]:
         """Return the metrics of one layer, each ``(Hq,)`` on the host; none where its projections are not known."""
@@ -117,8 +122,14 @@ class WeightMeasurement:
             w_q, w_k = projections.read()
             with default_torch_state():
                 if len(w_q) != self._num_heads[name]:
-                    raise ValueError(f"{self._num_heads[name]} query heads at attach, {len(w_q)} now: attach again")
+                    raise UnreadableError(
+                        f"{self._num_heads[name]} query heads at attach, {len(w_q)} now: attach again"
+                    )
                 w_k = w_k.repeat_interleave(len(w_q) // len(w_k), dim=0)
                 rank = None if energy_rank is None else energy_rank.to(w_q.device)
                 spectrum = interaction_spectrum(w_q, w_k, energy_rank=rank)
                 return {metric: METRICS[metric].formula(spectrum).float().cpu() for metric in self._metrics}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UnreadableError) else f"its weights were not measured: {error_text(error)}"

@@ -503,13 +503,3 @@ def test_offloaded_weights_are_brought_in_and_read(at: str) -> None:
         offloaded(model)
     torch.testing.assert_close(monitor.sample(1).values[RATIO]["0"], expected, rtol=1e-3, atol=0)
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_offloaded_attention_of_torch_is_nan_with_reason() -> None:
-    """Its projections are no modules of their own, which could be called: they are there in its forward alone."""
-    model = nn.Sequential(nn.MultiheadAttention(WIDTH, 4, batch_first=True))
-    offloaded(model)
-    monitor = monitor_of(model, forward=lambda model, x: model[0](x, x, x))
-    sample = monitor.sample(0)
-    assert sample.values[RATIO]["0"].isnan().all()
-    assert "outside of" in sample.coverage["0"].weights_reason

@@ -45,16 +45,18 @@ class Observation:
     Attributes:
         rows: A few rows of its input, ``(R, width)``, and the same of its output, ``(R, N)``, float32; empty where
             these are no tensors of one length.
-        parameters: Its parameters, and their versions.
+        parameters: Its parameters then, and their versions.
+        had_its_own: Whether these are the parameters it has outside of the forward.
     """
 
     rows: list[Tensor]
     parameters: list[tuple[Tensor, int]]
+    had_its_own: bool = True
 
 
 @contextmanager
 def observed(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Observation]]:
-    """Yield a dictionary that receives what each module computes in its first call."""
+    """Yield a dictionary that receives what each module computes in its first call; complete after exit."""
     seen: dict[nn.Module, Observation] = {}
 
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -70,6 +72,8 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Observati
     finally:
         for handle in handles:
             handle.remove()
+        for module, observation in seen.items():
+            observation.had_its_own = same_versions(observation.parameters, versions_of(module.parameters()))
 
 
 @dataclass(eq=False)
@@ -244,7 +248,7 @@ def _exact_activations(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def _check_parameters(module: nn.Module | None, name: str, seen: Observation) -> None:
-    if module is not None and not same_versions(seen.parameters, versions_of(module.parameters())):
+    if module is not None and not seen.had_its_own:
         raise UnreadableError(
             f"{name} ({storage_of(module)}): the model's forward runs it with other weights than those it has outside "
             "of a forward"
