@@ -16,6 +16,7 @@ from attnmonitor.alerts.older_states import with_present_names
 from attnmonitor.alerts.past import RunPast
 from attnmonitor.alerts.rule_tracker import RuleTracker
 from attnmonitor.alerts.rules import FiringShare, Rule, check_rules, leaves
+from attnmonitor.messages import error_text
 from attnmonitor.sample import AlertEvent
 
 __all__ = ["Alerts"]
@@ -43,6 +44,9 @@ class Alerts:
 
     def __init__(self, rules: Iterable[Rule] = DEFAULT_RULES) -> None:
         self.rules = check_rules(rules)
+        self._begin()
+
+    def _begin(self) -> None:
         depths: dict[str, int] = {}
         for threshold in (threshold for rule in self.rules for threshold in rule.thresholds):
             depths[threshold.metric] = max(threshold.depth, depths.get(threshold.metric, 1))
@@ -114,6 +118,15 @@ class Alerts:
         for tracker in self._trackers:
             if tracker.rule.name in state["rules"]:
                 tracker.load_state_dict(state["rules"][tracker.rule.name])
+
+    def continue_from(self, state: Any) -> str:
+        """Load a state of any version; return why it cannot be read, and begin anew, or ``""``."""
+        try:
+            self.load_state_dict(state)
+        except Exception as error:  # names that this version does not know, or no state at all
+            self._begin()
+            return error_text(error)
+        return ""
 
 
 def _depends_on_others(rule: Rule) -> bool:

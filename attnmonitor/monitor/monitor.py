@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed, nn
 
 from attnmonitor._version import __version__
-from attnmonitor.alerts import Alerts, Rule
+from attnmonitor.alerts import Rule
 from attnmonitor.alerts.actions import Action, check_actions, requests_of
 from attnmonitor.measurement import Measured
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
@@ -354,15 +354,8 @@ class AttentionMonitor:
             return
         with default_torch_state():
             self.history.load_state_dict(state["history"])
-            self._load_alerts(state["alerts"])
-
-    def _load_alerts(self, state: Mapping[str, Any]) -> None:
-        try:
-            self._alerts.load_state_dict(state)
-        except Exception as error:  # saved by a version whose names this one does not know
-            self._alerts = Alerts(self._alerts.rules)
-            reason = error_text(error)
-            self._failures.warn(f"the state of alerts cannot be read ({reason}): alert baselines begin anew")
+            if reason := self._alerts.continue_from(state["alerts"]):
+                self._failures.warn(f"the state of alerts cannot be read ({reason}): alert baselines begin anew")
 
     def on_close(self, action: Callable[[], object]) -> None:
         """Call ``action()`` once when the monitor closes; what was added last is called first."""

@@ -20,6 +20,8 @@ _MAX_BITS = 64
 
 def storable(text: str) -> str:
     """Return a text that SQLite, JSON and a UTF-8 file can hold: no lone surrogates, no NUL, of bounded length."""
+    if len(text) <= _MAX_TEXT and str.isascii(text) and "\0" not in text:
+        return text
     if len(text) > _MAX_TEXT:
         half = _MAX_TEXT // 2
         text = f"{text[:half]} ... ({len(text) - _MAX_TEXT:,} characters left out) ... {text[-half:]}"
@@ -28,7 +30,7 @@ def storable(text: str) -> str:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Return ``value`` as dicts, lists, numbers, texts and None; other objects by their ``str``."""
-    if value is None or isinstance(value, (bool, float)):
+    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63):
         return value
     if isinstance(value, str):
         return storable(value)
