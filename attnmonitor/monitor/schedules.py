@@ -148,7 +148,7 @@ def whole_number(global_step: Any) -> int:
 
 
 def is_due(schedule: Schedule, first: int, last: int) -> bool:
-    """Return whether the schedule asks for a sample at one of the steps from first to last; of a jump, at its end."""
+    """Return whether the schedule asks for a sample from ``first`` to ``last``; of a long jump, at its end."""
     return any(map(schedule, range(max(first, last - _LONGEST_JUMP), last + 1)))
 
 
