@@ -86,6 +86,12 @@ class Failures:
             self._warned.update(new)
             reason = measured.coverage[new[0]].reason
             self.warn(f"not measured at step {global_step}, and NaN: {', '.join(new)} ({reason})")
+        if late := [name for name in measured.coverage if name not in at_attach]:
+            self._warn_once(
+                "late layers",
+                f"layers at step {global_step} that were not there at attach are not measured: {', '.join(late)}; to "
+                "measure them, close this monitor and attach another",
+            )
         if "halved_probe" in measured.diagnostics:
             self._warn_once(
                 "memory",

@@ -119,10 +119,8 @@ class AttentionMonitor:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} is not a torch.nn.Module")
         self.model = unwrap(model)
-        self.name = check_name(name)
-        self.strict = strict
-        self.should_stop = False
-        self.global_step = -1
+        self.name, self.strict = check_name(name), strict
+        self.should_stop, self.global_step = False, -1
         self.last_sample: Sample | None = None
         self.seconds = 0.0
         self._schedule, self._schedule_text = as_schedule(schedule), repr(schedule)
@@ -147,10 +145,7 @@ class AttentionMonitor:
         """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
         coverage = {} if self.probe.batch is None else self._measurement.attach().coverage
         layers = coverage if self._measurement.measures else {}
-        self._identity = {
-            "probe_fingerprint": self.probe.fingerprint,
-            "model_signature": self._measurement.signature,
-        }
+        self._identity = {"probe_fingerprint": self.probe.fingerprint, "model_signature": self._measurement.signature}
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
         self.summary = RunSummary(layers, has_rules=bool(self._alerts.rules), grace=self._alerts.grace)

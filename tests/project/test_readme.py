@@ -41,7 +41,7 @@ def snippet(page: Path, containing: str) -> str:
 
 
 def test_no_snippet_is_left_out() -> None:
-    assert len(snippets(README)) == 5
+    assert len(snippets(README)) == 6
     assert len(snippets(QUICK_START)) == 4
 
 
@@ -90,6 +90,8 @@ def test_raw_snippets_of_readme_run(in_own_folder: Path) -> None:
     names: dict[str, Any] = {"model": model, "probe": HELD_OUT, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
     exec(snippet(README, "attach(model, optimizer"), names)
     train(model, names["optimizer"], 2)
+    exec(snippet(README, "monitor.load_state_dict"), names)
+    assert names["monitor"].global_step == 2
     exec(snippet(README, "monitor.history"), names)
     names["monitor"].close()
     exec(snippet(README, "RunRecord.open(monitor"), names)
