@@ -69,6 +69,10 @@ def _pair_mesh() -> Any:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("which", "shard"))["shard"]
 
 
+def _replicas_of_shards() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
 def _replica_in_a_pair(model: TinyGPT) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, process_group=_pair_mesh().get_group())
 
@@ -124,7 +128,7 @@ if FSDP2:
     SETUPS |= {
         "fsdp2": Setup(lambda model: spread(model, "fsdp2")),
         "fsdp2 and tensor parallel": Setup(lambda model: spread(model, "fsdp2 x tp")),
-        "shards that are replicated": Setup(_fsdp2_on(lambda: init_device_mesh("cpu", (2, 2)))),
+        "shards that are replicated": Setup(_fsdp2_on(_replicas_of_shards)),
         "fsdp2 in pairs": Setup(_fsdp2_on(_pair_mesh), in_pairs=True),
         "fsdp2, sharded after attach": Setup(lambda model: spread(model, "fsdp2"), late=True),
     }
