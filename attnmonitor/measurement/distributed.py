@@ -30,7 +30,6 @@ from attnmonitor.parallel.collectives import (
     CollectiveRecorder,
     group_of,
     run_with_zeros,
-    why_not_joinable,
 )
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 from attnmonitor.parallel.head_slices import HeadSlice, head_slice, projection_hashes, unmarked_slice
@@ -91,11 +90,10 @@ class DistributedMeasurement(Measurement):
         self._exchange.gather(None)  # before the forward: alone, its collectives would meet those of training
         self._attach_own()
         self._half = self._probe.half()
-        with _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
+        with _inside_forwards(self._model, self._find_slice), CollectiveRecorder(self._model) as whole:
             measured = self._own._attempt(self._probe, False)
         self._collectives[self._probe] = whole.calls
-        reason = next(filter(None, map(why_not_joinable, whole.calls)), "")
-        check_joinable(self._model, *self._exchange.gather(reason))
+        check_joinable(self._model, *self._exchange.gather(whole.not_joinable))
         if not is_sharded(self._model):
             self._find_unmarked_slices(measured, whole.calls)
         self._try_half()

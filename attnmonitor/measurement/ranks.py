@@ -15,7 +15,7 @@ from torch import distributed, nn
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
 from attnmonitor.measurement.probe import Probe
-from attnmonitor.parallel.collectives import LoneCollectiveError, why_not_joinable
+from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.fsdp import enclosing_fsdp1
 from attnmonitor.parallel.groups import ModelGroup, model_group
@@ -89,8 +89,8 @@ class RankMeasurement:
         try:
             return self._attach()
         except LoneCollectiveError as error:
-            if reason := why_not_joinable(error.collective):
-                check_joinable(self._model, f"{reason} ({error})")
+            if is_point_to_point(error.collective):
+                check_joinable(self._model, f"{why_not_joinable(error.collective)}, in {error.place}")
         self._use(DistributedMeasurement(self._model, *self._arguments, strict=self._strict, ranks=self._group.ranks))
         return self._attach()
 

@@ -29,6 +29,7 @@ __all__ = [
     "CollectiveRecorder",
     "LoneCollectiveError",
     "group_of",
+    "is_point_to_point",
     "no_collectives",
     "run_with_zeros",
     "why_not_joinable",
@@ -57,10 +58,12 @@ class LoneCollectiveError(RuntimeError):
 
     Attributes:
         collective: The collective.
+        place: Name and class of the module that calls it.
     """
 
     def __init__(self, collective: Collective, place: str, group: distributed.ProcessGroup | None) -> None:
         self.collective = collective
+        self.place = place
         size = "several" if group is None else str(group.size())
         super().__init__(
             f"{_name(collective)} in {place} needs {size} processes, but one measures alone; it was not started"
@@ -111,15 +114,21 @@ class CollectiveRecorder(TorchDispatchMode):
 
     A collective that fails to start is not recorded: on a GPU, memory for its result may be missing.
 
+    Args:
+        model: Names the place of a collective that cannot be joined; None where that is not needed.
+
     Attributes:
         calls: The collectives in order, as `run_with_zeros` takes them.
+        not_joinable: Why and where the first one that a failed process could not join; ``""`` where there is none.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
         self.calls: list[Collective] = []
+        self.not_joinable = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,13 +137,20 @@ class CollectiveRecorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if _is_collective(func):
             self.calls.append(_specified(func, args, kwargs))
+            if self._model is not None and not self.not_joinable and (reason := why_not_joinable(self.calls[-1])):
+                self.not_joinable = f"{reason}, in {_running(self._model)}"
         return result
+
+
+def is_point_to_point(call: Collective) -> bool:
+    """Return whether a call passes tensors between single processes."""
+    return call[0].namespace == "symm_mem" or call[0]._opname in ("send", "recv_", "recv_any_source_")
 
 
 def why_not_joinable(call: Collective) -> str:
     """Return why a process could not join this collective with zeros after a failure; ``""`` where it could."""
     func, args, kwargs = call
-    if func.namespace == "symm_mem" or func._opname in ("send", "recv_", "recv_any_source_"):
+    if is_point_to_point(call):
         return f"{_name(call)} passes tensors between single processes"
     if "all_to_all" in func._opname or "alltoall" in func._opname:
         sizes = [[getattr(each, "shape", each) for each in values] for values in _lists((args, kwargs))]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attnmonitor.record import RunRecord
 
 LIGHTNING = ("ddp", "fsdp", "model_parallel")
-RUNS = (*LIGHTNING, "transformers")
+RUNS = (*LIGHTNING, "fabric", "transformers")
 STEPS = [0, 2, 4, 6]
 
 
@@ -92,6 +92,34 @@ def _in_lightning(name: str, watched: bool) -> dict[str, Any]:
     return _end(module, trainer.optimizers[0], module.losses, watcher.monitor)
 
 
+def _in_fabric(watched: bool) -> dict[str, Any]:
+    """Fabric's wrapper holds a DDP model, whose own forward sends buffers to the other process."""
+    from lightning.fabric import Fabric
+
+    from attnmonitor.callbacks.pytorch import attach
+
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    model = TinyGPT(dropout=0.1, batch_norm=True)
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), 1e-2))
+    monitor = None
+    if watched:
+        folder = Path("fabric-True/attnmonitor_runs")
+        monitor = attach(model, optimizer.optimizer, token_batch(), every_n_steps=2, strict=True, record=folder)
+    losses = []
+    for step in range(6):
+        token_ids = token_batch(seed=10 * step + fabric.global_rank)
+        loss = language_loss(model(token_ids), token_ids)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    if monitor is not None:
+        monitor.close()
+    return _end(model, optimizer, losses, monitor)
+
+
 def _in_transformers(watched: bool) -> dict[str, Any]:
     from trainer_run import trainer_of
 
@@ -128,7 +156,7 @@ def main(folder: Path) -> None:
     work: dict[str, Callable[[bool], dict[str, Any]]] = {
         name: lambda watched, name=name: _in_lightning(name, watched) for name in LIGHTNING
     }
-    work["transformers"] = _in_transformers
+    work |= {"fabric": _in_fabric, "transformers": _in_transformers}
     ends = {(name, watched): run(watched) for name, run in work.items() for watched in (False, True)}
     torch.save(ends, f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -167,6 +195,7 @@ def test_one_process_writes_every_scheduled_sample(name: str, ends: Any) -> None
     assert list(RunRecord.open(record).steps) == STEPS
     assert all(heads[0] == 4 for heads in first["heads"].values())
     assert len(first["heads"]) == 2
+    assert not any("module" in layer.split(".") for layer in first["heads"])
 
 
 if __name__ == "__main__":

@@ -65,6 +65,17 @@ class Passing(nn.Module):
         return x
 
 
+class Dropless(nn.Module):
+    """Sends tokens to experts in parts whose sizes would come from a router."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, rank = x.flatten(0, 1), dist.get_rank()
+        sizes = [[len(tokens) // 2] * 2, [len(tokens) // 4, len(tokens) - len(tokens) // 4]]
+        received = tokens.new_empty(sum(each[rank] for each in sizes), tokens.shape[1])
+        dist.all_to_all_single(received, tokens, [each[rank] for each in sizes], sizes[rank])
+        return x
+
+
 class Holder(nn.Module):
     """A module of the user's that holds a model."""
 
@@ -171,7 +182,7 @@ def _train(rank: int, how: str, watched: bool) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     torch.manual_seed(rank)
     losses = []
-    for step in range(5):
+    for step in range(3):
         if watched:
             monitor.on_step(step)
         losses.append(train_step(model, optimizer, token_batch(seed=10 * step + rank, batch=4)))
@@ -197,6 +208,7 @@ def _refusals(rank: int) -> dict[str, str]:
     stage = PipelineStage(staged, rank, 2, CPU)
     found = {"passing": _refused(_with_mlp(lambda mlp: nn.Sequential(mlp, Passing()))), "stage": _refused(staged)}
     assert stage.submod is staged
+    found["dropless"] = _refused(_with_mlp(lambda mlp: nn.Sequential(mlp, Dropless())))
     part = TinyGPT()
     whole = _fsdp1(nn.Sequential(part))
     found["part"] = _refused(part)
@@ -243,7 +255,7 @@ def test_training_is_bit_identical(how: str, processes: list[dict[str, Any]]) ->
 def test_every_sample_has_all_layers(how: str, processes: list[dict[str, Any]]) -> None:
     first, second = (each["ends"][how, True] for each in processes)
     names = [f"net.{name}" if how in HELD else name for name in LAYERS]
-    assert (first["steps"], first["failures"]) == ([0, 2, 4], 0)
+    assert (first["steps"], first["failures"]) == ([0, 2], 0)
     assert (second["steps"], second["failures"]) == ([], 0)
     assert list(first["coverage"]) == names
     assert all(layer.measured for layer in first["coverage"].values())
@@ -254,7 +266,7 @@ def test_every_sample_has_all_layers(how: str, processes: list[dict[str, Any]]) 
 
 def test_collective_that_comes_after_attach_is_not_started(processes: list[dict[str, Any]]) -> None:
     first = processes[0]["ends"]["experts after", True]
-    assert (first["steps"], first["failures"]) == ([0, 2, 4], 3)
+    assert (first["steps"], first["failures"]) == ([0, 2], 2)
     for layer in first["coverage"].values():
         assert "in blocks.0.mlp (Experts) needs 2 processes, but one measures alone; it was not started" in layer.reason
     assert all(heads.isnan().all() for layers in first["values"].values() for heads in layers.values())
@@ -263,8 +275,15 @@ def test_collective_that_comes_after_attach_is_not_started(processes: list[dict[
 def test_point_to_point_calls_are_refused_by_name(processes: list[dict[str, Any]]) -> None:
     for rank, call in enumerate(("send", "recv")):
         message = processes[rank]["refusals"]["passing"]
-        assert f"{call} in blocks.0.mlp.1 (Passing)" in message
+        assert f"{call} passes tensors between single processes, in blocks.0.mlp.1 (Passing)" in message
         assert "forward=" in message
+
+
+def test_sizes_that_depend_on_data_are_refused_on_all(processes: list[dict[str, Any]]) -> None:
+    for each in processes:
+        message = each["refusals"]["dropless"]
+        assert "alltoall has sizes that depend on the data: [" in message
+        assert "in blocks.0.mlp.1 (Dropless)" in message
 
 
 def test_pipeline_stage_is_refused(processes: list[dict[str, Any]]) -> None:
