@@ -192,6 +192,12 @@ class Probe:
         half.fingerprint = _fingerprint(half.batch)
         return half
 
+    def batch_only(self) -> Probe:
+        """Return a probe with the same batch, but without functions and loaders, which may not be picklable."""
+        probe = copy.copy(self)
+        probe._forward, probe._skip_hooks, probe._passing = default_forward, None, None
+        return probe
+
     def describe(self) -> str:
         """Return the shapes of the batch's tensors as text, for error messages and the run's configuration."""
         return ", ".join(

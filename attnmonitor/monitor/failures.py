@@ -79,7 +79,10 @@ class Failures:
         lost = [layer for name, layer in at_attach.items() if layer.measured and not measured.coverage[name].measured]
         self.count += bool(lost)
         is_empty = not any(layer.measured for layer in measured.coverage.values())
-        self._num_empty_in_row = self._num_empty_in_row + 1 if is_empty else 0
+        if is_empty:
+            self._num_empty_in_row += 1
+        else:
+            self.resume()
         if failure is not None:
             self._warn_once("sample", f"the sample at step {global_step} failed and its values are NaN: {failure}")
         elif new := [layer.layer for layer in lost if layer.layer not in self._warned]:

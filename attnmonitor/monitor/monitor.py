@@ -71,7 +71,7 @@ class AttentionMonitor:
             them. Requests reach the training loop in ``sample.requests``; the adapters carry them out.
 
     A copy of a monitor, as EMA or pickle of what holds it makes one, is closed: it has the results, but no model,
-    probe, record or loggers, and takes no samples.
+    record or loggers, and takes no samples.
 
     Attributes:
         model: The unwrapped model.
@@ -377,10 +377,10 @@ class AttentionMonitor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
-        dropped = {"model", "probe", "_measurement"}
-        results = {name: value for name, value in vars(self).items() if name not in dropped}
+        results = {name: value for name, value in vars(self).items() if name != "model"}
         nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name)
         results |= {"_schedule": never, "_measurement": NoMeasurement(), "_actions": {}, "_delivery": nowhere}
+        results["probe"] = self.probe.batch_only()
         return object.__new__, (type(self),), results
 
     def __enter__(self) -> Self:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.parallel.process_state import first_import
+
 __all__ = ["load_complete"]
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -70,8 +72,8 @@ def _load(kind: Any, folder: str | None, **where: Any) -> tuple[Any, dict[str, A
 
 def _empty(kind: Any, folder: str, where: Mapping[str, Any]) -> Any:
     """Return the model without weights, for the names of its tensors."""
-    import transformers
-
+    with first_import("transformers"):
+        import transformers
     config = transformers.AutoConfig.from_pretrained(folder, **where)
     with torch.device("meta"):
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
@@ -178,8 +180,8 @@ def _tensors_in(folder: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
+        with first_import("safetensors.torch"):
+            from safetensors.torch import load_file
         return dict(load_file(path))
     found = torch.load(path, map_location="cpu", weights_only=True)
     nested = (found[key] for key in _NESTED if isinstance(found.get(key), Mapping))

@@ -81,7 +81,7 @@ def test_steps_of_a_wrapped_optimizer_are_counted_once(wrapper: str) -> None:
     assert monitor.history.steps == [0, 1, 2, 3]
 
 
-def test_accumulated_and_skipped_steps_do_not_count_under_accelerate() -> None:
+def test_accumulated_gradients_count_once_under_accelerate() -> None:
     model = TinyGPT()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
