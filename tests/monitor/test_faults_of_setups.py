@@ -35,7 +35,7 @@ from attnmonitor.record import RunRecord
 
 WORLD, NUM_STEPS, BROKEN = 4, 4, 2
 LIMIT, LATE = 2.0, 4.0  # seconds
-MODULES = ("tokens", "blocks.0", "blocks.0.attn", "blocks.0.attn.q_proj", "blocks.1.norm1", "blocks.1.mlp.2", "head")
+MODULES = ("tokens", "blocks.0", "blocks.0.attn", "blocks.0.attn.q_proj", "blocks.1.norm1", "blocks.1.mlp", "head")
 HOT = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 ALWAYS = Rule("always", "test", "run", HOT, patience=1, grace=0)
 
