@@ -71,10 +71,14 @@ class WandbLogger:
         self._defined: set[str] = set()
 
     def log_run(self, description: Mapping[str, Any]) -> None:
-        """Put the monitor's settings, the probe's fingerprint and the coverage into the run's configuration."""
+        """Put the monitor's settings, the probe's fingerprint and the coverage into the run's configuration.
+
+        Under ``attention``, or under ``attnmonitor`` where the user has an entry of that name.
+        """
         name = description.get("name") or "default"
-        known = dict(self._run.config.get("attention", {}))
-        self._run.config.update({"attention": {**known, name: dict(description)}}, allow_val_change=True)
+        key = "attention" if _is_ours(self._run.config.get("attention", {})) else "attnmonitor"
+        known = dict(self._run.config.get(key, {}))
+        self._run.config.update({key: {**known, name: dict(description)}}, allow_val_change=True)
 
     def follow(self, history: History) -> None:
         """Set the trajectories that the charts of curves are drawn from; without them there are no charts."""
@@ -147,6 +151,13 @@ class WandbLogger:
         wandb.termlog(
             f"attnmonitor: at most {self._head_scalars.num_keys:,} keys in this run ({what}; cap {self._max_keys:,})"
         )
+
+
+def _is_ours(entry: Any) -> bool:
+    """Return whether a value in a run's configuration was put there by monitors, or is empty."""
+    return isinstance(entry, Mapping) and all(
+        isinstance(each, Mapping) and "attnmonitor_version" in each for each in entry.values()
+    )
 
 
 def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:

@@ -58,13 +58,14 @@ class RowsOfUser:
 
     def __init__(self, run: Run, *, commit: bool = False) -> None:
         self._run = run
-        self._commit = commit
+        self._commit = commit or run.disabled  # a disabled run keeps no rows, and has no end
         self._pending: list[_Pending] = []
         self._newest: dict[str, float] = {}
         self._joined_step: int | None = None
         self._dropped = False
         self._pid = os.getpid()
-        _call_before_finish(run, self._send_pending)
+        if not self._commit:
+            _call_before_finish(run, self._send_pending)
 
     @property
     def num_pending(self) -> int:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from typing import Any
 
@@ -35,6 +35,9 @@ _MOST_SAVED_BYTES = 2**24  # of a probe in a checkpoint
 
 class RejectedBatchError(ValueError):
     """The batch does not fit the model."""
+
+
+_WANDB_WATCH = "wandb.integration.torch.wandb_torch"
 
 
 class Probe:
@@ -159,13 +162,17 @@ class Probe:
             through_wrapper(model, lambda inner: self._forward(inner, batch))
 
     def without_hooks(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Leave out the hooks that ``skip_hooks`` selects. Enter it before hooks of this package are on the model."""
+        """Leave out W&B's hooks and those that ``skip_hooks`` selects.
+
+        Enter it before hooks of this package are on the model.
+        """
         skip = self._skip_hooks
-        return (
-            nullcontext()
-            if skip is None
-            else replaced_hooks(model.modules(), lambda _, hook: None if skip(hook) else hook)
-        )
+
+        def is_left_out(hook: Callable[..., Any]) -> bool:
+            # `wandb.watch` counts the user's forwards, and logs weights and the graph from them.
+            return getattr(hook, "__module__", None) == _WANDB_WATCH or (skip is not None and skip(hook))
+
+        return replaced_hooks(model.modules(), lambda _, hook: None if is_left_out(hook) else hook)
 
     @property
     def missing(self) -> str:

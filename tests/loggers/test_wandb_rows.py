@@ -17,6 +17,7 @@ import wandb
 from models import TinyGPT, language_loss, token_batch
 from wandb_files import curve, offline_run
 
+from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback as LightningCallback
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback as TransformersCallback
@@ -133,6 +134,54 @@ def test_commit_closes_a_row_per_sample(tmp_path: Path) -> None:
             optimizer.step()
             assert run.step == step + 2
     assert list(curve(offline_run(tmp_path), "attention/energy_rms/median")) == [0, 1, 2, 3]
+
+
+def test_watch_logs_at_the_same_steps(tmp_path: Path) -> None:
+    """`wandb.watch` counts forwards: the probe's must not count."""
+    logged = {}
+    for sample_every in (None, 2):
+        folder = tmp_path / str(sample_every)
+        folder.mkdir()
+        optimizer = torch.optim.SGD((model := TinyGPT()).parameters(), 0.1)
+        with wandb.init(project="test", dir=folder) as run:
+            run.watch(model, log="all", log_freq=3)
+            if sample_every:
+                attach(model, optimizer, token_batch(), every_n_steps=sample_every, record=None, loggers=run)
+            for step in range(NUM_STEPS):
+                language_loss(model(token_batch(step)), token_batch(step)).backward()
+                optimizer.step()
+                run.log({"loss": 1.0})
+            run.unwatch(model)
+        logged[sample_every] = [
+            (row["_step"], kind)
+            for row in offline_run(folder)["history"]
+            for kind in ("parameters", "gradients")
+            if any(key.startswith(f"{kind}/") for key in row)
+        ]
+    assert len(logged[None]) == 8
+    assert logged[2] == logged[None]
+
+
+@pytest.mark.parametrize("theirs", ["flash", {"heads": 4}, {"kind": {"name": "flash"}}])
+def test_entry_named_attention_in_the_configuration_stays(theirs: Any, tmp_path: Path) -> None:
+    with wandb.init(project="test", dir=tmp_path, config={"attention": theirs}) as run:
+        for name in ("short", "long"):
+            AttentionMonitor(TinyGPT(), token_batch(), record=None, loggers=run, name=name)
+        assert run.config["attention"] == theirs
+        assert set(run.config["attnmonitor"].keys()) == {"short", "long"}
+
+
+def test_disabled_run_costs_nothing(tmp_path: Path) -> None:
+    run = wandb.init(mode="disabled", dir=tmp_path)
+    optimizer = torch.optim.SGD((model := TinyGPT()).parameters(), 0.1)
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=1, record=None, loggers=run)
+    for step in range(3):
+        language_loss(model(token_batch(step)), token_batch(step)).backward()
+        optimizer.step()
+        run.log({"loss": 1.0})
+    run.finish()
+    monitor.close()
+    assert (monitor.failures, len(monitor.history.steps)) == (0, 4)
 
 
 PROGRAM = """
