@@ -43,8 +43,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
         restore.enter_context(torch.inference_mode(False))
         restore.enter_context(torch.no_grad())
         restore.enter_context(_no_autocast_cache())
-        # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds.
-        if "torch._dynamo" in sys.modules:
+        # Without dynamo loaded nothing can have been compiled, and loading it here would cost seconds. FlexAttention
+        # loads it in its first call, to compile itself.
+        if not sys.modules.keys().isdisjoint(("torch._dynamo", "torch.nn.attention.flex_attention")):
             restore.enter_context(_eager_mode())
         _to_eval_mode(model)
         yield

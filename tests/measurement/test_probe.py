@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import UserDict
 from types import SimpleNamespace
 from typing import Any
@@ -182,3 +185,31 @@ def test_bad_probes_raise_helpful_errors() -> None:
     model.config = SimpleNamespace(max_position_embeddings=16)
     with pytest.raises(ValueError, match=r"24 tokens long but the model's config.max_position_embeddings is 16"):
         Probe(model, token_batch())
+
+
+def test_first_flex_attention_of_a_process_is_measured() -> None:
+    # In a process of its own: FlexAttention compiles itself in its first call, unless it is told not to before.
+    program = """
+import sys, torch
+from torch.nn.attention.flex_attention import flex_attention
+from attnmonitor import AttentionMonitor
+
+class Flex(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return flex_attention(q, k, v).transpose(1, 2).flatten(2)
+
+model = Flex()
+assert "torch._dynamo" not in sys.modules
+[layer] = AttentionMonitor(model, torch.randn(2, 6, 8), record=None).coverage.values()
+assert layer.measured and layer.num_query_heads == 2, layer
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
