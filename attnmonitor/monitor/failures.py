@@ -33,22 +33,22 @@ class Failures:
         self._silent = silent
         self._warned: set[str] = set()
         self._num_empty_in_row = 0
-        self._is_paused = False
+        self._must_not_retry = False
 
     @property
     def paused(self) -> bool:
         """Whether several samples in a row measured nothing, or one must not be tried again."""
-        return self._is_paused
+        return self._must_not_retry or self._num_empty_in_row >= _PAUSE_AFTER
 
     def pause(self, reason: str) -> None:
         """Pause at once: another try would make training wait again. Each process says so, also a silent one."""
-        self._is_paused = True
+        self._must_not_retry = True
         warn(f"{self._prefix}: {reason}: no more samples are taken until monitor.resume() on all processes")
 
     def resume(self) -> None:
         """End a pause."""
         self._num_empty_in_row = 0
-        self._is_paused = False
+        self._must_not_retry = False
 
     @contextmanager
     def contained(self, what: str) -> Iterator[None]:
@@ -102,7 +102,6 @@ class Failures:
                 "sequences; give a smaller probe",
             )
         if self._num_empty_in_row == _PAUSE_AFTER:
-            self._is_paused = True
             self.warn(
                 f"nothing was measured in {_PAUSE_AFTER} samples in a row, the last at step {global_step}: no "
                 "more are taken until monitor.resume()"

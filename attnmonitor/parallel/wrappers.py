@@ -48,17 +48,19 @@ def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    found: dict[str, tuple[str, nn.Module]] = {}
-    for path, module in model.named_modules():
-        outer, _, child = path.rpartition(".")
-        name = ""
-        if path:
-            name, parent = found[outer]
-            is_wrapper = child in _WRAPPED or (child == "module" and isinstance(parent, _SYNCHRONIZING))
-            if not is_wrapper:
-                name = f"{name}.{child}" if name else child
-        found[path] = name, module
+    seen: set[nn.Module] = set()
+
+    # Not `named_modules`: a module's own name may have dots in it, so that its path does not say which its parent is.
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
         yield name, module
+        for child, submodule in module.named_children():
+            is_wrapped = child in _WRAPPED or (child == "module" and isinstance(module, _SYNCHRONIZING))
+            yield from walk(name if is_wrapped else f"{name}.{child}" if name else child, submodule)
+
+    return walk("", model)
 
 
 @contextmanager
