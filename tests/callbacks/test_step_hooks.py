@@ -99,7 +99,7 @@ class Cyclic:
         self.optimizer = self
 
 
-@pytest.mark.parametrize("wrong", [None, 3, Cyclic(), object()], ids=str)
+@pytest.mark.parametrize("wrong", [None, 3, Cyclic(), object()], ids=lambda wrong: type(wrong).__name__)
 def test_optimizer_without_step_hooks_is_refused(wrong: Any) -> None:
     expected = rf"optimizer={type(wrong).__name__} is not a torch.optim.Optimizer with step hooks .* give the one whose"
     with pytest.raises(ValueError, match=expected):

@@ -489,9 +489,20 @@ class BrokenData(Dataset[Tensor]):
         raise OSError("disk unplugged")
 
 
+def test_data_that_cannot_be_read_raises_in_training_alone() -> None:
+    model, optimizer = new_run()
+    loader = DataLoader(BrokenData())
+    before, hooks_before = everything(model, optimizer), hooks(model, optimizer)
+    monitor = attach(model, optimizer, loader, record=None)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+    with pytest.raises(OSError, match="disk unplugged"):
+        next(iter(loader))
+    monitor.close()
+    assert hooks(model, optimizer) == hooks_before
+
+
 def test_refused_attach_leaves_the_model_unchanged() -> None:
     refused: dict[str, tuple[Callable[[nn.Module, Any], Any], type[Exception]]] = {
-        "probe fetch": (lambda model, _: AttentionMonitor(model, DataLoader(BrokenData())), OSError),
         "probe forward": (lambda model, _: AttentionMonitor(model, token_batch() + 1000), ValueError),
         "unknown metric": (lambda model, o: attach(model, o, token_batch(), metrics=["rank"]), ValueError),
         "forward": (

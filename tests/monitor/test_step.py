@@ -24,7 +24,9 @@ def monitor_with(schedule: Any = 1, **settings: Any) -> AttentionMonitor:
     )
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, np.int32, float, np.float32, torch.tensor, np.array], ids=str)
+@pytest.mark.parametrize(
+    "kind", [int, np.int64, np.int32, float, np.float32, torch.tensor, np.array], ids=lambda kind: kind.__name__
+)
 def test_whole_numbers_of_any_type_are_steps(kind: Any) -> None:
     monitor = monitor_with(strict=True)
     for step in range(3):
@@ -35,7 +37,21 @@ def test_whole_numbers_of_any_type_are_steps(kind: Any) -> None:
     assert monitor.history.steps == [0, 1, 2]
 
 
-@pytest.mark.parametrize("step", [None, "3", 2.5, float("nan"), float("inf"), torch.ones(2), object(), [1]], ids=str)
+NO_STEPS = {
+    "None": None,
+    "text": "3",
+    "half": 2.5,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "tensor": torch.ones(2),
+    "object": object(),
+    "list": [1],
+}
+
+
+@pytest.mark.parametrize(
+    "step", NO_STEPS, ids=lambda step: f"{type(step).__name__} {step}".split(" object")[0].split("<")[0]
+)
 def test_other_values_are_one_warning_and_no_step(step: Any) -> None:
     monitor = monitor_with()
     monitor.on_step(0)
