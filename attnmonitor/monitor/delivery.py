@@ -121,7 +121,7 @@ class Delivery:
     def close(self) -> None:
         """Close loggers and record and run the other `on_close` actions; a second call does nothing."""
         self._on_close.close()
-        self._record = None
+        self._record_path, self._record = self.record_path, None  # perhaps not the file that was asked for
 
     def _write(self, sample: Sample, describe: Callable[[], Mapping[str, Any]]) -> None:
         if self._record is None and self._record_path is not None:

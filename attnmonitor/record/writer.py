@@ -92,6 +92,8 @@ class RecordWriter:
         self._retry_at = 0.0
         self._warned: set[str] = set()
         self._close_file: weakref.finalize[Any, Any] | None = None
+        self._owner_pid = os.getpid()
+        self._of_parent: list[Any] = []
         self._write_or_move()
 
     @property
@@ -105,6 +107,7 @@ class RecordWriter:
         Samples recorded earlier at this step or a later one (a resume from an older checkpoint) are superseded.
         """
         self._is_closed = False
+        self._leave_to_parent()
         try:
             self.unwritten.append(encode(sample))
         except Exception as error:
@@ -117,6 +120,7 @@ class RecordWriter:
 
     def close(self) -> None:
         """Try once more to write what is unwritten, and unlock the file."""
+        self._leave_to_parent()
         if self.unwritten:
             self._write_or_move()
         elif self._db is not None and self._files is not None and self._files.is_elsewhere:
@@ -248,6 +252,17 @@ class RecordWriter:
         if topic not in self._warned:
             self._warned.add(topic)
             warn(message)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: leave the file to the parent, whose lock makes the child write to one beside it."""
+        if os.getpid() == self._owner_pid:
+            return
+        self._owner_pid = os.getpid()
+        # Kept: to close SQLite's connections of another process may damage the file.
+        self._of_parent += [self._db, self._files, self._close_file]
+        self._db = self._files = self._close_file = None
+        self.unwritten.clear()
+        self._num_samples = _Counts()
 
     def _release(self) -> None:
         self._db = self._files = None

@@ -93,3 +93,15 @@ def test_moved_record_counts_as_a_failure_of_the_monitor(tmp_path: Path) -> None
     assert monitor.failures == 1
     assert RunRecord.open(tmp_path / "moved.sqlite").steps.tolist() == [0, 1, 2]
     assert RunRecord.open(tmp_path / "live.sqlite").steps.tolist() == [3, 4]
+
+
+def test_path_of_a_closed_record_is_the_one_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.sqlite").mkdir()
+    monitor = AttentionMonitor(TinyGPT(), token_batch(), record=tmp_path / "run.sqlite")
+    with pytest.warns(UserWarning, match="not a regular file"):
+        monitor.sample(0)
+    monitor.close()
+    print_final_report(monitor)
+    assert monitor.record_path == tmp_path / "run-2.sqlite"
+    assert "run-2.sqlite" in capsys.readouterr().out
+    assert list(RunRecord.open(monitor.record_path).steps) == [0]

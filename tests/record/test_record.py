@@ -251,6 +251,26 @@ def test_forked_child_leaves_record_and_lock_alone(tmp_path: Path) -> None:
     assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0]
 
 
+def test_forked_child_writes_to_a_file_beside(tmp_path: Path) -> None:
+    record = RecordWriter(tmp_path / "run.sqlite", run=RUN)
+    record.append(one_value(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads in forked children
+        child = os.fork()
+    if child == 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record.append(one_value(100))
+            record.close()
+        os._exit(0)
+    record.append(one_value(1))
+    assert os.waitpid(child, 0)[1] == 0
+    record.append(one_value(2))
+    record.close()
+    assert RunRecord.open(tmp_path / "run.sqlite").steps.tolist() == [0, 1, 2]
+    assert RunRecord.open(tmp_path / "run-2.sqlite").steps.tolist() == [100]
+
+
 def fill_the_disk(path: Path, send: Connection) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
