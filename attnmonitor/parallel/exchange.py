@@ -49,7 +49,7 @@ class Exchange:
         self._num_done = 0
         store: Any = distributed.distributed_c10d._get_default_store()
         # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
-        self._limit = min(TIME_LIMIT, store.timeout.total_seconds() / 2)
+        self._longest = store.timeout.total_seconds() / 2
         members = hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]
         number = _num_made[self._ranks]
         # A process that missed earlier ones, which the others gave up, takes part in their next one.
@@ -101,7 +101,7 @@ class Exchange:
 
     def _have_come(self, keys: Sequence[str], end: str) -> bool:
         """Wait until all keys are there or the exchange has ended; return False if the limit passes before."""
-        deadline = time.monotonic() + self._limit
+        deadline = time.monotonic() + min(TIME_LIMIT, self._longest)
         pause = 0.0002
         while not self._store.check([end]):
             keys = [key for key in keys if not self._store.check([key])]
@@ -119,7 +119,7 @@ class Exchange:
         absent = [str(rank) for rank in self._ranks if not self._store.check([f"{number}/{rank}"])]
         absent = absent or [str(self._ranks[0])]
         named = ", ".join(absent[:_MAX_NAMED]) + f" and {len(absent) - _MAX_NAMED} more" * (len(absent) > _MAX_NAMED)
-        return f"process {named} did not take part within {self._limit:.3g} s"
+        return f"process {named} did not take part within {min(TIME_LIMIT, self._longest):.3g} s"
 
     def _put(self, key: str, value: bytes) -> None:
         """Store a value in pieces; the key itself comes last, so that where it exists all pieces do."""

@@ -31,6 +31,7 @@ from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.measurement.probe import Probe
+from attnmonitor.parallel.exchange import TIME_LIMIT
 from attnmonitor.record import RunRecord
 
 WORLD, NUM_STEPS, BROKEN = 4, 4, 2
@@ -201,11 +202,11 @@ def run(case: Case, *, watched: bool = True) -> End:
     if case.fault == "skips" and case.rank == rank:
         schedule = [step for step in range(NUM_STEPS + 1) if step != BROKEN]
     probe = token_batch(batch=4)
-    limit = LIMIT if case.fault in ("late", "skips", "absent") else 60.0
     with (
         collected_warnings() as messages,
         pytest.MonkeyPatch.context() as patch,
-        mock.patch("attnmonitor.parallel.exchange.TIME_LIMIT", limit),
+        mock.patch("attnmonitor.parallel.exchange.TIME_LIMIT", LIMIT if case.fault == "absent" else TIME_LIMIT),
+        pytest.MonkeyPatch.context() as until_end,
     ):
         if watched and case.attaches(rank):
             record = f"pair{rank // 2}.sqlite" if case.how.in_pairs else "all.sqlite"
@@ -223,6 +224,8 @@ def run(case: Case, *, watched: bool = True) -> End:
         torch.manual_seed(rank)
         losses = []
         for step in range(NUM_STEPS):
+            if step == BROKEN - 1 and case.fault in ("late", "skips"):
+                until_end.setattr("attnmonitor.parallel.exchange.TIME_LIMIT", LIMIT)
             if step == BROKEN - 1 and end.monitor is not None and case.rank == rank:
                 inject(case, end.monitor, patch)
             if step == BROKEN:
