@@ -25,7 +25,8 @@ from attnmonitor.monitor.final_report import print_final_report
 
 with needed(by="attnmonitor.callbacks.lightning", extra="lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 
 __all__ = ["AttentionMonitorCallback"]
 
@@ -102,8 +103,11 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         elif batch is not None:
             self._begin(trainer, pl_module, [batch], in_state=True)
         else:
-            held_out = list(drawn(_loaders(trainer.val_dataloaders)))
-            probes = chain(held_out or self._checked, drawn(_loaders(trainer.train_dataloader)))
+            # Where hooks of the user's change each batch, a drawn one is not what the model is called with.
+            draws = not _changes_batches(trainer, pl_module)
+            held_out = list(drawn(_loaders(trainer.val_dataloaders))) if draws else []
+            training = drawn(_loaders(trainer.train_dataloader)) if draws else ()
+            probes = chain(held_out or self._checked, training)
             self._begin(trainer, pl_module, probes, in_state=not held_out)
         self._seeks_probe, self._checked = self.monitor is None, ()
 
@@ -130,7 +134,8 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         monitor = self._attach(
             trainer.strategy.model or pl_module,  # with the strategy's wrapper: FSDP must be called through it
             (
-                probe if isinstance(probe, DataLoader) else trainer.strategy.batch_to_device(probe, pl_module.device)
+                # Not through the strategy: it calls the user's transfer hooks, which may draw random numbers.
+                probe if isinstance(probe, DataLoader) else move_data_to_device(probe, pl_module.device)
                 for probe in probes
             ),
             loggers=trainer.loggers if self._loggers is None else self._loggers,
@@ -200,6 +205,16 @@ def _continues(monitor: AttentionMonitor, trainer: Trainer, pl_module: Lightning
     """Return whether a fit goes on where the monitor's ended: the same module at the same step."""
     is_same_module = any(module is pl_module for module in monitor.model.modules())
     return is_same_module and 0 < trainer.global_step == monitor.global_step
+
+
+def _changes_batches(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Return whether the module or the data module has hooks of its own that each batch passes on its way."""
+    return any(
+        is_overridden(hook, owner)
+        for owner in (pl_module, trainer.datamodule)
+        if owner is not None
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
 
 
 def _loaders(loaders: Any) -> Iterator[Any]:

@@ -38,6 +38,44 @@ def test_lightning_default_leaves_the_data_alone(kind: str, role: str) -> None:
     assert callback.monitor.history.steps == [0, 2, 4]
 
 
+class Shifting(Module):
+    """Adds a random number to each batch's tokens on their way to the device, as augmentations do."""
+
+    def _shifted(self, batch: torch.Tensor) -> torch.Tensor:
+        return (batch + torch.randint(5, ())) % 50
+
+
+class ShiftsBefore(Shifting):
+    def on_before_batch_transfer(self, batch: torch.Tensor, dataloader_idx: int) -> torch.Tensor:
+        return self._shifted(batch)
+
+
+class ShiftsInTransfer(Shifting):
+    def transfer_batch_to_device(self, batch: torch.Tensor, device: Any, dataloader_idx: int) -> torch.Tensor:
+        return self._shifted(batch).to(device)
+
+
+class ShiftsAfter(Shifting):
+    def on_after_batch_transfer(self, batch: torch.Tensor, dataloader_idx: int) -> torch.Tensor:
+        return self._shifted(batch)
+
+
+@pytest.mark.parametrize("probe", [None, HELD_OUT])
+@pytest.mark.parametrize("checks", [0, 1])
+@pytest.mark.parametrize("kind", [ShiftsBefore, ShiftsInTransfer, ShiftsAfter])
+def test_hooks_of_the_transfer_see_only_the_users_batches(kind: type[Module], checks: int, probe: Any) -> None:
+    def losses(*callbacks: Any) -> tuple[list[float], list[int]]:
+        torch.manual_seed(0)
+        module = kind()
+        loaders = {"train": DataLoader(TRAIN, 4), "val": DataLoader(HELD_OUT, 2)}
+        fit(module, *callbacks, max_steps=STEPS, num_sanity_val_steps=checks, limit_val_batches=1, **loaders)
+        return module.losses, module.seen
+
+    callback = AttentionMonitorCallback(probe, every_n_steps=2, record=None, strict=True)
+    assert losses(callback) == losses()
+    assert callback.monitor.history.steps == [0, 2, 4]
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_trainer_default_leaves_the_data_alone(eager: bool, tmp_path: Path) -> None:
     class Drawn(torch.utils.data.Dataset[Any]):
