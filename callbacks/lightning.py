@@ -211,7 +211,7 @@ def _changes_batches(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Return whether the module or the data module has hooks of its own that each batch passes on its way."""
     return any(
         is_overridden(hook, owner)
-        for owner in (pl_module, trainer.datamodule)
+        for owner in (pl_module, getattr(trainer, "datamodule", None))
         if owner is not None
         for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     )
