@@ -7,6 +7,7 @@ a failed command leaves neither half a file nor destroys an older one.
 from __future__ import annotations
 
 import argparse
+import json
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,19 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, sqlite3.Error) as error:
         is_bare = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
         way_out = "; pip install 'attnmonitor[all]'" if is_bare else ""
-        return _fail(arguments.command, f"{error}{way_out}")
+        return _fail(arguments, f"{error}{way_out}")
     except _CONTENT_ERRORS as error:
         if arguments.command not in ("report", "replay"):
             raise
-        return _fail(
-            arguments.command, f"the record's content is not that of a record ({type(error).__name__}: {error})"
-        )
+        return _fail(arguments, f"the record's content is not that of a record ({type(error).__name__}: {error})")
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(command: str, reason: str) -> int:
-    print(printable(f"attnmonitor {command}: error: {' '.join(reason.split())}", one_line=True), file=sys.stderr)
+def _fail(arguments: argparse.Namespace, reason: str) -> int:
+    text = " ".join(reason.split())
+    if getattr(arguments, "json", None) == "-":  # what reads the JSON gets JSON, also where there is no number
+        print(json.dumps({"error": text}))
+    print(printable(f"attnmonitor {arguments.command}: error: {text}", one_line=True), file=sys.stderr)
     return 2
 
 
