@@ -23,6 +23,7 @@ from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_sc
 from attnmonitor.measurement.batches import copied
 from attnmonitor.messages import needed
 from attnmonitor.monitor.final_report import print_final_report
+from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.sample import Sample
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
@@ -257,6 +258,8 @@ def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> Iterator
     datasets = trainer.eval_dataset
     loaders = [train_dataloader]
     if datasets is not None:
-        loaders.insert(0, trainer.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None))
+        name = next(iter(datasets)) if isinstance(datasets, dict) else None
+        with restored_random_state():  # a subclass may draw random numbers in it
+            loaders.insert(0, trainer.get_eval_dataloader(name))
     for loader in loaders:
         yield DataLoader(loader.dataset, batch_size=trainer.args.eval_batch_size, collate_fn=loader.collate_fn)

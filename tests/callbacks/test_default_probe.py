@@ -13,6 +13,7 @@ from lightning_run import HELD_OUT, LIGHTNING_WARNINGS, TRAIN, Module, fit
 from loaders import KINDS, PLAIN, Once, fresh
 from torch.utils.data import DataLoader, IterableDataset
 from trainer_run import VOCABULARY, texts, trainer_of
+from transformers import Trainer
 
 from attnmonitor.callbacks.lightning import AttentionMonitorCallback
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback as TrainerCallback
@@ -105,6 +106,25 @@ def test_trainer_default_leaves_the_data_alone(eager: bool, tmp_path: Path) -> N
     callback = TrainerCallback(every_n_steps=2, record=None, strict=True)
     assert losses(callback) == losses()
     assert callback.monitor.history.steps == [0, 2, 4]
+
+
+def test_eval_loader_that_draws_random_numbers_changes_nothing(tmp_path: Path) -> None:
+    class Draws(Trainer):
+        def get_eval_dataloader(self, *arguments: Any) -> Any:
+            torch.rand(1)
+            return super().get_eval_dataloader(*arguments)
+
+        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+            drawn.append(torch.rand(1).item())
+            return super().compute_loss(*arguments, **options)
+
+    seen = []
+    for callbacks in ([], [TrainerCallback(every_n_steps=2, record=None, strict=True)]):
+        drawn: list[float] = []
+        trainer_of(tmp_path, *callbacks, kind=Draws).train()
+        seen.append(drawn)
+    assert len(seen[0]) == 4
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("kind", ["no rows", "stream without rows", "limit"])
