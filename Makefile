@@ -28,8 +28,8 @@ $(READY_FOR_DEMO): pyproject.toml constraints.txt
 demo: $(READY_FOR_DEMO)  ## train a small GPT while every head is watched; under 4 minutes on 2 cores
 	$(RUN) -m attnmonitor demo
 
-test: $(READY)  ## the whole suite
-	$(RUN) -m pytest
+test: $(READY)  ## the whole suite, in two processes
+	$(RUN) -m pytest --numprocesses 2
 
 check: $(READY)  ## format, lint, types, import contracts
 	$(VENV)/bin/ruff format --check .

@@ -244,6 +244,7 @@ def test_killed_and_resumed_run_ends_like_an_unkilled_one(
         monkeypatch.chdir(tmp_path / name)
         folders[name] = [tmp_path / name / folder for folder in run_and_kill(target, num_steps, kills)]
         ends[name] = torch.load("end.pt", weights_only=True)
+        assert ends[name]["state"].pop("record") == str(tmp_path / name / "run.sqlite")
         records[name] = RunRecord.open(tmp_path / name / "run.sqlite")
     steps = list(range(0, num_steps + 1, EVERY))
     assert ends["whole"]["messages"] == ends["killed"]["messages"] == []
