@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from attnmonitor.callbacks.framework import check_settings
 from attnmonitor.measurement.quiet import not_compiled
@@ -26,6 +27,9 @@ __all__ = ["attach"]
 
 _attached_names: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[str | None]] = weakref.WeakKeyDictionary()
 """Names of the open monitors that are attached to each optimizer."""
+
+_OTHERS_IN_ROW = 3
+"""Steps of other optimizers without one of the attached, after which it counts as replaced."""
 
 _INNER = ("optimizer", "base_optimizer", "optim", "_optimizer")
 """Attributes under which wrappers keep the optimizer that they wrap."""
@@ -101,8 +105,34 @@ def attach(
 
     monitor.on_close(optimizer.register_step_pre_hook(before_step).remove)
     monitor.on_close(optimizer.register_step_post_hook(after_step).remove)
+    _warn_of_replacement(monitor, optimizer)
     _close_at_exit(monitor)
     return monitor
+
+
+def _warn_of_replacement(monitor: AttentionMonitor, attached: torch.optim.Optimizer) -> None:
+    """Warn once if another optimizer steps the model's parameters in the place of the attached one."""
+    holds_model = weakref.WeakKeyDictionary[torch.optim.Optimizer, bool]()
+    num_others_in_row = 0
+
+    @not_compiled
+    def after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        nonlocal num_others_in_row
+        if optimizer is attached:
+            num_others_in_row = 0
+            return
+        if optimizer not in holds_model:
+            stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            holds_model[optimizer] = not stepped.isdisjoint(monitor.model.parameters())
+        num_others_in_row += holds_model[optimizer]
+        if num_others_in_row == _OTHERS_IN_ROW:
+            warn(
+                f"attnmonitor: {type(optimizer).__name__} steps the model's parameters and the attached "
+                f"{type(attached).__name__} does not any more, so no samples are taken; close() this monitor, "
+                "attach(model, optimizer, probe, ...) the new optimizer, and load_state_dict() this one's state_dict()"
+            )
+
+    monitor.on_close(register_optimizer_step_post_hook(after_any_step).remove)
 
 
 def _with_hooks(optimizer: Any) -> torch.optim.Optimizer:

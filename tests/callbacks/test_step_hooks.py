@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.messages import AttentionMonitorWarning
 
 # Optimizers that wrap another
 
@@ -160,3 +162,43 @@ def test_compiled_step_is_the_same_with_and_without_monitor(what: str, how: str,
     assert not monitor.history["energy_rms"]["self_attn"].isnan().any()
     last = 10 if how == "attach" else 9
     assert monitor.history.steps == ([0] if every > 10 else list(range(0, last + 1, 2)))
+
+
+# Optimizers that take turns
+
+
+def step_with(model: TinyGPT, *optimizers: torch.optim.Optimizer) -> None:
+    language_loss(model(token_batch()), token_batch()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_replaced_optimizer_is_one_warning() -> None:
+    model = TinyGPT()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=1, record=None)
+    step_with(model, optimizer)
+    replacement = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            step_with(model, replacement)
+    [warning] = [each for each in said if each.category is AttentionMonitorWarning]
+    assert "AdamW steps the model's parameters and the attached SGD" in str(warning.message)
+    assert monitor.history.steps == [0, 1]
+    monitor.close()
+
+
+def test_optimizers_side_by_side_give_no_warning() -> None:
+    model, other = TinyGPT(), torch.nn.Linear(2, 2)
+    half = list(model.parameters())[:4]
+    optimizer, beside = torch.optim.SGD(list(model.parameters())[4:], 0.1), torch.optim.SGD(half, 0.1)
+    unrelated = torch.optim.SGD(other.parameters(), 0.1)
+    monitor = attach(model, optimizer, token_batch(), every_n_steps=1, record=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AttentionMonitorWarning)
+        for _ in range(6):
+            step_with(model, beside, optimizer, unrelated, unrelated, unrelated, unrelated)
+    assert monitor.history.steps == [0, 1, 2, 3, 4, 5, 6]
+    monitor.close()
