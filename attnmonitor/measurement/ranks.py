@@ -15,6 +15,7 @@ from torch import distributed, nn
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
 from attnmonitor.measurement.probe import Probe
+from attnmonitor.messages import warn
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.fsdp import enclosing_fsdp1
@@ -144,8 +145,14 @@ class RankMeasurement:
         if not is_sharded(model):
             self._use(Measurement(model, *self._arguments, strict=self._strict))
             return
-        ranks = self._group.ranks if not self._attached else model_group(model).ranks  # its weights now name the group
-        self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=ranks))
+        group = model_group(model) if self._attached else self._group  # weights sharded since then name the group
+        if group.is_main and not self._group.is_main:  # loggers and record were made at attach, on another process
+            warn(
+                f"attnmonitor: since attach the model was sharded over processes {list(group.ranks)} alone, and what "
+                f"they measure is neither recorded nor logged: process {self._group.ranks[0]} does that for all; "
+                "attach after the model is sharded"
+            )
+        self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=group.ranks))
 
     def _use(self, measurement: Measurement) -> None:
         measurement.layers = self._measurement.layers  # until it is attached
