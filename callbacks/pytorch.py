@@ -113,22 +113,26 @@ def attach(
 def _warn_of_replacement(monitor: AttentionMonitor, attached: torch.optim.Optimizer) -> None:
     """Warn once if another optimizer steps the model's parameters in the place of the attached one."""
     holds_model = weakref.WeakKeyDictionary[torch.optim.Optimizer, bool]()
-    num_others_in_row = 0
+    num_others_in_row, kind = 0, type(attached).__name__
+    # torch keeps this hook in a global list, which must keep neither a forgotten monitor nor its optimizer alive.
+    monitor_of, attached_of = weakref.ref(monitor), weakref.ref(attached)
 
     @not_compiled
     def after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         nonlocal num_others_in_row
-        if optimizer is attached:
+        if (still_open := monitor_of()) is None:
+            return
+        if optimizer is attached_of():
             num_others_in_row = 0
             return
         if optimizer not in holds_model:
             stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            holds_model[optimizer] = not stepped.isdisjoint(monitor.model.parameters())
+            holds_model[optimizer] = not stepped.isdisjoint(still_open.model.parameters())
         num_others_in_row += holds_model[optimizer]
         if num_others_in_row == _OTHERS_IN_ROW:
             warn(
                 f"attnmonitor: {type(optimizer).__name__} steps the model's parameters and the attached "
-                f"{type(attached).__name__} does not any more, so no samples are taken; close() this monitor, "
+                f"{kind} does not any more, so no samples are taken; close() this monitor, "
                 "attach(model, optimizer, probe, ...) the new optimizer, and load_state_dict() this one's state_dict()"
             )
 
