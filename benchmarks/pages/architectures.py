@@ -23,7 +23,7 @@ from attnmonitor.capture.projections import HeadProjections, discover_projection
 from attnmonitor.functional import interaction_effective_rank, query_gram
 from attnmonitor.metrics.statistics import head_cores, head_statistics
 from benchmarks.pages.independent import deviations
-from benchmarks.pages.library_models import Architecture, captured, hugging_face_architectures, other_architectures
+from benchmarks.pages.third_party_models import Architecture, captured, hugging_face_architectures, other_architectures
 
 LIBRARIES = ("torch", "transformers", "timm", "x-transformers", "litgpt")
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnmonitor import AttentionMonitor, LayerCoverage
 from attnmonitor.metrics.catalog import METRICS
 from benchmarks.pages.handwritten_models import BATCH
-from benchmarks.pages.library_models import Architecture, other_architectures
+from benchmarks.pages.third_party_models import Architecture, other_architectures
 
 LayerStatistics = Callable[[Tensor, Tensor, float, Tensor, Tensor], Mapping[str, Tensor]]
 """From query, key, scale, valid queries and valid keys of a layer to metrics, ``(B, H)`` each."""

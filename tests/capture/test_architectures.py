@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnmonitor import DEFAULT_METRICS
 from benchmarks.pages.independent import OWN_LOGITS, deviations, explain, explained
-from benchmarks.pages.library_models import (
+from benchmarks.pages.third_party_models import (
     Architecture,
     captured,
     hugging_face_architectures,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnmonitor.capture import AttentionCall, capture, capture_attention
 from attnmonitor.capture.verify import Attention
 from benchmarks.pages.handwritten_models import BATCH, LENGTH, HandWritten, by_matmul
-from benchmarks.pages.library_models import (
+from benchmarks.pages.third_party_models import (
     captured,
     hugging_face_architectures,
     other_architectures,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture.projections import HeadProjections, discover_projections
 from benchmarks.pages.handwritten_models import HandWritten, by_matmul
-from benchmarks.pages.library_models import (
+from benchmarks.pages.third_party_models import (
     Architecture,
     captured,
     hugging_face_architectures,

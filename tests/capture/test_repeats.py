@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnmonitor import AlertEvent, AttentionMonitor, LayerCoverage
 from attnmonitor.sample import heads_concerned
-from benchmarks.pages.library_models import captured
+from benchmarks.pages.third_party_models import captured
 
 Repeat = Callable[[Tensor, int], Tensor]
 

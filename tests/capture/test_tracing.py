@@ -17,7 +17,7 @@ from attnmonitor.capture.modules import Frames
 from attnmonitor.capture.tracing import tracer
 from attnmonitor.capture.verify import Attention
 from benchmarks.pages.handwritten_models import HandWritten, by_matmul, imported_by_name
-from benchmarks.pages.library_models import captured, sharpen
+from benchmarks.pages.third_party_models import captured, sharpen
 
 WIDTH, LENGTH = 32, 12
 
