@@ -86,7 +86,8 @@ class FrameworkCallback:
         """Make a monitor with the first probe that the model takes; by default its record is in the framework's folder.
 
         Returns:
-            The monitor, also in `monitor`; None where no probe was given by the user and the model takes none.
+            The monitor, also in `monitor`; None where no probe was given by the user and the model takes none, here or
+            on another process.
 
         Raises:
             ValueError: `AttentionMonitor` refuses an argument, or the probe that the user gave.
@@ -109,8 +110,13 @@ class FrameworkCallback:
                     raise
                 self._rejections.append(str(error))
             else:
-                return self.monitor
-        return None
+                break
+        # All processes or none take part in samples: they exchange what alerts ask for.
+        if self._probe is None and not self._on_all(self.monitor is not None):
+            if self.monitor is not None:
+                self.monitor.close()
+            self.monitor = None
+        return self.monitor
 
     def _from_first(self, own: T, otherwise: T) -> T:
         """Return the first process's object on all of them; from when one was missing in time, ``otherwise``."""

@@ -142,11 +142,6 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
             folder=trainer.default_root_dir,
             forward=in_training_precision,
         )
-        # All processes or none take part in samples: they exchange what alerts ask for.
-        if self._probe is None and not self._on_all(monitor is not None):
-            if monitor is not None:
-                monitor.close()
-            self.monitor = monitor = None
         if monitor is None:
             return
         monitor.probe.in_state |= in_state

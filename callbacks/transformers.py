@@ -120,11 +120,6 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
             folder=str(trainer.args.output_dir),
             forward=in_training_precision,
         )
-        # All processes or none take part in samples: they exchange what alerts ask for.
-        if self._probe is None and not self._on_all(monitor is not None):
-            if monitor is not None:
-                monitor.close()
-            self.monitor = monitor = None
         if monitor is None:
             return
         monitor.probe.in_state |= in_state
