@@ -19,6 +19,7 @@ from attnmonitor.loggers import as_logger
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.record.history import History
+from attnmonitor.record.training_log import TrainingLog
 from attnmonitor.record.writer import RecordWriter
 from attnmonitor.sample import Sample
 
@@ -34,6 +35,7 @@ class Delivery:
         record: As in `AttentionMonitor`.
         actions: What to do when an alert begins, checked.
         name: The monitor's, part of the record's file name.
+        log: What training logs; the record takes it too.
 
     Raises:
         ValueError: A logger can take neither samples nor metrics.
@@ -47,8 +49,10 @@ class Delivery:
         record: bool | str | Path | None,
         actions: Actions,
         name: str | None,
+        log: TrainingLog,
     ) -> None:
         self._failures = failures
+        self._log = log
         self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
         self._record_path, self._is_new_path = _record_path(record, name)
         is_absolute = not isinstance(record, bool) and record is not None and Path(record).is_absolute()
@@ -126,12 +130,18 @@ class Delivery:
     def _write(self, sample: Sample, describe: Callable[[], Mapping[str, Any]]) -> None:
         if self._record is None and self._record_path is not None:
             self._record = RecordWriter(self._record_path, run=describe())
-            self.on_close(self._record.close)
+            self.on_close(self._close_record)
             self._failures.count += self._record.failed_writes
         if self._record is not None:
             failed_before = self._record.failed_writes
+            self._record.log(self._log.take_new())
             self._record.append(sample)
             self._failures.count += self._record.failed_writes - failed_before
+
+    def _close_record(self) -> None:
+        if self._record is not None:
+            self._record.log(self._log.take_new())
+            self._record.close()
 
     def _close_one(self, action: Callable[[], object]) -> None:
         with self._failures.contained(_name_of(action)):

@@ -27,11 +27,13 @@ from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
 from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
+from attnmonitor.monitor.views import MonitorViews
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.groups import model_group
 from attnmonitor.parallel.sharding import check_known_sharding
 from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
+from attnmonitor.record.training_log import TrainingLog
 from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.tables import coverage_table
@@ -45,7 +47,7 @@ __all__ = ["AttentionMonitor"]
 _STATE_FORMAT = 1
 
 
-class AttentionMonitor:
+class AttentionMonitor(MonitorViews):
     """Watches every attention head of a model on a fixed probe batch while the model trains.
 
     Args:
@@ -137,7 +139,10 @@ class AttentionMonitor:
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
         loggers, record = (loggers, record) if self._is_main else ((), None)
-        self._delivery = Delivery(self._failures, loggers=loggers, record=record, actions=self._actions, name=name)
+        self._log = TrainingLog()
+        self._delivery = Delivery(
+            self._failures, loggers=loggers, record=record, actions=self._actions, name=name, log=self._log
+        )
         self._delivery.on_close(self.probe.close)
         self._attach()
 
@@ -194,15 +199,16 @@ class AttentionMonitor:
             return self._no_sample(step) if distributed.is_initialized() else None
         return self.sample(step)
 
-    @property
-    def failures(self) -> int:
-        """Number of failures so far: samples, layers that were measured at attach, alerts, record, loggers, actions."""
-        return self._failures.count
+    def log(self, /, *, step: int | None = None, **values: Any) -> None:
+        """Keep what training logs, to be shown beside the heads: ``monitor.log(loss=loss, lr=1e-3)``.
 
-    @property
-    def paused(self) -> bool:
-        """Whether `on_step` takes no samples: several measured nothing, or a process was missing. `sample` tries."""
-        return self._failures.paused
+        Args:
+            step: Optimizer steps done; by default those that the monitor has counted.
+            values: Numbers, or tensors of one element, which are read later: training does not wait for the device.
+        """
+        with self._failures.contained("monitor.log"):
+            if self._is_main:
+                self._log.add(max(0, self.global_step) if step is None else whole_number(step), values)
 
     def resume(self) -> None:
         """End a pause."""
@@ -311,6 +317,7 @@ class AttentionMonitor:
             "probe": self.probe.saved_batch(),
             "record": self._delivery.record_to_continue(),
             "history": self.history.state_dict(),
+            "logged": self._log.state_dict(),
             "alerts": self._alerts.state_dict(),
         }
 
@@ -349,6 +356,7 @@ class AttentionMonitor:
             return
         with default_torch_state():
             self.history.load_state_dict(state["history"])
+            self._log.load_state_dict(state.get("logged", {}))
             if reason := self._alerts.continue_from(state["alerts"]):
                 self._failures.warn(f"the state of alerts cannot be read ({reason}): alert baselines begin anew")
 
@@ -360,25 +368,10 @@ class AttentionMonitor:
         """Close loggers and record, and remove what was attached; a second call does nothing."""
         self._delivery.close()
 
-    @property
-    def firing(self) -> list[AlertEvent]:
-        """Alerts that are firing now."""
-        return self._alerts.firing
-
-    @property
-    def record_path(self) -> Path | None:
-        """File of this run's record; None without one."""
-        return self._delivery.record_path
-
-    @property
-    def record_path_from_here(self) -> Path | None:
-        """`record_path`, relative if it was given so and the working directory is still the same."""
-        return self._delivery.record_path_from_here
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
         results = {name: value for name, value in vars(self).items() if name != "model"}
-        nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name)
+        nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name, log=self._log)
         results |= {"_schedule": never, "_measurement": NoMeasurement(), "_actions": {}, "_delivery": nowhere}
         results["probe"] = self.probe.batch_only()
         return object.__new__, (type(self),), results

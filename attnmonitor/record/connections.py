@@ -15,6 +15,7 @@ from attnmonitor.record.open_files import OpenFiles, opened_beside
 from attnmonitor.record.schema import (
     APPLICATION_ID,
     BUSY_TIMEOUT_SECONDS,
+    LOG_TABLE,
     SCHEMA_VERSION,
     TABLES,
     RecordError,
@@ -166,9 +167,11 @@ def _create_tables(db: sqlite3.Connection, path: Path) -> None:
     if path.stat().st_size:
         check_is_record(db, path)
         check_tables(db, path)  # a trigger would run on every insert
+        db.execute(LOG_TABLE)
         return
     db.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
     db.execute("PRAGMA journal_mode = WAL")
     db.executescript(
-        f"BEGIN;{TABLES}PRAGMA application_id = {APPLICATION_ID};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
+        f"BEGIN;{TABLES}{LOG_TABLE}"
+        f"PRAGMA application_id = {APPLICATION_ID};PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attnmonitor.record.schema import TABLES, RecordError, check_pages
+from attnmonitor.record.schema import LOG_TABLE, TABLES, RecordError, check_pages
 
 __all__ = ["check_tables", "check_undamaged", "content_checked", "restrict", "time_limit"]
 
@@ -79,7 +79,7 @@ def check_tables(db: sqlite3.Connection, path: Path) -> None:
             raise RecordError(f"{path}: not a record: it has a {'virtual table' if is_virtual else kind}, {name!r}")
     found = _columns(db)
     for table, columns in _EXPECTED_COLUMNS.items():
-        if found.get(table) != columns:
+        if found.get(table, columns if table == "logged" else None) != columns:
             raise RecordError(
                 f"{path}: not a record: its table {table!r} is missing or has other columns than a record has"
             )
@@ -132,7 +132,7 @@ def _columns(db: sqlite3.Connection) -> dict[str, set[str]]:
 def _columns_of_a_record() -> dict[str, set[str]]:
     db = sqlite3.connect(":memory:")
     try:
-        db.executescript(TABLES)
+        db.executescript(TABLES + LOG_TABLE)
         return _columns(db)
     finally:
         db.close()

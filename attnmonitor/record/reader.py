@@ -29,6 +29,7 @@ from attnmonitor.record.rows import (
     typed,
 )
 from attnmonitor.record.schema import EVENT_COLUMNS
+from attnmonitor.record.training_log import Curve, curves_of
 from attnmonitor.sample import AlertEvent, LayerCoverage
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["RecordedSample", "RunRecord", "Segment"]
 
 _MAX_VALUES = 2**32  # of one metric: 16 GiB of arrays
+_MAX_LOGGED = 5_000_000  # points that training logged
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,18 @@ class RunRecord:
             shown = [row for row in rows if row[0] in self._row_of_sample]
             shown.sort(key=lambda row: self._row_of_sample[row[0]])
             return [decode_event(row[1:]) for row in shown]
+
+    @property
+    def logged(self) -> dict[str, Curve]:
+        """What training logged, such as its loss: ``{"loss": [(step, value), …]}``; empty in records without it."""
+        with reading(self.path) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'logged'").fetchone():
+                return {}
+            rows = db.execute("SELECT global_step, name, value FROM logged ORDER BY rowid LIMIT ?", (_MAX_LOGGED,))
+            return curves_of(
+                (typed(step, int), typed(name, str), math.nan if value is None else float(typed(value, float, int)))
+                for step, name, value in rows
+            )
 
     def trajectories(self, metric: str) -> dict[str, NDArray[np.float32]]:
         """Return the values of ``metric`` over the whole run.

@@ -33,6 +33,7 @@ __all__ = [
     "decode_values",
     "encode",
     "insert",
+    "insert_logged",
     "typed",
     "utc_now",
 ]
@@ -102,6 +103,11 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
     db.executemany(f"INSERT INTO event VALUES ({slots})", [(sample_id, *event) for event in sample.events])
     if sample.coverage != "[]":
         db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
+
+
+def insert_logged(db: sqlite3.Connection, segment_id: int, points: Iterable[tuple[int, str, float]]) -> None:
+    """Insert what training logged: (step, name, value)."""
+    db.executemany("INSERT INTO logged VALUES (?, ?, ?, ?)", [(segment_id, *point) for point in points])
 
 
 def _stored_int(value: float) -> int:

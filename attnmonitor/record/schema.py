@@ -12,6 +12,7 @@ __all__ = [
     "APPLICATION_ID",
     "BUSY_TIMEOUT_SECONDS",
     "EVENT_COLUMNS",
+    "LOG_TABLE",
     "SCHEMA_VERSION",
     "TABLES",
     "RecordError",
@@ -39,6 +40,12 @@ CREATE TABLE value (
 CREATE INDEX value_by_metric ON value (metric, sample_id);
 CREATE TABLE event (sample_id INTEGER NOT NULL REFERENCES sample, {", ".join(EVENT_COLUMNS)});
 CREATE INDEX event_by_sample ON event (sample_id);
+"""
+
+# What training has logged. Records of earlier versions do not have this table; it is added when one is continued.
+LOG_TABLE = """
+CREATE TABLE IF NOT EXISTS logged (
+    segment_id INTEGER NOT NULL REFERENCES segment, global_step INTEGER NOT NULL, name TEXT NOT NULL, value REAL);
 """
 
 

@@ -24,7 +24,7 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,7 @@ from attnmonitor.messages import warn
 from attnmonitor.record.connections import open_for_writing, transaction
 from attnmonitor.record.foreign import content_checked
 from attnmonitor.record.open_files import OpenFiles
-from attnmonitor.record.rows import EncodedSample, encode, insert, utc_now
+from attnmonitor.record.rows import EncodedSample, encode, insert, insert_logged, utc_now
 from attnmonitor.record.schema import RecordError, check_pages, damaged_record
 from attnmonitor.record.texts import plain
 from attnmonitor.sample import Sample
@@ -45,6 +45,8 @@ IDENTITY_KEYS = ("model", "model_signature", "probe_fingerprint")
 
 # As many as `History` keeps: about 90 MB for 1,024 heads.
 _MAX_UNWRITTEN = 1000
+
+_MAX_UNWRITTEN_POINTS = 100_000  # of what training logged
 
 _MAX_FILES = 99  # the file asked for and those beside it
 _SLOW_SECONDS = 0.5  # after an attempt that took longer, the next one waits ten times as long
@@ -81,6 +83,7 @@ class RecordWriter:
         self.path = self._asked_path = Path(path).absolute()
         self.unwritten: list[EncodedSample] = []
         self.failed_writes = 0
+        self._unwritten_points: list[tuple[int, str, float]] = []
         self._num_dropped = 0
         self._is_closed = False
         self._run = plain(dict(run))
@@ -100,6 +103,11 @@ class RecordWriter:
     def num_lost(self) -> int:
         """Samples that are in no file: dropped or not encoded, deleted with their file, unwritten when it closed."""
         return self._num_dropped + (len(self.unwritten) if self._is_closed else 0)
+
+    def log(self, points: Iterable[tuple[int, str, float]]) -> None:
+        """Write what training logged, (step, name, value) each, with the next sample or on `close`."""
+        self._unwritten_points += points
+        del self._unwritten_points[:-_MAX_UNWRITTEN_POINTS]
 
     def append(self, sample: Sample) -> None:
         """Write a sample; if that fails, keep it in memory, with one warning for the whole run.
@@ -121,7 +129,7 @@ class RecordWriter:
     def close(self) -> None:
         """Try once more to write what is unwritten, and unlock the file."""
         self._leave_to_parent()
-        if self.unwritten:
+        if self.unwritten or self._unwritten_points:
             self._write_or_move()
         elif self._db is not None and self._files is not None and self._files.is_elsewhere:
             with contextlib.suppress(OSError):
@@ -167,6 +175,10 @@ class RecordWriter:
             while self.unwritten:
                 self._insert(self._db, self.unwritten[0])
                 del self.unwritten[0]
+            if self._unwritten_points:
+                with transaction(self._db):
+                    insert_logged(self._db, self._segment_id, self._unwritten_points)
+                self._unwritten_points.clear()
             if self._files is not None:
                 self._files.note()
         except (sqlite3.OperationalError, OSError) as failure:
@@ -262,6 +274,7 @@ class RecordWriter:
         self._of_parent += [self._db, self._files, self._close_file]
         self._db = self._files = self._close_file = None
         self.unwritten.clear()
+        self._unwritten_points.clear()
         self._num_samples = _Counts()
 
     def _release(self) -> None:
