@@ -16,7 +16,6 @@ positions, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from attnmonitor.functional.key_basis import KeyGram
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.ranks import participation_from_moments
 
-__all__ = ["FieldCores", "FieldMoments", "field_cores", "field_moments", "joined_cores"]
+__all__ = ["FieldCores", "FieldMoments", "field_cores", "field_moments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,20 +130,3 @@ def field_moments(fields: FieldCores) -> FieldMoments:
         energy_squared=torch.linalg.matrix_norm(fields.core).square(),
         num_entries=fields.num_queries * fields.num_keys,
     )
-
-
-def joined_cores(layers: Sequence[FieldCores]) -> FieldCores:
-    """The fields of several layers of one head size as one batch of heads, ``(N, ...)``."""
-    shapes = [each.error.shape for each in layers]
-    return FieldCores(
-        _joined([each.core.flatten(0, 1) for each in layers]),
-        _joined([each.error.flatten() for each in layers]),
-        _joined([each.query_energy.flatten() for each in layers]),
-        _joined([each.num_queries.expand(shape).flatten() for each, shape in zip(layers, shapes, strict=True)]),
-        _joined([each.num_keys.expand(shape).flatten() for each, shape in zip(layers, shapes, strict=True)]),
-    )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate the parts; a single part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -137,5 +137,5 @@ def energy_delocalization(
     """
     check_heads("query", query, None)
     query_mask = query_padding(query, mask, query_mask)
-    summaries = layer_summaries(query_gram(query, query_mask), key, {"energy_shares"}, scale=1.0, key_mask=mask)
+    summaries = layer_summaries(query_gram(query, query_mask), key_gram(key, mask), {"energy_shares"}, scale=1.0)
     return energy_delocalization_of(summaries["energy_shares"])

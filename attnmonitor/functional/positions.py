@@ -128,6 +128,6 @@ def _energy_shares(relative: Tensor, left: Tensor) -> Tensor:
 
 
 def share_excess(energy_shares: PositionProfile, leverage: PositionProfile) -> Tensor:
-    """The most by which a position's energy share exceeds its leverage, 0-dim: rounding unless something is wrong."""
+    """The most by which a position's energy share exceeds its leverage, ``(B,)``; rounding in a sound measurement."""
     excess = energy_shares.weights.unflatten(1, (leverage.weights.shape[1], -1)) - leverage.weights[:, :, None]
-    return torch.where(excess.isfinite(), excess, 0).amax().clamp_min(0)
+    return torch.where(excess.isfinite(), excess, 0).amax((1, 2, 3)).clamp_min(0)

@@ -7,6 +7,7 @@ Letters: B sequences, Hq query heads, L positions, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,17 @@ class QueryGram:
         shape = torch.Size((len(gram), *self.shape[1:]))
         return replace(
             self, shape=shape, gram=gram, energy=self.energy[sequences], num_queries=self.num_queries[sequences]
+        )
+
+    @staticmethod
+    def joined(layers: Sequence[QueryGram]) -> QueryGram:
+        """The Gram matrices of layers of one shape, as those of more sequences."""
+        gram = torch.cat([layer.gram for layer in layers])
+        return QueryGram(
+            torch.Size((len(gram), *layers[0].shape[1:])),
+            gram,
+            torch.cat([layer.energy for layer in layers]),
+            torch.cat([layer.num_queries for layer in layers]),
         )
 
 

@@ -24,14 +24,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal, cast, get_args
 
-from torch import Tensor
-
-from attnmonitor.functional.cores import FieldCores, field_cores, field_moments
-from attnmonitor.functional.key_basis import KeyBasis, KeyGram, key_basis, key_gram, key_spectrum
+from attnmonitor.functional.cores import field_cores, field_moments
+from attnmonitor.functional.key_basis import KeyBasis, KeyGram, KeySpectrum, key_basis, key_spectrum
 from attnmonitor.functional.positions import Profile, position_profiles
 from attnmonitor.functional.queries import QueryGram
+from attnmonitor.functional.spectrum import Method, core_spectrum
 
-__all__ = ["FROM_KEYS", "FROM_QUERIES", "Summary", "layer_summaries"]
+__all__ = ["FROM_KEYS", "FROM_QUERIES", "Summary", "layer_summaries", "solved_keys"]
 
 Summary = Literal[
     "queries",
@@ -59,51 +58,55 @@ FROM_KEYS: frozenset[str] = _FROM_FIELD | _PROFILES | {"keys", "key_spectrum"}
 
 def layer_summaries(
     queries: QueryGram | None,
-    key: Tensor | None,
+    keys: KeyGram | None,
     wanted: Collection[Summary],
     *,
     scale: float,
-    key_mask: Tensor | None = None,
+    spectrum: KeySpectrum | None = None,
+    method: Method = "auto",
+    target_rank: int | None = None,
 ) -> dict[str, Any]:
-    """Compute the wanted summaries of one layer's queries and keys.
+    """Compute the wanted summaries of a layer, or of layers of one shape joined as sequences of one layer.
 
     Args:
         queries: From `query_gram`; None where nothing wanted is in `FROM_QUERIES`.
-        key: ``(B, Hkv, Lk, d)``, never repeated per query head; None where nothing wanted is in `FROM_KEYS`.
+        keys: From `key_gram`, never repeated per query head; None where nothing wanted is in `FROM_KEYS`.
         wanted: Names of summaries. ``"rows"`` and ``"weights"`` are not made of queries and keys and are left out.
         scale: The softmax scale s.
-        key_mask: ``(B, Lk)`` bool, True where valid.
+        spectrum: From `solved_keys`, which is called where it is None.
+        method: See `core_spectrum`.
+        target_rank: See `core_spectrum`.
 
     Returns:
-        By name. ``"energy_spectrum"`` is not among them: the `FieldCores` it is computed from are, as ``"cores"``, so
-        that several layers can go through one eigensolver.
+        By name.
 
     Raises:
         ValueError: The shapes do not fit.
     """
     found: dict[str, Any] = {"queries": queries}
-    if key is None or FROM_KEYS.isdisjoint(wanted):
+    if keys is None or FROM_KEYS.isdisjoint(wanted):
         return found
-    found["keys"] = keys = key_gram(key, key_mask)
-    profiles = cast("set[Profile]", _PROFILES.intersection(wanted))
-    basis = key_basis(keys) if profiles else None
-    if basis is not None:
-        found["key_spectrum"] = basis
-    elif "key_spectrum" in wanted:
-        found["key_spectrum"] = key_spectrum(keys)
+    found["keys"] = keys
+    found["key_spectrum"] = spectrum = solved_keys(keys, wanted) if spectrum is None else spectrum
+    basis = spectrum if isinstance(spectrum, KeyBasis) else None
     fields = None
     if queries is not None and not _FROM_FIELD.isdisjoint(wanted):
-        fields = _fields(queries, keys, basis, scale)
+        # Any root gives the spectrum. The eigenbasis gives a better sketch and the shares of positions, where it is
+        # there.
+        root = keys.cholesky_root() if basis is None else basis.root()
+        fields = field_cores(queries, keys, root, scale=scale)
     if fields is not None and "field_moments" in wanted:
         found["field_moments"] = field_moments(fields)
     if fields is not None and "energy_spectrum" in wanted:
-        found["cores"] = fields
-    if basis is not None:
+        found["energy_spectrum"] = core_spectrum(fields, method=method, target_rank=target_rank)
+    profiles = cast("set[Profile]", _PROFILES.intersection(wanted))
+    if basis is not None and profiles:
         found |= position_profiles(basis, profiles, core=None if fields is None else fields.core)
     return found
 
 
-def _fields(queries: QueryGram, keys: KeyGram, basis: KeyBasis | None, scale: float) -> FieldCores:
-    # Any root gives the spectrum. The eigenbasis gives a better sketch and the shares of positions, where it is there.
-    root = keys.cholesky_root() if basis is None else basis.root()
-    return field_cores(queries, keys, root, scale=scale)
+def solved_keys(keys: KeyGram, wanted: Collection[Summary]) -> KeySpectrum | None:
+    """The eigenvectors of the keys' Gram matrix, or its eigenvalues, or neither: what the wanted summaries need."""
+    if not _PROFILES.isdisjoint(wanted):
+        return key_basis(keys)
+    return key_spectrum(keys) if "key_spectrum" in wanted else None

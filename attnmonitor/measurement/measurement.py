@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
+from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
@@ -228,21 +229,18 @@ class Measurement:
     def _on_host(self, forward: Reduction) -> Measured:
         """Average over sequences, copy everything to the host in one transfer, and decide what may be shown."""
         on_device: dict[_Key, Tensor] = {}
-        by_head: dict[str, dict[str, Tensor]] = {metric: {} for metric in self._metrics}
+        by_sequence: dict[_Key, Tensor] = {}
         for name, layer in forward.layers.items():
             found = forward.statistics[name]
             if found.certified is not None:
                 on_device["certified", name] = found.certified.float().mean()
             if found.invariant_residual is not None:
-                on_device["residual", name] = found.invariant_residual
+                on_device["residual", name] = found.invariant_residual.amax()
             if layer.error is not None:
                 on_device["error", name] = layer.error
             values = {**layer.in_model_order(found.values), **layer.rows}
-            for metric in self._metrics:
-                by_head[metric][name] = values[metric]
-        for metric, per_sequence in by_head.items():
-            on_device |= _averaged(metric, per_sequence)
-        on_host = to_host(on_device)
+            by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
+        on_host = to_host(on_device | _averaged(by_sequence))
 
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
@@ -303,28 +301,19 @@ class Measurement:
         return replace(found, error=error, reason=reason)
 
 
-def _averaged(metric: str, per_sequence: Mapping[str, Tensor]) -> dict[_Key, Tensor]:
-    """Mean and spread over sequences of every layer's ``(B, H)``, computed by the metric's class.
-
-    Layers that ran on equally many sequences share one metric object; only windowed vision models have several.
-    """
-    # Imported here because torchmetrics imports scipy, matplotlib and transformers where they are installed: this takes
-    # seconds, which are spent when a monitor is attached and not when the package is imported.
-    from attnmonitor.metrics import METRIC_CLASSES
-
-    by_batch: dict[int, dict[str, Tensor]] = {}
-    for name, values in per_sequence.items():
-        by_batch.setdefault(values.shape[0], {})[name] = values
+def _averaged(by_sequence: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Mean and spread over sequences of every ``(B, H)``, all of one B at once."""
+    by_batch: dict[int, dict[_Key, Tensor]] = {}  # more than one only in windowed vision models
+    for key, values in by_sequence.items():
+        by_batch.setdefault(len(values), {})[key] = values
     averaged: dict[_Key, Tensor] = {}
-    for layers in by_batch.values():
-        joined = torch.cat([values.to(next(iter(layers.values())).device) for values in layers.values()], dim=1)
-        average = METRIC_CLASSES[metric](num_heads=joined.shape[1], sync_on_compute=False).to(joined.device)
-        average.accumulate(joined)
-        widths = [values.shape[1] for values in layers.values()]
-        means, spreads = torch.split(average.compute(), widths), torch.split(average.spread(), widths)
-        for name, mean, spread in zip(layers, means, spreads, strict=True):
-            averaged["mean", metric, name] = mean
-            averaged["spread", metric, name] = spread
+    for several in by_batch.values():
+        device = next(iter(several.values())).device
+        sums = sequence_sums(torch.cat([values.to(device) for values in several.values()], dim=1))
+        widths = [values.shape[1] for values in several.values()]
+        for which, average in (("mean", mean_of_sums), ("spread", spread_of_sums)):
+            for key, heads in zip(several, torch.split(average(sums), widths), strict=True):
+                averaged[(which, *key)] = heads
     return averaged
 
 

@@ -1,17 +1,15 @@
 """From the attention of each layer, as a forward shows it, to the values of all heads.
 
-Queries are reduced to their Gram matrix as soon as a layer's attention runs. The keys are read once more in the basis
-that was found: on a GPU at once; on a CPU later, from a copy, because right after a layer torch's own threads still
-spin and would slow down what is computed then. Pending layers are finished in one go: on a GPU in one batch of small
-eigenproblems, on a CPU each core takes some of the layers.
+Queries are reduced to their Gram matrix as soon as a layer's attention runs, and its keys are copied. All layers are
+finished together at the end of the forward: a batch of operations and of small eigenproblems costs little more than
+those of one layer, and right after a layer torch's own threads still spin and would slow down what is computed then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,14 +20,13 @@ from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.metrics.statistics import HeadCores, HeadStatistics, head_cores, head_statistics, summaries_of
-from attnmonitor.parallel.workers import map_on_cores, split_for_cores
+from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction"]
 
 LARGEST_BATCH = 2**27
-"""Pending layers are finished once they hold this many bytes: cores of 1,024 heads, d = 128, 4 sequences are 0.5 GB."""
+"""Pending layers are finished once they hold this many bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +63,6 @@ def _regrouped(x: Tensor, num_groups: int) -> Tensor:
     return regrouped
 
 
-@dataclass(frozen=True, eq=False)
-class _PendingLayer:
-    """A layer that was captured and is not finished.
-
-    Attributes:
-        cores: Computes its cores, or returns them where they were computed at once.
-        nbytes: Memory held until it is finished.
-        multiplications: Rough cost of finishing it.
-        device: Where its tensors are.
-    """
-
-    cores: Callable[[], HeadCores]
-    nbytes: int
-    multiplications: int
-    device: torch.device
-
-
 class Reduction:
     """Reduces one forward of the probe layer by layer: the values of each layer, or the reason for a failure.
 
@@ -103,7 +83,7 @@ class Reduction:
         self._summaries = summaries_of(metrics)
         self._target_ranks = target_ranks
         self._strict = strict
-        self._pending: dict[str, _PendingLayer] = {}
+        self._pending: dict[str, LayerHeads] = {}
         self.layers: dict[str, ReducedLayer] = {}
         self.statistics: dict[str, HeadStatistics] = {}
         self.failures: dict[str, str] = {}
@@ -111,28 +91,29 @@ class Reduction:
     def take(self, call: AttentionCall) -> None:
         """Reduce one layer's attention; its queries and keys can be freed afterwards."""
         with self._contained(call.layer):
-            self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._pending_layer(call)
-        if sum(layer.nbytes for layer in self._pending.values()) > LARGEST_BATCH:
+            self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._heads(call)
+        if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
             self.finish()
 
     def finish(self) -> None:
         """Compute the values of the pending layers, each with the sketch columns that sufficed for it before."""
-        pending = list(self._pending.items())
+        pending = dict(self._pending)
         self._pending.clear()
-        if not pending:
-            return
-
-        def finished(part: slice) -> dict[str, HeadStatistics]:
-            cores: dict[str, HeadCores] = {}
-            for name, layer in pending[part]:
+        try:
+            self._finish(pending)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if self._strict:
+                raise
+            for name, heads in pending.items():  # each alone, so that only those fail that are the reason
                 with self._contained(name):
-                    cores[name] = layer.cores()
-            target_ranks = [self._target_ranks.get(name) for name in cores]
-            return dict(zip(cores, head_statistics(list(cores.values()), target_rank=target_ranks), strict=True))
+                    self._finish({name: heads})
 
-        multiplications = sum(layer.multiplications for _, layer in pending)
-        for found in map_on_cores(finished, split_for_cores(len(pending), multiplications, pending[0][1].device)):
-            self.statistics.update(found)
+    def _finish(self, pending: Mapping[str, LayerHeads]) -> None:
+        target_ranks = [self._target_ranks.get(name) for name in pending]
+        found = head_statistics(list(pending.values()), self._metrics, target_rank=target_ranks)
+        self.statistics.update(zip(pending, found, strict=True))
 
     @contextmanager
     def _contained(self, name: str) -> Iterator[None]:
@@ -173,10 +154,8 @@ class Reduction:
         )
         return ReducedLayer(coverage, call.precision, call.error, num_positions(call.key, call.key_mask), rows)
 
-    def _pending_layer(self, call: AttentionCall) -> _PendingLayer:
-        """A layer's queries as their Gram matrix, and its keys; only those that a metric needs."""
-        device = call.key.device
-        is_deferred = device.type == "cpu"
+    def _heads(self, call: AttentionCall) -> LayerHeads:
+        """A layer's queries as their Gram matrix, and a copy of its keys; only those that a metric needs."""
         queries = None
         if not FROM_QUERIES.isdisjoint(self._summaries):
             # The cores need the query heads that share a key head side by side.
@@ -184,12 +163,5 @@ class Reduction:
             queries = query_gram(query, call.query_mask)
         key = None
         if not FROM_KEYS.isdisjoint(self._summaries):
-            key = call.key.clone() if is_deferred else call.key  # the model may overwrite its keys after its attention
-        cores = partial(head_cores, queries, key, scale=call.scale, key_mask=call.key_mask, metrics=self._metrics)
-        multiplications = call.query.numel() * call.query.shape[-1]
-        if is_deferred:
-            nbytes = (0 if queries is None else queries.gram.nbytes) + (0 if key is None else key.nbytes)
-            return _PendingLayer(cores, nbytes, multiplications, device)
-        found = cores()
-        nbytes = 0 if found.fields is None else found.fields.core.nbytes
-        return _PendingLayer(lambda: found, nbytes, multiplications, device)
+            key = call.key.clone()  # the model may overwrite its keys after its attention
+        return LayerHeads(queries, key, call.scale, call.key_mask)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
+
 __all__ = ["HeadMetric"]
 
 
@@ -59,9 +61,7 @@ class HeadMetric(Metric):
                 f"{type(self).__name__}(num_heads={self.num_heads}): got values of shape {tuple(values.shape)}, "
                 f"expected (sequences, {self.num_heads}); num_heads counts what the metric is measured per"
             )
-        sums = self._state
-        wide = values.to(sums.dtype)
-        setattr(self, self._sums, sums + torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1))
+        setattr(self, self._sums, self._state + sequence_sums(values))
         # torchmetrics' wrapper around `update` sets these; a caller that has the values does not go through it.
         self._update_count, self._computed = max(1, self._update_count), None
 
@@ -78,13 +78,11 @@ class HeadMetric(Metric):
 
     def compute(self) -> Tensor:
         """Mean over sequences, ``(num_heads,)`` float32."""
-        total, count = self._state[0], self._state[2]
-        return (total / count).to(torch.float32)
+        return mean_of_sums(self._state)
 
     def spread(self) -> Tensor:
         """Population standard deviation over sequences, ``(num_heads,)`` float32; 0 for one sequence."""
-        total, squares, count = self._state.unbind()
-        return (squares / count - (total / count).square()).clamp_min(0).sqrt().to(torch.float32)
+        return spread_of_sums(self._state)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot the value of each head, or several computed values over time, by torchmetrics; needs matplotlib.

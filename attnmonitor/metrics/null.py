@@ -12,7 +12,7 @@ import torch
 
 from attnmonitor.functional.queries import query_gram
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
 __all__ = ["NULL_METRICS", "null_statistics"]
 
@@ -41,6 +41,5 @@ def null_statistics(num_positions: int, head_dim: int) -> dict[str, float]:
     num_heads = min(_MOST_HEADS, max(1, _MOST_NUMBERS // (num_positions * head_dim)))
     query, key = torch.randn(2, 1, num_heads, num_positions, head_dim, generator=generator, device="cpu")
     with torch.no_grad():
-        cores = head_cores(query_gram(query), key, scale=head_dim**-0.5, metrics=NULL_METRICS)
-        [found] = head_statistics([cores])
+        [found] = head_statistics([LayerHeads(query_gram(query), key, head_dim**-0.5)], NULL_METRICS)
     return {metric: float(found.values[metric].mean()) for metric in NULL_METRICS}

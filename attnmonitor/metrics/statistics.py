@@ -1,52 +1,95 @@
 """From the queries and keys of layers to the values of the metrics that were asked for.
 
 Each metric's entry in the table names the summary it reads and holds its formula. Here the summaries that the asked-for
-metrics name are computed once per layer, and their formulas are applied; nothing else is computed.
+metrics name are computed, and their formulas are applied; nothing else is computed.
 
-This has two stages. `head_cores` takes one layer as soon as its attention ran, and gives all values but those of the
-energy spectrum. `head_statistics` then solves the d×d eigenproblems of many layers at once, which a GPU does far better
-than one layer at a time.
+This happens at the end of a sample, for many layers at once: layers of one shape are joined as if they were sequences
+of one layer. A small layer costs the calls of about a hundred small operations; joined, a hundred layers cost little
+more.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, groupby
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, check_query_and_key
-from attnmonitor.functional.cores import FieldCores, joined_cores
+from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import share_excess
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
+from attnmonitor.functional.spectrum import Method
 from attnmonitor.functional.summaries import Summary, layer_summaries
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
-__all__ = ["HeadCores", "HeadStatistics", "batch_statistics", "head_cores", "head_statistics", "summaries_of"]
+__all__ = ["HeadStatistics", "LayerHeads", "head_statistics", "summaries_of"]
+
+# 2^18 float64 entries of d×d matrices are 2 MiB, a CPU core's second-level cache. A GPU prefers few launches.
+_ENTRIES_AT_A_TIME = 2**18
 
 
 @dataclass(frozen=True, eq=False)
-class HeadCores:
-    """What is kept of one layer: values, and cores for those that need a spectrum.
+class LayerHeads:
+    """The queries and keys of one layer; of either nothing where no metric reads it.
 
     Attributes:
-        metrics: The metrics asked for.
-        values: Those that need no spectrum, by name, ``(B, H)`` float32.
-        fields: The cores of its energy fields; None where no metric needs a spectrum.
-        share_excess: 0-dim: the most by which a position's share of the energy exceeds its leverage; None where not
-            both were computed.
+        queries: The Gram matrix of q as softmax sees it, from `query_gram`.
+        key: ``(B, Hkv, Lk, d)``, never repeated per query head.
+        scale: The softmax scale s.
+        key_mask: ``(B, Lk)`` bool, True where the position is not padding; None where all are.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
 
-    metrics: tuple[str, ...]
-    values: dict[str, Tensor]
-    fields: FieldCores | None
-    share_excess: Tensor | None
+    queries: QueryGram | None
+    key: Tensor | None
+    scale: float = 1.0
+    key_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None:
+            check_heads("key", self.key, self.key_mask)
+            if self.queries is not None:
+                check_query_and_key(self.queries.shape, self.key.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(B, H, L, d)`` of the queries, of the keys where there are none, zeros where there are neither."""
+        if self.queries is not None:
+            return self.queries.shape
+        return torch.Size((0, 0, 0, 0)) if self.key is None else self.key.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        tensor = self.key if self.queries is None else self.queries.gram
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they hold."""
+        return (0 if self.queries is None else self.queries.gram.nbytes) + (0 if self.key is None else self.key.nbytes)
+
+    @property
+    def kind(self) -> Hashable:
+        """What layers agree in that can be joined."""
+        key = None if self.key is None else (self.key.shape, self.key.dtype)
+        return self.queries is None, self.shape, key, self.key_mask is None, self.scale, self.device
+
+    def of(self, sequences: slice) -> LayerHeads:
+        """The queries and keys of some of the sequences."""
+        return LayerHeads(
+            None if self.queries is None else self.queries.of(sequences),
+            None if self.key is None else self.key[sequences],
+            self.scale,
+            None if self.key_mask is None else self.key_mask[sequences],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +100,7 @@ class HeadStatistics:
         values: By metric name, ``(B, Hq)`` or ``(B, Hkv)`` float32 as the table's scope says.
         certified: ``(B, Hq)`` bool: the effective rank is proved equal to what a full SVD gives. None where no
             spectrum was computed.
-        invariant_residual: 0-dim float32: the worst violation, relative, of what holds for any input (no share above
+        invariant_residual: ``(B,)`` float32: the worst violation, relative, of what holds for any input (no share above
             its leverage; no energy past the trace; ``1 ≤ stable rank ≤ participation ratio ≤ d``). Rounding error
             unless something is wrong. None where nothing was computed that could be checked.
     """
@@ -66,106 +109,36 @@ class HeadStatistics:
     certified: Tensor | None
     invariant_residual: Tensor | None
 
+    def of(self, sequences: slice) -> HeadStatistics:
+        """The values of some of the sequences."""
+        return HeadStatistics(
+            {name: value[sequences] for name, value in self.values.items()},
+            None if self.certified is None else self.certified[sequences],
+            None if self.invariant_residual is None else self.invariant_residual[sequences],
+        )
+
 
 def summaries_of(metrics: Sequence[str]) -> frozenset[Summary]:
     """The summaries that the metrics' formulas read."""
     return frozenset(METRICS[name].summary for name in metrics)
 
 
-def head_cores(
-    queries: QueryGram | None,
-    key: Tensor | None,
-    *,
-    scale: float,
-    key_mask: Tensor | None = None,
-    metrics: Sequence[str],
-) -> HeadCores:
-    """Reduce one layer's queries and keys to what ``metrics`` need of them.
-
-    Keeps no reference to k, and needs memory for one block of positions beside it.
-
-    Args:
-        queries: Of q as softmax sees it, from `query_gram`; None where no metric reads a summary in `FROM_QUERIES`.
-        key: ``(B, Hkv, Lk, d)``, never repeated per query head; None where no metric reads a summary in `FROM_KEYS`.
-        scale: The softmax scale s.
-        key_mask: ``(B, Lk)`` bool, True where valid.
-        metrics: Names from the table; those of attention rows and of weights are left out.
-
-    Raises:
-        ValueError: The shapes do not fit.
-    """
-    if key is not None:
-        check_heads("key", key, key_mask)
-        if queries is not None:
-            check_query_and_key(queries.shape, key.shape)
-    wanted = summaries_of(metrics)
-
-    def reduced(sequences: slice) -> HeadCores:
-        found = layer_summaries(
-            None if queries is None else queries.of(sequences),
-            None if key is None else key[sequences],
-            wanted,
-            scale=scale,
-            key_mask=None if key_mask is None else key_mask[sequences],
-        )
-        excess = None
-        if "energy_shares" in found and "leverage" in found:
-            excess = share_excess(found["energy_shares"], found["leverage"])
-        return HeadCores(tuple(metrics), _values(metrics, found), found.get("cores"), excess)
-
-    heads = key if queries is None else queries.gram
-    if heads is None:
-        return HeadCores(tuple(metrics), {}, None, None)
-    multiplications = math.prod(heads.shape if queries is None else queries.shape) * heads.shape[-1]
-    with full_precision(heads.device):
-        return _joined(map_on_cores(reduced, split_for_cores(len(heads), multiplications, heads.device)))
-
-
-def _values(metrics: Sequence[str], summaries: dict[str, Any]) -> dict[str, Tensor]:
-    """Apply the formulas of the metrics whose summary is there, float32."""
-    return {
-        name: METRICS[name].formula(summaries[METRICS[name].summary]).to(torch.float32)
-        for name in metrics
-        if METRICS[name].summary in summaries
-    }
-
-
-def _joined(parts: Sequence[HeadCores]) -> HeadCores:
-    """The cores of one layer out of those of some of its sequences each."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    return HeadCores(
-        first.metrics,
-        {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
-        _joined_fields([part.fields for part in parts if part.fields is not None]),
-        None if first.share_excess is None else _largest([part.share_excess for part in parts]),
-    )
-
-
-def _joined_fields(parts: Sequence[FieldCores]) -> FieldCores | None:
-    if not parts:
-        return None
-    return FieldCores(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(FieldCores)))
-
-
-def _largest(residuals: Sequence[Tensor | None]) -> Tensor | None:
-    """The largest of the 0-dim residuals that are there, float32."""
-    known = [residual.to(torch.float32) for residual in residuals if residual is not None]
-    return torch.stack(known).amax() if known else None
-
-
 def head_statistics(
-    cores: Sequence[HeadCores], *, method: Method = "auto", target_rank: int | Sequence[int | None] | None = None
+    layers: Sequence[LayerHeads],
+    metrics: Sequence[str],
+    *,
+    method: Method = "auto",
+    target_rank: int | Sequence[int | None] | None = None,
 ) -> list[HeadStatistics]:
-    """Values of every layer; on a GPU, layers of one head size and target rank go in one batch.
+    """Values of every layer.
 
     Nothing waits for the device (unless ``method`` is ``"exact"`` on CUDA), so heads that fail to be certified cannot
     be tried again here: the caller reads ``certified`` with its next transfer and asks for a larger ``target_rank``
     next time.
 
     Args:
-        cores: One per layer, from `head_cores`.
+        layers: The layers of a sample, or some of them.
+        metrics: Names from the table; those of attention rows and of weights are left out.
         method: How the spectra are computed, see `core_spectrum`.
         target_rank: Columns of the sketch, one for all layers or one per layer; clamped to the head size.
 
@@ -173,56 +146,110 @@ def head_statistics(
         One `HeadStatistics` per layer, in order.
 
     Raises:
-        ValueError: ``target_rank`` is a sequence of another length than ``cores``.
+        ValueError: ``target_rank`` is a sequence of another length than ``layers``.
     """
-    per_layer = [target_rank] * len(cores) if target_rank is None or isinstance(target_rank, int) else list(target_rank)
-    if len(per_layer) != len(cores):
+    per_layer = (
+        [target_rank] * len(layers) if target_rank is None or isinstance(target_rank, int) else list(target_rank)
+    )
+    if len(per_layer) != len(layers):
         raise ValueError(
-            f"target_rank: got {len(per_layer)} values for {len(cores)} layers; give one per layer, or one"
+            f"target_rank: got {len(per_layer)} values for {len(layers)} layers; give one per layer, or one"
         )
-    found = [HeadStatistics(layer.values, None, _largest([layer.share_excess])) for layer in cores]
-    batches: dict[tuple[int, ...], list[int]] = {}
-    multiplications, device = 0, torch.device("cpu")
-    for index, (layer, columns) in enumerate(zip(cores, per_layer, strict=True)):
-        if layer.fields is not None:
-            head_dim, device = layer.fields.core.shape[-1], layer.fields.core.device
-            multiplications += layer.fields.core.numel() * head_dim
-            alone = index if device.type == "cpu" else -1  # one layer's cores at a time stay in a CPU's cache
-            batches.setdefault((head_dim, min(columns or 0, head_dim), alone), []).append(index)
+    groups: dict[Hashable, list[int]] = {}
+    for index, (layer, columns) in enumerate(zip(layers, per_layer, strict=True)):
+        groups.setdefault((layer.kind, columns), []).append(index)
+    parts = [(group, part) for group in groups.values() for part in _parts([layers[index] for index in group])]
 
-    def solved(part: slice) -> list[tuple[int, HeadStatistics]]:
-        solutions: list[tuple[int, HeadStatistics]] = []
-        for (_, columns, _), members in list(batches.items())[part]:
-            layers = [cores[index] for index in members]
-            batch = joined_cores([layer.fields for layer in layers if layer.fields is not None])
-            spectrum = core_spectrum(batch, method=method, target_rank=columns or None)
-            solutions += zip(members, batch_statistics(layers, spectrum), strict=True)
-        return solutions
+    def measured(some: slice) -> list[HeadStatistics]:
+        return [
+            _statistics(_joined([layers[index] for index in group], part), metrics, method, per_layer[group[0]])
+            for group, part in parts[some]
+        ]
 
-    if batches:
-        for solutions in map_on_cores(solved, split_for_cores(len(batches), multiplications, device)):
-            for index, layer_statistics in solutions:
-                found[index] = layer_statistics
-    return found
+    multiplications = sum(layer.shape.numel() * layer.shape[-1] for layer in layers)
+    device = layers[0].device if layers else torch.device("cpu")
+    split = split_for_cores(len(parts), multiplications, device)
+    measured_parts = chain.from_iterable(map_on_cores(measured, split))
+    found: dict[int, HeadStatistics] = {}
+    for group, of_group in groupby(zip(parts, measured_parts, strict=True), lambda each: each[0][0]):
+        together = _concatenated([each for _, each in of_group])
+        size = layers[group[0]].shape[0]
+        found |= {index: together.of(slice(i * size, (i + 1) * size)) for i, index in enumerate(group)}
+    return [found[index] for index in range(len(layers))]
 
 
-def batch_statistics(layers: Sequence[HeadCores], spectrum: EnergySpectrum) -> list[HeadStatistics]:
-    """Split the values of a batch of layers, whose spectra are ``(N, ...)``, by layer.
+def _parts(group: Sequence[LayerHeads]) -> list[slice]:
+    """Sequences of layers of one shape to compute at a time, as slices of all of their sequences."""
+    num_sequences, num_heads, _, head_dim = group[0].shape
+    count = len(group) * num_sequences
+    size = count
+    if group[0].device.type == "cpu":
+        size = max(1, _ENTRIES_AT_A_TIME // max(1, num_heads * head_dim**2))
+    return [slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))] or [slice(0, 0)]
 
-    Args:
-        layers: Layers with cores, asked for any metrics.
-        spectrum: Of their cores, joined by `joined_cores`.
-    """
-    names = dict.fromkeys(name for layer in layers for name in layer.metrics)
-    batch = _values(list(names), {"energy_spectrum": spectrum})
-    certified, violation = spectrum.certified(), spectrum.violation()
-    found, start = [], 0
-    for layer in layers:
-        assert layer.fields is not None
-        shape = layer.fields.error.shape
-        heads = slice(start, start + shape.numel())
-        values = {name: value[heads].view(shape) for name, value in batch.items() if name in layer.metrics}
-        residual = _largest([violation[heads].amax(), layer.share_excess])
-        found.append(HeadStatistics(layer.values | values, certified[heads].view(shape), residual))
-        start = heads.stop
-    return found
+
+def _joined(group: Sequence[LayerHeads], sequences: slice) -> LayerHeads:
+    """Some of the sequences of layers of one shape, as one layer."""
+    size = group[0].shape[0]
+    if not size or sequences == slice(0, size) == slice(0, len(group) * size):
+        return group[0]
+    some = [
+        layer.of(slice(max(0, sequences.start - start), min(size, sequences.stop - start)))
+        for start, layer in zip(count(0, size), group)
+        if start < sequences.stop and start + size > sequences.start
+    ]
+    first = some[0]
+    if len(some) == 1:
+        return first
+    return LayerHeads(
+        None if first.queries is None else QueryGram.joined([layer.queries for layer in some if layer.queries]),
+        None if first.key is None else torch.cat([layer.key for layer in some if layer.key is not None]),
+        first.scale,
+        None if first.key_mask is None else torch.cat([layer.key_mask for layer in some if layer.key_mask is not None]),
+    )
+
+
+def _statistics(layer: LayerHeads, metrics: Sequence[str], method: Method, target_rank: int | None) -> HeadStatistics:
+    """The values of one layer."""
+    wanted = summaries_of(metrics)
+    with full_precision(layer.device):
+        found = layer_summaries(
+            layer.queries,
+            None if layer.key is None else key_gram(layer.key, layer.key_mask),
+            wanted,
+            scale=layer.scale,
+            method=method,
+            target_rank=target_rank and min(target_rank, layer.shape[-1]),
+        )
+        values = {
+            name: METRICS[name].formula(found[METRICS[name].summary]).to(torch.float32)
+            for name in metrics
+            if METRICS[name].summary in found
+        }
+        residuals = []
+        if "energy_shares" in found and "leverage" in found:
+            residuals.append(share_excess(found["energy_shares"], found["leverage"]))
+        spectrum = found.get("energy_spectrum")
+        if spectrum is not None:
+            residuals.append(spectrum.violation().amax(-1))
+        return HeadStatistics(
+            values,
+            None if spectrum is None else spectrum.certified(),
+            torch.stack([each.to(torch.float32) for each in residuals]).amax(0) if residuals else None,
+        )
+
+
+def _concatenated(parts: Sequence[HeadStatistics]) -> HeadStatistics:
+    """The values of sequences one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return HeadStatistics(
+        {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
+        None
+        if first.certified is None
+        else torch.cat([part.certified for part in parts if part.certified is not None]),
+        None
+        if first.invariant_residual is None
+        else torch.cat([part.invariant_residual for part in parts if part.invariant_residual is not None]),
+    )

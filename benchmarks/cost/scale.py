@@ -29,7 +29,7 @@ from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.functional import query_gram
 from attnmonitor.measurement.reduction import LARGEST_BATCH
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.metrics.statistics import HeadCores, head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.cost.overhead import interleaved, ratio
 
 SEQUENCES, LENGTH = 4, 2048
@@ -85,14 +85,15 @@ def measured_products(shape: Shape) -> float:
     return 4 * SEQUENCES * LENGTH * shape.num_layers * (shape.num_query_heads + shape.num_kv_heads) * shape.head_dim**2
 
 
-def core_bytes(shape: Shape) -> float:
-    """Return the bytes of all cores: one d×d float64 matrix per sequence and query head."""
-    return 8 * SEQUENCES * shape.num_layers * shape.num_query_heads * shape.head_dim**2
+def kept_bytes(shape: Shape, key_bytes: int = 2) -> float:
+    """Return the bytes kept of all layers: a d×d float64 matrix per sequence and query head, and the keys."""
+    keys = key_bytes * LENGTH * shape.num_kv_heads * shape.head_dim
+    return SEQUENCES * shape.num_layers * (8 * shape.num_query_heads * shape.head_dim**2 + keys)
 
 
 def pending_bytes(shape: Shape) -> float:
     """Return the most bytes pending on one process: all its layers, or a full batch and one layer."""
-    everything = core_bytes(shape) / shape.tensor_parallel
+    everything = kept_bytes(shape) / shape.tensor_parallel
     return min(everything, LARGEST_BATCH + everything / shape.num_layers)
 
 
@@ -136,15 +137,15 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
     with nullcontext() if real else FakeTensorMode(), torch.no_grad():
         layer = Layer(shape, dtype)
         x = torch.zeros(SEQUENCES, LENGTH, shape.width, dtype=dtype).normal_()
-        kept: list[HeadCores] = []
+        kept: list[LayerHeads] = []
 
         def emit(call: AttentionCall) -> None:
-            kept[:] = [head_cores(query_gram(call.query), call.key, scale=call.scale, metrics=DEFAULT_METRICS)]
+            kept[:] = [LayerHeads(query_gram(call.query), call.key, call.scale)]
 
         def sample() -> None:
             with capture_attention(layer, emit, layouts=NoMasks()):
                 layer(x)
-            head_statistics(kept, method="randomized")  # as on a GPU
+            head_statistics(kept, DEFAULT_METRICS, method="randomized")  # as on a GPU
 
         found = {"forward": products(lambda: layer(x)), "sample": products(sample)}
         found["kept bytes"] = sum(x.numel() * x.element_size() for x in tensors(kept[0]))
@@ -201,10 +202,10 @@ def main() -> None:
             f"| {measured_products(shape) / 1e12:.2f} | {measured / 1e12:.2f} | {measured / found['forward']:.2%} "
             f"| {measured / found['forward'] * BF16_PEAK / FLOAT64_PEAK:.0%} |"
         )
-    print("\n| model | cores of all layers | counted | processes that share a layer | each has waiting at most |")
+    print("\n| model | kept of all layers | counted | processes that share a layer | each has waiting at most |")
     for shape, found in counts.items():
         print(
-            f"| {shape.name} | {core_bytes(shape) / 1e9:.2f} | {found['kept bytes'] / 1e9:.2f} "
+            f"| {shape.name} | {kept_bytes(shape) / 1e9:.2f} | {found['kept bytes'] / 1e9:.2f} "
             f"| {shape.tensor_parallel} | {pending_bytes(shape) / 1e9:.2f} |"
         )
     print("\n| model | FSDP gathers | in | tensor parallel sums | in | the monitor gathers |")
@@ -220,7 +221,7 @@ def main() -> None:
     print(f"\n{SMALL.name}, real tensors on this CPU, model and count:")
     print(f"forward     {forward_products(SMALL) / 1e9:8.2f} {found['forward'] / 1e9:8.2f} GFLOP")
     print(f"measurement {measured_products(SMALL) / 1e9:8.2f} {measured / 1e9:8.2f} GFLOP")
-    print(f"cores       {core_bytes(SMALL) / 1e6:8.2f} {found['kept bytes'] / 1e6:8.2f} MB")
+    print(f"kept        {kept_bytes(SMALL, 4) / 1e6:8.2f} {found['kept bytes'] / 1e6:8.2f} MB")
     print(f"in time the measurement takes {found['share of time']:.0%} of the forward")
 
 

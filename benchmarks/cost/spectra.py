@@ -26,7 +26,7 @@ from torch import Tensor
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional import energy_spectrum, query_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.smollm2 import load_smollm2
 
 SHAPES = {  # query heads, key heads, head size
@@ -90,7 +90,7 @@ def routes(query: Tensor, key: Tensor) -> dict[str, tuple[int, Callable[[], Any]
 
 def all_metrics(query: Tensor, key: Tensor) -> list[Any]:
     """Compute every default metric of the layer."""
-    return head_statistics([head_cores(query_gram(query), key, scale=query.shape[-1] ** -0.5, metrics=DEFAULT_METRICS)])
+    return head_statistics([LayerHeads(query_gram(query), key, query.shape[-1] ** -0.5)], DEFAULT_METRICS)
 
 
 def interleaved_medians(calls: dict[str, Callable[[], Any]], timer: Timer, repeats: int) -> dict[str, float]:

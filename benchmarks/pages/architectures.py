@@ -21,7 +21,7 @@ from torch import Tensor
 from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture.projections import HeadProjections, discover_projections
 from attnmonitor.functional import interaction_effective_rank, query_gram
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.pages.independent import deviations
 from benchmarks.pages.third_party_models import Architecture, captured, hugging_face_architectures, other_architectures
 
@@ -137,8 +137,8 @@ def float64_statistics(
     query: Tensor, key: Tensor, scale: float, query_valid: Tensor, key_valid: Tensor
 ) -> dict[str, Tensor]:
     """Return every default metric of one layer's float64 queries and keys, ``(B, H)`` each."""
-    cores = head_cores(query_gram(query, query_valid), key, scale=scale, key_mask=key_valid, metrics=DEFAULT_METRICS)
-    [found] = head_statistics([cores], method="exact")
+    heads = LayerHeads(query_gram(query, query_valid), key, scale, key_valid)
+    [found] = head_statistics([heads], DEFAULT_METRICS, method="exact")
     return {name: value.double() for name, value in found.values.items()}
 
 

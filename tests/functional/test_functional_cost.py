@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnmonitor.functional import attention_row_statistics, query_gram, row_logits
 from attnmonitor.functional.attention import ROW_STATISTICS
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique", "_to_cpu")
 
 
 def measure_everything(query, key, mask, method):
     """The whole way from one layer's queries and keys to every statistic."""
-    cores = head_cores(query_gram(query, mask), key, scale=0.25, key_mask=mask, metrics=DEFAULT_METRICS)
-    statistics = head_statistics([cores, cores], method=method)
+    layer = LayerHeads(query_gram(query, mask), key, 0.25, mask)
+    statistics = head_statistics([layer, layer], DEFAULT_METRICS, method=method)
     logits, query_mask = row_logits(query, key, mask=mask)
     masks = {"query_mask": query_mask, "key_mask": mask}
     rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
@@ -132,7 +132,7 @@ def peak_bytes(length: int) -> int:
     """Most memory held at once beyond the inputs, as the CPU allocator saw it."""
     query, key = torch.randn(1, 8, length, 32), torch.randn(1, 8, length, 32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
+        head_statistics([LayerHeads(query_gram(query), key, 0.2)], DEFAULT_METRICS)
     held = highest = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -152,15 +152,15 @@ def test_memory_grows_with_length_not_its_square():
 def test_no_tensor_exceeds_a_block_or_the_inputs():
     query, key = torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)
     with Watch() as watch:
-        head_statistics([head_cores(query_gram(query), key, scale=0.2, metrics=DEFAULT_METRICS)])
+        head_statistics([LayerHeads(query_gram(query), key, 0.2)], DEFAULT_METRICS)
     assert watch.largest <= max(2**18 * 8, query.nbytes)
 
 
-def test_cores_keep_neither_queries_nor_keys():
+def test_statistics_keep_neither_queries_nor_keys():
     query, key = inputs()
     held = {query.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()}
-    cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
-    kept = [*vars(cores.fields).values(), cores.share_excess, *cores.values.values()]
+    [found] = head_statistics([LayerHeads(query_gram(query), key, 0.25)], DEFAULT_METRICS)
+    kept = [found.certified, found.invariant_residual, *found.values.values()]
     assert all(each.untyped_storage().data_ptr() not in held for each in kept)
     assert all(64 not in each.shape for each in kept), "nothing kept may have the length of the sequence"
 
@@ -184,13 +184,13 @@ def test_full_precision_is_set_and_restored(tf32, monkeypatch):
             return operation(*args, **(kwargs or {}))
 
     with Precision():
-        cores = head_cores(query_gram(query), key, scale=0.25, metrics=DEFAULT_METRICS)
+        [found] = head_statistics([LayerHeads(query_gram(query), key, 0.25)], DEFAULT_METRICS)
     assert seen == {"highest"}
     assert torch.get_float32_matmul_precision() == "medium"
     with pytest.raises(ValueError, match="multiple"):
-        head_cores(query_gram(query[:, :3]), key, scale=0.25, metrics=DEFAULT_METRICS)
+        head_statistics([LayerHeads(query_gram(query[:, :3]), key, 0.25)], DEFAULT_METRICS)
     assert torch.get_float32_matmul_precision() == "medium", "restored after an error too"
-    assert cores.values["energy_delocalization"].isfinite().all()
+    assert found.values["energy_delocalization"].isfinite().all()
 
 
 def test_autocast_changes_nothing():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from attnmonitor.functional import EnergySpectrum, query_gram
+from attnmonitor.functional.cores import FieldCores
 from attnmonitor.functional.key_basis import key_basis, key_gram
 from attnmonitor.functional.positions import position_profiles, share_excess
+from attnmonitor.functional.spectrum import core_spectrum
+from attnmonitor.metrics import statistics
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
 
 @pytest.mark.parametrize(
@@ -43,32 +45,35 @@ def test_violation_is_that_of_the_worst_law(law, variances, energy, energy_squar
 
 
 def layer(seed=0):
-    return torch.randn(2, 1, 2, 40, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(2, 2, 2, 40, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_residual_is_the_worst_head_or_position():
-    query, key = layer()
-    cores = head_cores(query_gram(query), key, scale=1.0, metrics=DEFAULT_METRICS)
-    [sound] = head_statistics([cores])
-    assert 0 <= sound.invariant_residual < 1e-6
-    [seen, still_sound] = head_statistics([replace(cores, share_excess=torch.tensor(0.3)), cores])
-    assert seen.invariant_residual.item() == pytest.approx(0.3)
-    assert still_sound.invariant_residual == sound.invariant_residual
-    # A core that is not positive semidefinite is that of no field: 3 - 1 - 1 has stable rank 1/3.
-    broken = cores.fields.core.clone()
-    broken[0, 1] = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64))
-    [seen] = head_statistics([replace(cores, fields=replace(cores.fields, core=broken))])
-    assert seen.invariant_residual > 1
+def test_residual_is_the_worst_head_or_position(monkeypatch):
+    layers = [LayerHeads(query_gram(query), key) for query, key in (layer(0), layer(1))]
+    sound = head_statistics(layers, DEFAULT_METRICS)
+    assert all(0 <= each.invariant_residual.amax() < 1e-6 for each in sound)
+    excess = torch.tensor([0.3, 0.0])
+    monkeypatch.setattr(statistics, "share_excess", lambda *_: excess)
+    monkeypatch.setattr(EnergySpectrum, "violation", lambda spectrum: torch.tensor([[0.1, 0.2], [0.0, 0.5]]))
+    for found in (head_statistics([each], DEFAULT_METRICS)[0] for each in layers):
+        assert found.invariant_residual.tolist() == pytest.approx([0.3, 0.5])
+
+
+def test_core_of_no_field_is_reported():
+    """One that is not positive semidefinite: 3 - 1 - 1 has stable rank 1/3."""
+    core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64))[None]
+    none = torch.zeros(1, dtype=torch.float64)
+    assert core_spectrum(FieldCores(core, none, none, none, none)).violation() > 1
 
 
 def test_share_above_leverage_is_reported():
     _, key = layer()
     basis = key_basis(key_gram(key))
-    core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).expand(1, 2, 6, 6)
+    core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).expand(2, 2, 6, 6)
     profiles = position_profiles(basis, {"energy_shares", "leverage"}, core=core)
     excess = share_excess(profiles["energy_shares"], profiles["leverage"])
     left = torch.cat([block.clone() for block in basis.left_blocks()], 2)
     shares = (left.square() * torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64)).sum(-1)
-    assert excess.item() == pytest.approx((shares - left.square().sum(-1)).max().item(), rel=1e-6)
-    assert excess > 0.01
+    torch.testing.assert_close(excess, (shares - left.square().sum(-1)).amax((1, 2)), rtol=1e-6, atol=0)
+    assert (excess > 0.01).all()
     torch.testing.assert_close(profiles["energy_shares"].participation(), 1 / (40 * shares.square().sum(-1)))

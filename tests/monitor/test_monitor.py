@@ -91,9 +91,9 @@ def test_pending_layers_are_bounded_and_values_unchanged(monkeypatch: pytest.Mon
     together = monitor.sample(0)
     batches: list[int] = []
 
-    def counted(cores: list[Any], **settings: Any) -> Any:
-        batches.append(len(cores))
-        return head_statistics(cores, **settings)
+    def counted(layers: list[Any], *settings: Any, **more: Any) -> Any:
+        batches.append(len(layers))
+        return head_statistics(layers, *settings, **more)
 
     one_layer = 3 * 4 * (8 * 8 * 8 + 24 * 8 * 4)  # a float64 matrix and float32 keys of 3 sequences and 4 heads
     monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", one_layer)
