@@ -1,0 +1,1 @@
+"""One short session on a GPU: correctness first, then what a sample costs there."""

@@ -1,0 +1,75 @@
+"""What a piece of work launches on a device, and what makes the host wait, counted where torch dispatches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["WAITS", "CountLaunches"]
+
+# Operations that read a value of the device back to the host. Among them every eigensolver: torch reads a status word
+# of each matrix, whatever the library that solves it.
+WAITS = (
+    "_linalg_eigh",
+    "_linalg_svd",
+    "_local_scalar_dense",
+    "_to_cpu",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "item",
+    "linalg_eig",
+    "masked_select",
+    "nonzero",
+    "unique",
+    "unique_dim",
+)
+_WITHOUT_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided")
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts operations that are not views, and notes those that wait, in the thread that has entered it.
+
+    Args:
+        device: Type of the device whose tensors count.
+
+    Attributes:
+        launches: Operations that launch a kernel or a copy; one with a bias counts once.
+        waits: Names of those that make the host wait for the device.
+        largest: Bytes of the largest tensor that any of them made.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self.launches = 0
+        self.waits: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count it."""
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if any(each.device.type == self._device for each in (*made, *given)):
+            self.launches += not (operation.is_view or name in _WITHOUT_KERNEL)
+            if name in WAITS or _copies_to_host(name, args, kwargs or {}):
+                self.waits.append(name)
+            self.largest = max([self.largest, *(each.untyped_storage().nbytes() for each in made)])
+        return result
+
+
+def _copies_to_host(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether a copy ends on the CPU; one that does not block waits for nothing."""
+    if name == "_to_copy":
+        target = kwargs.get("device")
+        return target is not None and torch.device(target).type == "cpu" and not kwargs.get("non_blocking", False)
+    if name == "copy_":
+        blocks = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        return blocks and args[1].device.type != "cpu" and args[0].device.type == "cpu"
+    return False
