@@ -1,4 +1,4 @@
-"""A session of several parts within a time limit, of which what was found is kept if it is cut off.
+"""A session of several parts within a time limit; the rows of a part that is cut off are kept.
 
 On a GPU each part runs in a process of its own: after a fault of a kernel nothing more can be done on the device in
 that process, and a part that hangs can be ended. In smoke mode all parts run in this process.
