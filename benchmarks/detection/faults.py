@@ -27,6 +27,11 @@ FULL_STRENGTH = {
 FINITE_FAULTS = tuple(FULL_STRENGTH)
 """Half strength is half the logarithm of a factor (x2 for x4), half of the added norm, and rank loss half way."""
 
+SILENT = {"value": 0.04, "output": 0.04}
+"""Factor on the size of one head's value rows, or of its columns of the output projection."""
+WHOLE_HEAD_FAULTS = ("dead", "twin", "value", "output", "rolled_keys")
+"""Queries and keys zero; a copy of the head beside it; silent values; silent output; the KV heads of a layer rolled."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -47,6 +52,9 @@ class Breakable(Protocol):
     shape: Shape
     num_kv_heads: int
     extra_key: Tensor | None
+
+    def weights_of(self, head: int) -> Mapping[str, list[Tensor]]:
+        """Return views of all weights of one query head and of the KV head it reads, by side."""
 
     def slices(self, side: str, head: int) -> list[Tensor]:
         """Return views of the weights that set the size of one head's queries or keys."""
@@ -85,9 +93,34 @@ class Injection:
             self._take_over(FULL_STRENGTH[kind] * ramp)
         elif kind == "key_rank_1":
             self._flatten(FULL_STRENGTH[kind] ** ramp if ramp == 1 else 1 - ramp)
+        elif kind in WHOLE_HEAD_FAULTS:
+            self._break_head(steps_since_onset)
         elif kind != "learning_rate_jump":
             for tensor, size in zip(self.slices, self.sizes, strict=True):
                 tensor *= size * FULL_STRENGTH[kind] ** ramp / max(tensor.norm().item(), 1e-12)
+
+    def _break_head(self, steps_since_onset: int) -> None:
+        kind, head = self.fault.kind, self.fault.head
+        weights = self.attention.weights_of(head)
+        if kind == "dead":
+            for tensor in (*weights["query"], *weights["key"]):
+                tensor.zero_()
+        elif kind == "twin":  # with grouped keys, of the head that shares its keys
+            for side, copies in self.attention.weights_of(head ^ 1).items():
+                for tensor, copy in zip(weights[side], copies, strict=True):
+                    tensor.copy_(copy)
+        elif kind == "rolled_keys":
+            if steps_since_onset == 1:  # training may undo it from then on
+                keys = [self.attention.slices("key", index) for index in range(self.attention.num_kv_heads)]
+                for rows in zip(*keys, strict=True):
+                    rolled = [row.clone() for row in (*rows[1:], rows[0])]
+                    for row, other in zip(rows, rolled, strict=True):
+                        row.copy_(other)
+        else:
+            if not hasattr(self, "silent_sizes"):
+                self.silent_sizes = [tensor.norm().item() * SILENT[kind] for tensor in weights[kind]]
+            for tensor, size in zip(weights[kind], self.silent_sizes, strict=True):
+                tensor *= size / max(tensor.norm().item(), 1e-12)
 
     def _take_over(self, key_norms: float) -> None:
         attention, head = self.attention, self.fault.head

@@ -1,8 +1,8 @@
-"""Three families of small language models whose heads can be broken one at a time.
+"""Three families of small language models, and a vision transformer, whose heads can be broken one at a time.
 
 They differ in what a monitor may get wrong: ``gpt2`` has biases, learned positions and fused attention; ``llama`` has
 RoPE and grouped keys; ``qknorm`` has hand-written attention and normalizes queries and keys, so that weights can grow
-while the logits do not.
+while the logits do not; ``vit`` attends both ways.
 
 Letters: B sequences, L positions, H query heads, G key heads, d size of a head, D width of the model.
 """
@@ -10,12 +10,17 @@ Letters: B sequences, L positions, H query heads, G key heads, d size of a head,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FAMILIES = ("gpt2", "llama", "qknorm")
+"""The language models."""
+
+Layout = Literal["pre_norm", "post_norm", "no_norm", "no_skips"]
+"""How norms and skip connections stand in a block; ``"no_skips"`` is pre-norm without them."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,13 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention of one family, with access to the weights of one head."""
+    """Attention of one family, with access to the weights of one head."""
 
     def __init__(self, family: str, shape: Shape) -> None:
         super().__init__()
-        self.family, self.shape = family, shape
+        self.family, self.shape, self.is_causal = family, shape, family != "vit"
         self.num_kv_heads = shape.num_heads // 2 if family == "llama" else shape.num_heads
-        with_bias = family == "gpt2"
+        with_bias = family in ("gpt2", "vit")
         self.query = nn.Linear(shape.width, shape.width, bias=with_bias)
         self.key = nn.Linear(shape.width, self.num_kv_heads * shape.head_dim, bias=with_bias)
         self.value = nn.Linear(shape.width, self.num_kv_heads * shape.head_dim, bias=with_bias)
@@ -76,7 +81,9 @@ class Attention(nn.Module):
             visible = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
             mixed = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.family == "llama")
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=self.is_causal, enable_gqa=self.family == "llama"
+            )
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
     def slices(self, side: str, head: int) -> list[Tensor]:
@@ -84,46 +91,70 @@ class Attention(nn.Module):
         if self.family == "qknorm":
             return [getattr(self, f"{side}_gain").data[head]]
         projection = getattr(self, side)
-        rows = slice(head * self.shape.head_dim, (head + 1) * self.shape.head_dim)
-        return [tensor.data[rows] for tensor in (projection.weight, projection.bias) if tensor is not None]
+        return [tensor.data[self._rows(head)] for tensor in (projection.weight, projection.bias) if tensor is not None]
 
     def key_matrix(self, head: int) -> Tensor:
         """Return a view of the (d, D) key projection of one KV head."""
-        return self.key.weight.data[head * self.shape.head_dim : (head + 1) * self.shape.head_dim]
+        return self.key.weight.data[self._rows(head)]
+
+    def weights_of(self, head: int) -> dict[str, list[Tensor]]:
+        """Return views of all weights of one query head and of the KV head it reads, by side."""
+        kv_head = head * self.num_kv_heads // self.shape.num_heads
+        of_side = {side: self.slices(side, index) for side, index in (("query", head), ("key", kv_head))}
+        if self.family == "qknorm":  # the gains alone do not make a head
+            of_side["query"].append(self.query.weight.data[self._rows(head)])
+            of_side["key"].append(self.key.weight.data[self._rows(kv_head)])
+        biases = [] if self.value.bias is None else [self.value.bias.data[self._rows(kv_head)]]
+        of_side["value"] = [self.value.weight.data[self._rows(kv_head)], *biases]
+        of_side["output"] = [self.output.weight.data[:, self._rows(head)]]
+        return of_side
+
+    def _rows(self, head: int) -> slice:
+        return slice(head * self.shape.head_dim, (head + 1) * self.shape.head_dim)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Attention and MLP; pre-norm with skips unless the layout says otherwise."""
 
-    def __init__(self, family: str, shape: Shape) -> None:
+    def __init__(self, family: str, shape: Shape, layout: Layout) -> None:
         super().__init__()
-        norm = nn.LayerNorm if family == "gpt2" else nn.RMSNorm
-        self.attention_norm, self.mlp_norm = norm(shape.width), norm(shape.width)
+        norm = nn.LayerNorm if family in ("gpt2", "vit") else nn.RMSNorm
+        self.attention_norm, self.mlp_norm = (
+            nn.Identity() if layout == "no_norm" else norm(shape.width) for _ in range(2)
+        )
+        self.layout = layout
         self.attention = Attention(family, shape)
         self.is_gated = family == "llama"
         inner = 3 * shape.width
-        self.up = nn.Linear(shape.width, 2 * inner if self.is_gated else inner, bias=family == "gpt2")
-        self.down = nn.Linear(inner, shape.width, bias=family == "gpt2")
+        self.up = nn.Linear(shape.width, 2 * inner if self.is_gated else inner, bias=family in ("gpt2", "vit"))
+        self.down = nn.Linear(inner, shape.width, bias=family in ("gpt2", "vit"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, D) to (B, L, D)."""
-        x = x + self.attention(self.attention_norm(x))
-        up = self.up(self.mlp_norm(x))
+        for part, norm in ((self.attention, self.attention_norm), (self._mlp, self.mlp_norm)):
+            if self.layout == "post_norm":
+                x = norm(x + part(x))
+            else:
+                x = part(norm(x)) if self.layout == "no_skips" else x + part(norm(x))
+        return x
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        up = self.up(x)
         if self.is_gated:
             gate, up = up.chunk(2, dim=-1)
-            return x + self.down(F.silu(gate) * up)
-        return x + self.down(F.gelu(up))
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(up))
 
 
 class TinyLM(nn.Module):
     """A character model of one family."""
 
-    def __init__(self, family: str, shape: Shape, *, query_key_gain: float = 1.0) -> None:
+    def __init__(self, family: str, shape: Shape, *, layout: Layout = "pre_norm", query_key_gain: float = 1.0) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.embedding = self._embedding(shape)
         self.positions = None if family == "llama" else nn.Embedding(shape.length, shape.width)
-        self.blocks = nn.ModuleList(Block(family, shape) for _ in range(shape.num_layers))
-        self.norm = nn.LayerNorm(shape.width) if family == "gpt2" else nn.RMSNorm(shape.width)
+        self.blocks = nn.ModuleList(Block(family, shape, layout) for _ in range(shape.num_layers))
+        self.norm = nn.LayerNorm(shape.width) if family in ("gpt2", "vit") else nn.RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -138,11 +169,40 @@ class TinyLM(nn.Module):
                     for tensor in block.attention.slices(side, head):
                         tensor *= query_key_gain
 
-    def forward(self, characters: Tensor) -> Tensor:
-        """Map (B, L) characters to (B, L, vocabulary) logits."""
-        x = self.embedding(characters)
+    def _embedding(self, shape: Shape) -> nn.Module:
+        return nn.Embedding(shape.vocabulary, shape.width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map the input to (B, L, D)."""
+        x = self.embedding(x)
         if self.positions is not None:
-            x = x + self.positions.weight[: characters.shape[-1]]
+            x = x + self.positions.weight[: x.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Map (B, L) characters to (B, L, vocabulary) logits."""
+        return self.head(self.features(characters))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return the mean loss of predicting each next character of (B, L + 1)."""
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+class TinyViT(TinyLM):
+    """A vision transformer that names the class of an image; its vocabulary is the classes."""
+
+    PATCH = 16  # pixels
+
+    def _embedding(self, shape: Shape) -> nn.Module:
+        return nn.Linear(self.PATCH, shape.width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map (B, L, 16) patches to (B, classes) logits."""
+        return self.head(self.features(patches).mean(dim=1))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean loss of (B, L, 16) patches with (B,) labels."""
+        patches, labels = batch
+        return F.cross_entropy(self(patches), labels)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnmonitor.metrics.catalog import METRICS as CATALOG
 from benchmarks.detection.faults import Fault
-from benchmarks.detection.models import Shape
+from benchmarks.detection.models import Layout, Shape
 
 SampleValues = dict[str, dict[str, Tensor]]  # metric -> layer -> (num_heads,)
 
@@ -34,6 +34,11 @@ class Setting:
     final_rate_factor: float = 1.0  # linear change of the rate over the second half
     new_text_at: int | None = None  # step from which the text is of another kind
     batch_size: int = 4
+    layout: Layout = "pre_norm"
+    data: Literal["text", "noise"] = "text"
+    change: str = ""  # name of what training does differently, from `changes.CHANGES`
+    change_at: int = 300
+    sample_every: int = 10
 
 
 @dataclass(frozen=True)

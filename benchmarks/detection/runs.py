@@ -6,44 +6,27 @@ fault. It is recorded with the healthy run's samples before onset, as if it had 
 
 from __future__ import annotations
 
-import argparse as _source_of_code
 import copy
-import functools
-import pydoc_data.topics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.functional import interaction_participation_ratio
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
+from benchmarks.detection.changes import CHANGES
+from benchmarks.detection.data import batch_at, probe_of
 from benchmarks.detection.faults import Fault, Injection
-from benchmarks.detection.models import Attention, TinyLM
+from benchmarks.detection.models import Attention, TinyLM, TinyViT
 from benchmarks.detection.recording import Recording, SampleValues, Setting, cache_name, load, recording_of, save
 
 SAMPLE_EVERY = 10
 WEIGHT_METRIC = "interaction_participation_ratio"
 METRICS = (*DEFAULT_METRICS, "max_logit", "attention_entropy")
-
-
-@functools.cache
-def texts(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return prose and program text as characters."""
-    prose = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    code = Path(_source_of_code.__file__).read_text(encoding="utf-8")
-    return tuple(torch.tensor([min(ord(c), vocabulary - 1) for c in text]) for text in (prose, code))
-
-
-def batch_at(text: Tensor, setting: Setting, step: int) -> Tensor:
-    """Return (B, L + 1) characters that depend on seed and step only."""
-    draw = torch.Generator().manual_seed(setting.seed * 100_003 + step)
-    starts = torch.randint(len(text) - setting.shape.length - 1, (setting.batch_size,), generator=draw)
-    return torch.stack([text[start : start + setting.shape.length + 1] for start in starts.tolist()])
 
 
 @dataclass
@@ -56,12 +39,15 @@ class Run:
     samples: list[tuple[int, SampleValues]] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
+    rate_factor: float = 1.0  # of a change of the learning rate
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, where a change needs it
 
     @classmethod
     def start(cls, setting: Setting) -> Run:
         """Return a run before its first step."""
         torch.manual_seed(setting.seed)
-        model = TinyLM(setting.family, setting.shape, query_key_gain=setting.query_key_gain)
+        kind = TinyViT if setting.family == "vit" else TinyLM
+        model = kind(setting.family, setting.shape, layout=setting.layout, query_key_gain=setting.query_key_gain)
         return cls(setting, model, torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, betas=(0.9, 0.98)))
 
     def branch(self) -> Run:
@@ -70,19 +56,17 @@ class Run:
 
     def train(self, until: int, injection: Injection | None = None) -> None:
         """Train to step ``until``, with samples; a step whose loss is not finite is skipped, as is usual."""
-        prose, code = texts(self.setting.shape.vocabulary)
-        probe = torch.stack([batch_at(prose, Setting("", -1, 0.0, self.setting.shape), i)[0, :-1] for i in range(8)])
+        probe = probe_of(self.setting)
         monitor = AttentionMonitor(self.model, probe, metrics=METRICS, alerts=None, record=None)
         begin = len(self.loss)
         if not self.samples:
             self.samples.append((0, self._measure(monitor, 0)))
         for step in range(begin, until):
-            is_new = self.setting.new_text_at is not None and step >= self.setting.new_text_at
-            self._step(batch_at(code if is_new else prose, self.setting, step), step, injection)
+            self._step(step, injection)
             if injection is not None:
                 with torch.no_grad():
                     injection.apply(step + 1 - begin)
-            if (step + 1) % SAMPLE_EVERY == 0:
+            if (step + 1) % self.setting.sample_every == 0:
                 self.samples.append((step + 1, self._measure(monitor, step + 1)))
         monitor.close()
 
@@ -101,8 +85,11 @@ class Run:
                     of_weights[name] = interaction_participation_ratio(query, key).float() if is_finite else unknown
         return {**monitor.sample(step).values, WEIGHT_METRIC: of_weights}
 
-    def _step(self, batch: Tensor, step: int, injection: Injection | None) -> None:
-        loss = F.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    def _step(self, step: int, injection: Injection | None) -> None:
+        batch = batch_at(self.setting, step)
+        if self.setting.change:
+            batch = CHANGES[self.setting.change](self, step - self.setting.change_at, batch)
+        loss = self.model.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -114,7 +101,7 @@ class Run:
         if injection is not None and injection.fault.kind == "learning_rate_jump":
             rate *= 10**injection.fault.strength
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * self.rate_factor * group.get("rate_factor", 1.0)
         if loss.isfinite() and norm.isfinite():
             self.optimizer.step()
 

@@ -1,0 +1,312 @@
+"""Failures that training brings about by itself, or that a model is born with, each beside a run without it.
+
+    python -m benchmarks.detection.natural --set report --docs docs/alert-evaluation.md
+
+records each failure in every family it applies to, at three seeds, and replays the default rules: which rule names it,
+at which step, whether the name is right, and how far before or after the loss and the gradient norm tell. The runs
+beside them, and runs in which training changes without a fault, say how often the rules are wrong. Recordings are kept
+in a cache: only the first call takes long (about half an hour on one core).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
+from benchmarks.detection.baselines import spikes
+from benchmarks.detection.changes import CHANGES
+from benchmarks.detection.document import publish, share, table
+from benchmarks.detection.faults import Fault
+from benchmarks.detection.models import FAMILIES, Shape
+from benchmarks.detection.recording import Recording, Setting
+from benchmarks.detection.runs import recordings
+from benchmarks.detection.score import Alarm, Detector, cached, heads_at_fault, rule_detector, samples_between
+
+SEEDS = {"dev": (11, 12, 13), "report": (5011, 5012, 5013)}
+SHAPES = {"dev": Shape(4, 4, 16, length=96), "report": Shape(4, 6, 12, length=80)}
+SAMPLE_EVERY = 5
+LATE = 250
+BROKEN_WITHIN = 10  # samples, for what is wrong from the first step
+NAMED_WITHIN = 5
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that fails, what its right name is, and the same run without the failure."""
+
+    title: str
+    kinds: tuple[str, ...]  # of alarms that name it rightly
+    setting: Setting
+    fault: Fault | None  # of one head; None when the run or its layers are at fault
+    healthy: Setting
+    within: int | None = NAMED_WITHIN  # samples from onset; None: at any time
+
+
+def failures(name: str) -> Iterator[Failure]:
+    """Yield every failure of a set."""
+    for seed in SEEDS[name]:
+        for family in (*FAMILIES, "vit"):
+            yield from _failures_of(family, seed, SHAPES[name])
+
+
+def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
+    if family == "vit":
+        shape = replace(shape, length=64, vocabulary=8)
+    healthy = Setting(family, seed, 2e-3, shape, num_steps=400, sample_every=SAMPLE_EVERY)
+    layer, head = seed % shape.num_layers, (seed // 7) % shape.num_heads
+    for title, kind, kinds in (
+        ("queries and keys of a head zero from the start", "dead", ("dead_head",)),
+        ("a head is a copy of another", "twin", ("twin_heads",)),
+        ("values of a head at 4 %", "value", ("silent_head",)),
+        ("output of a head at 4 %", "output", ("silent_head",)),
+    ):
+        at_birth = Fault(kind, layer, head, 1.0, onset=0, num_steps=150)
+        if kind == "dead" or kind == "twin":
+            yield Failure(title, kinds, healthy, at_birth, healthy)
+        if kind != "dead":
+            late = replace(at_birth, onset=LATE, num_steps=100)
+            yield Failure(f"{title}, from step {LATE} on", kinds, healthy, late, healthy)
+    rolled = Fault("rolled_keys", layer, head, 1.0, onset=LATE, num_steps=100)
+    yield Failure("keys of a layer rolled by one head", ("mass", "layer_changed"), healthy, rolled, healthy, None)
+    untamed = replace(healthy, warmup_steps=0, num_steps=200)
+    if family in ("gpt2", "llama"):
+        grown = replace(healthy, learning_rate=3e-2, num_steps=450)
+        yield Failure("logits grow at a high rate", ("logit_blowup",), grown, None, healthy, None)
+        no_norm = replace(untamed, layout="no_norm", learning_rate=1e-2)
+        yield Failure("no norms", ("logit_blowup", "broken_start"), no_norm, None, healthy, None)
+    if family != "vit":
+        deep = replace(untamed, shape=replace(shape, num_layers=12), layout="no_skips", learning_rate=1e-3)
+        sound = replace(deep, layout="pre_norm", num_steps=200, warmup_steps=60)
+        yield Failure("12 layers without skips", ("rank_collapse",), deep, None, sound, BROKEN_WITHIN)
+    if family != "qknorm":
+        post = replace(untamed, layout="post_norm", learning_rate=2e-2)
+        yield Failure("post-norm, high rate, no warm-up", ("broken_start",), post, None, healthy, BROKEN_WITHIN)
+    if family == "vit":
+        fast = replace(untamed, learning_rate=3e-2)
+        yield Failure("high rate, no warm-up", ("broken_start",), fast, None, healthy, BROKEN_WITHIN)
+
+
+def controls(name: str) -> Iterator[tuple[str, Setting]]:
+    """Yield runs without a fault, each with what is unusual about it."""
+    for seed in SEEDS[name]:
+        for number, family in enumerate(FAMILIES):
+            shape = SHAPES[name]
+            usual = Setting(family, seed + 100 * (number + 1), 2e-3, shape, num_steps=500, sample_every=SAMPLE_EVERY)
+            for change in CHANGES:
+                yield change, replace(usual, change=change)
+            yield "fast learning", replace(usual, learning_rate=8e-3)
+            yield "other text", replace(usual, new_text_at=300)
+            yield "long", replace(usual, num_steps=1500)
+            yield "heads of size 2", replace(usual, shape=Shape(2, 4, 2, length=20), num_steps=300)
+            yield "12 tokens", replace(usual, shape=Shape(2, 4, 16, length=12), num_steps=300)
+            yield "noise", replace(usual, data="noise", shape=Shape(3, 4, 4, length=24), num_steps=300)
+
+
+def loss_alarm(recording: Recording) -> int | None:
+    """Return the step at which the smoothed loss stays 3 standard deviations above its best for 3 samples."""
+    smooth, spread, best, run = None, 0.0, np.inf, 0
+    every = recording.setting.sample_every
+    for step, loss in enumerate(recording.loss.astype(float), start=1):
+        if not np.isfinite(loss):
+            return step
+        if smooth is None:
+            smooth = loss
+        spread = 0.98 * spread + 0.02 * (loss - smooth) ** 2
+        smooth = 0.95 * smooth + 0.05 * loss
+        if step % every:
+            continue
+        run = run + 1 if smooth > best + 3 * spread**0.5 else 0
+        if run == 3:
+            return step
+        best = min(best, smooth)
+    return None
+
+
+def gradient_alarm(recording: Recording) -> int | None:
+    """Return the step of the first alarm on the gradient norm."""
+    alarms = spikes("gradient_norm")(recording)
+    return alarms[0].step if alarms else None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the rules said of one failure."""
+
+    failure: Failure
+    rule: str  # that named it rightly; "" for none
+    step: int | None
+    delay: int | None  # in samples
+    wrong: tuple[str, ...]  # rules that gave it another name or named a healthy head first
+    innocents: int
+    loss_step: int | None
+    gradient_step: int | None
+
+
+def told(failure: Failure, recording: Recording, twin: Recording, detector: Detector) -> Told:
+    """Compare the alarms of a failing run with the truth."""
+    onset = failure.fault.onset if failure.fault else 0
+    anyway = {(alarm.step, alarm.rule, unit) for alarm in detector(twin) for unit in alarm.units} if onset else set()
+    alarms = [
+        alarm
+        for alarm in detector(recording)
+        if alarm.step >= onset and any((alarm.step, alarm.rule, unit) not in anyway for unit in alarm.units)
+    ]
+    faulty = _faulty_units(failure, recording)
+    right = [alarm for alarm in alarms if _is_right(alarm, failure, faulty, recording)]
+    named = right[0] if right else None
+    innocents = set().union(*(alarm.units for alarm in alarms if alarm.is_about_heads)) - faulty
+    before = [alarm for alarm in alarms if named is None or alarm.step < named.step]
+    return Told(
+        failure,
+        named.rule if named else "",
+        named.step if named else None,
+        samples_between(recording, onset, named.step) if named else None,
+        tuple(dict.fromkeys(f"{alarm.rule} {alarm.step}" for alarm in before)),
+        len(innocents) if failure.fault else 0,
+        _after(loss_alarm(recording), onset),
+        _after(gradient_alarm(recording), onset),
+    )
+
+
+def _after(step: int | None, onset: int) -> int | None:
+    return step if step is not None and step > onset else None
+
+
+def _faulty_units(failure: Failure, recording: Recording) -> set[tuple[str, str | None, int | None]]:
+    fault = failure.fault
+    if fault is None:
+        return set()
+    if fault.kind == "rolled_keys":
+        fault = replace(fault, kind="layer")
+    units = heads_at_fault(replace(recording, fault=fault))
+    layer = list(recording.values["query_rms"])[fault.layer]
+    group = recording.values["query_rms"][layer].shape[1] // recording.values["key_rms"][layer].shape[1]
+    first = fault.head // group
+    units |= {("kv_head", layer, first), ("layer", layer, None)}
+    if fault.kind == "twin":
+        units |= {("query_head", layer, fault.head ^ 1), ("kv_head", layer, (fault.head ^ 1) // group)}
+    elif group > 1 and fault.kind in ("dead", "value"):  # keys and values are shared
+        units |= {("query_head", layer, first * group + each) for each in range(group)}
+    return units
+
+
+def _is_right(alarm: Alarm, failure: Failure, faulty: set[object], recording: Recording) -> bool:
+    if alarm.kind not in failure.kinds:
+        return False
+    if failure.fault is not None and not (alarm.units & faulty or not alarm.is_about_heads):
+        return False
+    if failure.fault is None and alarm.is_about_heads and "rank_collapse" not in failure.kinds:
+        return False
+    onset = failure.fault.onset if failure.fault else 0
+    return failure.within is None or samples_between(recording, onset, alarm.step) <= failure.within
+
+
+def failure_table(results: list[Told]) -> str:
+    """Return one row per failure and family, all seeds together."""
+    rows = []
+    for title, family in dict.fromkeys((each.failure.title, each.failure.setting.family) for each in results):
+        group = [each for each in results if (each.failure.title, each.failure.setting.family) == (title, family)]
+        found = [each for each in group if each.step is not None]
+        rows.append(
+            (
+                title,
+                family,
+                share(len(found), len(group)),
+                ", ".join(f"`{each.rule}` {each.step}" for each in found) or "not seen",
+                _steps(each.loss_step for each in group),
+                _steps(each.gradient_step for each in group),
+                "; ".join(", ".join(each.wrong) for each in group if each.wrong) or "none",
+                sum(each.innocents for each in group),
+            )
+        )
+    header = (
+        "failure",
+        "family",
+        "named rightly",
+        "rule and step",
+        "loss",
+        "gradient norm",
+        "said before",
+        "innocents",
+    )
+    return table(header, rows)
+
+
+def _steps(steps: Iterator[int | None]) -> str:
+    return ", ".join("-" if step is None else str(step) for step in steps)
+
+
+def lead_sentence(results: list[Told]) -> str:
+    """Return how many failures were named, and how long before the loss, where the loss tells at all."""
+    named = [each for each in results if each.step is not None]
+    with_loss = [each for each in results if each.loss_step is not None]
+    leads = [each.loss_step - each.step for each in with_loss if each.step is not None]
+    ahead = sum(lead > 0 for lead in leads)
+    lead = f"; the median lead is {statistics.median(leads):.0f} steps" if leads else ""
+    return (
+        f"Named rightly: {share(len(named), len(results))}. The loss tells in {len(with_loss)} of these runs; "
+        f"in {ahead} of them the rules tell before it{lead}."
+    )
+
+
+def control_table(runs: dict[str, list[Recording]], detector: Detector) -> str:
+    """Return the alarms on runs without a fault, by what is unusual about them."""
+    rows = []
+    for title, group in [*runs.items(), ("**all**", [run for each in runs.values() for run in each])]:
+        alarms = [detector(recording) for recording in group]
+        samples = sum(rows.size for recording in group for rows in recording.values["query_rms"].values())
+        heads = sum(len(alarm.units) for each in alarms for alarm in each if alarm.is_about_heads)
+        rules = dict.fromkeys(alarm.rule for each in alarms for alarm in each)
+        cells = (share(sum(map(bool, alarms)), len(group)), f"{1000 * heads / samples:.2f}")
+        rows.append((title, *cells, ", ".join(f"`{rule}`" for rule in rules) or "none"))
+    return table(("run", "with any alarm", "head alarms per 1,000 head-samples", "rules"), rows)
+
+
+def measured_section(name: str, cache: Path) -> str:
+    """Record what is missing; return the tables as Markdown."""
+    detector = cached(rule_detector(COLLECTED_BY_DEFAULT))
+    planned = list(failures(name))
+    by_setting: dict[Setting, list[Fault]] = {}
+    for failure in planned:
+        by_setting.setdefault(failure.healthy, [])
+        if failure.fault is not None:
+            by_setting[failure.setting].append(failure.fault)
+        else:
+            by_setting.setdefault(failure.setting, [])
+    recorded: dict[tuple[Setting, Fault | None], Recording] = {}
+    for setting, faults in by_setting.items():
+        for fault, recording in zip([None, *faults], recordings(setting, faults, cache / name), strict=True):
+            recorded[setting, fault] = recording
+        print(setting.family, setting.layout, setting.seed, len(faults), flush=True)
+    results = [
+        told(each, recorded[each.setting, each.fault], recorded[each.healthy, None], detector) for each in planned
+    ]
+    quiet: dict[str, list[Recording]] = {}
+    for setting in dict.fromkeys(each.healthy for each in planned):
+        quiet.setdefault("beside a failure", []).append(recorded[setting, None])
+    for title, setting in controls(name):
+        quiet.setdefault(title, []).extend(recordings(setting, [], cache / name))
+        print(title, setting.family, setting.seed, flush=True)
+    parts = (lead_sentence(results), failure_table(results), "### Runs without a fault", control_table(quiet, detector))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=sorted(SEEDS), default="report", dest="name")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "natural")
+    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    publish(measured_section(arguments.name, arguments.cache), "natural", arguments.docs)
+
+
+if __name__ == "__main__":
+    main()
