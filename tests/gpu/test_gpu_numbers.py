@@ -19,7 +19,7 @@ from attnmonitor import DEFAULT_METRICS, AttentionMonitor
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional import query_gram
 from attnmonitor.measurement.quiet import quiet
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,14 +58,8 @@ def test_every_metric_equals_float64_on_the_cpu(dtype: str, head_dim: int, metho
     query = decaying(2, 4, 96, head_dim, seed=1).to(TYPES[dtype])
     key = (decaying(2, 2, 96, head_dim, seed=2) + 1).to(TYPES[dtype])
     mask = torch.arange(96) < torch.tensor([[96], [80]])
-    cores = head_cores(
-        query_gram(query.to(DEVICE), mask.to(DEVICE)),
-        key.to(DEVICE),
-        scale=0.3,
-        key_mask=mask.to(DEVICE),
-        metrics=DEFAULT_METRICS,
-    )
-    [found] = head_statistics([cores], method=method)
+    heads = LayerHeads(query_gram(query.to(DEVICE), mask.to(DEVICE)), key.to(DEVICE), 0.3, mask.to(DEVICE))
+    [found] = head_statistics([heads], DEFAULT_METRICS, method=method)
     assert_equal(found.values, layer_statistics(query, key, 0.3, mask, mask))
 
 

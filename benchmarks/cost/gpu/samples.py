@@ -19,7 +19,7 @@ from attnmonitor.functional import query_gram
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
-from attnmonitor.metrics.statistics import head_cores, head_statistics
+from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.cost import spectra
 from benchmarks.cost.gpu.clock import host_and_device, interleaved, median_ms
 from benchmarks.cost.gpu.launches import CountLaunches
@@ -165,5 +165,4 @@ def layer_table(device: str, rows: Rows) -> None:
 
 def _statistics(query: Tensor, key: Tensor) -> Any:
     with torch.no_grad():
-        cores = head_cores(query_gram(query), key, scale=query.shape[-1] ** -0.5, metrics=DEFAULT_METRICS)
-        return head_statistics([cores])
+        return head_statistics([LayerHeads(query_gram(query), key, query.shape[-1] ** -0.5)], DEFAULT_METRICS)
