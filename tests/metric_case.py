@@ -20,18 +20,27 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnmonitor import METRICS, AttentionMonitor
+from attnmonitor.functional.summaries import FROM_ATTENTION
 from attnmonitor.metrics import METRIC_CLASSES, HeadMetric
 from attnmonitor.sample import Sample
 
-POWERS = {"energy_rms": (1, 1), "query_rms": (1, 0), "key_rms": (0, 1), "max_logit": (1, 1)}
-"""Powers of the size of the queries and of the keys that a metric grows with; (0, 0) for the others."""
+POWERS = {
+    "energy_rms": (1, 1, 0),
+    "query_rms": (1, 0, 0),
+    "key_rms": (0, 1, 0),
+    "max_logit": (1, 1, 0),
+    "attention_tau": (1, 1, 0),
+    "value_rms": (0, 0, 1),
+}
+"""Powers of the size of the queries, the keys and the values that a metric grows with; (0, 0, 0) for the others."""
 
 CHANGES_WITH = {
-    "size": {"attention_entropy", "sink_mass"},  # by no power of it
+    "size": {"attention_entropy", "sink_mass", "output_rms", "output_share"},  # by no power of it
     "order": {"sink_mass"},
     "offset": {"max_logit"},
+    "other heads": {"head_similarity", "output_share"},
 }
-"""Metrics that a transformation changes: sizes, the order of positions, one vector added to all keys."""
+"""Metrics that something changes: sizes, the order of positions, one vector added to all keys, the layer's heads."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ class MetricCase:
     @property
     def inputs(self) -> set[str]:
         """Tensors that its class is updated with."""
-        return set(inspect.signature(METRIC_CLASSES[self.name].update).parameters) & {"query", "key", "w_q", "w_k"}
+        given = {"query", "key", "value", "w_q", "w_k"}
+        return set(inspect.signature(METRIC_CLASSES[self.name].update).parameters) & given
 
     @property
     def sees_positions(self) -> bool:
@@ -68,14 +78,19 @@ class MetricCase:
     @property
     def source_is_field(self) -> bool:
         """Whether it is a statistic of queries and keys, without rows of the logits."""
-        return METRICS[self.name].summary not in ("weights", "rows")
+        return METRICS[self.name].summary not in ("weights", *FROM_ATTENTION)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it is computed from rows of the logits."""
+        return METRICS[self.name].summary in ("rows", "checked_rows")
 
     def num_heads(self, layer: Layer) -> int:
         return (layer.query if METRICS[self.name].scope == "query_head" else layer.key).shape[1]
 
     def metric(self, layer: Layer) -> HeadMetric:
         """A new metric for the heads of ``layer``, over all of its rows."""
-        settings = {"num_rows": layer.query.shape[2]} if METRICS[self.name].summary == "rows" else {}
+        settings = {"num_rows": layer.query.shape[2]} if self.reads_rows else {}
         return METRIC_CLASSES[self.name](self.num_heads(layer), **settings)
 
     def updated(self, *layers: Layer) -> HeadMetric:
@@ -88,7 +103,8 @@ class MetricCase:
     def arguments(self, layer: Layer) -> dict[str, Any]:
         """What its class is updated with; the twin's scale is the default one."""
         assert layer.scale == layer.query.shape[-1] ** -0.5
-        given = {"query": layer.query, "key": layer.key, "mask": layer.key_mask, "causal": layer.visible is not None}
+        given = {"query": layer.query, "key": layer.key, "value": layer.value, "mask": layer.key_mask}
+        given |= {"causal": layer.visible is not None}
         if layer.w_q is not None and layer.w_k is not None:
             group = len(layer.w_q) // len(layer.w_k)
             given |= {"w_q": layer.w_q, "w_k": layer.w_k.repeat_interleave(group, 0)}
@@ -117,7 +133,7 @@ def some_sequences(layer: Layer, chosen: slice) -> Layer:
     """The layer with some of its sequences."""
     cut = {
         name: None if (value := getattr(layer, name)) is None else value[chosen]
-        for name in ("query", "key", "query_mask", "key_mask", "visible")
+        for name in ("query", "key", "value", "query_mask", "key_mask", "visible")
     }
     return replace(layer, **cut)
 
@@ -134,7 +150,8 @@ def causal_layer(
         for heads in (num_query_heads, num_kv_heads)
     )
     visible = torch.ones(length, length, dtype=torch.bool).tril().expand(len(query), -1, -1)
-    return Layer(query, key, head_dim**-0.5, mask, mask, visible, w_q.to(dtype), w_k.to(dtype))
+    value = torch.randn(key.shape, generator=generator).to(dtype)
+    return Layer(query, key, head_dim**-0.5, mask, mask, visible, w_q.to(dtype), w_k.to(dtype), value)
 
 
 # Models for the monitor.
@@ -153,7 +170,8 @@ class GivenHeads(nn.Module):
         self.layer = layer
 
     def forward(self, visible: Tensor) -> Tensor:
-        return attend(self.layer.query, self.layer.key, self.layer.key, visible, self.layer.scale)
+        assert self.layer.value is not None
+        return attend(self.layer.query, self.layer.key, self.layer.value, visible, self.layer.scale)
 
 
 def sample_of_heads(layer: Layer, metrics: Iterable[str]) -> Sample:
@@ -201,9 +219,10 @@ class Attention(nn.Module):
     def layer(self, x: Tensor, valid: Tensor | None) -> Layer:
         """What the dense twins need of it."""
         with torch.no_grad():
-            query, key, _ = self.heads(x)
+            query, key, value = self.heads(x)
         w_q, w_k = (each.weight.detach().unflatten(0, (-1, self.head_dim)) for each in (self.q_proj, self.k_proj))
-        return Layer(query, key, self.head_dim**-0.5, valid, valid, self.visible(x, valid), w_q, w_k)
+        visible, checked = self.visible(x, valid), reference.checked_rows(x.shape[1])
+        return Layer(query, key, self.head_dim**-0.5, valid, valid, visible, w_q, w_k, value, checked)
 
 
 class TwoLayers(nn.Module):

@@ -6,6 +6,7 @@ tests compare the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnmonitor import DEFAULT_METRICS
+from attnmonitor import DEFAULT_METRICS, METRICS
+from attnmonitor.functional.summaries import FROM_ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,15 @@ class Head(Keys):
         query: ``(n, d)``.
         scale: The softmax scale.
         visible: ``(n, m)`` bool, the keys that each query attends to.
+        value: ``(m, dv)``.
+        checked: ``(n,)`` bool, the rows that verification rebuilds.
     """
 
     query: Tensor
     scale: float
     visible: Tensor
+    value: Tensor
+    checked: Tensor
 
     @cached_property
     def field(self) -> Tensor:
@@ -63,6 +69,12 @@ class Head(Keys):
         logits = self.scale * self.query[rows] @ self.key.T
         return logits.masked_fill(~self.visible[rows], -torch.inf)
 
+    @cached_property
+    def written(self) -> Tensor:
+        """What the head writes in the checked rows that see a key, ``(rows, dv)``."""
+        checked = self.checked[self.visible.any(-1)]
+        return self.logits[checked].softmax(-1) @ self.value
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -77,6 +89,8 @@ class Layer:
         visible: ``(B, Lq, Lk)`` bool, the keys each query attends to; None where it attends to all.
         w_q: ``(Hq, d, D)``; None where no metric of the weights is asked for.
         w_k: ``(Hkv, d, D)``.
+        value: ``(B, Hkv, Lk, dv)``; zeros where none is given.
+        checked: Indices of the rows that verification rebuilds; None for all rows.
     """
 
     query: Tensor
@@ -87,6 +101,8 @@ class Layer:
     visible: Tensor | None = None
     w_q: Tensor | None = None
     w_k: Tensor | None = None
+    value: Tensor | None = None
+    checked: Tensor | None = None
 
     @cached_property
     def heads(self) -> list[list[Head]]:
@@ -102,13 +118,32 @@ class Layer:
             if self.visible is not None:
                 visible = visible & self.visible[sequence]
             visible = visible[valid_query][:, valid_key]
+            checked = torch.ones(query.shape[1], dtype=torch.bool)
+            if self.checked is not None:
+                checked = torch.zeros_like(checked).index_fill(0, self.checked, True)
             found.append(
                 [
-                    Head(keys[head // group].key, each.double()[valid_query], self.scale, visible)
+                    Head(
+                        keys[head // group].key,
+                        each.double()[valid_query],
+                        self.scale,
+                        visible,
+                        self.values[sequence][head // group],
+                        checked[valid_query],
+                    )
                     for head, each in enumerate(query)
                 ]
             )
         return found
+
+    @cached_property
+    def values(self) -> list[list[Tensor]]:
+        """Values of each sequence, ``(m, dv)`` float64 per key head, padding left out."""
+        value = torch.zeros_like(self.key) if self.value is None else self.value
+        return [
+            [each.double() if self.key_mask is None else each.double()[self.key_mask[sequence]] for each in heads]
+            for sequence, heads in enumerate(value)
+        ]
 
     @cached_property
     def keys(self) -> list[list[Keys]]:
@@ -192,6 +227,35 @@ def sink_mass(head: Head) -> float:
     return float(head.logits.softmax(-1)[:, 0].mean())
 
 
+def output_rms(head: Head) -> float:
+    return float((head.written**2).mean().sqrt())
+
+
+def output_share(layer: Layer) -> Tensor:
+    energy = TWINS["output_rms"](layer) ** 2
+    return energy / energy.nansum(1, keepdim=True)
+
+
+def similarity(layer: Layer) -> Tensor:
+    return torch.tensor([[_largest_cosine(heads, each) for each in heads] for heads in layer.heads]).double()
+
+
+def _largest_cosine(heads: list[Head], one: Head) -> float:
+    fields = {id(head): head.field[head.checked] for head in heads}
+    own, others = fields.pop(id(one)), fields.values()
+    cosines = [float((own * other).sum().abs() / (own.norm() * other.norm())) for other in others if other.any()]
+    return max((cosine for cosine in cosines if cosine == cosine), default=float("nan"))
+
+
+def tau(head: Head) -> float:
+    field = head.scale * (head.query[:, None] * head.key).sum(-1)
+    rows = [
+        (row[seen], int(seen.sum())) for row, seen in zip(field[head.checked], head.visible[head.checked], strict=True)
+    ]
+    spreads = [float(row.std(unbiased=False)) / math.sqrt(2 * math.log(n)) for row, n in rows if n >= 8]
+    return sum(spreads) / len(spreads) if spreads else float("nan")
+
+
 Twin = Callable[[Layer], Tensor]
 
 
@@ -225,6 +289,13 @@ TWINS: dict[str, Twin] = {
     "key_condition_number": per_key_head(key_condition_number),
     "query_rms": per_query_head(lambda head: float((head.query**2).mean().sqrt())),
     "key_rms": per_key_head(lambda keys: float((keys.centered**2).mean().sqrt())),
+    "value_rms": lambda layer: torch.tensor(
+        [[float((value**2).mean().sqrt()) for value in heads] for heads in layer.values]
+    ).double(),
+    "output_rms": per_query_head(output_rms),
+    "output_share": output_share,
+    "head_similarity": similarity,
+    "attention_tau": per_query_head(tau),
     "attention_entropy": per_query_head(lambda head: float(torch.special.entr(head.logits.softmax(-1)).sum(-1).mean())),
     "max_logit": per_query_head(lambda head: float(head.logits.max())),
     "sink_mass": per_query_head(sink_mass),
@@ -237,6 +308,16 @@ TWINS: dict[str, Twin] = {
 """Each metric of a layer, ``(B, Hq)`` or ``(B, Hkv)`` float64; ``(1, Hq)`` of the weights."""
 
 
+def checked_rows(num_queries: int) -> Tensor:
+    """Indices of the rows that verification rebuilds."""
+    count = min(8, num_queries)
+    return torch.tensor([(index + 1) * num_queries // count - 1 for index in range(count)])
+
+
+FIELD_METRICS = tuple(name for name in DEFAULT_METRICS if METRICS[name].summary not in FROM_ATTENTION)
+"""The default metrics that are functions of queries and keys alone."""
+
+
 def layer_statistics(
     query: Tensor,
     key: Tensor,
@@ -245,8 +326,8 @@ def layer_statistics(
     key_mask: Tensor | None = None,
     *,
     visible: Tensor | None = None,
-    metrics: Iterable[str] = DEFAULT_METRICS,
+    metrics: Iterable[str] = FIELD_METRICS,
 ) -> dict[str, Tensor]:
-    """Some metrics of a layer, the default ones unless others are named."""
+    """Some metrics of a layer, the default ones of its queries and keys unless others are named."""
     layer = Layer(query, key, scale, query_mask, key_mask, visible)
     return {name: TWINS[name](layer) for name in metrics}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.verify import RebuiltRows
+
 __all__ = ["AttentionCall", "CaptureReport"]
 
 
@@ -21,6 +23,8 @@ class AttentionCall:
         query: ``(B, Hq, Lq, d)`` as softmax sees it (after RoPE, QK-norm, bias), in the dtype it arrived
             in, not scaled.
         key: ``(B, Hkv, Lk, d)``, never repeated per query head.
+        value: ``(B, Hv, Lk, dv)``: as many heads as the keys, or as the queries where the code repeats values in a way
+            that is not known; None where the values could not be read.
         tiled: Query head h reads key head h // (Hq / Hkv) where False, h % Hkv where True.
         scale: The factor on ``q kᵀ`` that the layer really uses. A factor on the device (a learned temperature) is
             multiplied into ``query`` instead, because reading it would wait for the device.
@@ -36,11 +40,13 @@ class AttentionCall:
             queries may be float32 while the attention itself runs in bfloat16.
         logit_rows: Maps row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
             -inf where hidden.
+        rows: The rows that verification rebuilt.
     """
 
     layer: str
     query: Tensor
     key: Tensor
+    value: Tensor | None
     tiled: bool
     scale: float
     query_mask: Tensor | None
@@ -51,6 +57,7 @@ class AttentionCall:
     error: Tensor | None
     precision: torch.dtype
     logit_rows: Callable[[Tensor], Tensor]
+    rows: RebuiltRows
 
 
 @dataclass

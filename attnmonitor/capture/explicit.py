@@ -74,7 +74,7 @@ def capture(
             f"capture(query={tuple(query.shape)}, key={tuple(key.shape)}): expected (B, Hq, Lq, d) and (B, Hkv, Lk, d) "
             "with Hq a multiple of Hkv; transpose or unflatten the heads first"
         )
-    attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if mask is not None:
         attention.affine.append(mask_step(mask, query.shape[-2]))
         attention.visible.extend(mask_visibility(mask, query, key))

@@ -25,7 +25,7 @@ def read_sdpa(
     enable_gqa: bool = False,
 ) -> Attention:
     """Return the attention of one ``scaled_dot_product_attention`` on ``(B, H, L, d)`` or ``(B·H, L, d)`` operands."""
-    attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if attn_mask is not None:
         attention.affine.append(mask_step(attn_mask, query.shape[-2]))
         attention.visible.extend(mask_visibility(attn_mask, query, key))
@@ -46,6 +46,8 @@ def unflatten_heads(attention: Attention, num_sequences: int) -> Attention:
         attention,
         query=unflatten(attention.query),
         key=unflatten(attention.key),
+        value=None if attention.value is None else unflatten(attention.value),
+        heads_of=unflatten,
         arrange=lambda x: x.flatten(0, 1),
         restore=unflatten,
         visible=[unflatten(seen).any(1) for seen in attention.visible],
@@ -69,7 +71,7 @@ def read_flex(
     evaluate them on the wanted rows.
     """
     mask_mod = block_mask[-1]
-    attention = Attention(query, key, scale)
+    attention = Attention(query, key, scale, value=value)
     batch = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
     head = torch.arange(query.shape[1], device=query.device)[:, None, None]
     column = torch.arange(key.shape[-2], device=query.device)

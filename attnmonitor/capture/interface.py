@@ -97,6 +97,7 @@ def read_interface_call(
     """
     num_rows, num_keys = query.shape[-2], key.shape[-2]
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, exact=dropout == 0)
+    attention.value, attention.heads_of = value, lambda x: x.transpose(1, 2)
     if softcap is not None:
         attention.nonlinear.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
         attention.outside.add("softcap")

@@ -152,6 +152,9 @@ class AttentionMode(TorchFunctionMode):
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
         attention = read(*operands, *args[3:], **named)
         attention.tiled = before is not None and is_repeated and before.tiled
+        values_before = self._repeats.original(operands[2])
+        if values_before is not None and values_before.source.shape[-2:] == operands[2].shape[-2:]:
+            attention.value = values_before.source
         if query.dim() == 3:
             attention = unflatten_heads(attention, num_sequences)
         attention.operands_in = output.dtype
@@ -233,10 +236,12 @@ class AttentionMode(TorchFunctionMode):
             outside = self._layouts[layer] = attention.outside_effects(
                 query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
             )
+        rows = attention.rebuilt(output, row_axis)
         return AttentionCall(
             layer=layer,
             query=query,
             key=key,
+            value=attention.value,
             tiled=attention.tiled,
             scale=attention.scale,
             query_mask=query_mask,
@@ -244,9 +249,10 @@ class AttentionMode(TorchFunctionMode):
             kind="self" if is_self else "cross",
             how="mha" if self._inside_mha else how,
             outside=outside,
-            error=None if output is None else attention.deviation(output, row_axis),
+            error=rows.error,
             precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
             logit_rows=attention.logit_rows,
+            rows=rows,
         )
 
     def report_missed(self) -> None:

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["HIDDEN", "Attention", "Step", "checked_rows", "grouped_product", "visible_keys"]
+__all__ = ["HIDDEN", "Attention", "RebuiltRows", "Step", "checked_rows", "grouped_product", "visible_keys"]
 
 HIDDEN = -9e3
 """A logit at or below this hides its key: exp of it is 0 in every floating type. To hide a key, code adds a value from
@@ -49,6 +50,30 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+@dataclass(eq=False)
+class RebuiltRows:
+    """The rows of an attention that verification rebuilds.
+
+    Attributes:
+        rows: Their indices, ``(R,)``.
+        logits: ``s q kᵀ``, before masks, biases and soft-caps, ``(B, Hq, R, Lk)``.
+        output: What the layer computed in these rows, ``(B, Hq, R, dv)``; None where that is not known.
+        error: Largest deviation of the rebuilt output from it, relative to its largest entry; None likewise.
+    """
+
+    rows: Tensor
+    logits: Tensor
+    output: Tensor | None
+    error: Tensor | None
+    _argument: Tensor
+    _restore: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Return the keys that each row attends to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen."""
+        return ~(self._restore(self._argument) <= HIDDEN)
+
+
 @dataclass
 class Attention:
     """One attention as the code computed it: its operands, and the steps from their product to its output.
@@ -69,6 +94,8 @@ class Attention:
         exact: Whether the layer's output can be rebuilt: False where dropout was applied to the weights.
         operands_in: Type the code rounded q and k to before their product; None for the type they have.
         logits_in: Type the code kept the product in; None for full precision.
+        value: ``(B, Hv, Lk, dv)``, not repeated per query head where that is known; None where it could not be read.
+        heads_of: From rows of the output in the code's layout to ``(B, Hq, R, dv)``; None where that is not known.
     """
 
     query: Tensor
@@ -86,6 +113,8 @@ class Attention:
     exact: bool = True
     operands_in: torch.dtype | None = None
     logits_in: torch.dtype | None = None
+    value: Tensor | None = None
+    heads_of: Callable[[Tensor], Tensor] | None = _identity
 
     def key_mask(self) -> Tensor | None:
         """Return the keys that every mask shows to some query, ``(B, Lk)``; None when no mask arrived."""
@@ -94,15 +123,18 @@ class Attention:
             mask = seen if mask is None else mask & seen
         return mask
 
-    def _product_and_bias(self, rows: Tensor, *, as_rounded: bool = False) -> tuple[Tensor, Tensor]:
+    def _product(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
+        """Return ``s q kᵀ`` in some rows, ``(B, Hq, R, Lk)``; as the code rounded it if asked for."""
         query, key = self.query.index_select(-2, rows), self.key
         if self.tiled:
             key = key.repeat(1, query.shape[1] // key.shape[1], 1, 1)
-        if as_rounded:
-            query, key = (x.to(self.operands_in) if self.operands_in else x for x in (query, key))
-            product = _rounded(self.scale * _rounded(grouped_product(query, key), self.logits_in), self.logits_in)
-        else:
-            product = self.scale * grouped_product(query, key)
+        if not as_rounded:
+            return self.scale * grouped_product(query, key)
+        query, key = (x.to(self.operands_in) if self.operands_in else x for x in (query, key))
+        return _rounded(self.scale * _rounded(grouped_product(query, key), self.logits_in), self.logits_in)
+
+    def _with_bias(self, product: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return product and bias in the code's layout."""
         product = self.arrange(product)
         bias = torch.zeros_like(product)
         for step in self.affine:
@@ -115,37 +147,48 @@ class Attention:
             logits = step.apply(logits, rows)
         return logits
 
-    def _softmax_argument(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
-        product, bias = self._product_and_bias(rows, as_rounded=as_rounded)
+    def _softmax_argument(self, product: Tensor, rows: Tensor) -> Tensor:
+        product, bias = self._with_bias(product, rows)
         return self._apply_nonlinear(product + bias, rows)
 
     def logit_rows(self, rows: Tensor) -> Tensor:
         """Return rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where hidden."""
         with _full_precision(self.query):
-            logits = self.restore(self._softmax_argument(rows)).float()
+            logits = self.restore(self._softmax_argument(self._product(rows), rows)).float()
             return logits.masked_fill(logits <= HIDDEN, -torch.inf)
 
-    def deviation(self, output: Tensor, row_axis: int = -2) -> Tensor:
-        """Return the largest deviation of rebuilt rows from ``output``, relative to its largest entry: a 0-dim tensor.
+    def rebuilt(self, output: Tensor | None, row_axis: int = -2) -> RebuiltRows:
+        """Rebuild a few rows, and compare them with the same rows of ``output`` where there is one.
 
         Args:
-            output: The layer's attention output, in the code's layout.
+            output: The layer's attention output, in the code's layout; None where it is not known.
             row_axis: The axis of ``output`` that counts query positions.
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
+            product = self._product(rows)
             # Code in half precision rounds its logits: one of 100 in bfloat16 is off by 0.25, which changes a sharp
             # softmax by as much. So the check rounds where the code did.
-            logits = self._softmax_argument(rows, as_rounded=True)
-            # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
-            sees_nothing = logits.amax(self.key_axis, keepdim=True) <= HIDDEN
-            expected = logits.masked_fill(sees_nothing, torch.nan)
-            for step in self.after:
-                expected = step.apply(expected, rows)
-            actual = output.index_select(row_axis, rows).to(expected.dtype)
-            gap = (expected - actual).abs().masked_fill(expected.isnan(), 0.0)
-            size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
-            return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
+            rounds = self.logits_in is not None or self.operands_in not in (None, self.query.dtype)
+            argument = self._softmax_argument(self._product(rows, as_rounded=True) if rounds else product, rows)
+            if output is None:
+                return RebuiltRows(rows, product, None, None, argument, self.restore)
+            actual = output.index_select(row_axis, rows)
+            error = self._deviation(argument, rows, actual)
+            by_head = None if self.heads_of is None else self.heads_of(actual)
+            return RebuiltRows(rows, product, by_head, error, argument, self.restore)
+
+    def _deviation(self, argument: Tensor, rows: Tensor, actual: Tensor) -> Tensor:
+        """Return the largest deviation of rebuilt rows from the actual ones, relative to the largest entry."""
+        # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
+        sees_nothing = argument.amax(self.key_axis, keepdim=True) <= HIDDEN
+        expected = argument.masked_fill(sees_nothing, torch.nan)
+        for step in self.after:
+            expected = step.apply(expected, rows)
+        actual = actual.to(expected.dtype)
+        gap = (expected - actual).abs().masked_fill(expected.isnan(), 0.0)
+        size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
+        return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
 
     def outside_effects(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
         """Name what acts on the logits outside ``s q kᵀ``; waits for the device: once per layer only.
@@ -156,7 +199,7 @@ class Attention:
         """
         rows = checked_rows(self.query)
         with _full_precision(self.query):
-            product, bias = self._product_and_bias(rows)
+            product, bias = self._with_bias(self._product(rows), rows)
             large = 1e3 / product.abs().amax().clamp_min(1e-30)
             at_zero, logits, half, far = (
                 self.restore(self._apply_nonlinear(t * product + bias, rows)) for t in (0.0, 1.0, large / 2, large)
@@ -181,7 +224,7 @@ def checked_rows(query: Tensor) -> Tensor:
     """Return the rows to check: at most 8, evenly spaced, the last among them; made without a wait."""
     length = query.shape[-2]
     count = min(NUM_CHECKED_ROWS, length)
-    return length - 1 - torch.arange(count, device=query.device) * (length // count)
+    return (torch.arange(count, device=query.device) + 1) * length // count - 1
 
 
 def grouped_product(query: Tensor, key: Tensor) -> Tensor:

@@ -11,10 +11,18 @@ from torch import Tensor
 __all__ = ["mean_of_sums", "sequence_sums", "spread_of_sums"]
 
 
-def sequence_sums(values: Tensor) -> Tensor:
-    """Sum, sum of squares and count of each head's values, ``(B, H) -> (3, H)`` float64."""
+def sequence_sums(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Sum, sum of squares and count of each head's values, ``(B, H) -> (3, H)`` float64.
+
+    Args:
+        values: ``(B, H)``.
+        counted: ``(B, H)`` bool: the values that count; all of them where None.
+    """
     wide = values.to(torch.float64)
-    return torch.stack([wide.sum(0), wide.square().sum(0), torch.full_like(wide[0], len(wide))])
+    if counted is None:
+        return torch.stack([wide.sum(0), wide.square().sum(0), torch.full_like(wide[0], len(wide))])
+    wide = torch.where(counted, wide, 0)
+    return torch.stack([wide.sum(0), wide.square().sum(0), counted.sum(0, dtype=torch.float64)])
 
 
 def mean_of_sums(sums: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ key_spectrum        `KeySpectrum`        d×d eigenvalues
 leverage, …         `PositionProfile`    d×d eigenvectors, one pass over positions for all of them
 field_moments       `FieldMoments`       two d×d products per head
 energy_spectrum     `EnergySpectrum`     d×d eigenvalues per head, or a sketch
+values              `Values`             nothing: one pass over the values for its statistic
+checked_rows        `CheckedRows`        nothing: verification rebuilds these rows anyway
 rows                `AttentionRows`      some rows of the L×L logits
 weights             `InteractionSpectrum`  two d×d eigenproblems per head, on a schedule of its own
 ==================  ===================  ========================================================
@@ -30,7 +32,7 @@ from attnmonitor.functional.positions import Profile, position_profiles
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.spectrum import Method, core_spectrum
 
-__all__ = ["FROM_KEYS", "FROM_QUERIES", "Summary", "layer_summaries", "solved_keys"]
+__all__ = ["FROM_ATTENTION", "FROM_KEYS", "FROM_QUERIES", "Summary", "layer_summaries", "solved_keys"]
 
 Summary = Literal[
     "queries",
@@ -42,6 +44,8 @@ Summary = Literal[
     "energy_shares",
     "field_moments",
     "energy_spectrum",
+    "values",
+    "checked_rows",
     "rows",
     "weights",
 ]
@@ -51,6 +55,9 @@ _FROM_FIELD: frozenset[str] = frozenset(("energy_shares", "field_moments", "ener
 
 FROM_QUERIES: frozenset[str] = _FROM_FIELD | {"queries"}
 """Summaries that read the Gram matrix of the queries."""
+
+FROM_ATTENTION: frozenset[str] = frozenset(("values", "checked_rows", "rows"))
+"""Summaries that are read while the layer runs, and not from queries and keys alone."""
 
 FROM_KEYS: frozenset[str] = _FROM_FIELD | _PROFILES | {"keys", "key_spectrum"}
 """Summaries that read the keys."""
@@ -71,7 +78,7 @@ def layer_summaries(
     Args:
         queries: From `query_gram`; None where nothing wanted is in `FROM_QUERIES`.
         keys: From `key_gram`, never repeated per query head; None where nothing wanted is in `FROM_KEYS`.
-        wanted: Names of summaries. ``"rows"`` and ``"weights"`` are not made of queries and keys and are left out.
+        wanted: Names of summaries; those that are not made of queries and keys alone are left out.
         scale: The softmax scale s.
         spectrum: From `solved_keys`, which is called where it is None.
         method: See `core_spectrum`.

@@ -1,8 +1,9 @@
 """The keys of a run in an experiment tracker, and the values of a sample under them.
 
-A model of 80 layers × 64 heads × 12 metrics has 61,440 curves, and trackers stop working long before that. So the keys
-of a run are planned once, under a hard cap: whole-model summaries always, then every head if all fit, else per-layer
-summaries and, within the rest of the cap, outlier heads.
+A model of 80 layers × 64 heads × 16 metrics has 81,920 curves, and trackers stop working long before that. So the keys
+of a run are planned once, under a hard cap: whole-model summaries always, then every head in every metric if that fits,
+else every head in the metrics that the table gives curves (``head_curves``), else per-layer summaries and, within the
+rest of the cap, outlier heads.
 """
 
 from __future__ import annotations
@@ -66,14 +67,15 @@ def summary_scalars(sample: Sample) -> dict[str, float]:
 class HeadScalars:
     """The scalars per head of a run's samples, ``attention/<metric>/layer_03/head_07``, under a cap.
 
-    Layers are numbered in the order of `Sample.coverage`. Where not every head fits under the cap there are
+    Layers are numbered in the order of `Sample.coverage`. Where not every head fits under the cap, not even in the
+    metrics whose ``head_curves`` is set in the table, there are
     ``attention/<metric>/layer_03/{min,median,max}``, and a head that once was an outlier keeps its curve from then on.
 
     Args:
         max_keys: Most keys that a logger makes, including those that the tracker makes for parts of images and charts.
 
     Attributes:
-        every_head: Whether every head has a curve; set by the first sample.
+        every_head: Whether every head has its curves; set by the first sample.
         num_keys: Upper bound on the number of keys; set by the first sample.
 
     Raises:
@@ -90,6 +92,7 @@ class HeadScalars:
         self._with_layers = False
         self._allowed_heads = 0
         self._chosen: dict[str, set[tuple[str, int]]] = {}
+        self._without_heads: set[str] = set()
 
     def __call__(self, sample: Sample) -> dict[str, float]:
         """Return the scalars of one sample."""
@@ -103,7 +106,7 @@ class HeadScalars:
                 if self._with_layers:
                     quantiles = _quantiles(values, _LAYER_SUMMARIES)
                     scalars.update({f"{stem}/{name}": value for name, value in quantiles.items()})
-                for head, value in enumerate(values.tolist()):
+                for head, value in enumerate([] if metric in self._without_heads else values.tolist()):
                     if self.every_head or (layer, head) in chosen:
                         scalars[f"{stem}/head_{head:02d}"] = value
         return scalars
@@ -113,13 +116,19 @@ class HeadScalars:
         self._layer_keys = {layer: f"layer_{index:0{digits}d}" for index, layer in enumerate(first.coverage)}
         num_metrics = len(first.values)
         num_fixed = _NUM_MODEL_KEYS * num_metrics + _NUM_OTHER_KEYS
-        widths = [values.numel() for layers in first.values.values() for values in layers.values()]
-        num_layer_keys = len(_LAYER_SUMMARIES) * len(widths)
-        self.every_head = num_fixed + sum(widths) <= self._max_keys
+        num_heads = {metric: sum(map(torch.numel, layers.values())) for metric, layers in first.values.items()}
+        num_layer_keys = len(_LAYER_SUMMARIES) * sum(map(len, first.values.values()))
+        charted = {metric for metric in first.values if metric in METRICS and not METRICS[metric].head_curves}
+        if num_fixed + sum(num_heads.values()) > self._max_keys:
+            self._without_heads = charted
+        num_curves = sum(number for metric, number in num_heads.items() if metric not in self._without_heads)
+        self.every_head = num_fixed + num_curves <= self._max_keys
+        if not self.every_head:
+            self._without_heads = set()
         self._with_layers = not self.every_head and num_fixed + num_layer_keys <= self._max_keys
         left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
         self._allowed_heads = left // num_metrics
-        self.num_keys = num_fixed + sum(widths) if self.every_head else self._max_keys
+        self.num_keys = num_fixed + num_curves if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
         """Heads of a metric that have curves; a head once chosen stays chosen, so that its curve has no gaps."""

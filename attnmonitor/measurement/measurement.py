@@ -230,6 +230,7 @@ class Measurement:
         """Average over sequences, copy everything to the host in one transfer, and decide what may be shown."""
         on_device: dict[_Key, Tensor] = {}
         by_sequence: dict[_Key, Tensor] = {}
+        counted: dict[_Key, Tensor] = {}
         for name, layer in forward.layers.items():
             found = forward.statistics[name]
             if found.certified is not None:
@@ -238,9 +239,10 @@ class Measurement:
                 on_device["residual", name] = found.invariant_residual.amax()
             if layer.error is not None:
                 on_device["error", name] = layer.error
-            values = {**layer.in_model_order(found.values), **layer.rows}
+            values = {**layer.in_model_order(found.values), **layer.at_once.values}
             by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
-        on_host = to_host(on_device | _averaged(by_sequence))
+            counted |= {(metric, name): which for metric, which in layer.at_once.counted.items()}
+        on_host = to_host(on_device | _averaged(by_sequence, counted))
 
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
@@ -301,15 +303,18 @@ class Measurement:
         return replace(found, error=error, reason=reason)
 
 
-def _averaged(by_sequence: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
-    """Mean and spread over sequences of every ``(B, H)``, all of one B at once."""
+def _averaged(by_sequence: Mapping[_Key, Tensor], counted: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Mean and spread over sequences of every ``(B, H)``, all of one B at once; some values may not count."""
     by_batch: dict[int, dict[_Key, Tensor]] = {}  # more than one only in windowed vision models
     for key, values in by_sequence.items():
         by_batch.setdefault(len(values), {})[key] = values
     averaged: dict[_Key, Tensor] = {}
     for several in by_batch.values():
         device = next(iter(several.values())).device
-        sums = sequence_sums(torch.cat([values.to(device) for values in several.values()], dim=1))
+        all_count = torch.ones(1, 1, dtype=torch.bool, device=device)
+        every = [counted.get(key, all_count.expand(values.shape)) for key, values in several.items()]
+        joined, counts = (torch.cat([each.to(device) for each in parts], dim=1) for parts in (several.values(), every))
+        sums = sequence_sums(joined, counts)
         widths = [values.shape[1] for values in several.values()]
         for which, average in (("mean", mean_of_sums), ("spread", spread_of_sums)):
             for key, heads in zip(several, torch.split(average(sums), widths), strict=True):

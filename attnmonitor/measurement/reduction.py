@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
-from attnmonitor.functional import attention_row_statistics, query_gram
+from attnmonitor.functional import query_gram
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
+from attnmonitor.measurement.attention_values import AttentionValues, attention_values
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
@@ -38,14 +39,14 @@ class ReducedLayer:
         precision: The least precise type it was computed in.
         error: Deviation of its output from what was captured, 0-dim; None where it could not be computed.
         num_keys: Keys that are not padding, ``(B, 1)``.
-        rows: Statistics of attention rows, by metric, ``(B, Hq)``.
+        at_once: Values that were computed while it ran.
     """
 
     coverage: LayerCoverage
     precision: torch.dtype
     error: Tensor | None
     num_keys: Tensor
-    rows: dict[str, Tensor]
+    at_once: AttentionValues
 
     def in_model_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Values from `HeadStatistics`, ``(B, H)``, with the query heads in the model's order."""
@@ -79,7 +80,6 @@ class Reduction:
 
     def __init__(self, metrics: Sequence[str], target_ranks: Mapping[str, int], *, strict: bool = False) -> None:
         self._metrics = metrics
-        self._row_metrics = [name for name in metrics if METRICS[name].summary == "rows"]
         self._summaries = summaries_of(metrics)
         self._target_ranks = target_ranks
         self._strict = strict
@@ -129,17 +129,8 @@ class Reduction:
             self.failures[name] = f"measuring failed: {error_text(error)}"
 
     def _reduced(self, call: AttentionCall) -> ReducedLayer:
-        """How a layer was captured, and the values of its attention rows."""
-        rows: dict[str, Tensor] = {}
-        if self._row_metrics:
-            rows = attention_row_statistics(
-                call.logit_rows,
-                call.query.shape[2],
-                query_mask=call.query_mask,
-                key_mask=call.key_mask,
-                metrics=self._row_metrics,
-                device=call.query.device,
-            )
+        """How a layer was captured, and the values that are read while it runs."""
+        at_once = attention_values(call, self._metrics)
         coverage = LayerCoverage(
             layer=call.layer,
             how=call.how,
@@ -151,8 +142,9 @@ class Reduction:
             outside=call.outside,
             num_keys=call.key.shape[2],
             tiled=call.tiled,
+            values_reason=at_once.reason,
         )
-        return ReducedLayer(coverage, call.precision, call.error, num_positions(call.key, call.key_mask), rows)
+        return ReducedLayer(coverage, call.precision, call.error, num_positions(call.key, call.key_mask), at_once)
 
     def _heads(self, call: AttentionCall) -> LayerHeads:
         """A layer's queries as their Gram matrix, and a copy of its keys; only those that a metric needs."""

@@ -15,13 +15,15 @@ from attnmonitor.parallel.process_state import first_import
 if TYPE_CHECKING:
     from attnmonitor.metrics.attention import *  # noqa: F403
     from attnmonitor.metrics.base import HeadMetric
+    from attnmonitor.metrics.checked_rows import *  # noqa: F403
     from attnmonitor.metrics.energy import *  # noqa: F403
     from attnmonitor.metrics.interaction import *  # noqa: F403
     from attnmonitor.metrics.keys import *  # noqa: F403
+    from attnmonitor.metrics.values import *  # noqa: F403
 
     METRIC_CLASSES: dict[str, type[HeadMetric]]
 
-_MODULES = ("energy", "keys", "attention", "interaction")
+_MODULES = ("energy", "keys", "values", "checked_rows", "attention", "interaction")
 
 
 def _classes() -> dict[str, Any]:

@@ -50,18 +50,19 @@ class HeadMetric(Metric):
         self._sums = re.sub(r"\W+", "_", "_".join(map(str, (self.name, *setting, "sums"))))
         self.add_state(self._sums, default=torch.zeros(3, num_heads, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def accumulate(self, values: Tensor) -> None:
+    def accumulate(self, values: Tensor, counted: Tensor | None = None) -> None:
         """Add one value per sequence and head.
 
         Args:
             values: ``(B, num_heads)``. A NaN makes that head's mean NaN and leaves the others alone.
+            counted: ``(B, num_heads)`` bool: the values that count; the others are as if their sequence were not there.
         """
         if values.ndim != 2 or values.shape[1] != self.num_heads:
             raise ValueError(
                 f"{type(self).__name__}(num_heads={self.num_heads}): got values of shape {tuple(values.shape)}, "
                 f"expected (sequences, {self.num_heads}); num_heads counts what the metric is measured per"
             )
-        setattr(self, self._sums, self._state + sequence_sums(values))
+        setattr(self, self._sums, self._state + sequence_sums(values, counted))
         # torchmetrics' wrapper around `update` sets these; a caller that has the values does not go through it.
         self._update_count, self._computed = max(1, self._update_count), None
 

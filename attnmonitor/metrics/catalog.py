@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.functional import attention, energy, interaction, keys, queries
+from attnmonitor.functional import attention, energy, interaction, keys, queries, values
+from attnmonitor.functional.checked_rows import CHECKED_STATISTICS
 from attnmonitor.functional.spectrum import EnergySpectrum
 from attnmonitor.functional.summaries import Summary
 from attnmonitor.messages import did_you_mean
@@ -45,11 +46,13 @@ class MetricInfo:
         summary: The summary of a layer that it is computed from; see `attnmonitor.functional.summaries`. Metrics of
             ``"rows"`` need rows of the L×L matrix, metrics of the ``"weights"`` have a schedule of their own.
         formula: Its value from that summary: ``(B, H)``, or one value per row from ``"rows"``, or ``(H,)`` from
-            ``"weights"``.
+            ``"weights"``. From ``"checked_rows"`` a statistic that also says which sequences have a value.
         log_scale: Whether differences are read as ratios, so that charts use a logarithmic axis.
         opt_in: Whether it is measured only where it is asked for by name.
         scale_free: Whether scaling queries and keys leaves it unchanged, so that random heads give a value to compare
             a curve with.
+        head_curves: Whether trackers get a curve of every head, also where their number is limited; otherwise the heads
+            of a large model are in the charts and the record only.
     """
 
     name: str
@@ -61,6 +64,7 @@ class MetricInfo:
     log_scale: bool = False
     opt_in: bool = False
     scale_free: bool = False
+    head_curves: bool = True
 
 
 _TABLE = (
@@ -92,6 +96,7 @@ _TABLE = (
         lambda spectrum: spectrum.stable_rank,
         log_scale=True,
         scale_free=True,
+        head_curves=False,
     ),
     MetricInfo(
         "energy_rms",
@@ -179,6 +184,46 @@ _TABLE = (
         log_scale=True,
     ),
     MetricInfo(
+        "value_rms",
+        "kv_head",
+        "1",
+        "Root mean square entry of the values.",
+        "values",
+        values.value_rms_of,
+        log_scale=True,
+        head_curves=False,
+    ),
+    MetricInfo(
+        "output_rms",
+        "query_head",
+        "1",
+        "Root mean square entry of what the head writes, before the output projection.",
+        "checked_rows",
+        CHECKED_STATISTICS["output_rms"],
+        log_scale=True,
+        head_curves=False,
+    ),
+    MetricInfo(
+        "head_similarity",
+        "query_head",
+        "cosine",
+        "Largest cosine of the energy field with another head's of the layer: 1 is a twin.",
+        "checked_rows",
+        CHECKED_STATISTICS["head_similarity"],
+        scale_free=True,
+        head_curves=False,
+    ),
+    MetricInfo(
+        "attention_tau",
+        "query_head",
+        "ratio",
+        "Spread of the logits over √(2 ln keys): from 1 on softmax condenses on a few keys, however many there are.",
+        "checked_rows",
+        CHECKED_STATISTICS["attention_tau"],
+        log_scale=True,
+        head_curves=False,
+    ),
+    MetricInfo(
         "key_condition_number",
         "kv_head",
         "ratio",
@@ -188,6 +233,16 @@ _TABLE = (
         log_scale=True,
         opt_in=True,
         scale_free=True,
+    ),
+    MetricInfo(
+        "output_share",
+        "query_head",
+        "share",
+        "Share of the head in what the heads of its layer write: 1 over their number where all write as much.",
+        "checked_rows",
+        CHECKED_STATISTICS["output_share"],
+        log_scale=True,
+        opt_in=True,
     ),
     MetricInfo(
         "attention_entropy",

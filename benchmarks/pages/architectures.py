@@ -73,9 +73,9 @@ real run; each row is a tiny random model of that library's own classes, with tw
   the energy field.
 * **worst error**: largest deviation of rebuilt output rows from what the layer produced, relative to their largest
   entry, in float32, over layers, padded and unpadded; 0 where the rebuilt rows are bitwise the same.
-* **metrics**: largest relative deviation of the scale and of every default metric, over layers and heads, from a
-  float64 computation that does not use capture (`benchmarks/pages/independent.py`): among all products of the
-  forward it takes the one that gives the logarithm of the model's own eager attention weights. The tests compare
+* **metrics**: largest relative deviation of the scale and of every default metric of queries and keys, over layers
+  and heads, from a float64 computation that does not use capture (`benchmarks/pages/independent.py`): among all
+  products of the forward it takes the one that gives the logarithm of the model's own eager attention weights. The tests compare
   the same rows with the dense field and full SVDs. Every row that runs is compared. Special cases: a position bias
   is removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is a product of
   queries and keys, so it is compared with that bias set to zero; gpt2 upcast runs in float32 only; falcon alibi has
@@ -136,7 +136,7 @@ def _fill(row: Row, model: torch.nn.Module, architecture: Architecture) -> Row:
 def float64_statistics(
     query: Tensor, key: Tensor, scale: float, query_valid: Tensor, key_valid: Tensor
 ) -> dict[str, Tensor]:
-    """Return every default metric of one layer's float64 queries and keys, ``(B, H)`` each."""
+    """Return every default metric that is a function of one layer's float64 queries and keys, ``(B, H)`` each."""
     heads = LayerHeads(query_gram(query, query_valid), key, scale, key_valid)
     [found] = head_statistics([heads], DEFAULT_METRICS, method="exact")
     return {name: value.double() for name, value in found.values.items()}

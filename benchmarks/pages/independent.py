@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import AttentionMonitor, LayerCoverage
+from attnmonitor.functional.summaries import FROM_ATTENTION
 from attnmonitor.metrics.catalog import METRICS
 from benchmarks.pages.handwritten_models import BATCH
 from benchmarks.pages.third_party_models import Architecture, other_architectures
@@ -261,7 +262,7 @@ def deviations(architecture: Architecture, implementation: str, statistics: Laye
         statistics: Computes the metrics of the independent q, k and scale.
 
     Returns:
-        Worst relative deviation over all layers and heads of ``"scale"`` and of every default metric.
+        Worst relative deviation over all layers and heads of ``"scale"`` and of every default metric of q and k.
     """
     model, inputs = prepared(architecture, implementation)
     with AttentionMonitor(
@@ -271,7 +272,8 @@ def deviations(architecture: Architecture, implementation: str, statistics: Laye
     twin = next((each for each in other_architectures() if each.name == TWINS.get(architecture.name)), architecture)
     layers = explained(twin, implementation if (architecture.name, implementation) in OWN_LOGITS else "eager")
     in_order = {kind: iter(each) for kind, each in layers.items()}
-    worst = dict.fromkeys(("scale", *sample.values), 0.0)
+    of_field = [name for name in sample.values if METRICS[name].summary not in FROM_ATTENTION]
+    worst = dict.fromkeys(("scale", *of_field), 0.0)
     for name, coverage in sample.coverage.items():
         kind = "cross" if coverage.kind == "cross" else "decoder" if "decoder" in name else "encoder"
         layer = next(in_order[kind if kind in in_order else ""])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import layer_statistics
+from reference import FIELD_METRICS, layer_statistics
 from torch import Tensor
 
-from attnmonitor import DEFAULT_METRICS
+from attnmonitor.capture import AttentionCall
 from benchmarks.pages.independent import OWN_LOGITS, deviations, explain, explained
 from benchmarks.pages.third_party_models import (
     Architecture,
@@ -67,13 +67,27 @@ def test_every_layer_is_captured_named_and_rebuilt(architecture: Architecture, i
             assert call.error is not None
             assert call.error < 2e-6, call.layer
             assert call.query.shape[1] % call.key.shape[1] == 0
+            assert_written_by_values(call)
+
+
+def assert_written_by_values(call: AttentionCall) -> None:
+    """What the heads write is attention to their values, by head, without what the code does between."""
+    assert call.value is not None, call.layer
+    assert call.rows.output is not None, call.layer
+    num_heads, num_values = call.query.shape[1], call.value.shape[1]
+    assert num_values in (call.key.shape[1], num_heads), call.layer
+    copies = num_heads // num_values
+    value = call.value.repeat(1, copies, 1, 1) if call.tiled else call.value.repeat_interleave(copies, 1)
+    written = call.logit_rows(call.rows.rows).softmax(-1) @ value.float()
+    error = (written - call.rows.output.float()).abs().amax((-2, -1)) / written.abs().amax((-2, -1))
+    assert "sinks" in call.outside or not (error > 1e-4).any(), call.layer
 
 
 @pytest.mark.parametrize(("architecture", "implementation"), CASES)
 def test_scale_and_metrics_match_the_attention_weights(architecture: Architecture, implementation: str) -> None:
     built(architecture, implementation)
     worst = deviations(architecture, implementation, layer_statistics)
-    assert set(worst) == {"scale", *DEFAULT_METRICS}
+    assert set(worst) == {"scale", *FIELD_METRICS}
     for metric, deviation in worst.items():
         assert deviation <= (0 if metric in ("energy_effective_rank", "key_rank") else 1e-5), metric
 

@@ -293,7 +293,7 @@ def test_failed_rebuild_is_missed_and_keeps_the_forward(monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise RuntimeError("no such shape")
 
-    monkeypatch.setattr(Attention, "deviation", refuse)
+    monkeypatch.setattr(Attention, "rebuilt", refuse)
     model = HandWritten(by_matmul)
     result = captured(model, x=hidden())
     assert result.calls == []
@@ -353,7 +353,7 @@ def test_verification_fails_for_every_fault(scale: float, groups: tuple[int, int
     mask = torch.ones(LENGTH, LENGTH).tril().bool()
     output = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     right = read_sdpa(q, k, v, mask, scale=scale)
-    assert right.deviation(output) < 1e-10
+    assert right.rebuilt(output).error < 1e-10
     wrong = {
         "scale": lambda: replace(right, scale=1.1 * scale),
         "query": lambda: replace(right, query=q.roll(1, 1)),
@@ -361,7 +361,7 @@ def test_verification_fails_for_every_fault(scale: float, groups: tuple[int, int
         "mask": lambda: replace(right, affine=[]),
         "value of the key": lambda: replace(right, key=k + 0.1 * torch.randn(k.shape, generator=generator)),
     }[fault]()
-    assert wrong.deviation(output) > 1e-6
+    assert wrong.rebuilt(output).error > 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

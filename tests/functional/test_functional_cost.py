@@ -6,12 +6,14 @@ import threading
 
 import pytest
 import torch
+from reference import FIELD_METRICS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnmonitor.functional import attention_row_statistics, query_gram, row_logits
+from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms
 from attnmonitor.functional.attention import ROW_STATISTICS
+from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, checked_rows
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
@@ -25,7 +27,10 @@ def measure_everything(query, key, mask, method):
     logits, query_mask = row_logits(query, key, mask=mask)
     masks = {"query_mask": query_mask, "key_mask": mask}
     rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
-    return {**statistics[0].values, **rows, "certified": statistics[1].certified}
+    checked = checked_rows(query, key, key, mask=mask)
+    few = {name: statistic(checked) for name, statistic in CHECKED_STATISTICS.items()}
+    few["value_rms"] = value_rms(key, mask=mask)
+    return {**statistics[0].values, **rows, **few, "certified": statistics[1].certified}
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +129,7 @@ def test_measurement_runs_off_the_cpu(method, masked):
         query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
         mask = torch.ones(2, 64, dtype=torch.bool, device="cuda") if masked else None
         found = measure_everything(query, key, mask, method)
-    assert set(found) == {*DEFAULT_METRICS, *ROW_STATISTICS, "certified"}
+    assert set(found) == {*FIELD_METRICS, *CHECKED_STATISTICS, "value_rms", *ROW_STATISTICS, "certified"}
     assert {value.device.type for value in found.values()} == {"cuda"}
 
 

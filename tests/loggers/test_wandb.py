@@ -13,11 +13,13 @@ import wandb
 from models import TinyGPT, language_loss, token_batch, train
 from wandb_files import charts, curve, offline_run
 
-from attnmonitor import AttentionMonitor, Sample
+from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import WandbLogger, summary_scalars
 from attnmonitor.loggers.keys import HeadScalars
 from attnmonitor.record.history import History
+
+CURVE_METRICS = [metric for metric in DEFAULT_METRICS if METRICS[metric].head_curves]
 
 
 @pytest.fixture
@@ -130,8 +132,9 @@ def test_keys_in_the_run_file_stay_under_the_cap(
     keys = {key for row in offline_run(in_own_folder)["history"] for key in row if not key.startswith("_")}
     [num_keys] = re.findall(r"at most ([\d,]+) keys", announced[0])
     assert len(keys) <= int(num_keys.replace(",", "")) <= 2000
-    # With the default metrics, 144 heads are the most of which every one has a curve.
-    assert sum(key.split("/")[-1].startswith("head_") for key in keys) == 12 * num_layers * num_heads
+    # With the default metrics, 144 heads are the most of which every one has its curves.
+    num_curves = len(DEFAULT_METRICS) if num_layers < 12 else len(CURVE_METRICS)
+    assert sum(key.split("/")[-1].startswith("head_") for key in keys) == num_curves * num_layers * num_heads
 
 
 @pytest.mark.parametrize("user", ["logs nothing", "logs with steps", "logs without steps"])
@@ -227,7 +230,7 @@ def test_resumed_run_continues_curves_and_charts(in_own_folder: Path) -> None:
 
 
 def wide_sample(num_layers: int, num_heads: int, seed: int = 0) -> Sample:
-    from attnmonitor import DEFAULT_METRICS, LayerCoverage
+    from attnmonitor import LayerCoverage
 
     generator = torch.Generator().manual_seed(seed)
     layers = [f"h.{index}" for index in range(num_layers)]
@@ -239,7 +242,7 @@ def wide_sample(num_layers: int, num_heads: int, seed: int = 0) -> Sample:
 
 
 @pytest.mark.parametrize(("num_layers", "num_heads"), [(2, 4), (12, 12), (12, 13), (32, 32), (80, 64), (200, 64)])
-@pytest.mark.parametrize("max_keys", [400, 2000])
+@pytest.mark.parametrize("max_keys", [500, 2000])
 def test_number_of_keys_never_exceeds_the_cap(num_layers: int, num_heads: int, max_keys: int) -> None:
     seen: set[str] = set()
     head_scalars = HeadScalars(max_keys)
@@ -249,7 +252,19 @@ def test_number_of_keys_never_exceeds_the_cap(num_layers: int, num_heads: int, m
         assert not summaries.keys() & details.keys()
         seen |= summaries.keys() | details.keys()
     assert len(seen) <= head_scalars.num_keys <= max_keys
-    assert head_scalars.every_head == (len(seen) == len(summaries) + 12 * num_layers * num_heads)
+    num_curves = [len(metrics) * num_layers * num_heads for metrics in (DEFAULT_METRICS, CURVE_METRICS)]
+    assert head_scalars.every_head == (len(seen) - len(summaries) in num_curves)
+    assert head_scalars.every_head == (num_layers * num_heads <= (144 if max_keys == 2000 else 8))
+
+
+def test_table_gives_144_heads_their_curves() -> None:
+    sample, head_scalars = wide_sample(12, 12), HeadScalars(2000)
+    curves = head_scalars(sample)
+    for metric, layers in sample.values.items():
+        keys = [key for key in curves if key.startswith(f"attention/{metric}/layer_")]
+        assert len(keys) == (144 if METRICS[metric].head_curves else 0), metric
+        assert len(layers) == 12
+    assert {"energy_rms", "key_incoherence", "energy_effective_rank"} <= set(CURVE_METRICS)
 
 
 def test_outlier_heads_keep_curves_above_the_cap() -> None:
@@ -265,7 +280,7 @@ def test_outlier_heads_keep_curves_above_the_cap() -> None:
 def test_bad_arguments_are_refused(in_own_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no W&B run is live; call wandb\.init"):
         WandbLogger()
-    with pytest.raises(ValueError, match="max_keys=20 is less than the 400 that summaries may need"):
+    with pytest.raises(ValueError, match="max_keys=20 is less than the 500 that summaries may need"):
         HeadScalars(20)
     with wandb.init(project="test", dir=in_own_folder), pytest.raises(ValueError, match="image_share=-1"):
         WandbLogger(image_share=-1)

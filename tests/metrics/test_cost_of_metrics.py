@@ -37,6 +37,11 @@ KERNELS: dict[str, set[str]] = {
     "energy_participation_ratio": {"cholesky"},
     "energy_effective_rank": {"cholesky", "eigenvalues"},
     "energy_stable_rank": {"cholesky", "eigenvalues"},
+    "value_rms": set(),
+    "output_rms": set(),
+    "output_share": set(),
+    "head_similarity": set(),
+    "attention_tau": set(),
     "max_logit": set(),
     "attention_entropy": {"softmax"},
     "sink_mass": {"softmax"},
@@ -111,7 +116,7 @@ def counted(*metrics: str) -> Counted:
             with capture_attention(model, reduction.take, layouts=layouts):
                 model(batch)
             reduction.finish()
-    values = {**reduction.statistics["blocks.0.attn"].values, **reduction.layers["blocks.0.attn"].rows}
+    values = {**reduction.statistics["blocks.0.attn"].values, **reduction.layers["blocks.0.attn"].at_once.values}
     assert set(values) == set(metrics)
     return measure
 

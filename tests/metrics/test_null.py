@@ -32,6 +32,7 @@ def test_exactly_scale_free_metrics_have_a_null() -> None:
         "energy_effective_rank",
         "energy_participation_ratio",
         "energy_stable_rank",
+        "head_similarity",
         "key_condition_number",
         "key_incoherence",
         "key_leverage_max",

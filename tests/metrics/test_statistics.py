@@ -10,11 +10,15 @@ import torch
 from drawn_layers import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import FIELD_METRICS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import DEFAULT_METRICS, METRICS
 from attnmonitor.functional import energy_spectrum, query_gram
+from attnmonitor.functional.summaries import FROM_ATTENTION
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
+
+OF_FIELD = [name for name, info in METRICS.items() if info.summary not in ("weights", *FROM_ATTENTION)]
 
 
 def heads_of(query, key, scale=0.25):
@@ -32,7 +36,7 @@ def measure(query, key, scale=0.25, metrics=DEFAULT_METRICS, **keywords):
 @given(st.integers(0, 10_000), st.sampled_from([(1, 2, 1, 24, 6), (2, 2, 2, 9, 12), (1, 3, 3, 40, 8)]), st.booleans())
 def test_residual_is_rounding_for_any_layer(seed, shape, wide):
     found = measure(*draw(shape, torch.float64 if wide else torch.float32, seed))
-    assert set(found.values) == set(DEFAULT_METRICS)
+    assert set(found.values) == set(FIELD_METRICS)
     assert (found.invariant_residual < 1e-4).all()
 
 
@@ -111,23 +115,20 @@ def test_traces_solve_no_eigenproblem(metric):
     assert operations([metric])["_linalg_eigh"] == 0
 
 
-@pytest.mark.parametrize(
-    "metric", [name for name, info in METRICS.items() if info.opt_in and info.summary not in ("rows", "weights")]
-)
+@pytest.mark.parametrize("metric", [name for name in OF_FIELD if METRICS[name].opt_in])
 def test_opt_in_metric_costs_nothing_unless_asked(metric):
     default, more = operations(DEFAULT_METRICS), operations([*DEFAULT_METRICS, metric])
     assert more.total() > default.total()
     assert operations([metric]).total() < default.total()
 
 
-@pytest.mark.parametrize("metric", [name for name, info in METRICS.items() if info.summary not in ("rows", "weights")])
+@pytest.mark.parametrize("metric", OF_FIELD)
 def test_metric_alone_equals_metric_among_all(metric):
     query, key = draw((2, 4, 2, 48, 16))
     alone = measure(query, key, metrics=[metric])
-    every = [name for name, info in METRICS.items() if info.summary not in ("rows", "weights")]
-    among = measure(query, key, metrics=every)
+    among = measure(query, key, metrics=OF_FIELD)
     assert set(alone.values) == {metric}
-    assert set(among.values) == set(every)
+    assert set(among.values) == set(OF_FIELD)
     torch.testing.assert_close(alone.values[metric], among.values[metric], rtol=1e-5, atol=1e-6)
 
 
@@ -142,7 +143,7 @@ def test_layers_of_different_sizes_keep_their_order(method):
     found = head_statistics(layers, DEFAULT_METRICS, method=method, target_rank=[6, 12, 64])
     for layer, (query, key), columns in zip(found, drawn, (6, 12, 8), strict=True):
         alone = measure(query, key, 0.5, method=method, target_rank=columns)
-        for name in DEFAULT_METRICS:
+        for name in FIELD_METRICS:
             torch.testing.assert_close(layer.values[name], alone.values[name], msg=name)
         assert torch.equal(layer.certified, alone.certified)
 

@@ -187,7 +187,7 @@ FAULTS: dict[str, FaultCase] = {
         settings={"metrics": ["energy_effective_rank", "interaction_effective_rank"], "weights_every": 1},
     ),
     "metrics of attention rows": FaultCase(
-        in_function("attnmonitor.measurement.reduction.attention_row_statistics", RuntimeError("rows")),
+        in_function("attnmonitor.measurement.attention_values.attention_row_statistics", RuntimeError("rows")),
         BOTH + "measuring failed: RuntimeError: rows",
         settings={"metrics": ["energy_effective_rank", "attention_entropy"], "alerts": False},
     ),

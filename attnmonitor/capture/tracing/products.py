@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "pairwise_product"]
+__all__ = ["LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "ordered", "pairwise_product"]
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> Pa
         rows, columns = columns, rows
         operands.reverse()
     batch_axes = [axis for axis in out if axis not in (rows, columns)]
-    query = _ordered(*operands[0], [*batch_axes, rows, summed])
-    key = _ordered(*operands[1], [*batch_axes, columns, summed])
+    query = ordered(*operands[0], [*batch_axes, rows, summed])
+    key = ordered(*operands[1], [*batch_axes, columns, summed])
     batch = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
     return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns))
 
 
-def _ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:
+def ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:
     """Return ``x`` with its axes in the order ``wanted``, a missing one as an axis of size 1."""
     present = [axes.index(axis) for axis in wanted if axis in axes]
     x = x.permute(present)

@@ -6,6 +6,7 @@ rows, the rows replace that operand, and every other operand that has the query 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.modules import Frame
-from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct
+from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, ordered
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.verify import Attention, Step
 
@@ -29,6 +30,7 @@ __all__ = [
     "num_sequences_in",
     "rows_of",
     "size_along",
+    "values_by_head",
 ]
 
 Apply = Callable[[Tensor, Tensor], Tensor]
@@ -244,3 +246,35 @@ def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
     if own == list(batch[: len(own)]):
         return key.reshape(num_sequences, -1, num_keys, head_dim)
     return key.expand(*batch, num_keys, head_dim).reshape(num_sequences, -1, num_keys, head_dim)
+
+
+def values_by_head(
+    values: Tensor, axes: str, weights_axes: tuple[list[str], str, str], out_axes: str, num_sequences: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]] | tuple[None, None]:
+    """Return what attention weights are multiplied with, by head, and how to read the product by head.
+
+    Args:
+        values: The values before they were repeated, with axes in the order of the repeated ones.
+        axes: Labels of their axes.
+        weights_axes: Labels of the weights: their leading axes, the query axis and the key axis.
+        out_axes: Labels of the product.
+        num_sequences: B.
+
+    Returns:
+        ``(B, Hv, Lk, dv)`` and a function from rows of the product to ``(B, Hq, R, dv)``; None for another form.
+    """
+    batch, query, key = weights_axes
+    sizes = [axis for axis in axes if axis not in (*batch, query, key)]
+    if len(sizes) != 1 or values.dim() != len(axes):
+        return None, None
+    by_head = ordered(values, axes, [*batch, key, *sizes])  # an axis of the weights that it lacks has size 1
+    if len(by_head) == 1:
+        by_head = by_head.expand(num_sequences, *by_head.shape[1:])
+    if math.prod(by_head.shape[:-2]) % num_sequences:
+        return None, None
+
+    def heads_of(x: Tensor) -> Tensor:
+        x = ordered(x, out_axes, [*batch, query, *sizes])
+        return x.reshape(num_sequences, -1, *x.shape[-2:])
+
+    return by_head.reshape(num_sequences, -1, *by_head.shape[-2:]), heads_of

@@ -31,6 +31,7 @@ from attnmonitor.capture.tracing.trace import (
     as_batch,
     as_soft_cap,
     size_along,
+    values_by_head,
 )
 from attnmonitor.capture.verify import HIDDEN, Attention, visible_keys
 
@@ -111,9 +112,9 @@ class Tracer:
         product = labeled(name, args, kwargs)
         if product is None or not isinstance(output, Tensor):
             return
-        for operand, axes, other in (
-            (product.left, product.left_axes, product.right),
-            (product.right, product.right_axes, product.left),
+        for operand, axes, other, other_axes in (
+            (product.left, product.left_axes, product.right, product.right_axes),
+            (product.right, product.right_axes, product.left, product.left_axes),
         ):
             trace = self._traces.get(operand)
             if trace is not None:
@@ -122,8 +123,8 @@ class Tracer:
                 if trace.ambiguity:
                     self._missed(trace.origin.layer, trace.ambiguity)
                 elif product.contracted == {axes[trace.key_axis]}:
-                    row_axis = product.out_axes.index(axes[trace.query_axis])
-                    self._finish(trace, TracedCall(name, func, args, kwargs, output), operand, row_axis)
+                    call = TracedCall(name, func, args, kwargs, output)
+                    self._finish(trace, call, operand, axes, other, other_axes, product.out_axes)
                 elif product.contracted == {axes[trace.query_axis]}:
                     self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
                 return
@@ -336,7 +337,10 @@ class Tracer:
 
     # The end of a trace.
 
-    def _finish(self, trace: Trace, call: TracedCall, weights: Tensor, row_axis: int) -> None:
+    def _finish(
+        self, trace: Trace, call: TracedCall, weights: Tensor, axes: str, values: Tensor, value_axes: str, out_axes: str
+    ) -> None:
+        """Report the attention that a product of ``weights`` and ``values``, with labeled axes, completes."""
         origin = trace.origin
         origin.values_reached = True
         trace = trace.then(call.replay(trace, weights))
@@ -344,4 +348,15 @@ class Tracer:
         if attention is None:
             self._missed(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
             return
-        self._found(origin.layer, origin.frame, attention, call.output if trace.exact else None, row_axis)
+        before = self._repeated(values)
+        query, key = axes[trace.query_axis], axes[trace.key_axis]
+        batch = [axis for axis in axes if axis not in (query, key)]
+        attention.value, attention.heads_of = values_by_head(
+            values if before is None else before.source,
+            value_axes,
+            (batch, query, key),
+            out_axes,
+            attention.query.shape[0],
+        )
+        output = call.output if trace.exact else None
+        self._found(origin.layer, origin.frame, attention, output, out_axes.index(query))

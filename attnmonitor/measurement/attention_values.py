@@ -1,0 +1,98 @@
+"""Values of one layer's heads that are read while its attention is at hand: of its values, its output and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnmonitor.capture import AttentionCall
+from attnmonitor.functional import attention_row_statistics
+from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, CheckedRows
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.values import Values
+from attnmonitor.metrics.catalog import METRICS
+
+__all__ = ["AttentionValues", "attention_values"]
+
+_NEED_OUTPUT = ("output_rms", "output_share")
+
+
+@dataclass(eq=False)
+class AttentionValues:
+    """Values of one layer by metric.
+
+    Attributes:
+        values: ``(B, H)`` float32, query heads in the model's order.
+        counted: For some metrics, the sequences that have a value, ``(B, H)`` bool; all have one of the others.
+        reason: Why metrics of the values or of the output are NaN; ``""`` where they are not.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    reason: str = ""
+
+
+def attention_values(call: AttentionCall, metrics: Sequence[str]) -> AttentionValues:
+    """Compute the metrics whose summary is read while the layer runs; the others are left out."""
+    by_summary = {
+        summary: [name for name in metrics if METRICS[name].summary == summary]
+        for summary in ("values", "checked_rows", "rows")
+    }
+    found = AttentionValues()
+    if by_summary["values"]:
+        _add_values(found, call, by_summary["values"])
+    if by_summary["checked_rows"]:
+        with full_precision(call.query.device):
+            _add_checked_rows(found, call, by_summary["checked_rows"])
+    if by_summary["rows"]:
+        found.values |= attention_row_statistics(
+            call.logit_rows,
+            call.query.shape[2],
+            query_mask=call.query_mask,
+            key_mask=call.key_mask,
+            metrics=by_summary["rows"],
+            device=call.query.device,
+        )
+    return found
+
+
+def _add_values(found: AttentionValues, call: AttentionCall, metrics: Sequence[str]) -> None:
+    num_kv_heads, value = call.key.shape[1], call.value
+    found.reason = _unknown_values(call)
+    if value is None or found.reason:
+        nothing = torch.full((len(call.key), num_kv_heads), torch.nan, device=call.key.device)
+        found.values |= dict.fromkeys(metrics, nothing)
+        return
+    values = Values(value, call.key_mask, num_kv_heads, call.tiled)
+    found.values |= {name: METRICS[name].formula(values) for name in metrics}
+
+
+def _unknown_values(call: AttentionCall) -> str:
+    if call.value is None:
+        if call.how == "explicit":
+            return "its values are not known: capture(..., value=..., output=...) registers them"
+        return "its values could not be read from the product with its attention weights"
+    num_values, num_kv_heads = call.value.shape[1], call.key.shape[1]
+    if call.value.shape[2] != call.key.shape[2] or max(num_values, num_kv_heads) % min(num_values, num_kv_heads):
+        return f"its values {tuple(call.value.shape)} do not fit its keys {tuple(call.key.shape)}"
+    return ""
+
+
+def _add_checked_rows(found: AttentionValues, call: AttentionCall, metrics: Sequence[str]) -> None:
+    rows = CheckedRows(
+        call.rows.logits,
+        call.rows.seen,
+        call.rows.output,
+        None if call.query_mask is None else call.query_mask[:, call.rows.rows],
+        call.key_mask,
+    )
+    for name in metrics:
+        if name in _NEED_OUTPUT and rows.output is None:
+            found.reason = found.reason or "what its heads write is not known: its output could not be compared with it"
+            found.values[name] = torch.full(call.query.shape[:2], torch.nan, device=call.query.device)
+        else:
+            found.values[name] = CHECKED_STATISTICS[name](rows)
+            found.counted[name] = CHECKED_STATISTICS[name].counted(rows)
