@@ -71,7 +71,7 @@ class RebuiltRows:
     @cached_property
     def seen(self) -> Tensor:
         """Return the keys that each row attends to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen."""
-        return ~(self._restore(self._argument) <= HIDDEN)
+        return (self._restore(self._argument) <= HIDDEN).logical_not()
 
 
 @dataclass

@@ -69,7 +69,7 @@ class CheckedRows:
 
     @cached_property
     def output_energy(self) -> Tensor:
-        """Mean square entry of the output over the rows that see a key, ``(B, Hq)``; NaN for a head not finite."""
+        """Mean square of the output over rows that see a key, ``(B, Hq)``; NaN if not finite."""
         assert self.output is not None
         counts = self.num_visible > 0
         output = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
@@ -198,7 +198,7 @@ def checked_rows(
         seen = seen & (torch.arange(num_keys, device=query.device) <= rows[:, None] + num_keys - num_queries)
     if mask is not None:
         seen = seen & mask[:, None, None]
-    output = None if value is None else _written(product.masked_fill(~seen, -torch.inf), key, value, mask)
+    output = None if value is None else _written(torch.where(seen, product, -torch.inf), key, value, mask)
     return CheckedRows(product, seen, output, None if query_mask is None else query_mask[:, rows], mask)
 
 

@@ -1,4 +1,4 @@
-"""Values of one layer's heads that are read while its attention is at hand: of its values, its output and its rows."""
+"""What is read of a layer while its attention is at hand: its values, its output and some of its rows."""
 
 from __future__ import annotations
 

@@ -75,12 +75,12 @@ real run; each row is a tiny random model of that library's own classes, with tw
   entry, in float32, over layers, padded and unpadded; 0 where the rebuilt rows are bitwise the same.
 * **metrics**: largest relative deviation of the scale and of every default metric of queries and keys, over layers
   and heads, from a float64 computation that does not use capture (`benchmarks/pages/independent.py`): among all
-  products of the forward it takes the one that gives the logarithm of the model's own eager attention weights. The tests compare
-  the same rows with the dense field and full SVDs. Every row that runs is compared. Special cases: a position bias
-  is removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is a product of
-  queries and keys, so it is compared with that bias set to zero; gpt2 upcast runs in float32 only; falcon alibi has
-  other logits under sdpa than under eager, so it is compared with its own weights there; models that return no
-  weights (all but transformers) are read at their softmax; the x-transformers flash rows are compared with the
+  products of the forward it takes the one that gives the logarithm of the model's own eager attention weights. The
+  tests compare the same rows with the dense field and full SVDs. Every row that runs is compared. Special cases: a
+  position bias is removed by the difference of two sequences; gemma2's soft-cap is undone; deberta_v2's bias is a
+  product of queries and keys, so it is compared with that bias set to zero; gpt2 upcast runs in float32 only; falcon
+  alibi has other logits under sdpa than under eager, so it is compared with its own weights there; models that return
+  no weights (all but transformers) are read at their softmax; the x-transformers flash rows are compared with the
   unfused rows of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 

@@ -17,6 +17,7 @@ from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import WandbLogger, summary_scalars
 from attnmonitor.loggers.keys import HeadScalars
+from attnmonitor.metrics.catalog import head_noun
 from attnmonitor.record.history import History
 
 CURVE_METRICS = [metric for metric in DEFAULT_METRICS if METRICS[metric].head_curves]
@@ -91,7 +92,7 @@ def test_charts_of_heads_and_layers_hold_the_trajectories(run: Any, in_own_folde
     drawn = charts(logged, in_own_folder)
     assert drawn.keys() == {f"attention/{metric}/{kind}" for metric in monitor.history for kind in ("heads", "layers")}
     for metric in monitor.history:
-        noun = "KV head" if metric.startswith("key") else "head"
+        noun = head_noun(metric)
         model, layers = drawn[f"attention/{metric}/heads"], drawn[f"attention/{metric}/layers"]
         assert list(model) == list(layers) == [6], "a first sample alone is no curve"
         lines = {line["name"]: list(zip(line["x"], line["y"], strict=True)) for line in model[6]["data"]}
@@ -104,7 +105,7 @@ def test_charts_of_heads_and_layers_hold_the_trajectories(run: Any, in_own_folde
             5, monitor.history[metric]["blocks.1.attn"].shape[1] * 2
         )
         assert [step for step, _ in lines["median head"]] == [0, 2, 4, 6]
-        assert ("random q and k (24 × 8)" in lines) == (not metric.endswith("rms"))
+        assert ("random q and k (24 × 8)" in lines) == METRICS[metric].scale_free
         # A key that a chart shows has no panel.
         assert logged["metrics"][f"attention/{metric}/max"] == ("attention/global_step", True)
         assert logged["metrics"][f"attention/{metric}/median"] == ("attention/global_step", False)
