@@ -9,9 +9,9 @@ import weakref
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import CausalSelfAttention, TinyGPT, everything, token_batch, train
-from reference import layer_statistics
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,10 +51,12 @@ def test_default_metrics_equal_the_dense_float64_field(
     sample = monitor_of(model).sample(0)
     assert tuple(sample.values) == DEFAULT_METRICS
     for name, x in inputs.items():
-        query, key, _ = model.get_submodule(name).heads(x)
-        expected = layer_statistics(query.detach(), key.detach(), query.shape[-1] ** -0.5)
+        query, key, value = (each.detach() for each in model.get_submodule(name).heads(x))
+        length, scale = query.shape[2], query.shape[-1] ** -0.5
+        visible = torch.ones(length, length, dtype=torch.bool).tril().expand(len(query), -1, -1)
+        layer = reference.Layer(query, key, scale, visible=visible, value=value, checked=reference.checked_rows(length))
         for metric in DEFAULT_METRICS:
-            per_sequence = expected[metric]
+            per_sequence = reference.TWINS[metric](layer)
             found, spread = sample.values[metric][name], sample.spread[metric][name]
             assert found.shape == (4 if METRICS[metric].scope == "query_head" else num_kv_heads,)
             torch.testing.assert_close(found.double(), per_sequence.mean(0), rtol=2e-4, atol=1e-5, msg=metric)
