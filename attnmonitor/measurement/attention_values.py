@@ -1,4 +1,4 @@
-"""What is read of a layer while its attention is at hand: its values, its output and some of its rows."""
+"""What is read of a layer while it runs: its values, its output and some of its rows."""
 
 from __future__ import annotations
 
