@@ -17,7 +17,7 @@ def main(num_steps: int = 20) -> None:
     model = SmallGPT(vocabulary, width=64, num_layers=2, num_heads=4, max_length=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    monitor = attach(model, optimizer, probe=examples[:4], every_n_steps=10)  # line 2
+    monitor = attach(model, probe=examples[:4], every_n_steps=10)  # line 2
 
     for batch in examples[4:].split(8)[:num_steps]:
         optimizer.zero_grad()

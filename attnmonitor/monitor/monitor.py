@@ -184,9 +184,11 @@ class AttentionMonitor(MonitorViews):
             if global_step <= self.global_step:
                 return None
             step = whole_number(global_step)
-            first = self.global_step + 1 if self.global_step >= 0 else step
-            self.global_step = step
-            if not is_due(self._schedule, first, step):
+            try:
+                asks = self.is_due(step)
+            finally:
+                self.global_step = step
+            if not asks:
                 return None
         except Exception as error:
             self._failures.contain("the schedule", error)
@@ -209,6 +211,11 @@ class AttentionMonitor(MonitorViews):
         with self._failures.contained("monitor.log"):
             if self._is_main:
                 self._log.add(max(0, self.global_step) if step is None else whole_number(step), values)
+
+    def is_due(self, global_step: int) -> bool:
+        """Return whether the schedule asks for a sample since the step before, up to ``global_step``."""
+        first = self.global_step + 1 if self.global_step >= 0 else global_step
+        return is_due(self._schedule, first, global_step)
 
     def resume(self) -> None:
         """End a pause."""

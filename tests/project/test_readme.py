@@ -88,7 +88,7 @@ def test_transformers_snippet_runs(page: Path, in_own_folder: Path) -> None:
 def test_raw_snippets_of_readme_run(in_own_folder: Path) -> None:
     model = TinyGPT(num_layers=4)
     names: dict[str, Any] = {"model": model, "probe": HELD_OUT, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
-    exec(snippet(README, "attach(model, optimizer"), names)
+    exec(snippet(README, "attach(model, probe"), names)
     train(model, names["optimizer"], 2)
     exec(snippet(README, "monitor.load_state_dict"), names)
     assert names["monitor"].global_step == 2
@@ -100,7 +100,7 @@ def test_raw_snippets_of_readme_run(in_own_folder: Path) -> None:
 
 def test_quick_start_loop_runs_to_a_verdict(in_own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(snippet(QUICK_START, "attach(model, optimizer"), names)
+    exec(snippet(QUICK_START, "attach(model, probe"), names)
     assert "8 heads in 2 layers watched over 31 samples: healthy" in capsys.readouterr().out
     exec(snippet(QUICK_START, "monitor.history"), names)
     assert names["monitor"].firing == []
