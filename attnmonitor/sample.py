@@ -58,6 +58,7 @@ class LayerCoverage:
         reason: Why the layer was not measured; ``""`` when it was.
         weights_reason: Why its projections were not found and its weight metrics are NaN; ``""`` when they were found
             or not needed.
+        weights_note: What its weight metrics leave out beside rotary embedding and biases; ``""`` for nothing.
         values_reason: Why metrics of its values or of what its heads write are NaN; ``""`` when they are not.
         num_keys: Key positions of the probe in this layer, padding included; 0 when not captured.
         tiled: Whether query head h reads KV head h % num_kv_heads, as in code that repeats all keys as one block, and
@@ -75,6 +76,7 @@ class LayerCoverage:
     outside: tuple[str, ...] = ()
     reason: str = ""
     weights_reason: str = ""
+    weights_note: str = ""
     values_reason: str = ""
     num_keys: int = 0
     tiled: bool = False

@@ -198,7 +198,12 @@ class Measurement:
     def _with_reasons(self, measured: Measured, weights: WeightMeasurement) -> Measured:
         """Put why weights could not be read into the coverage, which keeps it until they are read again."""
         self.layers, coverage = (
-            {name: replace(layer, weights_reason=weights.reasons.get(name, "")) for name, layer in layers.items()}
+            {
+                name: replace(
+                    layer, weights_reason=weights.reasons.get(name, ""), weights_note=weights.notes.get(name, "")
+                )
+                for name, layer in layers.items()
+            }
             for layers in (self.layers, measured.coverage)
         )
         return replace(measured, coverage=coverage)
@@ -286,7 +291,7 @@ class Measurement:
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
         if layer is None:
             return replace(expected, reason=failure or expected.reason or "its attention did not run this time")
-        found = replace(layer.coverage, weights_reason=expected.weights_reason)
+        found = replace(layer.coverage, weights_reason=expected.weights_reason, weights_note=expected.weights_note)
         if expected.heads != found.heads:
             was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
             return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")

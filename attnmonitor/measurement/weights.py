@@ -46,6 +46,7 @@ class WeightMeasurement:
 
     Attributes:
         reasons: Reason for each layer whose projections were not found, or could not be read the last time.
+        notes: What is left out of the weights of a layer, for those of which something is.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class WeightMeasurement:
         self._found: dict[str, HeadProjections | str] = {}
         self._structures: Mapping[str, Structure] = {}
         self.reasons: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
         self._find()
 
     def take(self, energy_rank: Mapping[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
@@ -102,6 +104,9 @@ class WeightMeasurement:
             if changed:
                 self._found |= self._discovered(changed)
         self.reasons = {name: found for name, found in self._found.items() if isinstance(found, str)}
+        self.notes = {
+            name: found.note for name, found in self._found.items() if not isinstance(found, str) and found.note
+        }
 
     def _discovered(self, names: Sequence[str]) -> Mapping[str, HeadProjections | str]:
         # In a context of its own: its forwards move the ranges of observers, which the weights are then read with.

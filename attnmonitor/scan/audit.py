@@ -45,6 +45,7 @@ class Scan:
         coverage: How each attention layer was captured, or why it was not.
         without_projections: Layers whose weight metrics are NaN because W_Q and W_K were not found, and why.
         notes: What is to be said about the checkpoint's tensors: names that were mended, tensors that were not used.
+        weight_notes: Layers whose weight metrics leave something out beside rotary embedding and biases, and what.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Scan:
     coverage: Mapping[str, LayerCoverage]
     without_projections: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    weight_notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -96,6 +98,7 @@ class Scan:
             ],
             "not_measured": self.not_measured,
             "without_projections": dict(self.without_projections),
+            "weight_notes": dict(self.weight_notes),
             "notes": list(self.notes),
             "summary": self.summary(),
         }
@@ -135,7 +138,7 @@ def audit(
             versions of Python: compare numbers only where ``probe_fingerprint`` is the same).
         length: Tokens in each sequence, at least 2.
         batch: Maximum number of sequences; fewer where the text is shorter.
-        metrics: Names from `attnmonitor.METRICS`; by default all but those that need rows of the L×L matrix.
+        metrics: Names from `attnmonitor.METRICS`; by default those of a monitor and those of the weights.
         progress: Called during the work.
 
     Raises:
@@ -182,6 +185,7 @@ def audit(
         values={metric: values[metric] for metric in names},
         coverage=measured.coverage,
         without_projections={} if weights is None else weights.reasons,
+        weight_notes={} if weights is None else weights.notes,
         notes=checkpoint.notes,
     )
 

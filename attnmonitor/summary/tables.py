@@ -43,6 +43,8 @@ def layer_table(
 def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
     """A text table, one row per layer: how it was captured and verified, or why it was not measured.
 
+    Below it a line for each layer of whose weights, values or output something could not be read or was left out.
+
     Example:
         >>> print(coverage_table({"h.0": LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("window",))}))
         layer  heads (query/KV)  head size  scale  captured   error    outside the field
@@ -64,7 +66,11 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
         else (layer.layer, "", "", "", "NOT MEASURED", "", layer.reason)
         for layer in coverage.values()
     ]
-    return _aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])
+    lines = [_aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
+    for layer in coverage.values():
+        notes = (layer.weights_reason, layer.weights_note, layer.values_reason)
+        lines += [printable(f"{layer.layer}: {note}", one_line=True) for note in notes if note]
+    return "\n".join(lines)
 
 
 def _aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:

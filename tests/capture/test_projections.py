@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from attnmonitor import AttentionMonitor
 from attnmonitor.capture.projections import HeadProjections, discover_projections
 from benchmarks.pages.handwritten_models import HandWritten, by_matmul
 from benchmarks.pages.third_party_models import (
@@ -114,7 +117,12 @@ def test_separate_projections_equal_the_weights_up_to_a_gain(name: str) -> None:
         folded = gain_of(projections.norms[0]) if projections.norms else torch.ones(32)
         for found, proj, is_key in ((projections.w_q, module.q_proj, False), (projections.w_k, module.k_proj, True)):
             gained = 1.0 if is_key and "encoder_attn" in layer else folded
-            expected = proj.weight.reshape(found.shape) * gained
+            own = f"{'k' if is_key else 'q'}_norm", f"{'k' if is_key else 'q'}_layernorm"
+            head_norms = [getattr(module, each) for each in own if hasattr(module, each)]
+            head_gain = gain_of(head_norms[0]) if head_norms else torch.ones(1)
+            head_gain = head_gain.repeat(len(proj.weight) // len(head_gain))
+            expected = (head_gain[:, None] * proj.weight * gained).reshape(found.shape)
+            assert projections.note == ""
             ratio = (found / expected).median()
             assert torch.allclose(found, expected * ratio, atol=1e-4)
             assert 0.1 < ratio < 2.0
@@ -187,3 +195,60 @@ def test_unknown_layer_gets_a_reason() -> None:
     found = discover_projections(model, lambda: model(hidden()), ["nowhere", "HandWritten"])
     assert found["nowhere"] == "no attention of this name was captured"
     assert isinstance(found["HandWritten"], HeadProjections)
+
+
+class NormedHeads(nn.Module):
+    """Attention whose queries and keys go through norms: of each head, or of all heads as one vector."""
+
+    def __init__(self, norm: Callable[[int], nn.Module], *, whole: bool = False, shuffled: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = (norm(32 if whole else 8) for _ in range(2))
+        self.whole, self.shuffled = whole, shuffled
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.normed(self.q_norm, self.q_proj(x)), self.normed(self.k_norm, self.k_proj(x)), self.v_proj(x)
+        q, k, v = (each.unflatten(-1, (4, 8)).transpose(1, 2) for each in (q, k, v))
+        if self.shuffled:  # as a rotary embedding that stores the even coordinates first
+            q, k = (torch.cat([each[..., ::2], each[..., 1::2]], -1) for each in (q, k))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x) if self.whole else norm(x.unflatten(-1, (4, 8))).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_gain_of_a_norm_on_the_heads_is_multiplied_in(
+    norm: Callable[[int], nn.Module], whole: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model, x = NormedHeads(norm, whole=whole).to(dtype), torch.randn(4, 8, 32, dtype=dtype)
+    found = discovered(model, x=x)["NormedHeads"]
+    assert isinstance(found, HeadProjections)
+    assert found.note == ""
+    for smallest in (-1, 0.5):  # read anew when training has moved the gains
+        with torch.no_grad():
+            for each in (model.q_norm, model.k_norm):
+                each.weight.copy_(torch.logspace(0, smallest, len(each.weight)))
+        for weight, projection, each in (
+            (found.w_q, model.q_proj, model.q_norm),
+            (found.w_k, model.k_proj, model.k_norm),
+        ):
+            gain = each.weight.float().repeat(32 // len(each.weight))
+            expected = (projection.weight.float() * gain[:, None]).unflatten(0, (4, 8))
+            torch.testing.assert_close(weight, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def test_gain_that_cannot_be_followed_is_named() -> None:
+    torch.manual_seed(0)
+    model = NormedHeads(nn.RMSNorm, shuffled=True)
+    found = discovered(model, x=torch.randn(4, 8, 32))["NormedHeads"]
+    assert isinstance(found, HeadProjections)
+    assert "gain of a norm between its projections and their product is left out" in found.note
+    with AttentionMonitor(
+        model, torch.randn(4, 8, 32), metrics=["interaction_effective_rank"], alerts=False, record=None
+    ) as monitor:
+        assert monitor.coverage["NormedHeads"].weights_note == found.note
+        assert f"NormedHeads: {found.note}" in str(monitor)

@@ -8,8 +8,9 @@ by correlation (``weights.py``). Norms between the projection and the product (Q
 
 The weight of a column is ``f(I) - f(0)`` of the module (``reading.py``), which holds for a linear layer, a transposed
 one, one with an adapter beside it and one whose weight is packed. A module fed by another one of the layer (low rank)
-is composed with it. The gain of the norm before the projections is multiplied in where the block has one; rotary
-embeddings, biases and QK-norm gains are left out. A layer of which a coordinate stays unmatched or a module is not
+is composed with it. The gain of the norm before the projections is multiplied in where the block has one, and that of a
+norm after them (QK-norm) where it is a diagonal on the coordinates (``head_norms.py``); rotary embeddings and biases
+are left out. A layer of which a coordinate stays unmatched or a module is not
 linear gets a reason, not a guess. The layout holds until the layer has other modules (``structure.py``).
 
 Letters: Hq query heads, Hkv key heads, d head size, D width of the layer's input, B sequences, L positions, N columns.
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
 from attnmonitor.capture.hooks import watched_hooks
-from attnmonitor.capture.projections.noise import Draws, block_norms, noisy, note_call
+from attnmonitor.capture.projections.head_norms import with_head_gain
+from attnmonitor.capture.projections.noise import Draws, Patterns, block_norms, is_norm, noisy, note_call
 from attnmonitor.capture.projections.reading import (
     ModuleWeight,
     Observation,
@@ -53,6 +55,7 @@ class HeadProjections:
 
     _query: Coordinates
     _key: Coordinates
+    note: str = ""  # what is left out beside rotary embeddings and biases
 
     def read(self, weights: Weights | None = None) -> tuple[Tensor, Tensor]:
         """Return `w_q` and `w_k`, each module read once.
@@ -75,6 +78,12 @@ class HeadProjections:
     def w_k(self) -> Tensor:
         """Return the projection of each key head, ``(Hkv, d, D)`` float32; of each query head where keys are tiled."""
         return self._key.weight({})
+
+    def with_head_gains(self, draws: Draws, patterns: Patterns) -> HeadProjections:
+        """Return the same projections with the gains of norms between them and the product; see `with_head_gain`."""
+        query = with_head_gain(self._query, torch.cat(draws.query), draws, patterns)
+        key = with_head_gain(self._key, torch.cat(draws.key), draws, patterns)
+        return HeadProjections(query.coordinates, key.coordinates, query.left_out or key.left_out)
 
     def own_weights(self) -> Iterator[ModuleWeight | ParameterRows]:
         """Yield what is read of each module."""
@@ -128,6 +137,7 @@ def discover_projections(
             if seen == before:
                 break
         of_layer = {name: _projections_of(modules.get(name), draws.get(name)) for name in wanted}
+        of_layer |= _with_head_gains(of_layer, draws, model, forward)
         read = {
             own.module() for one in of_layer.values() if isinstance(one, HeadProjections) for own in one.own_weights()
         }
@@ -143,9 +153,29 @@ def _projections_of(module: nn.Module | None, draws: Draws | None) -> HeadProjec
     try:
         if type(module).forward is nn.MultiheadAttention.forward:
             return HeadProjections(*mha_projections(cast(nn.MultiheadAttention, module), draws))
-        return HeadProjections(*(match_columns(torch.cat(x), draws) for x in (draws.query, draws.key)))
+        return HeadProjections(match_columns(torch.cat(draws.query), draws), match_columns(torch.cat(draws.key), draws))
     except (LookupError, RuntimeError, TypeError, ValueError) as reason:
         return str(reason).partition("\n")[0] + _not_followed(draws)
+
+
+def _with_head_gains(
+    found: Mapping[str, HeadProjections | str], draws: Mapping[str, Draws], model: nn.Module, forward: Callable[[], Any]
+) -> dict[str, HeadProjections | str]:
+    """Return the projections of layers with norms in them, with the gains that act on queries and keys."""
+    modules = dict(unwrapped_modules(model))
+    layers = {
+        name: each
+        for name, each in found.items()
+        if isinstance(each, HeadProjections) and any(map(is_norm, modules[name].modules()))
+    }
+    again = {name: Draws(draws[name].block_norms, draws[name].names, draws[name].hooks) for name in layers}
+    patterns: Patterns = {}
+    if layers:
+        generator = torch.Generator()
+        generator.manual_seed(1)
+        with noisy(modules, again, generator, patterns), capture_attention(model, partial(note_call, again)):
+            forward()
+    return {name: each.with_head_gains(again[name], patterns) for name, each in layers.items() if again[name].query}
 
 
 def _verified(found: HeadProjections | str, seen: Mapping[nn.Module, Observation]) -> HeadProjections | str:

@@ -19,7 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from attnmonitor.capture import AttentionCall
 from attnmonitor.capture.tensor_notes import Notes
 
-__all__ = ["Draws", "block_norms", "noisy", "note_call"]
+__all__ = ["Draws", "Patterns", "block_norms", "is_norm", "noisy", "note_call"]
+
+Patterns = dict[nn.Module, Tensor]
+"""For norms inside layers, what their output is multiplied by in their place, ``(width,)``: see `head_norms`."""
 
 
 # The types of packed weights; int64 and bool are indices and masks.
@@ -63,8 +66,16 @@ class Draws:
 
 
 @contextmanager
-def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: torch.Generator) -> Iterator[None]:
-    """Replace the outputs of modules with weights inside the layers by noise, and bypass their norms."""
+def noisy(
+    modules: dict[str, nn.Module],
+    draws: dict[str, Draws],
+    generator: torch.Generator,
+    patterns: Patterns | None = None,
+) -> Iterator[None]:
+    """Replace the outputs of modules with weights inside the layers by noise, and bypass their norms.
+
+    With ``patterns`` each bypassed norm with a gain multiplies by a pattern of its own, which is added to them.
+    """
     handles: list[RemovableHandle] = []
     inside = {layer: set(modules[layer].modules()) for layer in draws}
     norms_before = Notes[tuple[nn.Module, ...]]()
@@ -79,7 +90,7 @@ def noisy(modules: dict[str, nn.Module], draws: dict[str, Draws], generator: tor
             elif layer is not None and (kind == "weight" or isinstance(module, _LINEAR_NORMS)):
                 hook = partial(_make_noise, draws[layer], norms_before, generator)
             elif layer is not None and kind != "table":
-                hook = partial(_bypass, norms_before)
+                hook = partial(_bypass, norms_before, patterns if kind == "norm" else None)
             elif name in draws and isinstance(module, nn.MultiheadAttention):
                 hook = partial(_note_mha_inputs, draws[name], norms_before)
             else:
@@ -120,6 +131,11 @@ def _kind(module: nn.Module) -> str:
     return "table" if any(buffer.dim() >= 2 for buffer in module.buffers()) else "bare"
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module has vectors for parameters only, as a norm with a gain has."""
+    return _kind(module) == "norm"
+
+
 def _is_packed(module: nn.Module) -> bool:
     """Return whether a module without parameters has a weight: in buffers, packed codes, or an object of a library."""
     if all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features")):
@@ -143,15 +159,32 @@ def _note_norm(
         norms_before.put(output, (module,))
 
 
-def _bypass(norms_before: Notes[tuple[nn.Module, ...]], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+def _bypass(
+    norms_before: Notes[tuple[nn.Module, ...]],
+    patterns: Patterns | None,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> Any:
     x = _first_input(args, kwargs)
     if x is None or not isinstance(output, Tensor) or type(module).__module__ == nn.Softmax.__module__:
         return None  # also not an activation: weights with one between them are no one matrix
     if output.shape != x.shape or output.dtype != x.dtype:
         return None
     passed = x.clone()  # a new tensor object, which can carry a note of its own
+    if patterns is not None:
+        passed = passed * _pattern(patterns, module, x)
     norms_before.put(passed, (*_norms_before(x, norms_before), *((module,) if _kind(module) == "norm" else ())))
     return passed
+
+
+def _pattern(patterns: Patterns, norm: nn.Module, x: Tensor) -> Tensor:
+    """Return the pattern of a norm: powers of two, which no floating type rounds; a pattern per norm."""
+    if norm not in patterns or len(patterns[norm]) != x.shape[-1]:
+        generator = torch.Generator().manual_seed(len(patterns))
+        patterns[norm] = 2.0 ** torch.randint(4, (x.shape[-1],), generator=generator)
+    return patterns[norm].to(x)
 
 
 def _norms_before(x: Tensor, norms_before: Notes[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:

@@ -14,7 +14,7 @@ from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.capture.projections.noise import Draws
 from attnmonitor.capture.projections.reading import ModuleWeight, ParameterRows, UnreadableError
 
-__all__ = ["Coordinates", "Weights", "match_columns", "mha_projections"]
+__all__ = ["Coordinates", "HeadGain", "Weights", "match_columns", "mha_projections"]
 
 Weights = MutableMapping[Any, Tensor]
 """The weights that modules have now, each read once, by the ``key`` of the `ModuleWeight` or `ParameterRows`."""
@@ -49,8 +49,28 @@ class _LinearMap:
             weights[self.own.key] = self.own.read()
         weight = weights[self.own.key]
         for norm in self.norms:
-            weight = weight * _gain(norm(), weight, self.hooks)
+            weight = weight * _gain(norm(), weight.shape[-1], weight.device, self.hooks)
         return weight if self.source is None else weight @ self.source.weight(weights).flatten(0, -2)
+
+
+@dataclass(eq=False)
+class HeadGain:
+    """The gain of a norm that acts on coordinates after their projection.
+
+    Attributes:
+        norm: The norm.
+        index: The entry of its gain that acts on each coordinate, ``(S,)``.
+        hooks: Keys of the hooks that take part in what it computes.
+    """
+
+    norm: weakref.ref[nn.Module]
+    index: Tensor
+    hooks: set[int]
+
+    def read(self, device: torch.device) -> Tensor:
+        """Return the gain of each coordinate as it is now, ``(S,)``."""
+        gain = _gain(self.norm(), int(self.index.max()) + 1, device, self.hooks)
+        return gain[self.index.to(device)]
 
 
 @dataclass(eq=False)
@@ -59,6 +79,24 @@ class Coordinates:
 
     shape: tuple[int, ...]
     parts: list[tuple[_LinearMap, Tensor, Tensor, Tensor]]  # map, which coordinates, their columns, their gains
+    head_gain: HeadGain | None = None
+
+    def with_gain(self, gain: HeadGain) -> Coordinates:
+        """Return the same coordinates after a norm."""
+        return replace(self, head_gain=gain)
+
+    def drawn(self, draws: Draws) -> Tensor | None:
+        """Return what the coordinates are for the noise of one forward, ``(B, S)``; None where it was not noted."""
+        columns: list[Tensor] = []
+        order: list[Tensor] = []
+        for linear, which, column, gains in self.parts:
+            module = linear.own.module()
+            if module is None or module not in draws.noise:
+                return None
+            noise = torch.cat(draws.noise[module])
+            columns.append(noise[:, column.to(noise.device)] * gains.to(noise))
+            order.append(which)
+        return torch.cat(columns, 1)[:, torch.cat(order).argsort().to(columns[0].device)]
 
     def weight(self, weights: Weights) -> Tensor:
         """Return the weight of each coordinate, ``(*shape, D)`` float32.
@@ -73,7 +111,10 @@ class Coordinates:
                 matrix = linear.matrix(weights)
                 rows.append(matrix[columns.to(matrix.device)] * gains.to(matrix.device)[:, None])
                 order.append(which.to(matrix.device))
-            return torch.cat(rows)[torch.cat(order).argsort()].reshape(*self.shape, -1)
+            weight = torch.cat(rows)[torch.cat(order).argsort()]
+            if self.head_gain is not None:
+                weight = weight * self.head_gain.read(weight.device)[:, None]
+            return weight.reshape(*self.shape, -1)
 
     def own_weights(self) -> Iterator[ModuleWeight | ParameterRows]:
         """Yield what is read of each module, also of the modules in front."""
@@ -166,21 +207,20 @@ def mha_projections(module: nn.MultiheadAttention, draws: Draws) -> tuple[Coordi
     return block("q_proj_weight", 0, norms), block("k_proj_weight", 0, key_norms)
 
 
-def _gain(norm: nn.Module | None, weight: Tensor, hooks: set[int]) -> Tensor:
+def _gain(norm: nn.Module | None, width: int, device: torch.device, hooks: set[int]) -> Tensor:
     """Return the gain of a norm per coordinate, ``(width,)``, whether it is stored as g or as 1 + g.
 
     On a vector of zero mean, both layer norm and RMS norm divide by its root mean square, so the difference of the
     responses to x and -x keeps the gain and removes the bias.
     """
     if norm is None:
-        raise UnreadableError("a norm before the projections has been replaced")
+        raise UnreadableError("a norm beside the projections has been replaced")
     own = next(parameter for parameter in norm.parameters())
-    width = weight.shape[-1]
-    x = torch.ones(width, dtype=own.dtype, device=weight.device if own.is_meta else own.device)
+    x = torch.ones(width, dtype=own.dtype, device=device if own.is_meta else own.device)
     x[1::2] = -1.0
     if width % 2:
         x[-3:] = x.new_tensor([1.0, 1.0, -2.0])
     with replaced_hooks(norm.modules(), lambda key, hook: hook if key in hooks else None):
         response = norm(x[None, None]) - norm(-x[None, None])
     gain: Tensor = (response[0, 0].float() / (2.0 * x.float())) * x.float().square().mean().sqrt()
-    return gain.to(weight.device)
+    return gain.to(device)
