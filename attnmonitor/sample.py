@@ -165,7 +165,7 @@ class Sample:
     coverage: Mapping[str, LayerCoverage] = field(default_factory=dict)
     events: list[AlertEvent] = field(default_factory=list)
     firing: list[AlertEvent] = field(default_factory=list)
-    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    diagnostics: Mapping[str, float | str] = field(default_factory=dict)
     seconds: float = float("nan")
     failures: int = 0
     failure: str | None = None

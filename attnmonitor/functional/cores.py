@@ -17,6 +17,7 @@ positions, d head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class FieldMoments:
     energy_squared: Tensor
     num_entries: Tensor
 
-    @property
+    @cached_property
     def participation_ratio(self) -> Tensor:
         r"""Smooth effective rank, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`, ``(...)``; 0 for a zero field."""
         return participation_from_moments(self.energy, self.energy_squared)

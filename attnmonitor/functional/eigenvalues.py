@@ -1,83 +1,124 @@
-"""Eigenvalues of many small symmetric matrices without waiting for the device.
+"""Eigenproblems of many small symmetric matrices, stated apart from where they are solved.
 
-On CUDA `torch.linalg.eigvalsh` reads a status word back to the host. The parallel cyclic Jacobi method needs nothing
-but products, and its off-diagonal remainder says how far it is from done; on a CPU LAPACK is faster.
+A computation that needs one is a generator: it yields an `Eigenproblem` and is sent the solution. So the same formulas
+run in one go, with the matrices solved where they are (`Solvable`), and with the matrices sent to the host, where
+LAPACK solves them while the caller does something else (`attnmonitor.functional.host_solver`).
 
-References:
-    G. Golub, C. Van Loan, *Matrix Computations*, 4th ed., section 8.5 (parallel Jacobi: round-robin ordering).
+On CUDA torch reads a status word after every eigensolver, so solving there makes the host wait for the device.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeAlias, TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["jacobi_eigenvalues", "symmetric_eigenvalues"]
+from attnmonitor.functional.ranks import is_finite
 
-NUM_SWEEPS = 8
-"""Quadratic convergence: 32×32 matrices of any conditioning are diagonal to rounding after 6 to 7."""
+__all__ = ["Eigenproblem", "Solution", "Solvable", "Steps", "each_step_in", "solve", "solved", "symmetric_eigenvalues"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Solution: TypeAlias = tuple[Tensor, Tensor | None]
+"""Eigenvalues ``(..., n)``, ascending, and eigenvectors ``(..., n, n)``, one per column; None where not asked for."""
 
 
-def symmetric_eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Eigenproblem:
+    """Symmetric matrices whose eigenvalues are wanted.
+
+    Attributes:
+        matrices: ``(..., n, n)``, finite.
+        vectors: Whether the eigenvectors are wanted as well.
+    """
+
+    matrices: Tensor
+    vectors: bool = False
+
+
+Steps: TypeAlias = Generator[Eigenproblem, Solution, T]
+"""A computation that yields its eigenproblems, is sent their solutions, and returns a result."""
+
+
+def solve(problem: Eigenproblem) -> Solution:
+    """Solve a problem where its matrices are, all of them in one call."""
+    if problem.vectors:
+        eigenvalues, eigenvectors = torch.linalg.eigh(problem.matrices)
+        return eigenvalues, eigenvectors
+    return torch.linalg.eigvalsh(problem.matrices), None
+
+
+def solved(steps: Steps[T]) -> T:
+    """Run a computation to its end, its eigenproblems solved where they are."""
+    resume: Callable[[], Eigenproblem] = functools.partial(next, steps)
+    while True:
+        try:
+            problem = resume()
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        resume = answered(steps, functools.partial(solve, problem))
+
+
+def answered(steps: Steps[T], solution: Callable[[], Solution]) -> Callable[[], Eigenproblem]:
+    """Return what resumes the computation with the solution, or with the error that looking for it raised."""
+    try:
+        return functools.partial(steps.send, solution())
+    except Exception as error:
+        return functools.partial(steps.throw, error)
+
+
+class Solvable(Generic[P, T]):
+    """A computation with eigenproblems as a plain function: called, it solves them where they are.
+
+    Attributes:
+        steps: The same computation as a generator of its eigenproblems.
+    """
+
+    def __init__(self, steps: Callable[P, Steps[T]]) -> None:
+        self.steps = steps
+        functools.update_wrapper(self, steps)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Compute the result."""
+        return solved(self.steps(*args, **kwargs))
+
+
+def each_step_in(context: Callable[[], AbstractContextManager[object]], steps: Steps[T]) -> Steps[T]:
+    """Run each step in a context of its own, which is not open while an eigenproblem is solved elsewhere."""
+    resume: Callable[[], Eigenproblem] = functools.partial(next, steps)
+    while True:
+        with context():
+            try:
+                problem = resume()
+            except StopIteration as end:
+                result: T = end.value
+                return result
+        try:
+            resume = functools.partial(steps.send, (yield problem))
+        except Exception as error:
+            resume = functools.partial(steps.throw, error)
+
+
+@Solvable
+def symmetric_eigenvalues(matrices: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     """Eigenvalues of symmetric matrices and how far the sum of their errors may reach.
 
     Args:
-        matrices: ``(N, n, n)`` float64, n even on CUDA.
+        matrices: ``(N, n, n)`` float64.
 
     Returns:
         ``(N, n)``, descending, and ``(N,)``; NaN for a matrix that is not finite.
     """
-    finite = matrices.isfinite().all(-1).all(-1)
+    finite = is_finite(matrices).flatten(1).all(-1)
     matrices = torch.where(finite[:, None, None], matrices, 0)
-    if matrices.is_cuda:
-        values, error = jacobi_eigenvalues(matrices)
-    else:
-        values, size = torch.linalg.eigvalsh(matrices).flip(-1), matrices.shape[-1]
-        error = 8 * size**1.5 * torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)
-    return torch.where(finite[:, None], values, torch.nan), torch.where(finite, error, torch.nan)
-
-
-def jacobi_eigenvalues(matrices: Tensor, num_sweeps: int = NUM_SWEEPS) -> tuple[Tensor, Tensor]:
-    r"""Eigenvalues by parallel cyclic Jacobi rotations.
-
-    Each round rotates n/2 disjoint pairs at once; n - 1 rounds (a round-robin tournament) meet every pair. The sum of
-    any eigenvalues differs from that of the diagonal entries by at most the trace norm of what is off the diagonal,
-    and that by :math:`\sqrt n` times its Frobenius norm.
-
-    Args:
-        matrices: ``(N, n, n)``, symmetric, n even.
-        num_sweeps: Passes over all pairs.
-
-    Returns:
-        ``(N, n)``, descending, and the bound on the error of their sums, ``(N,)``.
-    """
+    eigenvalues, _ = yield Eigenproblem(matrices)
     size = matrices.shape[-1]
-    # Rotating rounding noise against rounding noise (in a null space) turns through arbitrary angles and undoes
-    # what was done.
-    noise = torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)[:, None]
-    players = torch.arange(size, device=matrices.device)
-    for _ in range(num_sweeps * (size - 1)):
-        first, second = players[: size // 2], players[size // 2 :].flip(0)
-        matrices = _rotate(matrices, first, second, noise)
-        players = torch.cat([players[:1], players[1:].roll(1)])
-    values = matrices.diagonal(dim1=-2, dim2=-1)
-    remainder = torch.linalg.matrix_norm(matrices - torch.diag_embed(values))
-    rounding = num_sweeps * size**1.5 * torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)
-    return values.sort(-1, descending=True).values, size**0.5 * remainder + rounding
-
-
-def _rotate(matrices: Tensor, first: Tensor, second: Tensor, noise: Tensor) -> Tensor:
-    """Annihilate the entries (first, second) above ``noise`` in every matrix by one orthogonal similarity."""
-    p, q, pq = matrices[:, first, first], matrices[:, second, second], matrices[:, first, second]
-    difference = q - p
-    hypotenuse = (difference.square() + 4 * pq.square()).sqrt()
-    tangent = 2 * pq * torch.where(difference < 0, -1.0, 1.0) / (difference.abs() + hypotenuse)
-    tangent = torch.where(pq.abs() <= noise, 0, tangent)
-    cosine = (1 + tangent.square()).rsqrt()
-    sine = tangent * cosine
-    rotation = torch.zeros_like(matrices)
-    rotation[:, first, first] = cosine
-    rotation[:, second, second] = cosine
-    rotation[:, first, second] = sine
-    rotation[:, second, first] = -sine
-    return rotation.mT @ matrices @ rotation
+    error = 8 * size**1.5 * torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)
+    return torch.where(finite[:, None], eigenvalues.flip(-1), torch.nan), torch.where(finite, error, torch.nan)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, num_positions
+from attnmonitor.functional.eigenvalues import Eigenproblem, Solvable, Steps
 from attnmonitor.functional.precision import gram_of, position_blocks
-from attnmonitor.functional.ranks import effective_rank
+from attnmonitor.functional.ranks import effective_rank, is_finite
 
 __all__ = ["KeyBasis", "KeyGram", "KeySpectrum", "key_basis", "key_gram", "key_spectrum"]
 
@@ -101,7 +102,7 @@ class KeySpectrum:
 
     def or_nan(self, values: Tensor) -> Tensor:
         """``values``, ``(B, Hkv)``, with NaN for the heads that are not finite."""
-        return torch.where(self.energy.isfinite(), values, torch.nan)
+        return torch.where(is_finite(self.energy), values, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class KeyBasis(KeySpectrum):
         """
         kept = self.leading(self.numerical_rank())
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
-        to_left = torch.where(self.energy.isfinite()[..., None, None], to_left, torch.nan)
+        to_left = torch.where(is_finite(self.energy)[..., None, None], to_left, torch.nan)
         for centered in _centered_blocks(self.keys.key, self.keys.key_mask, self.keys.mean):
             yield centered @ to_left
 
@@ -176,21 +177,22 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
     return KeyGram(key, key_mask, mean, gram, energy, num_keys)
 
 
-def key_spectrum(keys: KeyGram) -> KeySpectrum:
+@Solvable
+def key_spectrum(keys: KeyGram) -> Steps[KeySpectrum]:
     """Squared singular values of the centered keys, without their directions: a third of the cost of `key_basis`."""
-    return KeySpectrum(keys, _descending(torch.linalg.eigvalsh(keys.gram), keys))
+    eigenvalues, _ = yield Eigenproblem(keys.gram)
+    return KeySpectrum(keys, _descending(eigenvalues, keys))
 
 
-def key_basis(keys: KeyGram) -> KeyBasis:
-    """Diagonalize the Gram matrix of the centered keys.
-
-    On CUDA `torch.linalg.eigh` waits for the device to check for failure: one short wait per layer, inside the forward.
-    """
-    eigenvalues, eigenvectors = torch.linalg.eigh(keys.gram)
+@Solvable
+def key_basis(keys: KeyGram) -> Steps[KeyBasis]:
+    """Diagonalize the Gram matrix of the centered keys."""
+    eigenvalues, eigenvectors = yield Eigenproblem(keys.gram, vectors=True)
+    assert eigenvectors is not None
     return KeyBasis(keys, _descending(eigenvalues, keys), eigenvectors.flip(-1))
 
 
 def _descending(eigenvalues: Tensor, keys: KeyGram) -> Tensor:
     """Ascending eigenvalues of a Gram matrix in descending order; NaN for a head that is not finite."""
-    known = keys.energy.isfinite()[..., None]
+    known = is_finite(keys.energy)[..., None]
     return torch.where(known, eigenvalues.flip(-1).clamp_min(0), torch.nan)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnmonitor.functional.key_basis import KeyBasis
 from attnmonitor.functional.precision import full_precision
-from attnmonitor.functional.ranks import spread_over_positions
+from attnmonitor.functional.ranks import is_finite, spread_over_positions
 
 __all__ = ["PositionProfile", "Profile", "position_profiles", "share_excess"]
 
@@ -130,4 +130,4 @@ def _energy_shares(relative: Tensor, left: Tensor) -> Tensor:
 def share_excess(energy_shares: PositionProfile, leverage: PositionProfile) -> Tensor:
     """The most by which a position's energy share exceeds its leverage, ``(B,)``; rounding in a sound measurement."""
     excess = energy_shares.weights.unflatten(1, (leverage.weights.shape[1], -1)) - leverage.weights[:, :, None]
-    return torch.where(excess.isfinite(), excess, 0).amax((1, 2, 3)).clamp_min(0)
+    return torch.where(is_finite(excess), excess, 0).amax((1, 2, 3)).clamp_min(0)

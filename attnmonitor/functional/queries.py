@@ -69,7 +69,7 @@ def query_gram(query: Tensor, query_mask: Tensor | None = None) -> QueryGram:
     with full_precision(query.device):
         gram = gram_of(query, (block for _, block in position_blocks(query, query_mask)))
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    energy = torch.where(energy.isfinite(), energy, torch.nan)
+    energy = energy + 0 * energy  # NaN where it is infinite
     return QueryGram(query.shape, gram, energy, num_positions(query, query_mask))
 
 

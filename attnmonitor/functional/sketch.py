@@ -46,7 +46,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.eigenvalues import symmetric_eigenvalues
+from attnmonitor.functional.eigenvalues import Solvable, Steps, symmetric_eigenvalues
+from attnmonitor.functional.ranks import is_finite
 
 __all__ = ["orthonormal_columns", "sketched_spectrum"]
 
@@ -60,7 +61,8 @@ two passes of Cholesky QR need, also where M is exactly of low rank. Components 
 hold no share that a count could see."""
 
 
-def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+@Solvable
+def sketched_spectrum(core: Tensor, target_rank: int) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     """Leading eigenvalues of cores of trace 1 (or 0), with upper bounds on their running sums.
 
     Args:
@@ -72,23 +74,22 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, T
         rounding error both may carry, ``(N,)``. NaN, 1 and NaN where a step failed.
     """
     head_dim = core.shape[-1]
-    coordinate, column = torch.meshgrid(
-        torch.arange(head_dim, device=core.device), torch.arange(target_rank, device=core.device), indexing="ij"
-    )
-    weight = torch.where(coordinate < target_rank, 1.0, 0.5)
-    start = torch.where(coordinate % target_rank == column, weight, 0).to(core.dtype)
-    basis = orthonormal_columns(core @ start + SHIFT * start)
+    identity = torch.eye(target_rank, dtype=core.dtype, device=core.device)
+    start = identity.repeat(-(-head_dim // target_rank), 1)[:head_dim]
+    start[target_rank:].mul_(0.5)
+    basis = core @ start + SHIFT * start
     for _ in range(NUM_POWER_ITERATIONS):
-        basis = orthonormal_columns(core @ basis + SHIFT * basis)
+        basis = cholesky_qr(basis)  # not yet orthonormal to rounding, which only the last columns have to be
+        basis = core @ basis + SHIFT * basis
+    basis = orthonormal_columns(basis)
     image = core @ basis
     compressed = basis.mT @ image
     compressed = (compressed + compressed.mT) / 2
-    ritz, left_over = symmetric_eigenvalues(compressed)
+    ritz, left_over = yield from symmetric_eigenvalues.steps(compressed)
     inside = basis @ compressed
     residual = image - inside
     half = image - inside / 2
     outside = torch.baddbmm(core, basis, half.mT, alpha=-1).baddbmm_(half, basis.mT, alpha=-1)
-    identity = torch.eye(target_rank, dtype=core.dtype, device=core.device)
     defect = torch.linalg.matrix_norm(basis.mT @ basis - identity)
     unit_roundoff = torch.finfo(core.dtype).eps / 2
     error = 8 * head_dim**1.5 * unit_roundoff + 4 * defect + left_over
@@ -96,13 +97,17 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> tuple[Tensor, Tensor, T
     coupling = (torch.linalg.matrix_norm(residual) + error).square()
     gap = ritz - largest_outside[:, None]
     bounds = ritz.cumsum(-1) + coupling[:, None] / gap
-    bounds = torch.where((gap > 0) & error.isfinite()[:, None], bounds, 1).clamp_max(1)
+    bounds = torch.where((gap > 0) & is_finite(error)[:, None], bounds, 1).clamp_max(1)
     return ritz.clamp_min(0), bounds, error
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
     """Orthonormal basis of the columns by Cholesky QR, twice; products and triangular solves only, no wait."""
-    for _ in range(2):
-        factor = torch.linalg.cholesky_ex(columns.mT @ columns).L
-        columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
-    return columns
+    return cholesky_qr(cholesky_qr(columns))
+
+
+def cholesky_qr(columns: Tensor) -> Tensor:
+    """One pass: orthonormal up to rounding times the squared condition number of the columns."""
+    factor = torch.linalg.cholesky_ex(columns.mT @ columns).L
+    basis: Tensor = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
+    return basis

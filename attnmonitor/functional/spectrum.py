@@ -15,13 +15,15 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.cores import FieldCores, FieldMoments, field_moments
-from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction
+from attnmonitor.functional.eigenvalues import Eigenproblem, Solvable, Steps
+from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction, is_finite
 from attnmonitor.functional.sketch import sketched_spectrum
 
 __all__ = ["DEFAULT_TARGET_RANK", "EnergySpectrum", "Method", "core_spectrum"]
@@ -54,7 +56,7 @@ class EnergySpectrum(FieldMoments):
         """Leading singular values, ``(..., r)``, descending."""
         return self.variances.sqrt()
 
-    @property
+    @cached_property
     def stable_rank(self) -> Tensor:
         r"""Total over leading energy, :math:`T / \sigma_1^2`, ``(...)``; 0 for a zero field."""
         return torch.where(self.energy == 0, 0, self.energy / self.variances[..., 0])
@@ -96,8 +98,8 @@ class EnergySpectrum(FieldMoments):
         Raises:
             ValueError: ``fraction`` is not in (0, 1].
         """
-        lower, upper = self.effective_rank_bounds(fraction)
-        return lower == upper
+        lower, upper = self._bounds(fraction, self.error + 2 * TIE * self.energy)
+        return (lower == upper) & self._known()
 
     def violation(self) -> Tensor:
         """How far each spectrum breaks what holds for any field, ``(...)``: rounding unless something is wrong.
@@ -108,7 +110,7 @@ class EnergySpectrum(FieldMoments):
         stable, participation = self.stable_rank, self.participation_ratio
         past_trace = self.variances.sum(-1) / self.energy - 1
         worst = torch.stack([1 - stable, stable / participation - 1, participation / self.max_rank - 1, past_trace])
-        return torch.where(worst.isfinite() & (self.energy > 0), worst, 0).amax(0).clamp_min(0)
+        return torch.where(is_finite(worst) & (self.energy > 0), worst, 0).amax(0).clamp_min(0)
 
     def _bounds(self, fraction: float, slack: Tensor) -> tuple[Tensor, Tensor]:
         check_fraction("fraction", fraction)
@@ -121,11 +123,16 @@ class EnergySpectrum(FieldMoments):
         return lower.clamp_max(self.max_rank) * alive, torch.where(unreached, self.max_rank, upper) * alive
 
     def _or_nan(self, count: Tensor) -> Tensor:
-        known = self.energy.isfinite() & self.variances[..., 0].isfinite()
-        return torch.where(known, count.to(self.energy.dtype), torch.nan)
+        return torch.where(self._known(), count.to(self.energy.dtype), torch.nan)
+
+    def _known(self) -> Tensor:
+        return is_finite(self.energy + self.variances[..., 0])
 
 
-def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: int | None = None) -> EnergySpectrum:
+@Solvable
+def core_spectrum(
+    fields: FieldCores, *, method: Method = "auto", target_rank: int | None = None
+) -> Steps[EnergySpectrum]:
     """Spectra of energy fields whose cores are given; nothing waits for the device unless ``method`` is ``"exact"``.
 
     ``"auto"`` takes every eigenvalue on a CPU for heads smaller than 256 and sketches elsewhere. Measured on one core
@@ -147,13 +154,14 @@ def core_spectrum(fields: FieldCores, *, method: Method = "auto", target_rank: i
     columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
     moments = field_moments(fields)
     energy = moments.energy
-    relative = torch.where(energy.isfinite()[..., None, None], fields.core, 0)
+    relative = torch.where(is_finite(energy)[..., None, None], fields.core, 0)
     relative = relative.div_(torch.where(energy > 0, energy, 1)[..., None, None]).flatten(0, -3)
     if _takes_every_eigenvalue(method, fields.core):
-        variances = torch.linalg.eigvalsh(relative).flip(-1).clamp_min(0)
+        eigenvalues, _ = yield Eigenproblem(relative)
+        variances = eigenvalues.flip(-1).clamp_min(0)
         sums, error = variances.cumsum(-1), torch.zeros(len(relative), dtype=energy.dtype, device=energy.device)
     else:
-        variances, sums, error = sketched_spectrum(relative, columns)
+        variances, sums, error = yield from sketched_spectrum.steps(relative, columns)
     return EnergySpectrum(
         variances=variances.view(*energy.shape, -1) * energy[..., None],
         sum_bounds=sums.view(*energy.shape, -1) * energy[..., None],

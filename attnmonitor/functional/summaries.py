@@ -27,12 +27,21 @@ from collections.abc import Collection
 from typing import Any, Literal, cast, get_args
 
 from attnmonitor.functional.cores import field_cores, field_moments
+from attnmonitor.functional.eigenvalues import Solvable, Steps
 from attnmonitor.functional.key_basis import KeyBasis, KeyGram, KeySpectrum, key_basis, key_spectrum
 from attnmonitor.functional.positions import Profile, position_profiles
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.spectrum import Method, core_spectrum
 
-__all__ = ["FROM_ATTENTION", "FROM_KEYS", "FROM_QUERIES", "Summary", "layer_summaries", "solved_keys"]
+__all__ = [
+    "FROM_ATTENTION",
+    "FROM_KEYS",
+    "FROM_QUERIES",
+    "Summary",
+    "layer_summaries",
+    "needs_eigenvalues",
+    "solved_keys",
+]
 
 Summary = Literal[
     "queries",
@@ -63,6 +72,12 @@ FROM_KEYS: frozenset[str] = _FROM_FIELD | _PROFILES | {"keys", "key_spectrum"}
 """Summaries that read the keys."""
 
 
+def needs_eigenvalues(wanted: Collection[Summary]) -> bool:
+    """Whether one of the summaries needs an eigensolver."""
+    return not (_PROFILES | {"key_spectrum", "energy_spectrum"}).isdisjoint(wanted)
+
+
+@Solvable
 def layer_summaries(
     queries: QueryGram | None,
     keys: KeyGram | None,
@@ -72,7 +87,7 @@ def layer_summaries(
     spectrum: KeySpectrum | None = None,
     method: Method = "auto",
     target_rank: int | None = None,
-) -> dict[str, Any]:
+) -> Steps[dict[str, Any]]:
     """Compute the wanted summaries of a layer, or of layers of one shape joined as sequences of one layer.
 
     Args:
@@ -94,7 +109,7 @@ def layer_summaries(
     if keys is None or FROM_KEYS.isdisjoint(wanted):
         return found
     found["keys"] = keys
-    found["key_spectrum"] = spectrum = solved_keys(keys, wanted) if spectrum is None else spectrum
+    found["key_spectrum"] = spectrum = spectrum or (yield from solved_keys.steps(keys, wanted))
     basis = spectrum if isinstance(spectrum, KeyBasis) else None
     fields = None
     if queries is not None and not _FROM_FIELD.isdisjoint(wanted):
@@ -105,15 +120,17 @@ def layer_summaries(
     if fields is not None and "field_moments" in wanted:
         found["field_moments"] = field_moments(fields)
     if fields is not None and "energy_spectrum" in wanted:
-        found["energy_spectrum"] = core_spectrum(fields, method=method, target_rank=target_rank)
+        spectrum_steps = core_spectrum.steps(fields, method=method, target_rank=target_rank)
+        found["energy_spectrum"] = yield from spectrum_steps
     profiles = cast("set[Profile]", _PROFILES.intersection(wanted))
     if basis is not None and profiles:
         found |= position_profiles(basis, profiles, core=None if fields is None else fields.core)
     return found
 
 
-def solved_keys(keys: KeyGram, wanted: Collection[Summary]) -> KeySpectrum | None:
+@Solvable
+def solved_keys(keys: KeyGram, wanted: Collection[Summary]) -> Steps[KeySpectrum | None]:
     """The eigenvectors of the keys' Gram matrix, or its eigenvalues, or neither: what the wanted summaries need."""
     if not _PROFILES.isdisjoint(wanted):
-        return key_basis(keys)
-    return key_spectrum(keys) if "key_spectrum" in wanted else None
+        return (yield from key_basis.steps(keys))
+    return (yield from key_spectrum.steps(keys)) if "key_spectrum" in wanted else None

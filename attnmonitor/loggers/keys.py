@@ -60,7 +60,8 @@ def summary_scalars(sample: Sample) -> dict[str, float]:
     scalars[f"{prefix}/alerts/new"] = sum(event.state == "firing" for event in sample.events)
     scalars[f"{prefix}/monitor/seconds"] = sample.seconds
     scalars[f"{prefix}/monitor/failures"] = sample.failures
-    scalars.update({f"{prefix}/monitor/{name}": value for name, value in sample.diagnostics.items()})
+    numbers = {name: value for name, value in sample.diagnostics.items() if not isinstance(value, str)}
+    scalars.update({f"{prefix}/monitor/{name}": value for name, value in numbers.items()})
     return scalars
 
 

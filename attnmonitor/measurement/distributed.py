@@ -244,8 +244,8 @@ class DistributedMeasurement(Measurement):
         group: distributed.ProcessGroup,
         tables: _Tables,
         coverage: dict[str, LayerCoverage],
-        diagnostics: dict[str, float],
-    ) -> dict[str, float]:
+        diagnostics: dict[str, float | str],
+    ) -> dict[str, float | str]:
         """Join the layers that a group shares, in ``tables`` and ``coverage``; return the joined diagnostics."""
         names = [name for name, each in self._slices.items() if each.group is group]
         own_part = {
@@ -343,7 +343,7 @@ def _joined_coverage(parts: Sequence[LayerCoverage], splits_keys: bool) -> Layer
     )
 
 
-def _joined_diagnostics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _joined_diagnostics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
     certified = [part["certified_fraction"] for part in parts]
     return {
         **parts[0],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,19 +20,22 @@ from torch import Tensor, nn
 
 from attnmonitor.capture import capture_attention
 from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
+from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
+from attnmonitor.functional.summaries import needs_eigenvalues
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
+from attnmonitor.measurement.unfinished import Key, Unfinished
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
+from attnmonitor.metrics.statistics import summaries_of
 from attnmonitor.parallel.collectives import LoneCollectiveError, no_collectives
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["Measured", "Measurement"]
 
-_Key = tuple[str, ...]
 LayerValues = Mapping[str, Mapping[str, Tensor]]
 
 # Allowed deviation of attention rebuilt in float32 from the layer's own output, by the type of the layer's tensors.
@@ -48,13 +52,14 @@ class Measured:
         spread: The same shape: standard deviation over the sequences.
         coverage: Every layer, measured or not.
         diagnostics: ``certified_fraction`` and ``invariant_residual``, NaN where no metric needed what they are
-            computed from; ``halved_probe`` where memory did not suffice for the whole probe.
+            computed from; ``route``, which way its eigenproblems went; ``halved_probe`` where memory did not suffice
+            for the whole probe.
     """
 
     values: LayerValues
     spread: LayerValues
     coverage: Mapping[str, LayerCoverage]
-    diagnostics: Mapping[str, float]
+    diagnostics: Mapping[str, float | str]
 
     def trusted_values(self) -> LayerValues:
         """The values without the layers that may not be shown."""
@@ -79,6 +84,7 @@ class Measurement:
         layers: Coverage at attach: the layers and head counts that every measurement reports.
         num_heads: Per layer that has heads: ``{"query_head": …, "kv_head": …}``.
         signature: 12 hex digits over names and head counts of the layers, different for another model.
+        route: Which way the eigenproblems go, chosen at attach.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Measurement:
         self._layouts: dict[str, tuple[str, ...]] = {}
         self._target_ranks: dict[str, int] = {}
         self.layers: Mapping[str, LayerCoverage] = {}
+        self.route = RouteChoice("cpu")
 
     @property
     def num_heads(self) -> dict[str, dict[str, int]]:
@@ -153,9 +160,9 @@ class Measurement:
                 f"probe={described} has a sequence of fewer than 2 tokens (padding left out): nothing to attend "
                 "to; give sequences of 2 or more, better of a few hundred"
             )
-        with default_torch_state():
-            measured = self._on_host(forward)
+        measured = self._unfinished(forward).result()
         self.layers = measured.coverage
+        self.route = self._chosen_route(forward)
         if self._weight_metrics:
             self._weights = WeightMeasurement(
                 self._model, self._probe, self.layers, self._weight_metrics, with_others=self._with_others
@@ -174,13 +181,40 @@ class Measurement:
             if self._half is None:
                 raise
         # Outside the handler: inside, the exception would keep the failed forward's tensors alive.
-        measured = self._attempt(self._half, with_weights)
+        return self._halved(self._half, with_weights)
+
+    def begin(self, *, with_weights: bool = False) -> Measured | Unfinished[Measured]:
+        """Measure once; where the host's cores solve eigenproblems, leave to the caller when to go on with them.
+
+        Weights are read at once, before training changes them, and for that the whole measurement is finished.
+        """
+        if self.route.route != "host" or (with_weights and self._weights is not None):
+            return self.take(with_weights=with_weights)
+        try:
+            return self._unfinished(self._forward(self._probe))
+        except torch.OutOfMemoryError:
+            if self._half is None:
+                raise
+        return self._halved(self._half, False)
+
+    def _halved(self, half: Probe, with_weights: bool) -> Measured:
+        measured = self._attempt(half, with_weights)
         return replace(measured, diagnostics={**measured.diagnostics, "halved_probe": 1.0})
+
+    def _chosen_route(self, forward: Reduction) -> RouteChoice:
+        """The way of the eigenproblems that take longest: those of the keys, by their number and size."""
+        counts: Counter[tuple[torch.device, int]] = Counter()
+        for layer in forward.layers.values():
+            size = (layer.num_keys.device, layer.coverage.head_dim)
+            counts[size] += len(layer.num_keys) * layer.coverage.num_kv_heads
+        if not counts or not needs_eigenvalues(summaries_of(self._metrics)):
+            return RouteChoice("cpu")
+        device, head_dim = max(counts, key=lambda each: counts[each] * each[1] ** 3)
+        return choose_route(device, counts[device, head_dim], head_dim)
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
         forward = self._forward(probe)
-        with default_torch_state():
-            measured = self._on_host(forward)
+        measured = self._unfinished(forward).result()
         if self._weights is None or not with_weights:
             return measured
         return self._with_weights(measured, self._weights)
@@ -218,7 +252,8 @@ class Measurement:
 
     def _forward(self, probe: Probe) -> Reduction:
         """Run the probe and reduce its attention."""
-        reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict)
+        on_host = self.route.route == "host"
+        reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict, on_host=on_host)
         with (
             quiet(self._model),
             nullcontext() if self._with_others else no_collectives(self._model),
@@ -227,35 +262,34 @@ class Measurement:
         ):
             probe.run(self._model)
         reduction.failures = {**report.missed, **reduction.failures}
-        with default_torch_state():
-            reduction.finish()
         return reduction
 
-    def _on_host(self, forward: Reduction) -> Measured:
-        """Average over sequences, copy everything to the host in one transfer, and decide what may be shown."""
-        on_device: dict[_Key, Tensor] = {}
-        by_sequence: dict[_Key, Tensor] = {}
-        counted: dict[_Key, Tensor] = {}
+    def _unfinished(self, forward: Reduction) -> Unfinished[Measured]:
+        return Unfinished(forward, self._collected, self._judged_all)
+
+    def _collected(self, forward: Reduction) -> dict[Key, Tensor]:
+        """Average over sequences what all layers have given; still on the device."""
+        on_device: dict[Key, Tensor] = {}
+        by_sequence: dict[Key, Tensor] = {}
+        counted: dict[Key, Tensor] = {}
         for name, layer in forward.layers.items():
             found = forward.statistics[name]
-            if found.certified is not None:
-                on_device["certified", name] = found.certified.float().mean()
-            if found.invariant_residual is not None:
-                on_device["residual", name] = found.invariant_residual.amax()
-            if layer.error is not None:
-                on_device["error", name] = layer.error
+            checks = {"certified": found.certified, "residual": found.invariant_residual, "error": layer.error}
+            on_device |= {(check, name): values for check, values in checks.items() if values is not None}
             values = {**layer.in_model_order(found.values), **layer.at_once.values}
             by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
             counted |= {(metric, name): which for metric, which in layer.at_once.counted.items()}
-        on_host = to_host(on_device | _averaged(by_sequence, counted))
+        return on_device | _averaged(by_sequence, counted)
 
+    def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor]) -> Measured:
+        """Decide what may be shown of the numbers that have arrived."""
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
             for name in dict.fromkeys([*self.layers, *forward.layers])
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
-        certified = {name: float(on_host["certified", name]) for name in shown if ("certified", name) in on_host}
-        residuals = [float(on_host["residual", name]) for name in shown if ("residual", name) in on_host]
+        certified = {name: float(on_host["certified", name].mean()) for name in shown if ("certified", name) in on_host}
+        residuals = [float(on_host["residual", name].amax()) for name in shown if ("residual", name) in on_host]
         for name, fraction in certified.items():
             # Where a sketch was too small to certify every head, the next sample takes a larger one. Decided here, on
             # numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
@@ -269,10 +303,11 @@ class Measurement:
             diagnostics={
                 "certified_fraction": sum(certified.values()) / len(certified) if certified else math.nan,
                 "invariant_residual": max(residuals, default=math.nan),
+                "route": self.route.route,
             },
         )
 
-    def _table(self, which: str, on_host: Mapping[_Key, Tensor], shown: Sequence[str]) -> LayerValues:
+    def _table(self, which: str, on_host: Mapping[Key, Tensor], shown: Sequence[str]) -> LayerValues:
         """The numbers by metric and layer; NaN for layers that may not be shown."""
         return {
             metric: {
@@ -285,7 +320,7 @@ class Measurement:
         }
 
     def _judged(
-        self, name: str, layer: ReducedLayer | None, failure: str, on_host: Mapping[_Key, Tensor]
+        self, name: str, layer: ReducedLayer | None, failure: str, on_host: Mapping[Key, Tensor]
     ) -> LayerCoverage:
         """How a layer was measured, or why its numbers may not be shown."""
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
@@ -308,12 +343,12 @@ class Measurement:
         return replace(found, error=error, reason=reason)
 
 
-def _averaged(by_sequence: Mapping[_Key, Tensor], counted: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+def _averaged(by_sequence: Mapping[Key, Tensor], counted: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Mean and spread over sequences of every ``(B, H)``, all of one B at once; some values may not count."""
-    by_batch: dict[int, dict[_Key, Tensor]] = {}  # more than one only in windowed vision models
+    by_batch: dict[int, dict[Key, Tensor]] = {}  # more than one only in windowed vision models
     for key, values in by_sequence.items():
         by_batch.setdefault(len(values), {})[key] = values
-    averaged: dict[_Key, Tensor] = {}
+    averaged: dict[Key, Tensor] = {}
     for several in by_batch.values():
         device = next(iter(several.values())).device
         all_count = torch.ones(1, 1, dtype=torch.bool, device=device)
@@ -325,21 +360,3 @@ def _averaged(by_sequence: Mapping[_Key, Tensor], counted: Mapping[_Key, Tensor]
             for key, heads in zip(several, torch.split(average(sums), widths), strict=True):
                 averaged[(which, *key)] = heads
     return averaged
-
-
-def to_host(on_device: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
-    """Copy all tensors to the host as one float32 vector: the only place where a sample waits for the device."""
-    if not on_device:
-        return {}
-    device = next(iter(on_device.values())).device
-    vector = torch.cat([tensor.detach().reshape(-1).to(device, torch.float32) for tensor in on_device.values()])
-    if vector.is_cuda:
-        pinned = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-        pinned.copy_(vector, non_blocking=True)
-        torch.cuda.current_stream(device).synchronize()
-        vector = pinned
-    parts = torch.split(vector, [tensor.numel() for tensor in on_device.values()])
-    # Cloned, because a view would keep the whole vector alive.
-    return {
-        key: part.clone().reshape(tensor.shape) for (key, tensor), part in zip(on_device.items(), parts, strict=True)
-    }

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import distributed, nn
 
+from attnmonitor.functional.routes import RouteChoice
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
 from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.messages import warn
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
 from attnmonitor.parallel.exchange import MissingProcessError
@@ -30,6 +32,7 @@ class NoMeasurement:
     """The measurement of a monitor that is a copy: no process takes it."""
 
     measures = False
+    route = RouteChoice("cpu")
 
     def follow_model(self) -> None:
         """Do nothing."""
@@ -72,6 +75,11 @@ class RankMeasurement:
     def signature(self) -> str:
         """Hash of the names and head counts of the layers."""
         return self._measurement.signature
+
+    @property
+    def route(self) -> RouteChoice:
+        """Which way the eigenproblems go."""
+        return self._measurement.route
 
     @property
     def measures(self) -> bool:
@@ -134,6 +142,16 @@ class RankMeasurement:
                     raise error.__cause__ from None
                 raise
         return self._measurement.take(with_weights=with_weights)
+
+    def begin(self, *, with_weights: bool = False) -> Measured | Unfinished[Measured]:
+        """Measure once, see `Measurement.begin`; at once where processes have to know together when a sample ends.
+
+        Raises:
+            MissingProcessError, ValueError: As `take`.
+        """
+        if distributed.is_initialized() or self._refusal is not None or not self._attached:
+            return self.take(with_weights=with_weights)
+        return self._measurement.begin(with_weights=with_weights)
 
     def nothing(self, reason: str) -> Measured:
         """The result of a measurement that failed as a whole: NaN for every head."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from attnmonitor.capture import AttentionCall
 from attnmonitor.functional import query_gram
 from attnmonitor.functional.checks import num_positions
+from attnmonitor.functional.eigenvalues import Steps, solved
+from attnmonitor.functional.host_solver import HostSolver
 from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
 from attnmonitor.measurement.attention_values import AttentionValues, attention_values
 from attnmonitor.messages import error_text
@@ -71,6 +73,7 @@ class Reduction:
         metrics: Names of the metrics to compute.
         target_ranks: Columns of the sketch that sufficed for a layer, by its name.
         strict: Raise an error in one layer; otherwise only that layer fails.
+        on_host: Have the eigenproblems of tensors on a GPU solved by the host's cores.
 
     Attributes:
         layers: What is known of each layer.
@@ -78,11 +81,20 @@ class Reduction:
         failures: Reason for each layer that could not be measured.
     """
 
-    def __init__(self, metrics: Sequence[str], target_ranks: Mapping[str, int], *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        target_ranks: Mapping[str, int],
+        *,
+        strict: bool = False,
+        on_host: bool = False,
+    ) -> None:
         self._metrics = metrics
         self._summaries = summaries_of(metrics)
         self._target_ranks = target_ranks
         self._strict = strict
+        self._on_host = on_host
+        self._solver: HostSolver[None] | None = None
         self._pending: dict[str, LayerHeads] = {}
         self.layers: dict[str, ReducedLayer] = {}
         self.statistics: dict[str, HeadStatistics] = {}
@@ -93,14 +105,35 @@ class Reduction:
         with self._contained(call.layer):
             self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._heads(call)
         if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
-            self.finish()
+            self._start()
+
+    def advance(self) -> bool:
+        """Go on with the layers as far as no wait is needed; return whether all are finished."""
+        self._start()
+        return self._solver is None or self._solver.advance()
 
     def finish(self) -> None:
         """Compute the values of the pending layers, each with the sketch columns that sufficed for it before."""
+        self._start()
+        if self._solver is not None:
+            self._solver.result()
+
+    def _start(self) -> None:
+        """Compute the pending layers; where the host's cores solve for it, up to what they have to solve first."""
+        if not self._pending:
+            return
+        if self._solver is not None:
+            self._solver.result()  # layers that came before, so that no more than two batches are held
         pending = dict(self._pending)
         self._pending.clear()
+        if self._on_host:
+            self._solver = HostSolver(self._finished(pending))
+        else:
+            solved(self._finished(pending))
+
+    def _finished(self, pending: Mapping[str, LayerHeads]) -> Steps[None]:
         try:
-            self._finish(pending)
+            yield from self._computed(pending)
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -108,11 +141,11 @@ class Reduction:
                 raise
             for name, heads in pending.items():  # each alone, so that only those fail that are the reason
                 with self._contained(name):
-                    self._finish({name: heads})
+                    yield from self._computed({name: heads})
 
-    def _finish(self, pending: Mapping[str, LayerHeads]) -> None:
+    def _computed(self, pending: Mapping[str, LayerHeads]) -> Steps[None]:
         target_ranks = [self._target_ranks.get(name) for name in pending]
-        found = head_statistics(list(pending.values()), self._metrics, target_rank=target_ranks)
+        found = yield from head_statistics.steps(list(pending.values()), self._metrics, target_rank=target_ranks)
         self.statistics.update(zip(pending, found, strict=True))
 
     @contextmanager

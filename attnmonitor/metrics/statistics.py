@@ -10,14 +10,16 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, groupby
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, check_query_and_key
+from attnmonitor.functional.eigenvalues import Solvable, Steps, each_step_in, solved
 from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import share_excess
 from attnmonitor.functional.precision import full_precision
@@ -123,16 +125,17 @@ def summaries_of(metrics: Sequence[str]) -> frozenset[Summary]:
     return frozenset(METRICS[name].summary for name in metrics)
 
 
+@Solvable
 def head_statistics(
     layers: Sequence[LayerHeads],
     metrics: Sequence[str],
     *,
     method: Method = "auto",
     target_rank: int | Sequence[int | None] | None = None,
-) -> list[HeadStatistics]:
+) -> Steps[list[HeadStatistics]]:
     """Values of every layer.
 
-    Nothing waits for the device (unless ``method`` is ``"exact"`` on CUDA), so heads that fail to be certified cannot
+    Nothing but the eigenproblems waits for the device, so heads that fail to be certified cannot
     be tried again here: the caller reads ``certified`` with its next transfer and asks for a larger ``target_rank``
     next time.
 
@@ -160,16 +163,21 @@ def head_statistics(
         groups.setdefault((layer.kind, columns), []).append(index)
     parts = [(group, part) for group in groups.values() for part in _parts([layers[index] for index in group])]
 
-    def measured(some: slice) -> list[HeadStatistics]:
-        return [
-            _statistics(_joined([layers[index] for index in group], part), metrics, method, per_layer[group[0]])
-            for group, part in parts[some]
-        ]
+    def measured(some: slice) -> Steps[list[HeadStatistics]]:
+        found = []
+        for group, part in parts[some]:
+            joined = _joined([layers[index] for index in group], part)
+            steps = _statistics(joined, metrics, method, per_layer[group[0]])
+            found.append((yield from each_step_in(partial(full_precision, joined.device), steps)))
+        return found
 
     multiplications = sum(layer.shape.numel() * layer.shape[-1] for layer in layers)
     device = layers[0].device if layers else torch.device("cpu")
     split = split_for_cores(len(parts), multiplications, device)
-    measured_parts = chain.from_iterable(map_on_cores(measured, split))
+    if len(split) == 1:
+        measured_parts = yield from measured(split[0])
+    else:  # each core solves its own
+        measured_parts = list(chain.from_iterable(map_on_cores(lambda some: solved(measured(some)), split)))
     found: dict[int, HeadStatistics] = {}
     for group, of_group in groupby(zip(parts, measured_parts, strict=True), lambda each: each[0][0]):
         together = _concatenated([each for _, each in of_group])
@@ -209,34 +217,43 @@ def _joined(group: Sequence[LayerHeads], sequences: slice) -> LayerHeads:
     )
 
 
-def _statistics(layer: LayerHeads, metrics: Sequence[str], method: Method, target_rank: int | None) -> HeadStatistics:
+def _statistics(
+    layer: LayerHeads, metrics: Sequence[str], method: Method, target_rank: int | None
+) -> Steps[HeadStatistics]:
     """The values of one layer."""
     wanted = summaries_of(metrics)
-    with full_precision(layer.device):
-        found = layer_summaries(
-            layer.queries,
-            None if layer.key is None else key_gram(layer.key, layer.key_mask),
-            wanted,
-            scale=layer.scale,
-            method=method,
-            target_rank=target_rank and min(target_rank, layer.shape[-1]),
-        )
-        values = {
-            name: METRICS[name].formula(found[METRICS[name].summary]).to(torch.float32)
-            for name in metrics
-            if METRICS[name].summary in found
-        }
-        residuals = []
-        if "energy_shares" in found and "leverage" in found:
-            residuals.append(share_excess(found["energy_shares"], found["leverage"]))
-        spectrum = found.get("energy_spectrum")
-        if spectrum is not None:
-            residuals.append(spectrum.violation().amax(-1))
-        return HeadStatistics(
-            values,
-            None if spectrum is None else spectrum.certified(),
-            torch.stack([each.to(torch.float32) for each in residuals]).amax(0) if residuals else None,
-        )
+    found = yield from layer_summaries.steps(
+        layer.queries,
+        None if layer.key is None else key_gram(layer.key, layer.key_mask),
+        wanted,
+        scale=layer.scale,
+        method=method,
+        target_rank=target_rank and min(target_rank, layer.shape[-1]),
+    )
+    values = {
+        name: METRICS[name].formula(found[METRICS[name].summary]) for name in metrics if METRICS[name].summary in found
+    }
+    residuals = []
+    if "energy_shares" in found and "leverage" in found:
+        residuals.append(share_excess(found["energy_shares"], found["leverage"]))
+    spectrum = found.get("energy_spectrum")
+    if spectrum is not None:
+        residuals.append(spectrum.violation().amax(-1))
+    return HeadStatistics(
+        _in_float32(values),
+        None if spectrum is None else spectrum.certified(),
+        torch.stack([each.to(torch.float32) for each in residuals]).amax(0) if residuals else None,
+    )
+
+
+def _in_float32(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All values of one shape converted at once."""
+    found: dict[str, Tensor] = {}
+    for shape in {value.shape for value in values.values()}:
+        some = {name: value for name, value in values.items() if value.shape == shape}
+        stacked = torch.stack([value.to(torch.float64) for value in some.values()]).to(torch.float32)
+        found |= zip(some, stacked.unbind(), strict=True)
+    return {name: found[name] for name in values}
 
 
 def _concatenated(parts: Sequence[HeadStatistics]) -> HeadStatistics:

@@ -107,6 +107,14 @@ class Failures:
                 "more are taken until monitor.resume()"
             )
 
+    def warn_of_graph(self) -> None:
+        """Warn once that a step which is captured in a CUDA graph is not sampled."""
+        self._warn_once(
+            "graph",
+            "a CUDA graph is captured in this step, and no sample is taken in it; replays call no hooks: call "
+            "monitor.on_step(step) yourself after each replay",
+        )
+
     def warn(self, message: str) -> None:
         """Warn the user, in the monitor's name."""
         if not self._silent:

@@ -8,46 +8,45 @@ any more pauses itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed, nn
 
 from attnmonitor._version import __version__
 from attnmonitor.alerts import Rule
-from attnmonitor.alerts.actions import Action, check_actions, requests_of
-from attnmonitor.measurement import Measured
+from attnmonitor.alerts.actions import Action, check_actions
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import NoMeasurement, RankMeasurement
-from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
+from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_requests_of
+from attnmonitor.monitor.sampling import MonitorSampling
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
 from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
-from attnmonitor.monitor.views import MonitorViews
-from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.groups import model_group
 from attnmonitor.parallel.sharding import check_known_sharding
 from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import TrainingLog
-from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
+from attnmonitor.sample import ByLayer, LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.tables import coverage_table
-from attnmonitor.summary.verdict import verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["AttentionMonitor"]
 
+T = TypeVar("T")
+
 _STATE_FORMAT = 1
 
 
-class AttentionMonitor(MonitorViews):
+class AttentionMonitor(MonitorSampling):
     """Watches every attention head of a model on a fixed probe batch while the model trains.
 
     Args:
@@ -138,6 +137,7 @@ class AttentionMonitor(MonitorViews):
         self._is_main = group.is_main
         self._failures = Failures(name, strict=strict, silent=not self._is_main)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
+        self._late: LateSample | None = None
         loggers, record = (loggers, record) if self._is_main else ((), None)
         self._log = TrainingLog()
         self._delivery = Delivery(
@@ -171,11 +171,15 @@ class AttentionMonitor(MonitorViews):
 
     def __str__(self) -> str:
         """A table of the layers: how each is captured and verified, or why it is not measured."""
-        return coverage_table(self.coverage)
+        table, route = coverage_table(self.coverage), str(self._measurement.route)
+        return f"{table}\n{route}" if route else table
 
     @not_compiled
     def on_step(self, global_step: int) -> Sample | None:
-        """Sample if the schedule asks for it after ``global_step`` optimizer steps; return the sample or None.
+        """Sample if the schedule asks for it after ``global_step`` optimizer steps; return what is delivered, or None.
+
+        Where the host's cores solve the eigenproblems of a GPU, a sample is delivered four steps later, or by the next
+        sample, `state_dict` or `close` before.
 
         A step that was already passed, as after a resume, is not sampled again. If the count moved by more than one,
         the schedule is asked for the steps between as well. While `paused`, no sample is taken.
@@ -185,21 +189,27 @@ class AttentionMonitor(MonitorViews):
                 return None
             step = whole_number(global_step)
             try:
-                asks = self.is_due(step)
+                due = self.is_due(step)
             finally:
                 self.global_step = step
-            if not asks:
-                return None
         except Exception as error:
             self._failures.contain("the schedule", error)
             return None
+        if not due and self._late is None:
+            return None
+        if is_captured_in_a_graph():
+            self._failures.warn_of_graph()
+            return None
+        delivered = self._deliver_late(step, due=due)
+        if not due:
+            return delivered
         with self._failures.contained("attach"):
             if not self._has_probe() and step > 0:
                 raise RuntimeError(self.probe.missing)
         if self.paused or self.probe.batch is None:
             # Adapters broadcast a sample's requests to all processes, so each process needs a sample.
-            return self._no_sample(step) if distributed.is_initialized() else None
-        return self.sample(step)
+            return self._no_sample(step) if distributed.is_initialized() else delivered
+        return with_requests_of(delivered, self._sample(step, may_be_late=True))
 
     def log(self, /, *, step: int | None = None, **values: Any) -> None:
         """Keep what training logs, to be shown beside the heads: ``monitor.log(loss=loss, lr=1e-3)``.
@@ -227,71 +237,10 @@ class AttentionMonitor(MonitorViews):
 
         Only the first of the processes that share the model writes and logs; on others the sample has no values.
         """
-        try:
-            self._measurement.follow_model()
-            if not self._measurement.measures:
-                return self._no_sample(global_step)
-            return self._take(whole_number(global_step))
-        except Exception as error:
-            self._failures.contain("the sample", error)
-            return replace(self._no_sample(self.global_step), failure=error_text(error))
-
-    def _take(self, global_step: int) -> Sample:
-        """Measure, judge and hand out."""
-        started = clock.now()
-        measured, failure = self._measure()
-        self.coverage = ByLayer(measured.coverage)
-        self._failures.note_sample(measured, self._measurement.layers, failure, global_step)
-        if not self._is_main:
-            sample = replace(self._no_sample(global_step), failure=failure)
-            self.summary.add(sample)
-            return sample
-        events: list[AlertEvent] = []
-        with self._failures.contained("alerts"), default_torch_state():
-            events = self._alerts.observe(measured.trusted_values(), global_step)
-        ended = clock.now()
-        seconds = clock.passed(started, ended)
-        overhead = clock.share(seconds, clock.passed(self._last_sample_ended, ended))
-        self._last_sample_ended = ended
-        sample = Sample(
-            global_step=global_step,
-            values=measured.values,
-            spread=measured.spread,
-            coverage=measured.coverage,
-            events=events,
-            firing=self._alerts.firing,
-            diagnostics={**measured.diagnostics, "overhead": overhead},
-            seconds=seconds,
-            failures=self.failures,
-            failure=failure,
-            requests=requests_of(events, self._actions),
-            name=self.name,
-        )
-        return self._hand_out(sample)
-
-    def _hand_out(self, sample: Sample) -> Sample:
-        """Add the verdict, and deliver the sample."""
-        with self._failures.contained("the verdict"):
-            self.summary.add(sample)
-            sample = replace(sample, verdict=verdict(self.summary))
-        self.last_sample = sample
-        self.seconds += sample.seconds
-        self.should_stop |= "stop" in sample.requests
-        self._delivery.deliver(sample, self.history, self.describe)
+        self._deliver_late()
+        sample = self._sample(global_step, may_be_late=False)
+        assert sample is not None
         return sample
-
-    def _measure(self) -> tuple[Measured, str | None]:
-        """Measure once; return NaN for every head and the reason if that fails."""
-        try:
-            with_weights = self.summary.num_samples % self._weights_every == 0
-            return self._measurement.take(with_weights=with_weights), None
-        except Exception as error:
-            if self.strict:
-                raise
-            if isinstance(error, MissingProcessError):
-                self._failures.pause(str(error))
-            failure = error_text(error)
-            return self._measurement.nothing(failure), failure
 
     def describe(self) -> dict[str, Any]:
         """Return the run's settings as plain values, for the record and a tracker's configuration."""
@@ -315,6 +264,7 @@ class AttentionMonitor(MonitorViews):
         """Return what a resumed run needs, as plain containers and tensors that load with ``weights_only=True``."""
         if self.probe.batch is None and self._state is not None:
             return {**self._state, "global_step": self.global_step}
+        self._deliver_late()
         return {
             "format": _STATE_FORMAT,
             "global_step": self.global_step,
@@ -341,6 +291,7 @@ class AttentionMonitor(MonitorViews):
             raise ValueError(
                 f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
             )
+        self._deliver_late()
         self.global_step = state["global_step"]
         if self.probe.batch is None:
             if state.get("probe") is None:
@@ -373,13 +324,20 @@ class AttentionMonitor(MonitorViews):
 
     def close(self) -> None:
         """Close loggers and record, and remove what was attached; a second call does nothing."""
+        self._deliver_late()
         self._delivery.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
         results = {name: value for name, value in vars(self).items() if name != "model"}
         nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name, log=self._log)
-        results |= {"_schedule": never, "_measurement": NoMeasurement(), "_actions": {}, "_delivery": nowhere}
+        results |= {
+            "_schedule": never,
+            "_measurement": NoMeasurement(),
+            "_actions": {},
+            "_delivery": nowhere,
+            "_late": None,
+        }
         results["probe"] = self.probe.batch_only()
         return object.__new__, (type(self),), results
 
@@ -388,6 +346,3 @@ class AttentionMonitor(MonitorViews):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _no_sample(self, global_step: int) -> Sample:
-        return Sample(global_step, values={}, name=self.name)

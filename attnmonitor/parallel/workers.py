@@ -8,13 +8,14 @@ part there is one synchronization, at the end.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-__all__ = ["map_on_cores", "split_for_cores"]
+__all__ = ["map_on_cores", "split_for_cores", "start_on_cores"]
 
 MIN_WORK_PER_THREAD = 2**22
 """Multiplications below which a part is not worth the 0.1 ms that its thread takes to start."""
@@ -55,6 +56,36 @@ def map_on_cores(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> li
             return list(cores.map(work_in_thread, parts))
     finally:
         torch.set_num_threads(num_threads)
+
+
+def start_on_cores(work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[Future[_Result]]:
+    """Start ``work`` on every part and return at once.
+
+    In threads of one core each, at most as many as torch may use; they end with their work. ``work`` runs without
+    gradients and must not change settings of the process.
+    """
+    num_threads = torch.get_num_threads()
+    ready = threading.Barrier(min(num_threads, len(parts)) + 1)
+
+    def work_in_thread(part: _Part) -> _Result:
+        with torch.no_grad():
+            return work(part)
+
+    def begin() -> None:
+        _use_one_core()
+        ready.wait()
+
+    pool = ThreadPoolExecutor(ready.parties - 1, thread_name_prefix="attnmonitor", initializer=begin)
+    try:
+        futures = [pool.submit(work_in_thread, part) for part in parts]
+        ready.wait()  # the pool starts a thread for each part, up to its limit
+    except BaseException:  # no thread could be started
+        ready.abort()
+        raise
+    finally:
+        torch.set_num_threads(num_threads)  # threads that the program starts from now on take the number set last
+        pool.shutdown(wait=False)
+    return futures
 
 
 def _use_one_core() -> None:

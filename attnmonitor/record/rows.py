@@ -68,7 +68,8 @@ def encode(sample: Sample) -> EncodedSample:
     Raises:
         Exception: Any, for values of other types than `Sample` has; texts of any kind are stored.
     """
-    diagnostics = json_of({name: float(value) for name, value in sample.diagnostics.items()})
+    numbers = {name: value for name, value in sample.diagnostics.items() if not isinstance(value, str)}
+    diagnostics = json_of({name: float(value) for name, value in numbers.items()})
     values = []
     for metric, means in sample.values.items():
         layout = json_of([[layer, mean.numel()] for layer, mean in means.items()])

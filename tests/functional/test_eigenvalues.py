@@ -1,15 +1,25 @@
-"""Eigenvalues of small symmetric matrices without waiting for the device, and a bound on the error of their sums."""
+"""Eigenproblems where they are and on the host's cores, the choice between the two, and a bound on their errors."""
 
 from __future__ import annotations
 
-from itertools import combinations
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnmonitor.functional.eigenvalues import jacobi_eigenvalues, symmetric_eigenvalues
+from attnmonitor.functional.eigenvalues import (
+    Eigenproblem,
+    Solvable,
+    Steps,
+    each_step_in,
+    solved,
+    symmetric_eigenvalues,
+)
+from attnmonitor.functional.host_solver import HostSolver
+from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.routes import RouteChoice, choose_route, timed_routes
 
 
 def test_eigenvalues_are_descending_bounded_or_nan():
@@ -25,28 +35,6 @@ def test_eigenvalues_are_descending_bounded_or_nan():
     assert (error < 1e-12 * expected[:, 0])[sound].all()
 
 
-@pytest.mark.parametrize("size", [2, 8, 32])
-def test_jacobi_equals_lapack_within_its_error(size):
-    generator = torch.Generator().manual_seed(0)
-    draws = {
-        "flat": torch.randn(20, 4 * size, size, generator=generator, dtype=torch.float64),
-        "rank one": torch.randn(20, 1, size, generator=generator, dtype=torch.float64),
-        "graded to 1e-12": torch.randn(20, 2 * size, size, generator=generator, dtype=torch.float64)
-        * torch.logspace(0, -6, size, dtype=torch.float64),
-        "zero": torch.zeros(20, 2, size, dtype=torch.float64),
-        "equal": torch.ones(20, 2, size, dtype=torch.float64),
-    }
-    for name, rows in draws.items():
-        matrices = rows.mT @ rows
-        expected = torch.linalg.eigvalsh(matrices).flip(-1)
-        found, error = jacobi_eigenvalues(matrices)
-        assert ((found - expected).abs().sum(-1) <= error).all(), name
-        assert (error <= 1e-11 * expected[:, 0]).all(), name
-    unfinished, error = jacobi_eigenvalues(matrices := draws["flat"].mT @ draws["flat"], num_sweeps=1)
-    actual = (unfinished - torch.linalg.eigvalsh(matrices).flip(-1)).abs().sum(-1)
-    assert (actual <= error).all(), "the bound must cover the remainder"
-
-
 def known_spectra(number: int, size: int) -> tuple[Tensor, Tensor]:
     """Matrices whose entries and eigenvalues are small whole numbers, so that neither holds any rounding."""
     hadamard = torch.ones(1, 1, dtype=torch.float64)
@@ -57,51 +45,128 @@ def known_spectra(number: int, size: int) -> tuple[Tensor, Tensor]:
     return hadamard * spectrum[:, None] @ hadamard.T / size, spectrum
 
 
-@pytest.mark.parametrize("solve", [symmetric_eigenvalues, jacobi_eigenvalues])
 @pytest.mark.parametrize("size", [8, 64])
 @pytest.mark.parametrize("unit", [1.0, 1e-9, 1e9])
-def test_bound_holds_on_exact_spectra_and_is_tight(solve, size, unit):
+def test_bound_holds_on_exact_spectra_and_is_tight(size, unit):
     matrices, expected = known_spectra(40, size)
-    found, error = solve(unit * matrices)
+    found, error = symmetric_eigenvalues(unit * matrices)
     actual = (found / unit - expected).abs().sum(-1)
     assert (actual <= error / unit).all()
     assert (error / unit < 3e4 * torch.finfo(torch.float64).eps * expected[:, 0]).all()
 
 
-def test_zero_sweeps_state_the_off_diagonal_norm():
-    """By Lidskii's theorem with the trace norm bounded by √n times the Frobenius norm."""
-    matrices, _ = known_spectra(5, 16)
-    found, error = jacobi_eigenvalues(matrices, num_sweeps=0)
-    off = matrices - torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1))
-    assert torch.equal(found, matrices.diagonal(dim1=-2, dim2=-1).sort(-1, descending=True).values)
-    torch.testing.assert_close(error, 4 * torch.linalg.matrix_norm(off))
+@Solvable
+def leading(matrices: Tensor, seen: list[str]) -> Steps[Tensor]:
+    """The largest eigenvalue of the matrices, then that of their largest eigenvectors' outer products."""
+    values, vectors = yield Eigenproblem(matrices, vectors=True)
+    seen.append(torch.get_float32_matmul_precision())
+    last = vectors[..., -1]
+    try:
+        again, none = yield Eigenproblem(last[..., None] * last[..., None, :])
+    except torch.linalg.LinAlgError:
+        return values[..., -1]
+    assert none is None
+    return values[..., -1] * again[..., -1]
 
 
-def test_one_rotation_diagonalizes_two_by_two():
-    for matrix in ([[2.0, 1.0], [1.0, 5.0]], [[5.0, 1.0], [1.0, 2.0]], [[3.0, -2.0], [-2.0, 3.0]]):
-        matrices = torch.tensor([matrix], dtype=torch.float64)
-        found, error = jacobi_eigenvalues(matrices, num_sweeps=1)
-        torch.testing.assert_close(found, torch.linalg.eigvalsh(matrices).flip(-1), rtol=1e-14, atol=0)
-        assert error < 1e-13
+@pytest.fixture
+def many_parts(monkeypatch):
+    monkeypatch.setattr("attnmonitor.parallel.workers.MIN_WORK_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("size", [2, 6, 16])
-def test_a_sweep_rotates_every_pair_once(size):
-    """One matrix for each pair, with nothing else off the diagonal: a rotation of the pair finishes it."""
-    pairs = list(combinations(range(size), 2))
-    matrices = torch.diag_embed(torch.arange(size, dtype=torch.float64).expand(len(pairs), size))
-    for index, (first, second) in enumerate(pairs):
-        matrices[index, first, second] = matrices[index, second, first] = 1.0
-    with CountProducts() as count:
-        found, _ = jacobi_eigenvalues(matrices, num_sweeps=1)
-    torch.testing.assert_close(found, torch.linalg.eigvalsh(matrices).flip(-1), rtol=1e-13, atol=1e-13)
-    # Each round rotates size / 2 disjoint pairs by two products, so this many rounds rotate as many pairs as there are.
-    assert count.products == 2 * (size - 1)
+def wait_for(solver: HostSolver) -> Tensor:
+    """Advance until it has ended, as steps of training do."""
+    deadline = time.monotonic() + 30
+    while not solver.advance():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return solver.result()
 
 
-class CountProducts(TorchDispatchMode):
-    products = 0
+@pytest.mark.parametrize("finish", [HostSolver.result, wait_for])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (1,)])
+def test_host_solver_has_the_bits_of_solving_in_place(finish, shape, many_parts):
+    rows = torch.randn(*shape, 40, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.set_num_threads(1)
+    in_place = leading(rows.mT @ rows, [])
+    torch.set_num_threads(3)
+    steps = leading.steps(rows.mT @ rows, [])
+    assert torch.equal(finish(HostSolver(steps)), in_place)
+    assert torch.get_num_threads() == 3
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.products += operation.overloadpacket.__name__ == "bmm"
-        return operation(*args, **(kwargs or {}))
+
+def test_settings_of_a_step_are_not_kept_between_steps(monkeypatch):
+    """The caller's products have the caller's precision while LAPACK works."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        seen: list[str] = []
+        matrices = torch.eye(4, dtype=torch.float64)[None]
+        solver = HostSolver(each_step_in(lambda: full_precision(torch.device("cpu")), leading.steps(matrices, seen)))
+        assert torch.get_float32_matmul_precision() == "medium"
+        solver.result()
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("drive", [solved, lambda steps: HostSolver(steps).result()])
+def test_error_of_the_solver_reaches_the_computation(drive, monkeypatch):
+    def fails(_: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    matrices = 3 * torch.eye(4, dtype=torch.float64)[None]
+    for steps in (leading.steps(matrices, []), each_step_in(nullcontext, leading.steps(matrices, []))):
+        assert drive(steps).tolist() == [3.0], "the computation may go on without it"
+    with pytest.raises(torch.linalg.LinAlgError):
+        drive(symmetric_eigenvalues.steps(matrices))
+
+
+def test_lapack_works_in_this_thread_where_none_can_be_started(monkeypatch):
+    """As at the end of the program."""
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr("attnmonitor.functional.host_solver.start_on_cores", refuses)
+    matrices = 3 * torch.eye(4, dtype=torch.float64)[None]
+    assert HostSolver(leading.steps(matrices, [])).result().tolist() == [3.0]
+
+
+def test_route_is_the_faster_one_and_timed_once(monkeypatch):
+    times = {("device", 8): 0.5, ("host", 8): 0.1, ("device", 16): 0.1, ("host", 16): 0.5}
+    asked = []
+
+    def timed(device, count, size):
+        asked.append((count, size))
+        return tuple((name, times[name, size]) for name in ("device", "host"))
+
+    monkeypatch.setattr("attnmonitor.functional.routes.timed_routes", timed)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device of the tests")
+    device = torch.device("cuda")
+    assert [choose_route(device, 1000003, size).route for size in (8, 16, 8, 16)] == [
+        "host",
+        "device",
+        "host",
+        "device",
+    ]
+    assert asked == [(1000003, 8), (1000003, 16)]
+    assert choose_route(torch.device("cpu"), 10, 8) == RouteChoice("cpu")
+    assert str(choose_route(device, 1000003, 8)) == (
+        "eigenproblems: host (1000003 of 8 × 8: device 500 ms, host 100 ms)"
+    )
+
+
+def test_timing_the_routes_is_short_and_draws_no_random_number():
+    state = torch.get_rng_state()
+    started = time.monotonic()
+    seconds = dict(timed_routes(torch.device("cpu"), 50, 16))
+    assert time.monotonic() - started < 5
+    assert set(seconds) == {"device", "host"}
+    assert all(each > 0 for each in seconds.values())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -7,23 +7,29 @@ import threading
 import pytest
 import torch
 from reference import FIELD_METRICS
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnmonitor.capture import capture_attention
 from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms
 from attnmonitor.functional.attention import ROW_STATISTICS
 from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, checked_rows
+from attnmonitor.functional.eigenvalues import Solvable, solve
+from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
+from benchmarks.cost.gpu.launches import CountLaunches
+from benchmarks.cost.scale import NoMasks
 
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique", "_to_cpu")
 
-
+@Solvable
 def measure_everything(query, key, mask, method):
     """The whole way from one layer's queries and keys to every statistic."""
     layer = LayerHeads(query_gram(query, mask), key, 0.25, mask)
-    statistics = head_statistics([layer, layer], DEFAULT_METRICS, method=method)
+    statistics = yield from head_statistics.steps([layer, layer], DEFAULT_METRICS, method=method)
     logits, query_mask = row_logits(query, key, mask=mask)
     masks = {"query_mask": query_mask, "key_mask": mask}
     rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
@@ -31,6 +37,24 @@ def measure_everything(query, key, mask, method):
     few = {name: statistic(checked) for name, statistic in CHECKED_STATISTICS.items()}
     few["value_rms"] = value_rms(key, mask=mask)
     return {**statistics[0].values, **rows, **few, "certified": statistics[1].certified}
+
+
+def answered_elsewhere(steps, answer):
+    """Run a computation to its end; its eigenproblems are answered outside of any mode; return their number as well."""
+    count = 0
+    try:
+        problem = next(steps)
+        while True:
+            count += 1
+            problem = steps.send(answer(problem))
+    except StopIteration as end:
+        return end.value, count
+
+
+def no_contents(problem):
+    """A solution of the right shapes, as fake tensors have it."""
+    matrices = problem.matrices
+    return torch.empty_like(matrices[..., 0]), torch.empty_like(matrices) if problem.vectors else None
 
 
 @pytest.fixture(autouse=True)
@@ -42,25 +66,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Watch(TorchDispatchMode):
-    """Notes every operation that waits for the device, and the largest tensor any operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        result = operation(*args, **(kwargs or {}))
-        if name in WAITS or (name in ("_to_copy", "copy_") and str((kwargs or {}).get("device", "")) == "cpu"):
-            self.waits.append(name)
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, torch.Tensor):
-                self.largest = max(self.largest, made.untyped_storage().nbytes())
-        return result
-
-
 def inputs(length=64, head_dim=32, device="cpu", dtype=torch.float32):
     query = torch.randn(2, 4, length, head_dim, device=device, dtype=dtype)
     key = torch.randn(2, 2, length, head_dim, device=device, dtype=dtype)
@@ -69,19 +74,72 @@ def inputs(length=64, head_dim=32, device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("method", ["auto", "randomized", "exact"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_waits_for_the_device(method, masked):
+def test_only_eigensolvers_wait_for_the_device(method, masked):
+    """Each of them once for all layers, after the forward; and none where they are solved elsewhere."""
     query, key = inputs()
     mask = torch.ones(2, 64, dtype=torch.bool) if masked else None
-    with Watch() as watch:
+    with CountLaunches("cpu") as count:
         measure_everything(query, key, mask, method)
-    assert watch.waits == []
+    assert count.waits == ["_linalg_eigh", "_linalg_eigh"]
+
+    with CountLaunches("cpu") as count:
+
+        def answer(problem):
+            waits = len(count.waits)
+            solution = solve(problem)
+            del count.waits[waits:]  # on the host's cores it is no wait
+            return solution
+
+        _, problems = answered_elsewhere(measure_everything.steps(query, key, mask, method), answer)
+    assert (count.waits, problems) == ([], 2)
 
 
-def test_watch_sees_a_wait():
-    with Watch() as watch:
+def test_waits_are_seen():
+    with CountLaunches("cpu") as count:
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
-    assert watch.waits == ["_local_scalar_dense", "nonzero"]
+        torch.linalg.eigvalsh(torch.eye(3))
+        torch.linalg.eigh(torch.eye(3)[None])
+        torch.ones(3).to("cpu", torch.float64)
+        torch.ones(3).to("cpu", torch.float64, non_blocking=True)
+    assert count.waits == ["_local_scalar_dense", "nonzero", "_linalg_eigh", "_linalg_eigh", "_to_copy"]
+
+
+class Attend(nn.Module):
+    def forward(self, query, key, value):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attend()
+
+    def forward(self, *heads):
+        return self.attn(*heads)
+
+
+def test_launches_are_few_on_a_fake_gpu():
+    """Of SmolLM2-135M: of each layer while the forward runs, and of all layers at its end; and nothing waits."""
+    with FakeTensorMode(), IndexByOperations(), torch.no_grad():
+        model = OneLayer()
+        heads = [torch.empty(4, number, 512, 64, device="cuda", dtype=torch.bfloat16) for number in (9, 3, 3)]
+        with CountLaunches("cuda") as bare:
+            model(*heads)
+        counts = {}
+        for name, metrics in {"capture": (), "fields": FIELD_METRICS, "all": DEFAULT_METRICS}.items():
+            reduction = Reduction(metrics, {}, strict=True)
+            with capture_attention(model, reduction.take, layouts=NoMasks()), CountLaunches("cuda") as count:
+                model(*heads)
+            assert (len(reduction.layers), count.waits) == (1, [])
+            counts[name] = count.launches - bare.launches
+        layers = [LayerHeads(query_gram(heads[0]), heads[1], 0.125) for _ in range(30)]
+        with CountLaunches("cuda") as at_the_end:
+            _, problems = answered_elsewhere(head_statistics.steps(layers, DEFAULT_METRICS), no_contents)
+    assert counts["capture"] <= 40
+    assert counts["fields"] - counts["capture"] <= 12
+    assert counts["all"] - counts["capture"] <= 110  # those read from checked rows while the layer runs
+    assert (at_the_end.launches <= 400, at_the_end.waits, problems) == (True, [], 2)
 
 
 class IndexByOperations(TorchFunctionMode):
@@ -128,7 +186,7 @@ def test_measurement_runs_off_the_cpu(method, masked):
     with FakeTensorMode(), IndexByOperations():
         query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
         mask = torch.ones(2, 64, dtype=torch.bool, device="cuda") if masked else None
-        found = measure_everything(query, key, mask, method)
+        found, _ = answered_elsewhere(measure_everything.steps(query, key, mask, method), no_contents)
     assert set(found) == {*FIELD_METRICS, *CHECKED_STATISTICS, "value_rms", *ROW_STATISTICS, "certified"}
     assert {value.device.type for value in found.values()} == {"cuda"}
 
@@ -156,9 +214,9 @@ def test_memory_grows_with_length_not_its_square():
 
 def test_no_tensor_exceeds_a_block_or_the_inputs():
     query, key = torch.randn(1, 4, 4096, 16), torch.randn(1, 4, 4096, 16)
-    with Watch() as watch:
+    with CountLaunches("cpu") as count:
         head_statistics([LayerHeads(query_gram(query), key, 0.2)], DEFAULT_METRICS)
-    assert watch.largest <= max(2**18 * 8, query.nbytes)
+    assert count.largest <= max(2**18 * 8, query.nbytes)
 
 
 def test_statistics_keep_neither_queries_nor_keys():

@@ -171,7 +171,7 @@ FAULTS: dict[str, FaultCase] = {
     # The numbers
     "eigenvalues that do not converge": FaultCase(in_function("torch.linalg.eigvalsh", LINALG), BOTH + ".*LinAlg"),
     "the statistics": FaultCase(
-        in_function("attnmonitor.measurement.reduction.head_statistics", ArithmeticError("statistics")),
+        in_function("attnmonitor.metrics.statistics.key_gram", ArithmeticError("statistics")),
         BOTH + "measuring failed: ArithmeticError",
     ),
     "the mean over sequences": FaultCase(
@@ -179,7 +179,7 @@ FAULTS: dict[str, FaultCase] = {
         WHOLE + "RuntimeError: sum",
     ),
     "the transfer to the host": FaultCase(
-        in_function("attnmonitor.measurement.measurement.to_host", LOST_DEVICE), WHOLE + ".*device lost"
+        in_function("attnmonitor.measurement.unfinished.Transfer", LOST_DEVICE), WHOLE + ".*device lost"
     ),
     "weight metrics": FaultCase(
         in_function("attnmonitor.measurement.weights.WeightMeasurement.take", LINALG),
@@ -214,7 +214,7 @@ FAULTS: dict[str, FaultCase] = {
     },
     # What is done with a sample
     "the verdict": FaultCase(
-        in_function("attnmonitor.monitor.monitor.verdict", KeyError("verdict")), "the verdict failed and was", NONE
+        in_function("attnmonitor.monitor.sampling.verdict", KeyError("verdict")), "the verdict failed and was", NONE
     ),
     "the history": FaultCase(
         in_function("attnmonitor.record.history.History.append", KeyError("history")),
@@ -223,7 +223,7 @@ FAULTS: dict[str, FaultCase] = {
         sampled=False,
     ),
     "what follows the measurement": FaultCase(
-        in_function("attnmonitor.monitor.monitor.requests_of", KeyError("requests")),
+        in_function("attnmonitor.monitor.sampling.requests_of", KeyError("requests")),
         "the sample failed and was ignored: KeyError",
         NONE,
         sampled=False,

@@ -6,6 +6,7 @@ import gc
 import io
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,11 +96,11 @@ def test_pending_layers_are_bounded_and_values_unchanged(monkeypatch: pytest.Mon
 
     def counted(layers: list[Any], *settings: Any, **more: Any) -> Any:
         batches.append(len(layers))
-        return head_statistics(layers, *settings, **more)
+        return head_statistics.steps(layers, *settings, **more)
 
     one_layer = 3 * 4 * (8 * 8 * 8 + 24 * 8 * 4)  # a float64 matrix and float32 keys of 3 sequences and 4 heads
     monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", one_layer)
-    monkeypatch.setattr("attnmonitor.measurement.reduction.head_statistics", counted)
+    monkeypatch.setattr("attnmonitor.measurement.reduction.head_statistics", SimpleNamespace(steps=counted))
     in_batches = monitor.sample(1)
     assert batches == [2, 2, 1]
     for metric, layers in together.values.items():

@@ -28,7 +28,16 @@ WAITS = (
     "unique",
     "unique_dim",
 )
-_WITHOUT_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided")
+_WITHOUT_KERNEL = (
+    "_unsafe_view",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+)
 
 
 class CountLaunches(TorchDispatchMode):
@@ -56,7 +65,7 @@ class CountLaunches(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if any(each.device.type == self._device for each in (*made, *given)):
+        if operation.namespace != "prim" and any(each.device.type == self._device for each in (*made, *given)):
             self.launches += not (operation.is_view or name in _WITHOUT_KERNEL)
             if name in WAITS or _copies_to_host(name, args, kwargs or {}):
                 self.waits.append(name)

@@ -1,0 +1,143 @@
+"""How a monitor takes a sample, finishes it at once or later, and hands it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from attnmonitor.alerts.actions import Actions, requests_of
+from attnmonitor.measurement import Measured
+from attnmonitor.measurement.quiet import default_torch_state
+from attnmonitor.measurement.ranks import RankMeasurement
+from attnmonitor.measurement.unfinished import Unfinished
+from attnmonitor.messages import error_text
+from attnmonitor.monitor import clock
+from attnmonitor.monitor.late import LateSample
+from attnmonitor.monitor.schedules import whole_number
+from attnmonitor.monitor.views import MonitorViews
+from attnmonitor.parallel.exchange import MissingProcessError
+from attnmonitor.record.history import History
+from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
+from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.verdict import verdict
+
+__all__ = ["MonitorSampling"]
+
+T = TypeVar("T")
+
+
+class MonitorSampling(MonitorViews):
+    """The part of `AttentionMonitor` that measures; when to is decided there."""
+
+    name: str | None
+    strict: bool
+    should_stop: bool
+    global_step: int
+    seconds: float
+    history: History
+    summary: RunSummary
+    coverage: Mapping[str, LayerCoverage]
+    last_sample: Sample | None
+    describe: Callable[[], dict[str, Any]]
+    _actions: Actions
+    _is_main: bool
+    _last_sample_ended: float
+    _late: LateSample | None
+    _measurement: RankMeasurement
+    _weights_every: int
+
+    def _sample(self, global_step: int, *, may_be_late: bool) -> Sample | None:
+        """Take a sample; None where it is late."""
+        try:
+            self._measurement.follow_model()
+            if not self._measurement.measures:
+                return self._no_sample(global_step)
+            return self._take(whole_number(global_step), may_be_late)
+        except Exception as error:
+            self._failures.contain("the sample", error)
+            return replace(self._no_sample(self.global_step), failure=error_text(error))
+
+    def _take(self, global_step: int, may_be_late: bool) -> Sample | None:
+        """Measure; finish the sample or leave it for later."""
+        started = clock.now()
+        with_weights = self.summary.num_samples % self._weights_every == 0
+        measure = self._measurement.begin if may_be_late else self._measurement.take
+        begun, failure = self._or_nothing(lambda: measure(with_weights=with_weights))
+        seconds = clock.passed(started, clock.now())
+        if isinstance(begun, Unfinished):
+            self._late = LateSample(global_step, begun, seconds)
+            return None
+        return self._finish(global_step, begun, failure, seconds)
+
+    def _deliver_late(self, global_step: int = 0, *, due: bool = True) -> Sample | None:
+        """Finish the late sample if it is its time, or another one is due; return it or None."""
+        try:
+            if self._late is None or not (due or self._late.is_time(global_step)):
+                return None
+            late, self._late = self._late, None
+            started = clock.now()
+            measured, failure = self._or_nothing(late.measurement.result)
+            return self._finish(late.global_step, measured, failure, late.seconds + clock.passed(started, clock.now()))
+        except Exception as error:
+            self._late = None
+            self._failures.contain("the sample", error)
+            return None
+
+    def _finish(self, global_step: int, measured: Measured, failure: str | None, seconds: float) -> Sample:
+        """Judge what was measured, and hand it out."""
+        started = clock.now()
+        self.coverage = ByLayer(measured.coverage)
+        self._failures.note_sample(measured, self._measurement.layers, failure, global_step)
+        if not self._is_main:
+            sample = replace(self._no_sample(global_step), failure=failure)
+            self.summary.add(sample)
+            return sample
+        events: list[AlertEvent] = []
+        with self._failures.contained("alerts"), default_torch_state():
+            events = self._alerts.observe(measured.trusted_values(), global_step)
+        ended = clock.now()
+        seconds += clock.passed(started, ended)
+        overhead = clock.share(seconds, clock.passed(self._last_sample_ended, ended))
+        self._last_sample_ended = ended
+        sample = Sample(
+            global_step=global_step,
+            values=measured.values,
+            spread=measured.spread,
+            coverage=measured.coverage,
+            events=events,
+            firing=self._alerts.firing,
+            diagnostics={**measured.diagnostics, "overhead": overhead},
+            seconds=seconds,
+            failures=self.failures,
+            failure=failure,
+            requests=requests_of(events, self._actions),
+            name=self.name,
+        )
+        return self._hand_out(sample)
+
+    def _hand_out(self, sample: Sample) -> Sample:
+        """Add the verdict, and deliver the sample."""
+        with self._failures.contained("the verdict"):
+            self.summary.add(sample)
+            sample = replace(sample, verdict=verdict(self.summary))
+        self.last_sample = sample
+        self.seconds += sample.seconds
+        self.should_stop |= "stop" in sample.requests
+        self._delivery.deliver(sample, self.history, self.describe)
+        return sample
+
+    def _or_nothing(self, measure: Callable[[], T]) -> tuple[T | Measured, str | None]:
+        """Measure; return NaN for every head and the reason if that fails."""
+        try:
+            return measure(), None
+        except Exception as error:
+            if self.strict:
+                raise
+            if isinstance(error, MissingProcessError):
+                self._failures.pause(str(error))
+            failure = error_text(error)
+            return self._measurement.nothing(failure), failure
+
+    def _no_sample(self, global_step: int) -> Sample:
+        return Sample(global_step, values={}, name=self.name)
