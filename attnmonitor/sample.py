@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -63,6 +64,11 @@ class LayerCoverage:
         num_keys: Key positions of the probe in this layer, padding included; 0 when not captured.
         tiled: Whether query head h reads KV head h % num_kv_heads, as in code that repeats all keys as one block, and
             not h // (num_query_heads / num_kv_heads).
+        sees: What a query sees: ``"causal"``, ``"both"`` sides, a ``"window"``, its own of several ``"documents"``,
+            another sequence (``"cross"``), or features instead of positions (``"channels"``); ``""`` when not captured.
+        future_mass: Mean attention probability on later positions; NaN where queries and keys differ in position.
+        padding_mass: Mean attention probability on padding; NaN where there is none.
+        documents: Documents that the probe's rows were cut into; 0 where they were left whole.
     """
 
     layer: str
@@ -80,11 +86,20 @@ class LayerCoverage:
     values_reason: str = ""
     num_keys: int = 0
     tiled: bool = False
+    sees: str = ""
+    future_mass: float = float("nan")
+    padding_mass: float = float("nan")
+    documents: int = 0
 
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, KV heads and head size; zeros when not captured."""
         return (self.num_query_heads, self.num_kv_heads, self.head_dim)
+
+    @property
+    def relative_scale(self) -> float:
+        """The scale as a multiple of the usual ``1/√head_dim``; NaN when not captured."""
+        return self.scale * math.sqrt(self.head_dim)
 
     def kv_head_of(self, query_head: int) -> int:
         """The KV head that a query head reads."""

@@ -26,9 +26,10 @@ from torch import nn
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.explicit import capture, listening
 from attnmonitor.capture.interface import watched_kernels
+from attnmonitor.capture.layout import Layout, Layouts
 from attnmonitor.capture.mode import AttentionMode
 
-__all__ = ["AttentionCall", "CaptureReport", "capture", "capture_attention"]
+__all__ = ["AttentionCall", "CaptureReport", "Layout", "Layouts", "capture", "capture_attention"]
 
 
 @contextmanager
@@ -36,7 +37,8 @@ def capture_attention(
     model: nn.Module,
     emit: Callable[[AttentionCall], None],
     *,
-    layouts: dict[str, tuple[str, ...]] | None = None,
+    layouts: Layouts | None = None,
+    packed: str = "documents",
 ) -> Iterator[CaptureReport]:
     """Call ``emit`` with every softmax attention of the forwards run inside the context.
 
@@ -46,13 +48,14 @@ def capture_attention(
     Args:
         model: The model whose modules name the layers.
         emit: Called with each `AttentionCall` while its tensors are alive. What it raises propagates.
-        layouts: For each layer name, what acts on its logits outside ``s q kᵀ``; filled on the first pass and read on
-            later ones. Finding it out waits for the device, so keep one dictionary per model between passes.
+        layouts: What is known of each layer, by its name; filled on the first pass and read on later ones. Finding it
+            out waits for the device, so keep one dictionary per model between passes.
+        packed: ``"documents"`` to cut rows that hold several into a sequence each, ``"one"`` to leave them whole.
 
     Yields:
         The report; its ``missed`` is complete once the context has been left.
     """
-    mode = AttentionMode(model, emit, {} if layouts is None else layouts)
+    mode = AttentionMode(model, emit, {} if layouts is None else layouts, packed=packed)
     with mode.frames, listening(mode), watched_kernels(mode.watch_kernel), mode:
         yield mode.report
     mode.report_missed()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.verify import RebuiltRows
+from attnmonitor.capture.documents import Documents
+from attnmonitor.capture.layout import Layout
+from attnmonitor.capture.verify import RebuiltRows, checked_rows, grouped_product
 
-__all__ = ["AttentionCall", "CaptureReport"]
+__all__ = ["AttentionCall", "CaptureReport", "by_document"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,9 @@ class AttentionCall:
         logit_rows: Maps row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
             -inf where hidden.
         rows: The rows that verification rebuilt.
+        layout: What was found out of the layer at its first forward.
+        gained_bias: 0-dim bool: whether a bias acts that did not at the first forward, as one that is learned from zero
+            does. None where none can.
     """
 
     layer: str
@@ -58,6 +63,41 @@ class AttentionCall:
     precision: torch.dtype
     logit_rows: Callable[[Tensor], Tensor]
     rows: RebuiltRows
+    layout: Layout
+    gained_bias: Tensor | None = None
+
+
+def by_document(
+    call: AttentionCall, documents: Documents, output_rows: Callable[[Tensor], Tensor] | None
+) -> AttentionCall:
+    """Return the attention with each document as a sequence of its own.
+
+    Args:
+        call: The attention on whole rows.
+        documents: The documents in them.
+        output_rows: Maps rows ``(R,)`` to what the layer computed in them, ``(B, Hq, R, dv)``.
+    """
+    documents, length = documents.to(call.query.device), call.query.shape[-2]
+    query, key = documents.cut(call.query), documents.cut(call.key)
+    logit_rows = documents.rows(call.logit_rows, length)
+    rows = checked_rows(query)
+    whole_keys = key.repeat(1, query.shape[1] // key.shape[1], 1, 1) if call.tiled else key
+    return replace(
+        call,
+        query=query,
+        key=key,
+        value=None if call.value is None else documents.cut(call.value),
+        query_mask=documents.valid,
+        key_mask=documents.valid,
+        logit_rows=logit_rows,
+        rows=RebuiltRows(
+            rows,
+            call.scale * grouped_product(query.index_select(-2, rows), whole_keys),
+            None if output_rows is None else documents.of_rows(output_rows, length, rows),
+            call.error,
+            logit_rows(rows),
+        ),
+    )
 
 
 @dataclass

@@ -77,7 +77,9 @@ def capture(
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if mask is not None:
         attention.affine.append(mask_step(mask, query.shape[-2]))
-        attention.visible.extend(mask_visibility(mask, query, key))
+        attention.visible.extend(mask_visibility(mask, key))
+        attention.masked_by = (mask,)
+        attention.has_added = mask.is_floating_point()
     if causal:
         attention.affine.append(Step(hide_future))
     if value is not None:

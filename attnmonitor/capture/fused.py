@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
-__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "unflatten_heads"]
+__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "with_lead"]
 
 
 def read_sdpa(
@@ -24,11 +25,13 @@ def read_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Attention:
-    """Return the attention of one ``scaled_dot_product_attention`` on ``(B, H, L, d)`` or ``(B·H, L, d)`` operands."""
+    """Return the attention of one ``scaled_dot_product_attention``, with its operands as they are."""
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if attn_mask is not None:
         attention.affine.append(mask_step(attn_mask, query.shape[-2]))
-        attention.visible.extend(mask_visibility(attn_mask, query, key))
+        attention.visible.extend(mask_visibility(attn_mask, key))
+        attention.masked_by = (attn_mask,)
+        attention.has_added = attn_mask.is_floating_point()
     if is_causal:
         attention.affine.append(Step(hide_future))
     attention.after.append(attend(value))
@@ -36,21 +39,19 @@ def read_sdpa(
     return attention
 
 
-def unflatten_heads(attention: Attention, num_sequences: int) -> Attention:
-    """Return an attention read from ``(B·H, L, d)`` operands with operands ``(B, H, L, d)``."""
-
-    def unflatten(x: Tensor) -> Tensor:
-        return x.reshape(num_sequences, -1, *x.shape[1:])
-
+def with_lead(attention: Attention, lead: Lead) -> Attention:
+    """Return an attention read from operands ``(*lead, L, d)`` with operands ``(B, H, L, d)``."""
+    of_keys = lead.resized(attention.key.shape[:-2], heads=True) or lead
     return replace(
         attention,
-        query=unflatten(attention.query),
-        key=unflatten(attention.key),
-        value=None if attention.value is None else unflatten(attention.value),
-        heads_of=unflatten,
-        arrange=lambda x: x.flatten(0, 1),
-        restore=unflatten,
-        visible=[unflatten(seen).any(1) for seen in attention.visible],
+        query=lead.split(attention.query),
+        key=of_keys.split(attention.key),
+        value=None if attention.value is None else lead.values(attention.value),
+        heads_of=lead.split if attention.heads_of is not None else None,
+        lead=lead,
+        arrange=lead.join,
+        restore=lead.split,
+        visible=[lead.of_sequences(seen) for seen in attention.visible],
     )
 
 
@@ -88,11 +89,12 @@ def read_flex(
         return seen.expand(query.shape[0], key.shape[-2])
 
     attention.nonlinear += [Step(modify), Step(hide)]
+    attention.has_added = True
     attention.after.append(attend(value))
     # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key
     # from all queries, also from that at its own position and the last one; other masks show it to one of these two.
     last = torch.full_like(column, query.shape[-2] - 1)
-    attention.visible.append(seen_by(torch.minimum(column, last)) | seen_by(last))
+    attention.visible.append((seen_by(torch.minimum(column, last)) | seen_by(last))[:, None])
     return attention
 
 
@@ -106,14 +108,11 @@ def mask_step(mask: Tensor, num_rows: int) -> Step:
     return Step(apply)
 
 
-def mask_visibility(mask: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
-    """Return the keys that a mask ``(B|1, H|1, Lq|1, Lk)`` shows, as ``(B, Lk)``; none without a key axis."""
+def mask_visibility(mask: Tensor, key: Tensor) -> list[Tensor]:
+    """Return the keys that a mask ``(*lead, Lq, Lk)`` shows, as ``(*lead, Lk)``; none without a key axis."""
     if mask.shape[-1] != key.shape[-2]:
         return []
-    seen = visible_keys(mask if mask.dim() >= 2 else mask[None])  # (..., Lk)
-    while seen.dim() > 2:
-        seen = seen.any(1)
-    return [seen.expand(query.shape[0], -1)]
+    return [visible_keys(mask if mask.dim() >= 2 else mask[None])]
 
 
 def hide_future(x: Tensor, rows: Tensor) -> Tensor:
@@ -123,7 +122,13 @@ def hide_future(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def attend(value: Tensor) -> Step:
-    """Return the step from logits to output: softmax times ``value`` ``(B, Hv, Lk, dv)`` or ``(B·H, Lk, dv)``."""
-    if value.dim() == 3:
-        return Step(lambda logits, rows: logits.softmax(-1) @ value.to(logits.dtype))
-    return Step(lambda logits, rows: grouped_product(logits.softmax(-1), value.transpose(-1, -2)))
+    """Return the step from logits to output: softmax times ``value``, ``(B, Hv, Lk, dv)`` or ``(*lead, Lk, dv)``."""
+    if value.dim() == 4:
+        return Step(lambda logits, rows: grouped_product(logits.softmax(-1), value.transpose(-1, -2)))
+
+    def apply(logits: Tensor, rows: Tensor) -> Tensor:
+        repeats = logits.shape[-3] // value.shape[-3]
+        values = value.repeat_interleave(repeats, -3) if value.shape[-3] > 1 else value
+        return logits.softmax(-1) @ values.to(logits.dtype)
+
+    return Step(apply)

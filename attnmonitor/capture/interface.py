@@ -103,6 +103,7 @@ def read_interface_call(
         attention.outside.add("softcap")
     if position_bias is not None:
         attention.nonlinear.append(mask_step(position_bias, num_rows))
+        attention.has_added = True
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         valid = attention_mask.bool()
         attention.nonlinear.append(Step(lambda x, rows: x.masked_fill(~valid[:, None, None, :], -torch.inf)))
@@ -110,10 +111,12 @@ def read_interface_call(
             attention.nonlinear.append(
                 Step(lambda x, rows: x.masked_fill(~valid.index_select(-1, rows)[:, None, :, None], -torch.inf))
             )
-        attention.visible.append(valid)
+        attention.visible.append(valid[:, None])
     elif isinstance(attention_mask, Tensor):
         attention.nonlinear.append(mask_step(attention_mask, num_rows))
-        attention.visible.extend(mask_visibility(attention_mask, query, key))
+        attention.visible.extend(mask_visibility(attention_mask, key))
+        attention.masked_by = (attention_mask,)
+        attention.has_added |= attention_mask.is_floating_point()
     if (is_causal if is_causal is not None else getattr(module, "is_causal", False)) and num_rows > 1:
         attention.nonlinear.append(Step(hide_future))
     if sliding_window is not None:

@@ -9,7 +9,7 @@ here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnmonitor.capture.call import AttentionCall, CaptureReport
-from attnmonitor.capture.fused import read_flex, read_sdpa, unflatten_heads
+from attnmonitor.capture.ancestry import Ancestries, Ancestry, same_sequence
+from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
+from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
+from attnmonitor.capture.heads import Lead, MadeOf, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
+from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, is_padding_argument
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tracing.repeats import Repeats
-from attnmonitor.capture.tracing.trace import num_sequences_in
+from attnmonitor.capture.tracing.trace import ByHead, Trace, as_attention
 from attnmonitor.capture.tracing.tracer import Tracer
 from attnmonitor.capture.verify import Attention
 
@@ -38,21 +41,23 @@ class AttentionMode(TorchFunctionMode):
     """The function mode of one capture: follows a forward and emits every attention that it recognizes."""
 
     def __init__(
-        self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: dict[str, tuple[str, ...]]
+        self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: Layouts, *, packed: str
     ) -> None:
         super().__init__()
-        self.frames = Frames(model)
+        self._ancestries = None if layouts else Ancestries(model)
+        self.frames = Frames(model, self._note_inputs)
         self.report = CaptureReport()
         self._emit = emit
         self._layouts = layouts
+        self._packed = packed
         self._calls: Counter[str] = Counter()
         self._failures: dict[str, str] = {}
-        self._last_self_mask: Tensor | None = None
+        self._positions: dict[str, tuple[Ancestry | None, Tensor | None]] = {}
         self._inside_mha = False
         self._paused = False
         self._emitting = False
         self._repeats = Repeats()
-        self._tracer = Tracer(self.frames, self._repeats.original, self._found_traced, self._missed)
+        self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, self._found_traced, self._missed)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -76,9 +81,17 @@ class AttentionMode(TorchFunctionMode):
         if name == "multi_head_attention_forward":
             return self._run_mha(func, args, kwargs)
         output = func(*args, **kwargs)
+        if self._ancestries is not None:
+            self._attempt(name, self._ancestries.observe, name, func, args, kwargs, output)
+        if name not in self._tracer.observers:
+            self._attempt(name, self._tracer.observe_other, name, args, kwargs, output)
         for observe in observers:
             self._attempt(name, observe, name, func, args, kwargs, output)
         return output
+
+    def _note_inputs(self, tensors: Iterable[Tensor]) -> None:
+        if self._ancestries is not None:
+            self._attempt("the model", self._ancestries.add_inputs, tensors)
 
     def _attempt(self, what: str, observe: Callable[..., None], *args: Any) -> None:
         """Observe a call of the model; a failure may lose a layer, but never reaches the forward."""
@@ -140,30 +153,53 @@ class AttentionMode(TorchFunctionMode):
     ) -> None:
         layer, frame = self.frames.current_layer()
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        query, before = named["query"], self._repeats.original(named["key"])
-        lead, num_rows = tuple(query.shape[:-2]), query.shape[-2]
-        num_sequences = num_sequences_in(lead, frame, num_rows) if query.dim() in (3, 4) else None
-        if num_sequences is None:
-            self._missed(layer, f"a fused attention call with a query of shape {tuple(query.shape)}, not (B, H, L, d)")
+        query, key = named["query"], named["key"]
+        made_of = self._made_of(query, key)
+        lead = self._lead(layer, query.shape[:-2], frame, query.shape[-2], made_of)
+        if lead is None:
+            self._missed(layer, f"cannot tell sequences from heads in fused attention on queries {tuple(query.shape)}")
             return
-        is_repeated = before is not None and before.source.shape[2:] == named["key"].shape[2:]
+        before = self._repeats.original(key)
+        is_repeated = before is not None and before.source.shape[2:] == key.shape[2:]
         if before is not None and is_repeated:
             named["key"] = before.source
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
-        attention = read(*operands, *args[3:], **named)
+        attention = with_lead(read(*operands, *args[3:], **named), lead)
         attention.tiled = before is not None and is_repeated and before.tiled
         values_before = self._repeats.original(operands[2])
         if values_before is not None and values_before.source.shape[-2:] == operands[2].shape[-2:]:
-            attention.value = values_before.source
-        if query.dim() == 3:
-            attention = unflatten_heads(attention, num_sequences)
+            attention.value = lead.values(values_before.source)
         attention.operands_in = output.dtype
-        self._found(layer, frame, attention, "sdpa", output, -2)
+        self._found(layer, frame, attention, "sdpa", output, -2, made_of)
 
-    def _found_traced(
-        self, layer: str, frame: Frame | None, attention: Attention, output: Tensor | None, row_axis: int
-    ) -> None:
-        self._found(layer, frame, attention, "traced", output, row_axis)
+    def _made_of(self, query: Tensor, key: Tensor) -> MadeOf | None:
+        if self._ancestries is None:
+            return None
+        of_query = self._ancestries.of(query)
+        return MadeOf(of_query, self._ancestries.of(key), of_query.axes or (None,) * query.dim())
+
+    def _lead(
+        self, layer: str, sizes: Sequence[int], frame: Frame | None, num_rows: int, made_of: MadeOf | None
+    ) -> Lead | None:
+        """Return which leading axes of a layer's operands count heads; None where that is unclear."""
+        known = self._layouts.get(self._name_of_next(layer))
+        if known is not None and known.lead is not None:
+            return known.lead.resized(sizes, heads=False)
+        return lead_of(sizes, made_of) or lead_by_shape(sizes, frame, num_rows)
+
+    def _found_traced(self, trace: Trace, output: Tensor, row_axis: int, by_head: Callable[[Lead], ByHead]) -> None:
+        origin = trace.origin
+        num_rows = origin.product.query.shape[-2]
+        lead = self._lead(origin.layer, origin.product.batch, origin.frame, num_rows, origin.made_of)
+        if lead is None:
+            self._missed(
+                origin.layer, f"cannot tell sequences from heads in logits with leading axes {origin.product.batch}"
+            )
+            return
+        attention = as_attention(trace, lead)
+        attention.exact = trace.exact
+        attention.value, attention.heads_of = by_head(lead)
+        self._found(origin.layer, origin.frame, attention, "traced", output, row_axis, origin.made_of)
 
     def record_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
         """Record the attention that a module registered, unless this call of it has a record already."""
@@ -173,7 +209,9 @@ class AttentionMode(TorchFunctionMode):
         else:
             layer = frame.name
         if frame is None or not frame.recorded_by:
-            self._attempt("capture", self._found, layer, frame, attention, "explicit", output, -2)
+            made_of = self._made_of(attention.query, attention.key)
+            attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
+            self._attempt("capture", self._found, layer, frame, attention, "explicit", output, -2, made_of)
 
     def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an attention function of transformers, and record its arguments if no attention was found inside it."""
@@ -185,19 +223,37 @@ class AttentionMode(TorchFunctionMode):
 
     def _record_kernel(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer, frame = self.frames.current_layer()
-        self._found(layer, frame, read_interface_call(*args, **kwargs), "interface", output, 1)
+        attention = read_interface_call(*args, **kwargs)
+        made_of = self._made_of(attention.query, attention.key)
+        attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
+        self._found(layer, frame, attention, "interface", output, 1, made_of)
+
+    def _name_of_next(self, name: str) -> str:
+        """Return the name of a layer's next call: that of a second one ends in ``#2``."""
+        count = self._calls[name] + 1
+        return name if count == 1 else f"{name}#{count}"
 
     def _next_name(self, name: str) -> str:
+        next_name = self._name_of_next(name)
         self._calls[name] += 1
-        return name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+        return next_name
 
     def _missed(self, name: str, reason: str) -> None:
         self.report.missed[self._next_name(name)] = reason
 
     def _found(
-        self, name: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
+        self,
+        name: str,
+        frame: Frame | None,
+        attention: Attention,
+        how: str,
+        output: Tensor | None,
+        row_axis: int,
+        made_of: MadeOf | None,
     ) -> None:
         """Emit one attention, unless its module registers its own. The mode is paused: nothing here is observed."""
+        if self._ancestries is not None and made_of is not None and output is not None:
+            self._ancestries.attend(output, made_of.query)
         if how != "explicit" and self.frames.has_explicit_record():
             return
         if frame is not None:
@@ -205,7 +261,7 @@ class AttentionMode(TorchFunctionMode):
         layer = self._next_name(name)
         self._paused = True
         try:
-            call = self._verified(layer, frame, attention, how, output if attention.exact else None, row_axis)
+            call = self._verified(layer, frame, attention, how, output if attention.exact else None, row_axis, made_of)
             self._emitting = True
             self._emit(call)
             self._emitting = False
@@ -217,42 +273,79 @@ class AttentionMode(TorchFunctionMode):
             self._paused = False
 
     def _verified(
-        self, layer: str, frame: Frame | None, attention: Attention, how: str, output: Tensor | None, row_axis: int
+        self,
+        layer: str,
+        frame: Frame | None,
+        attention: Attention,
+        how: str,
+        output: Tensor | None,
+        row_axis: int,
+        made_of: MadeOf | None,
     ) -> AttentionCall:
-        query, key = attention.query, attention.key
-        lengths = query.shape[-2], key.shape[-2]
-        is_self = frame.is_self_attention(*lengths) if frame is not None else lengths[0] == lengths[1]
-        key_mask = attention.key_mask()
-        query_mask = key_mask if is_self else self._last_self_mask
-        if is_self and self._inside_mha and key_mask is not None:
-            query_mask = key_mask[:, : lengths[0]]  # nn.MultiheadAttention appends its learned and its zero key
-        if query_mask is not None and query_mask.shape != (query.shape[0], query.shape[-2]):
-            query_mask = None
-        if is_self:
-            self._last_self_mask = key_mask
-        types = [query.dtype, *([] if output is None else [output.dtype])]
-        outside = self._layouts.get(layer)
-        if outside is None:
-            outside = self._layouts[layer] = attention.outside_effects(
-                query_mask, key_mask, is_self=is_self and lengths[0] == lengths[1]
-            )
+        layout = self._layouts.get(layer)
+        if layout is None or not layout.fits(attention):
+            layout = self._layouts[layer] = self._examined(layer, frame, attention, made_of)
+        key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
+        query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
+        query_mask = _fitting(query_mask, attention, may_append=self._inside_mha and layout.is_self)
+        if layout.is_self:
+            self._positions[layer] = (None if made_of is None else made_of.query, key_mask)
+        types = [attention.query.dtype, *([] if output is None else [output.dtype])]
         rows = attention.rebuilt(output, row_axis)
-        return AttentionCall(
+        call = AttentionCall(
             layer=layer,
-            query=query,
-            key=key,
+            query=attention.query,
+            key=attention.key,
             value=attention.value,
             tiled=attention.tiled,
             scale=attention.scale,
             query_mask=query_mask,
             key_mask=key_mask,
-            kind="self" if is_self else "cross",
+            kind="self" if layout.is_self else "cross",
             how="mha" if self._inside_mha else how,
-            outside=outside,
+            outside=layout.outside,
             error=rows.error,
             precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
             logit_rows=attention.logit_rows,
             rows=rows,
+            layout=layout,
+            gained_bias=attention.is_biased() if attention.has_added and "bias" not in layout.outside else None,
+        )
+        if layout.documents is None:
+            return call
+        return by_document(call, layout.documents, attention.output_rows(output, row_axis))
+
+    def _examined(self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
+        """Find out what an attention does beside ``s q kᵀ``."""
+        num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
+        is_self = None if made_of is None else same_sequence(made_of.query, made_of.key)
+        if is_self is None:
+            is_self = frame.is_self_attention(num_rows, num_keys) if frame is not None else num_rows == num_keys
+        channels = made_of is not None and made_of.between_channels
+        rows_of = "" if is_self else self._layer_on(made_of)
+        query_mask = _fitting(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
+        known = Layout(attention.lead, is_self or channels, channels, rows_of)
+        return examined(known, attention, query_mask, self._surroundings(attention, made_of))
+
+    def _layer_on(self, made_of: MadeOf | None) -> str:
+        """Return the last self-attention on the sequence of a cross attention's queries, ``""`` if there was none."""
+        for layer, (positions, _) in reversed(self._positions.items()):
+            if made_of is None or positions is None or same_sequence(made_of.query, positions):
+                return layer
+        return ""
+
+    def _surroundings(self, attention: Attention, made_of: MadeOf | None) -> Surroundings:
+        arguments, ancestries = self.frames.arguments, self._ancestries
+        if ancestries is None or made_of is None:
+            return Surroundings(arguments, self._packed, on_main_input=False, masked_by_inputs=False)
+        masks = [ancestries.of(mask).inputs for mask in attention.masked_by]
+        plain = [ancestries.of(x).inputs for name, x in arguments.items() if is_padding_argument(name) and x.dim() == 2]
+        main = next((ancestries.of(x).inputs for x in arguments.values()), frozenset())
+        return Surroundings(
+            arguments,
+            self._packed,
+            on_main_input=bool(main & made_of.key.inputs),
+            masked_by_inputs=bool(frozenset().union(*masks) - frozenset().union(*plain)),
         )
 
     def report_missed(self) -> None:
@@ -260,6 +353,8 @@ class AttentionMode(TorchFunctionMode):
         for name in self.frames.unrecorded(self._calls):
             if name in self.frames.scripted:
                 reason = "it is a scripted module, whose operations cannot be seen"
+            elif ended := [why for layer, why in self._tracer.ended.items() if f"{layer}.".startswith(f"{name}.")]:
+                reason = ended[0]
             elif failures := [why for layer, why in self._failures.items() if f"{layer}.".startswith(f"{name}.")]:
                 reason = failures[0]
             elif name in self.frames.called:
@@ -267,3 +362,11 @@ class AttentionMode(TorchFunctionMode):
             else:
                 reason = "not called in this forward"
             self.report.missed.setdefault(name, reason)
+
+
+def _fitting(mask: Tensor | None, attention: Attention, *, may_append: bool) -> Tensor | None:
+    """Return the mask of an attention's query positions, None where there is none that fits."""
+    num_sequences, _, num_rows, _ = attention.query.shape
+    if mask is not None and may_append:
+        mask = mask[:, :num_rows]  # nn.MultiheadAttention appends its learned and its zero key
+    return mask if mask is not None and mask.shape == (num_sequences, num_rows) else None

@@ -7,8 +7,9 @@ input tensors: from them follow self or cross attention, and the number of seque
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -53,18 +54,44 @@ class Frame:
         return num_rows == num_keys or len(self.projected) == 1
 
 
+def _named_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors among a call's arguments with their names; those in a mapping have their key as the name."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # a forward in C, or of an odd make
+        names = []
+    named = [*zip([*names, *map(str, range(len(args)))], args, strict=False), *kwargs.items()]
+    for name, value in named:
+        if isinstance(value, list | tuple):
+            value = {f"{name}.{position}": part for position, part in enumerate(value)}
+        parts = value.items() if isinstance(value, Mapping) else [(name, value)]
+        yield from ((str(key), part) for key, part in parts if isinstance(part, Tensor))
+
+
 def _is_activation(x: Tensor) -> bool:
     return x.is_floating_point() and x.dim() >= 2 and x.layout is torch.strided and not x.is_nested
 
 
 class Frames:
-    """The stack of module calls of one model, while the context is open."""
+    """The stack of module calls of one model, while the context is open.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        entered: Called with the tensors that the model is called with.
+
+    Attributes:
+        arguments: The tensors that the model was called with, by the name of the argument.
+        called: Names of the modules that ran.
+        scripted: Names of scripted modules.
+    """
+
+    def __init__(self, model: nn.Module, entered: Callable[[Iterable[Tensor]], None] = lambda _: None) -> None:
         self._model = model
+        self._entered = entered
         self._stack: list[Frame] = []
         self._handles: list[RemovableHandle] = []
         self._flattened: dict[nn.Module, int] = {}  # what FSDP1 shows no parameters of
+        self.arguments: dict[str, Tensor] = {}
         self.called: set[str] = set()
         self.scripted: set[str] = set()
 
@@ -93,6 +120,9 @@ class Frames:
 
     def _enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called.add(name)
+        if not self._stack:
+            self.arguments = dict(_named_tensors(module, args, kwargs))
+            self._entered(self.arguments.values())
         self._stack.append(Frame(name, module, [*args, *kwargs.values()]))
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from attnmonitor.capture.documents import Documents
+from attnmonitor.capture.heads import Lead
 
 __all__ = ["HIDDEN", "Attention", "RebuiltRows", "Step", "checked_rows", "grouped_product", "visible_keys"]
 
@@ -66,7 +69,7 @@ class RebuiltRows:
     output: Tensor | None
     error: Tensor | None
     _argument: Tensor
-    _restore: Callable[[Tensor], Tensor]
+    _restore: Callable[[Tensor], Tensor] = _identity
 
     @cached_property
     def seen(self) -> Tensor:
@@ -83,6 +86,7 @@ class Attention:
         key: ``(B, Hkv, Lk, d)``.
         scale: Factor on ``q kᵀ``.
         tiled: Whether query head h reads key head h % Hkv, not h // (Hq / Hkv).
+        lead: Which leading axes of the code's operands count heads.
         arrange: From ``(B, Hq, R, Lk)`` to the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
@@ -90,7 +94,11 @@ class Attention:
         after: The softmax, the product with the values, and what lies between.
         key_axis: Axis of the softmax in the code's layout.
         outside: What acts on the logits outside ``s q kᵀ``, as far as known from the operations alone.
-        visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see.
+        visible: ``(B, Lk)`` bool, one per mask that arrived: keys that at least one query may see. ``(*lead, Lk)``
+            before the operands are.
+        has_added: Whether a tensor was added to the logits: a mask, or a bias that may be learned.
+        masked_by: The masks that arrived.
+        documents: Documents that the call itself named, by their lengths.
         exact: Whether the layer's output can be rebuilt: False where dropout was applied to the weights.
         operands_in: Type the code rounded q and k to before their product; None for the type they have.
         logits_in: Type the code kept the product in; None for full precision.
@@ -102,6 +110,7 @@ class Attention:
     key: Tensor
     scale: float
     tiled: bool = False
+    lead: Lead | None = None
     arrange: Callable[[Tensor], Tensor] = _identity
     restore: Callable[[Tensor], Tensor] = _identity
     affine: list[Step] = field(default_factory=list)
@@ -110,6 +119,9 @@ class Attention:
     key_axis: int = -1
     outside: set[str] = field(default_factory=set)
     visible: list[Tensor] = field(default_factory=list)
+    has_added: bool = False
+    masked_by: tuple[Tensor, ...] = ()
+    documents: Documents | None = None
     exact: bool = True
     operands_in: torch.dtype | None = None
     logits_in: torch.dtype | None = None
@@ -122,6 +134,11 @@ class Attention:
         for seen in self.visible:
             mask = seen if mask is None else mask & seen
         return mask
+
+    def without_product(self) -> Attention:
+        """Return the same attention for queries and keys of zero: its logits are the bias and the masks alone."""
+        query, key = (x.new_zeros(*x.shape[:-1], 1) for x in (self.query, self.key))
+        return replace(self, query=query, key=key)
 
     def _product(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
         """Return ``s q kᵀ`` in some rows, ``(B, Hq, R, Lk)``; as the code rounded it if asked for."""
@@ -178,6 +195,13 @@ class Attention:
             by_head = None if self.heads_of is None else self.heads_of(actual)
             return RebuiltRows(rows, product, by_head, error, argument, self.restore)
 
+    def output_rows(self, output: Tensor | None, row_axis: int) -> Callable[[Tensor], Tensor] | None:
+        """Return the function from rows to what the layer computed in them by head; None where that is not known."""
+        heads_of = self.heads_of
+        if output is None or heads_of is None:
+            return None
+        return lambda rows: heads_of(output.index_select(row_axis, rows))
+
     def _deviation(self, argument: Tensor, rows: Tensor, actual: Tensor) -> Tensor:
         """Return the largest deviation of rebuilt rows from the actual ones, relative to the largest entry."""
         # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
@@ -189,6 +213,12 @@ class Attention:
         gap = (expected - actual).abs().masked_fill(expected.isnan(), 0.0)
         size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
         return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
+
+    def is_biased(self) -> Tensor:
+        """Return whether a bias differs between visible keys of a checked row, a 0-dim bool; made without a wait."""
+        logits = self.without_product().logit_rows(checked_rows(self.query))
+        seen = logits > HIDDEN
+        return (logits.amax(-1) > logits.masked_fill(~seen, torch.inf).amin(-1)).any()
 
     def outside_effects(self, query_mask: Tensor | None, key_mask: Tensor | None, *, is_self: bool) -> tuple[str, ...]:
         """Name what acts on the logits outside ``s q kᵀ``; waits for the device: once per layer only.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture import capture_attention
+from attnmonitor.capture import Layouts, capture_attention
 from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
 from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
@@ -104,7 +104,7 @@ class Measurement:
         self._weight_metrics = tuple(name for name in metrics if name in WEIGHT_METRICS)
         self._weights: WeightMeasurement | None = None
         self._strict = strict
-        self._layouts: dict[str, tuple[str, ...]] = {}
+        self._layouts: Layouts = {}
         self._target_ranks: dict[str, int] = {}
         self.layers: Mapping[str, LayerCoverage] = {}
         self.route = RouteChoice("cpu")
@@ -162,6 +162,13 @@ class Measurement:
             )
         measured = self._unfinished(forward).result()
         self.layers = measured.coverage
+        if not any(layer.measured for layer in self.layers.values()):
+            reasons = dict.fromkeys(f"{layer.layer}: {layer.reason}" for layer in self.layers.values())
+            raise ValueError(
+                f"model={model}: attention was seen in its forward, but none of it can be measured; "
+                f"{'; '.join(list(reasons)[:3])}; a layer can hand its tensors over with "
+                "attnmonitor.capture.capture(...)"
+            )
         self.route = self._chosen_route(forward)
         if self._weight_metrics:
             self._weights = WeightMeasurement(
@@ -258,7 +265,7 @@ class Measurement:
             quiet(self._model),
             nullcontext() if self._with_others else no_collectives(self._model),
             probe.without_hooks(self._model),
-            capture_attention(self._model, reduction.take, layouts=self._layouts) as report,
+            capture_attention(self._model, reduction.take, layouts=self._layouts, packed=probe.packed) as report,
         ):
             probe.run(self._model)
         reduction.failures = {**report.missed, **reduction.failures}
@@ -274,7 +281,13 @@ class Measurement:
         counted: dict[Key, Tensor] = {}
         for name, layer in forward.layers.items():
             found = forward.statistics[name]
-            checks = {"certified": found.certified, "residual": found.invariant_residual, "error": layer.error}
+            checks = {
+                "certified": found.certified,
+                "residual": found.invariant_residual,
+                "error": layer.error,
+                "bias": layer.gained_bias,
+                "keys": layer.num_keys.amax(),
+            }
             on_device |= {(check, name): values for check, values in checks.items() if values is not None}
             values = {**layer.in_model_order(found.values), **layer.at_once.values}
             by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
@@ -330,6 +343,10 @@ class Measurement:
         if expected.heads != found.heads:
             was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
             return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
+        if ("bias", name) in on_host and bool(on_host["bias", name]):
+            found = replace(found, outside=tuple(sorted({*found.outside, "bias"})))
+        if float(on_host["keys", name]) < 2:
+            return replace(found, reason="its queries see a single key, so there is nothing to choose from")
         if layer.error is None:
             return found
         error = float(on_host["error", name])

@@ -62,11 +62,12 @@ class Probe:
         batch: A detached copy of the batch; None before there is one.
         fingerprint: 12 hex digits of the SHA-256 over names, shapes, dtypes and bytes of the batch's tensors.
         source: Why the loader's first batch was not drawn; empty where it was, or where a batch was given.
+        packed: ``"documents"`` where rows of several documents are cut, ``"one"`` where they are left whole.
         in_state: Whether the batch is saved with the monitor's state, because a resumed run cannot draw it again.
 
     Raises:
-        ValueError: ``forward`` or ``skip_hooks`` is not callable, the loader has no batch, a tensor of the batch cannot
-            be read, or the model's weights hold no numbers.
+        ValueError: ``forward`` or ``skip_hooks`` is not callable, ``packed`` is neither word, the loader has no batch,
+            a tensor of the batch cannot be read, or the model's weights hold no numbers.
         RejectedBatchError: The batch holds no tensor, is on another device than the model, or is longer than the
             positions the model's configuration allows.
     """
@@ -78,6 +79,7 @@ class Probe:
         *,
         forward: ForwardFunction | None = None,
         skip_hooks: HookFilter | None = None,
+        packed: str = "documents",
     ) -> None:
         if forward is not None and not callable(forward):
             raise ValueError(f"forward={forward!r} is not callable; give a function forward(model, batch)")
@@ -85,6 +87,12 @@ class Probe:
             raise ValueError(
                 f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
             )
+        if packed not in ("documents", "one"):
+            raise ValueError(
+                f'packed={packed!r}; give "documents" to measure each document of a row by itself, or "one" to measure '
+                "the row as a whole"
+            )
+        self.packed = packed
         self._forward = forward if forward is not None else default_forward
         self._skip_hooks = skip_hooks
         self.batch: Any = None

@@ -42,6 +42,7 @@ class ReducedLayer:
         error: Deviation of its output from what was captured, 0-dim; None where it could not be computed.
         num_keys: Keys that are not padding, ``(B, 1)``.
         at_once: Values that were computed while it ran.
+        gained_bias: Whether a bias acts that did not at the first forward, 0-dim bool; None where none can.
     """
 
     coverage: LayerCoverage
@@ -49,6 +50,7 @@ class ReducedLayer:
     error: Tensor | None
     num_keys: Tensor
     at_once: AttentionValues
+    gained_bias: Tensor | None = None
 
     def in_model_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Values from `HeadStatistics`, ``(B, H)``, with the query heads in the model's order."""
@@ -176,8 +178,13 @@ class Reduction:
             num_keys=call.key.shape[2],
             tiled=call.tiled,
             values_reason=at_once.reason,
+            sees=call.layout.sees,
+            future_mass=call.layout.future_mass,
+            padding_mass=call.layout.padding_mass,
+            documents=0 if call.layout.documents is None else call.layout.documents.count,
         )
-        return ReducedLayer(coverage, call.precision, call.error, num_positions(call.key, call.key_mask), at_once)
+        num_keys = num_positions(call.key, call.key_mask)
+        return ReducedLayer(coverage, call.precision, call.error, num_keys, at_once, call.gained_bias)
 
     def _heads(self, call: AttentionCall) -> LayerHeads:
         """A layer's queries as their Gram matrix, and a copy of its keys; only those that a metric needs."""

@@ -66,6 +66,8 @@ class AttentionMonitor(MonitorSampling):
         skip_hooks: Selects forward hooks of the model that the probe's forward skips; called with each hook function.
             For hooks of your own that count forwards or collect outputs: ``lambda hook: hook is count``. Hooks that
             the model needs to run (FSDP's, a parametrization's) must stay. By default none is skipped.
+        packed: How rows of several documents are measured, as sequence packing makes them: ``"documents"``, each
+            document by itself, or ``"one"``, the row as a whole.
         weights_every: Weight metrics, where ``metrics`` names some, are measured with every n-th sample.
         actions: What to do when an alert begins or becomes critical: maps a rule's name, a fault kind or
             ``"critical"`` to ``"stop"``, ``"checkpoint"`` or a function ``action(event, sample)``, or several of
@@ -114,6 +116,7 @@ class AttentionMonitor(MonitorSampling):
         strict: bool = False,
         forward: ForwardFunction | None = None,
         skip_hooks: HookFilter | None = None,
+        packed: str = "documents",
         weights_every: int = 10,
         actions: Mapping[str, Action | Sequence[Action]] | None = None,
     ) -> None:
@@ -131,7 +134,7 @@ class AttentionMonitor(MonitorSampling):
             self._alerts = alerts_on(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
-        self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks)
+        self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks, packed=packed)
         group = model_group(model)  # with its wrappers: DDP's names the group
         self._measurement = RankMeasurement(self.model, self.probe, self._metrics, group, strict=strict)
         self._is_main = group.is_main

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnmonitor import DEFAULT_METRICS
-from attnmonitor.capture import AttentionCall, capture_attention
+from attnmonitor.capture import AttentionCall, Layout, capture_attention
 from attnmonitor.functional import query_gram
 from attnmonitor.measurement.reduction import LARGEST_BATCH
 from attnmonitor.metrics.catalog import METRICS
@@ -124,12 +124,16 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class NoMasks(dict[str, tuple[str, ...]]):
+class NoMasks(dict[str, Layout]):
     """The mask layout of every layer, already known: finding it reads values, which fake tensors do not have."""
 
-    def get(self, *_: Any) -> tuple[str, ...]:
+    def __bool__(self) -> bool:
+        """Return that layers are known already."""
+        return True
+
+    def get(self, *_: Any) -> Layout:
         """Return that no layer has a mask."""
-        return ()
+        return Layout()
 
 
 def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str, float]:

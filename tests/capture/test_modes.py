@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnmonitor.capture import AttentionCall, capture, capture_attention
+from attnmonitor.capture import AttentionCall, Layouts, capture, capture_attention
 from attnmonitor.capture.verify import Attention
 from benchmarks.pages.handwritten_models import BATCH, LENGTH, HandWritten, by_matmul
 from benchmarks.pages.third_party_models import (
@@ -239,7 +239,7 @@ def test_a_second_sample_never_waits_for_the_device(
     if reason := transformers_difference(name, implementation):
         pytest.skip(f"transformers 4: {reason}")
     model, inputs = architecture.build(implementation), architecture.inputs(True)
-    layouts: dict[str, tuple[str, ...]] = {}
+    layouts: Layouts = {}
     calls: list[AttentionCall] = []
 
     def waits(emit: Callable[[AttentionCall], None] | None) -> list[str]:
@@ -388,7 +388,7 @@ def test_second_sample_creates_no_tensor_on_another_device(name: str) -> None:
     if name == "falcon" and importlib.metadata.version("transformers").startswith("4."):
         pytest.skip("transformers 4: its rotary embedding asks for autocast on the meta device, which has none")
     (architecture,) = (each for each in ALL if each.name == name)
-    layouts: dict[str, tuple[str, ...]] = {}
+    layouts: Layouts = {}
     here: list[AttentionCall] = []
     there: list[AttentionCall] = []
     model = architecture.build("eager")

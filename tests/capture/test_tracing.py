@@ -140,7 +140,7 @@ def test_unseen_attention_is_missed_by_name() -> None:
     result = captured(Model(), x=hidden())
     assert result.calls == []
     assert result.missed == {
-        "mixer": "no softmax of a query-key product was seen in it",
+        "mixer": "its logits go through exp, which cannot be followed",
         "idle_attn": "not called in this forward",
     }
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import DEFAULT_METRICS, METRICS, OPT_IN_METRICS, WEIGHT_METRICS
-from attnmonitor.capture import capture_attention
+from attnmonitor.capture import Layouts, capture_attention
 from attnmonitor.measurement.reduction import Reduction
 
 LENGTH = 24
@@ -109,7 +109,7 @@ def one_thread() -> Iterator[None]:
 def counted(*metrics: str) -> Counted:
     """What one forward of the probe, reduced to ``metrics``, runs."""
     model, batch = TinyGPT(num_layers=1, num_kv_heads=2), token_batch(length=LENGTH)
-    layouts: dict[str, tuple[str, ...]] = {}
+    layouts: Layouts = {}
     for measure in (Counted(), Counted()):  # the first forward finds what is around the softmax
         reduction = Reduction(metrics, {}, strict=True)
         with torch.no_grad(), measure, CountedFactorizations(measure):

@@ -43,6 +43,8 @@ class PairwiseProduct:
         batch: Sizes of the leading axes of the product: sequences, heads, or both in one.
         query_axis: Axis of the query positions in the product.
         key_axis: Axis of the key positions in the product.
+        labels: Labels of the leading axes, of the query positions, and of the axis that is summed over.
+        left_is_query: Whether the product's left operand holds the queries.
     """
 
     query: Tensor
@@ -50,6 +52,8 @@ class PairwiseProduct:
     batch: tuple[int, ...]
     query_axis: int
     key_axis: int
+    labels: str
+    left_is_query: bool
 
 
 def is_weight(x: Any) -> bool:
@@ -112,14 +116,16 @@ def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> Pa
     (summed,) = product.contracted
     rows, columns = left_only[-1], right_only[-1]
     operands = [(product.left, product.left_axes), (product.right, product.right_axes)]
-    if (out.index(rows) > out.index(columns)) != keys_first:
+    left_is_query = (out.index(rows) > out.index(columns)) == keys_first
+    if not left_is_query:
         rows, columns = columns, rows
         operands.reverse()
     batch_axes = [axis for axis in out if axis not in (rows, columns)]
     query = ordered(*operands[0], [*batch_axes, rows, summed])
     key = ordered(*operands[1], [*batch_axes, columns, summed])
     batch = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
-    return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns))
+    labels = "".join((*batch_axes, rows, summed))
+    return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns), labels, left_is_query)
 
 
 def ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:

@@ -6,7 +6,6 @@ rows, the rows replace that operand, and every other operand that has the query 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.heads import Lead, MadeOf
 from attnmonitor.capture.modules import Frame
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, ordered
 from attnmonitor.capture.tracing.repeats import Repeated
+from attnmonitor.capture.tracing.split import Split
 from attnmonitor.capture.verify import Attention, Step
 
 __all__ = [
+    "ByHead",
     "Origin",
     "Trace",
     "TracedCall",
@@ -27,20 +29,21 @@ __all__ = [
     "as_attention",
     "as_batch",
     "as_soft_cap",
-    "num_sequences_in",
     "rows_of",
     "size_along",
     "values_by_head",
 ]
 
 Apply = Callable[[Tensor, Tensor], Tensor]
+ByHead = tuple[Tensor, Callable[[Tensor], Tensor]] | tuple[None, None]
 
 
 @dataclass(eq=False)
 class Origin:
     """The start of a trace: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
 
-    ``values_reached``: its softmax has weighted values already; further uses of the weights are ignored.
+    ``made_of``: what its operands are made of, where this was followed. ``values_reached``: its softmax has weighted
+    values already; further uses of the weights are ignored.
     """
 
     labeled: LabeledProduct
@@ -49,6 +52,7 @@ class Origin:
     layer: str
     frame: Frame | None
     dtype: torch.dtype
+    made_of: MadeOf | None = None
     values_reached: bool = False
 
 
@@ -69,8 +73,12 @@ class Trace:
         softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
         outside: What acts on the logits outside the product.
         visible: The keys that each mask shows to at least one query, ``(*batch, Lk)``.
+        has_added: Whether a tensor was added.
+        masked_by: The masks among its operands.
         exact: Whether a replay gives what the model computed: False after dropout.
         capped: Whether the last step was a tanh.
+        logged: Whether the weights are still logarithms.
+        split: Set while the positions are viewed in other axes.
         fused_bias: Whether a bias was added within the product, before any rounding.
         doubt: Why this cannot be measured, ``""`` if it can.
     """
@@ -87,8 +95,12 @@ class Trace:
     softmax_axes: tuple[int, int, int] = (-2, -1, 0)
     outside: frozenset[str] = frozenset()
     visible: tuple[Tensor, ...] = ()
+    has_added: bool = False
+    masked_by: tuple[Tensor, ...] = ()
     exact: bool = True
     capped: bool = False
+    logged: bool = False
+    split: Split | None = None
     fused_bias: bool = False
     ambiguity: str = ""
 
@@ -177,35 +189,36 @@ def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
     return full.reshape(*trace.origin.product.batch, full.shape[-2], 1)
 
 
-def as_attention(trace: Trace) -> Attention | None:
-    """Return the attention of a finished trace, with operands (B, Hq, L, d); None if B and Hq are ambiguous."""
+def as_attention(trace: Trace, lead: Lead) -> Attention:
+    """Return the attention of a finished trace, with operands ``(B, H, L, d)``."""
     origin, product = trace.origin, trace.origin.product
     num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
-    num_sequences = num_sequences_in(product.batch, origin.frame, num_rows)
-    if num_sequences is None:
-        return None
     query = product.query
     for factor in trace.factors:
         query = query * factor
-    head_dim = query.shape[-1]
-    query = query.expand(*product.batch, num_rows, head_dim).reshape(num_sequences, -1, num_rows, head_dim)
-    key = _key_heads(origin, num_sequences)
+    query = lead.split(query.expand(*product.batch, num_rows, query.shape[-1]))
     code_axes = (product.query_axis, product.key_axis)
     softmax_query_axis, softmax_key_axis, first = trace.softmax_axes
 
     def arrange(x: Tensor) -> Tensor:
-        return x.reshape(*product.batch, *x.shape[-2:]).movedim((-2, -1), code_axes)
+        return lead.join(x).movedim((-2, -1), code_axes)
 
     def restore(x: Tensor) -> Tensor:
         x = x.movedim((softmax_query_axis, softmax_key_axis), (-2, -1))
-        return x.reshape(num_sequences, -1, *x.shape[-2:])[..., first : first + num_keys]
+        return lead.split(x)[..., first : first + num_keys]
 
-    visible = [seen.reshape(num_sequences, -1, num_keys).any(1) for seen in trace.visible]
+    repeated = origin.repeated_key
+    before = lead.resized(repeated.source.shape[:-2], heads=True) if repeated is not None else None
+    if repeated is None or before is None:
+        key, tiled = lead.keys(product.key), False
+    else:
+        key, tiled = before.split(repeated.source), repeated.tiled
     return Attention(
         query=query,
         key=key,
         scale=trace.scale,
-        tiled=origin.repeated_key is not None and origin.repeated_key.tiled,
+        tiled=tiled,
+        lead=lead,
         arrange=arrange,
         restore=restore,
         affine=trace.steps_of("affine"),
@@ -213,44 +226,17 @@ def as_attention(trace: Trace) -> Attention | None:
         after=trace.steps_of("after"),
         key_axis=softmax_key_axis,
         outside=set(trace.outside),
-        visible=visible,
+        visible=[lead.of_sequences(seen.reshape(*lead.sizes, num_keys)) for seen in trace.visible],
         operands_in=origin.dtype,
         logits_in=None if trace.fused_bias else origin.dtype,
+        has_added=trace.has_added,
+        masked_by=trace.masked_by,
     )
 
 
-def num_sequences_in(batch: tuple[int, ...], frame: Frame | None, num_rows: int) -> int | None:
-    """Return the number of sequences in a product's leading axes; None where it is unknown.
-
-    It is the first of several axes. In ``(B·H, L, d)`` sequences and heads are one axis, and the number follows from
-    the layer's own input, ``(B, L, D)`` in any order.
-    """
-    if len(batch) > 1:
-        return batch[0]
-    if frame is None or not frame.inputs:
-        return None
-    hidden = frame.inputs[0]
-    sequences, rest = divmod(hidden.numel() // hidden.shape[-1], num_rows)
-    return sequences if sequences and rest == 0 and batch[0] % sequences == 0 else None
-
-
-def _key_heads(origin: Origin, num_sequences: int) -> Tensor:
-    """Return the keys as (B, Hkv, Lk, d): those before repetition, or without the axes that are broadcast."""
-    key, batch = origin.product.key, origin.product.batch
-    num_keys, head_dim = key.shape[-2:]
-    if origin.repeated_key is not None:
-        return origin.repeated_key.source.reshape(num_sequences, -1, num_keys, head_dim)
-    own = list(key.shape[:-2])
-    while len(own) > 1 and own[-1] == 1:
-        own.pop()
-    if own == list(batch[: len(own)]):
-        return key.reshape(num_sequences, -1, num_keys, head_dim)
-    return key.expand(*batch, num_keys, head_dim).reshape(num_sequences, -1, num_keys, head_dim)
-
-
 def values_by_head(
-    values: Tensor, axes: str, weights_axes: tuple[list[str], str, str], out_axes: str, num_sequences: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]] | tuple[None, None]:
+    values: Tensor, axes: str, weights_axes: tuple[list[str], str, str], out_axes: str, lead: Lead
+) -> ByHead:
     """Return what attention weights are multiplied with, by head, and how to read the product by head.
 
     Args:
@@ -258,7 +244,7 @@ def values_by_head(
         axes: Labels of their axes.
         weights_axes: Labels of the weights: their leading axes, the query axis and the key axis.
         out_axes: Labels of the product.
-        num_sequences: B.
+        lead: Which leading axes count heads.
 
     Returns:
         ``(B, Hv, Lk, dv)`` and a function from rows of the product to ``(B, Hq, R, dv)``; None for another form.
@@ -267,14 +253,7 @@ def values_by_head(
     sizes = [axis for axis in axes if axis not in (*batch, query, key)]
     if len(sizes) != 1 or values.dim() != len(axes):
         return None, None
-    by_head = ordered(values, axes, [*batch, key, *sizes])  # an axis of the weights that it lacks has size 1
-    if len(by_head) == 1:
-        by_head = by_head.expand(num_sequences, *by_head.shape[1:])
-    if math.prod(by_head.shape[:-2]) % num_sequences:
+    by_head = lead.values(ordered(values, axes, [*batch, key, *sizes]))  # an axis of the weights that it lacks: size 1
+    if by_head is None:
         return None, None
-
-    def heads_of(x: Tensor) -> Tensor:
-        x = ordered(x, out_axes, [*batch, query, *sizes])
-        return x.reshape(num_sequences, -1, *x.shape[-2:])
-
-    return by_head.reshape(num_sequences, -1, *by_head.shape[-2:]), heads_of
+    return by_head, lambda x: lead.split(ordered(x, out_axes, [*batch, query, *sizes]))

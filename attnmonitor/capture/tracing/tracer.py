@@ -9,7 +9,6 @@ replayed on a few rows. A router, a contrastive loss, a bilinear form or linear 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,22 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.ancestry import Ancestries, Axis
+from attnmonitor.capture.heads import Lead, MadeOf
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, is_weight, labeled, pairwise_product
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.trace import (
+    ByHead,
     Origin,
     Trace,
     TracedCall,
     add_rows,
-    as_attention,
     as_batch,
     as_soft_cap,
     size_along,
     values_by_head,
 )
-from attnmonitor.capture.verify import HIDDEN, Attention, visible_keys
+from attnmonitor.capture.tracing.views import (
+    CASTS,
+    RESHAPES,
+    in_split,
+    permuted,
+    reshaped,
+    sliced,
+    with_bias,
+    with_mask,
+)
+from attnmonitor.capture.verify import HIDDEN
 
 __all__ = ["Tracer"]
 
@@ -41,9 +52,8 @@ PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
 ADDITIONS = {"add", "sub", "subtract"}
 NONLINEAR = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
-CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
 PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+MIXING = {"linear", "conv1d", "conv2d", "einsum", "matmul", "bmm"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 
 _Follow = Callable[[Trace, TracedCall], Trace | None]
@@ -55,34 +65,44 @@ class Tracer:
     Args:
         frames: The running module calls.
         repeated: Returns a key as it was before it was repeated per query head; None if it was not.
-        found: Called with ``(layer, frame, attention, output or None, row axis of output)`` for each attention.
+        ancestries: What tensors are made of; None where it is not followed.
+        found: Called with ``(trace, output, row axis of output, values by head)`` for each attention.
         missed: Called with ``(layer, reason)`` when an attention was recognized but cannot be measured.
+
+    Attributes:
+        ended: For each layer in which a trace ended, by which operation.
     """
 
     def __init__(
         self,
         frames: Frames,
         repeated: Callable[[Tensor], Repeated | None],
-        found: Callable[[str, Frame | None, Attention, Tensor | None, int], None],
+        ancestries: Ancestries | None,
+        found: Callable[[Trace, Tensor, int, Callable[[Lead], ByHead]], None],
         missed: Callable[[str, str], None],
     ) -> None:
         self._frames = frames
         self._repeated = repeated
+        self._ancestries = ancestries
         self._found = found
         self._missed = missed
         self._traces = Notes[Trace]()
         self._constants = Notes[float]()
+        self._normalizers = Notes[Origin]()
+        self.ended: dict[str, str] = {}
         follow: dict[str, _Follow] = dict.fromkeys(SCALINGS, self._scale)
         follow |= dict.fromkeys(ADDITIONS, self._add)
         follow |= dict.fromkeys(NONLINEAR, self._nonlinear) | dict.fromkeys(CASTS, self._pass_through)
-        follow |= dict.fromkeys(PERMUTATIONS, self._permute) | dict.fromkeys(RESHAPES, self._reshape)
+        follow |= dict.fromkeys(PERMUTATIONS, permuted) | dict.fromkeys(RESHAPES, reshaped)
         follow |= dict.fromkeys(SOFTMAXES, self._softmax)
-        follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": self._slice, "dropout": self._dropout}
+        follow |= {"masked_fill": self._mask, "where": self._mask, "__getitem__": sliced, "dropout": self._dropout}
+        follow |= {"log_softmax": self._softmax, "exp": self._exp}
         self._follow = follow
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self._follow["baddbmm"] = self._add_input
         self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
+        self.observers |= {"logsumexp": self._observe_normalizer, "__setitem__": self._observe_write}
 
     # Observers of torch functions.
 
@@ -91,6 +111,8 @@ class Tracer:
             return
         call = TracedCall(name, func, args, kwargs, output)
         slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
+        if name in CASTS:  # the other operand only names a type
+            slots = [slot for slot in slots if slot == 0]
         if not slots:
             return
         call.slot = slots[0]
@@ -101,8 +123,10 @@ class Tracer:
         elementwise = name not in PERMUTATIONS and name not in RESHAPES and name not in ("cat", "__getitem__")
         if elementwise and output.shape != call.operands[call.slot].shape:
             return
-        moved = self._follow[name](trace, call)
-        if moved is not None:
+        moved = self._follow[name](trace, call) if trace.split is None else in_split(trace, trace.split, call)
+        if moved is None:
+            self._end(trace, name)
+        else:
             # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
             self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
 
@@ -118,7 +142,8 @@ class Tracer:
         ):
             trace = self._traces.get(operand)
             if trace is not None:
-                if trace.stage != "after" or trace.origin.values_reached:
+                if trace.stage != "after" or trace.logged or trace.origin.values_reached:
+                    self._end(trace, name)
                     return
                 if trace.ambiguity:
                     self._missed(trace.origin.layer, trace.ambiguity)
@@ -127,6 +152,8 @@ class Tracer:
                     self._finish(trace, call, operand, axes, other, other_axes, product.out_axes)
                 elif product.contracted == {axes[trace.query_axis]}:
                     self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
+                else:
+                    self._end(trace, name)
                 return
             if is_weight(other):
                 self._frames.note_projection(operand)
@@ -138,6 +165,42 @@ class Tracer:
         if trace is not None:
             self._traces.put(output, trace)
 
+    def observe_other(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note that logits or weights went into a function that is not followed."""
+        if not self._traces or not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        for x in (*args, *kwargs.values()):
+            trace = self._traces.get(x)
+            if trace is not None and output.numel() >= x.numel():
+                self._end(trace, name)
+
+    def _end(self, trace: Trace, name: str) -> None:
+        """Note why the attention of a layer cannot be measured, if no other use of the same product is."""
+        what, when = ("weights", "after") if trace.stage == "after" else ("logits", "before")
+        reason = f"its {what} go through {name}, which cannot be followed"
+        if name in MIXING:
+            reason = (
+                f"its heads are mixed by {name} {when} the softmax (talking heads), so no head has a field of its own"
+            )
+        if not trace.origin.values_reached:
+            self.ended.setdefault(trace.origin.layer, reason)
+
+    def _observe_normalizer(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        trace = self._traces.get(args[0]) if args else None
+        if trace is not None and isinstance(output, Tensor) and size_along(output, trace.key_axis) == 1:
+            self._normalizers.put(output, trace.origin)
+
+    def _observe_write(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Follow a bias on a part of the logits that is written back into them."""
+        target, index, value = args
+        trace, part = self._traces.get(target), self._traces.get(value)
+        if trace is None or part is None or part.split is None or part.origin is not trace.origin:
+            return
+        if repr(part.split.part) == repr(index if isinstance(index, tuple) else (index,)):
+            self._traces.put(target, with_bias(trace, part.split.bias(target), target))
+
     def _start(
         self, product: LabeledProduct, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
     ) -> Trace | None:
@@ -145,9 +208,23 @@ class Tracer:
         if pair is None:
             return None
         repeated = self._key_before_repetition(product, pair, keys_first)
-        origin = Origin(product, pair, repeated, layer, frame, dtype)
+        origin = Origin(product, pair, repeated, layer, frame, dtype, self._made_of(product, pair))
         num_axes = len(pair.batch) + 2
         return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
+
+    def _made_of(self, product: LabeledProduct, pair: PairwiseProduct) -> MadeOf | None:
+        if self._ancestries is None:
+            return None
+        left, right = self._ancestries.of(product.left), self._ancestries.of(product.right)
+        sides = [(left, product.left_axes, product.left), (right, product.right_axes, product.right)]
+        if not pair.left_is_query:
+            sides.reverse()
+        axes: dict[str, Axis | None] = {}
+        for note, labels, operand in reversed(sides):
+            for position, label in enumerate(labels):
+                if label not in axes or operand.shape[position] > 1:
+                    axes[label] = None if note.axes is None else note.axes[position]
+        return MadeOf(sides[0][0], sides[1][0], tuple(axes[label] for label in pair.labels))
 
     def _with_keys_first(self, trace: Trace) -> Trace | None:
         """Return the same trace with queries and keys exchanged, as for ``k qᵀ`` with a softmax over its rows."""
@@ -204,8 +281,14 @@ class Tracer:
 
     def _add(self, trace: Trace, call: TracedCall) -> Trace | None:
         other = call.operands[1 - call.slot]
-        if call.name == "add" and isinstance(other, Tensor) and other.is_floating_point():
-            trace = self._note_mask(trace, other, call.output)
+        if self._normalizers.get(other) is trace.origin and call.name != "add" and call.slot == 0:
+            axes = (trace.query_axis, trace.key_axis, trace.first_column)
+            over = _softmax_over(trace.key_axis, logged=True)
+            return trace.then(over, stage="after", softmax_axes=axes, logged=True)
+        if isinstance(other, Tensor) and other.is_floating_point():
+            trace = replace(trace, has_added=True)
+            if call.name == "add":
+                trace = with_mask(trace, other, call.output)
         return self._nonlinear(trace, call) if call.slot and call.name != "add" else trace.then(call.replay(trace))
 
     def _add_input(self, trace: Trace, call: TracedCall) -> Trace:
@@ -215,7 +298,7 @@ class Tracer:
         trace = replace(trace, scale=trace.scale * alpha)
         if beta == 0:
             return trace
-        trace = self._note_mask(trace, added, call.output)
+        trace = replace(with_mask(trace, added, call.output), has_added=True)
         num_rows = call.output.shape[trace.query_axis]
         apply = partial(add_rows, added, beta, trace.query_axis, num_rows)
         return trace.then(apply, fused_bias=True)
@@ -229,7 +312,7 @@ class Tracer:
             hides_where = call.slot == 1
         value = self._number(fill)
         if value is not None and value <= HIDDEN:
-            trace = self._note_mask(trace, blocked, call.output, true_hides=hides_where)
+            trace = with_mask(trace, blocked, call.output, true_hides=hides_where)
         return trace.then(call.replay(trace))
 
     def _nonlinear(self, trace: Trace, call: TracedCall) -> Trace | None:
@@ -250,7 +333,7 @@ class Tracer:
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
         if trace.stage == "after" or not isinstance(dim, int):
             return None
-        over = dim % call.output.dim() - call.output.dim()
+        over, logged = dim % call.output.dim() - call.output.dim(), call.name == "log_softmax"
         if over == trace.query_axis:
             mirrored = self._with_keys_first(trace)
             if mirrored is None:
@@ -259,49 +342,15 @@ class Tracer:
         if over != trace.key_axis:
             return None
         axes = (trace.query_axis, trace.key_axis, trace.first_column)
-        axis = trace.key_axis
-        return trace.then(lambda x, rows: x.softmax(axis), stage="after", softmax_axes=axes)
+        return trace.then(_softmax_over(trace.key_axis, logged=logged), stage="after", softmax_axes=axes, logged=logged)
+
+    def _exp(self, trace: Trace, call: TracedCall) -> Trace | None:
+        return trace.then(call.replay(trace), logged=False) if trace.logged else None
 
     def _dropout(self, trace: Trace, call: TracedCall) -> Trace:
         p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
         active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
         return replace(trace, exact=trace.exact and not active)
-
-    def _permute(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """Follow a permutation, read off a tensor whose sizes number its axes."""
-        source = call.operands[0]
-        numbered = torch.empty(tuple(range(2, 2 + source.dim())), device="meta")
-        landed = [size - 2 for size in call.repeat_on(numbered).shape]
-        axes = [landed.index(axis % source.dim()) for axis in (trace.query_axis, trace.key_axis)]
-        others = [
-            axis for axis in landed if axis not in (trace.query_axis % source.dim(), trace.key_axis % source.dim())
-        ]
-        if others != sorted(others):
-            return None
-        query_axis, key_axis = (axis - source.dim() for axis in axes)
-        return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, query_axis=query_axis, key_axis=key_axis)
-
-    def _reshape(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """Follow a reshape of sequences and heads; one of positions ends the trace."""
-        shape = call.output.shape
-        if shape[-2:] != call.operands[0].shape[-2:] or {trace.query_axis, trace.key_axis} != {-1, -2}:
-            return None
-        lead = shape[:-2]
-        return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), rearranges=True)
-
-    def _slice(self, trace: Trace, call: TracedCall) -> Trace | None:
-        """Follow a slice that removes columns; any other indexing ends the trace."""
-        before, after = call.operands[0].shape, call.output.shape
-        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-        if not all(part is None or part is Ellipsis or isinstance(part, slice) for part in index):
-            return None
-        if len(before) != len(after):
-            return self._reshape(trace, call) if math.prod(before) == math.prod(after) else None
-        axis = trace.key_axis
-        if any(a != b for i, (a, b) in enumerate(zip(before, after, strict=True)) if i - len(before) != axis):
-            return None
-        start = index[-1].start or 0 if isinstance(index[-1], slice) and axis == -1 else 0
-        return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, first_column=trace.first_column - start)
 
     # Masks and numbers.
 
@@ -317,46 +366,24 @@ class Tracer:
         on_host = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         return float(x.numpy().reshape(())) if on_host and not x.requires_grad else None
 
-    def _note_mask(self, trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False) -> Trace:
-        """Return the trace with the keys that ``mask`` shows to at least one query, ``(*batch, Lk)``."""
-        num_keys = trace.origin.product.key.shape[-2]
-        if trace.stage == "after" or size_along(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
-            return trace
-        if true_hides and mask.dtype == torch.bool:
-            seen = ~mask.all(trace.query_axis)
-        else:
-            seen = visible_keys(mask, trace.query_axis)
-        if trace.key_axis != -1:
-            seen = seen.movedim(trace.key_axis + (1 if trace.query_axis > trace.key_axis else 0), -1)
-        lead = [
-            size
-            for axis, size in enumerate(logits.shape)
-            if axis - logits.dim() not in (trace.query_axis, trace.key_axis)
-        ]
-        return replace(trace, visible=(*trace.visible, seen.expand(*lead, num_keys)))
-
     # The end of a trace.
 
     def _finish(
         self, trace: Trace, call: TracedCall, weights: Tensor, axes: str, values: Tensor, value_axes: str, out_axes: str
     ) -> None:
         """Report the attention that a product of ``weights`` and ``values``, with labeled axes, completes."""
-        origin = trace.origin
-        origin.values_reached = True
-        trace = trace.then(call.replay(trace, weights))
-        attention = as_attention(trace)
-        if attention is None:
-            self._missed(origin.layer, f"cannot tell sequences from heads in logits of shape {origin.product.batch}")
-            return
+        trace.origin.values_reached = True
         before = self._repeated(values)
         query, key = axes[trace.query_axis], axes[trace.key_axis]
         batch = [axis for axis in axes if axis not in (query, key)]
-        attention.value, attention.heads_of = values_by_head(
-            values if before is None else before.source,
-            value_axes,
-            (batch, query, key),
-            out_axes,
-            attention.query.shape[0],
-        )
-        output = call.output if trace.exact else None
-        self._found(origin.layer, origin.frame, attention, output, out_axes.index(query))
+
+        def by_head(lead: Lead) -> ByHead:
+            own = values if before is None else before.source
+            return values_by_head(own, value_axes, (batch, query, key), out_axes, lead)
+
+        self._found(trace.then(call.replay(trace, weights)), call.output, out_axes.index(query), by_head)
+
+
+def _softmax_over(axis: int, *, logged: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the step of a softmax, or of its logarithm."""
+    return lambda x, rows: x.log_softmax(axis) if logged else x.softmax(axis)

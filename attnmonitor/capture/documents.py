@@ -1,0 +1,103 @@
+"""Rows that hold several documents: found in the pattern of an attention, and cut so that each is a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+__all__ = ["Documents", "blocks_in", "documents_at"]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The positions of every document, padded to one length.
+
+    Attributes:
+        index: ``(D, L')`` positions in ``(B·L)``, 0 where padded.
+        valid: ``(D, L')`` bool, False where padded.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of documents."""
+        return len(self.index)
+
+    def cut(self, heads: Tensor) -> Tensor:
+        """Return ``(B, H, L, d)`` as ``(D, H, L', d)``."""
+        by_document: Tensor = heads.transpose(1, 2).flatten(0, 1)[self.index].transpose(1, 2)
+        return by_document
+
+    def of_rows(self, function: Callable[[Tensor], Tensor], length: int, rows: Tensor) -> Tensor:
+        """Return rows ``(R,)`` of every document, ``(D, H, R, n)``, of what a function gives for whole rows.
+
+        Args:
+            function: Maps positions ``(R,)`` to ``(B, H, R, n)``.
+            length: Positions L of a whole row.
+            rows: Positions in the documents.
+        """
+        index = self.index.index_select(1, rows)  # (D, R)
+        found = function((index % length).flatten())
+        by_document: Tensor = found.unflatten(-2, index.shape)  # (B, H, D, R, n)
+        own: Tensor = by_document[self.index[:, 0] // length, :, torch.arange(self.count, device=rows.device)]
+        return own
+
+    def rows(self, logit_rows: Callable[[Tensor], Tensor], length: int) -> Callable[[Tensor], Tensor]:
+        """Return the function that gives rows of logits by document, ``(D, H, R, L')``.
+
+        Args:
+            logit_rows: Maps rows ``(R,)`` to ``(B, H, R, L)``.
+            length: Positions L of a whole row.
+        """
+
+        def by_document(rows: Tensor) -> Tensor:
+            logits = self.of_rows(logit_rows, length, rows)
+            columns = (self.index % length)[:, None, None, :].expand(*logits.shape[:-1], -1)
+            return logits.gather(-1, columns).masked_fill(~self.valid[:, None, None, :], -torch.inf)
+
+        return by_document
+
+    def to(self, device: torch.device) -> Documents:
+        """Return them on a device."""
+        return Documents(self.index.to(device), self.valid.to(device))
+
+
+def documents_at(spans: list[tuple[int, int]], device: torch.device) -> Documents:
+    """Return documents from their first and past-the-last positions in ``(B·L)``."""
+    index = pad_sequence([torch.arange(*span) for span in spans], batch_first=True)
+    lengths = torch.tensor([end - start for start, end in spans])
+    return Documents(index.to(device), (torch.arange(index.shape[1]) < lengths[:, None]).to(device))
+
+
+def blocks_in(pattern: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
+    """Return the blocks on the diagonal of each sequence's pattern, as first and past-the-last positions.
+
+    A block begins at a position that sees nothing before itself; no later position may see past the beginning, and none
+    past the end. A sliding window has no such beginnings, so it is one block.
+
+    Args:
+        pattern: ``(B, L, L)`` bool, True where a query sees a key.
+        valid: ``(B, L)`` bool, True for a token.
+    """
+    length = pattern.shape[-1]
+    pattern = pattern & valid[:, None, :]
+    firsts = pattern.int().argmax(-1).tolist()
+    lasts = (length - 1 - pattern.flip(-1).int().argmax(-1)).tolist()
+    blocks = []
+    for first, last, tokens in zip(firsts, lasts, valid.tolist(), strict=True):
+        positions = [position for position in range(length) if tokens[position]]
+        starts = [position for position in positions if first[position] == position]
+        ends = [*starts[1:], positions[-1] + 1] if starts else []
+        spans = list(zip(starts, ends, strict=True))
+        holds = all(start <= first[i] and last[i] < end for start, end in spans for i in positions if start <= i < end)
+        whole = [(positions[0], positions[-1] + 1)] if positions else []
+        # A gap of padding after a document is not a part of it.
+        cut = [(start, max(i for i in positions if i < end) + 1) for start, end in spans]
+        blocks.append(cut if holds and starts and starts[0] == positions[0] else whole)
+    return blocks

@@ -1,0 +1,272 @@
+"""What is found out of a layer's attention at its first forward, and read at later ones.
+
+Self or cross, which positions are padding, which keys a query sees, and the documents in a row: finding these out reads
+values, for which the host waits for the device. So it is done once, and a `Layout` keeps what was found.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnmonitor.capture.documents import Documents, blocks_in, documents_at
+from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.verify import Attention, checked_rows
+
+__all__ = ["Layout", "Layouts", "Surroundings", "examined", "is_padding_argument"]
+
+_VALID_NAME = re.compile(r"(^|_)attention_mask$")
+_PADDING_NAME = re.compile(r"(^|_)padding_mask$")
+_NUM_ROWS = 64  # rows on which masses of attention are measured
+_CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What is known of one layer.
+
+    Attributes:
+        lead: Which leading axes of its operands count heads; None for the usual order.
+        is_self: Whether queries and keys are of one sequence.
+        between_channels: Whether features attend to features.
+        rows_of: The layer whose keys are the positions of this layer's queries, ``""`` if none is known.
+        key_mask: ``(B, Lk)``, True for a token, where the masks that arrive do not show it.
+        documents: Where its rows are cut, None where they are not.
+        outside: What acts on its logits outside ``s q kᵀ``.
+        sees: ``"causal"``, ``"both"``, ``"window"``, ``"documents"``, ``"cross"`` or ``"channels"``.
+        future_mass: Mean attention probability on later positions, NaN where it does not apply.
+        padding_mass: The same on padding.
+        positions: Sequences and keys of the forward in which this was found.
+    """
+
+    lead: Lead | None = None
+    is_self: bool = True
+    between_channels: bool = False
+    rows_of: str = ""
+    key_mask: Tensor | None = None
+    documents: Documents | None = None
+    outside: tuple[str, ...] = ()
+    sees: str = ""
+    future_mass: float = math.nan
+    padding_mass: float = math.nan
+    positions: tuple[int, int] = (0, 0)
+
+    def fits(self, attention: Attention) -> bool:
+        """Return whether what was kept of the positions is of a forward of the same sequences."""
+        return self.positions == (len(attention.key), attention.key.shape[-2]) or (
+            self.key_mask is None and self.documents is None
+        )
+
+
+Layouts = dict[str, Layout]
+"""What is known of each layer, by its name."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of a forward around an attention.
+
+    Attributes:
+        arguments: The tensors the model was called with, by name.
+        packed: ``"documents"`` to cut rows that hold several, ``"one"`` to leave them whole.
+        on_main_input: Whether the keys are positions of the model's first input.
+        masked_by_inputs: Whether a mask follows from an input of the model beside its padding mask.
+    """
+
+    arguments: Mapping[str, Tensor]
+    packed: str
+    on_main_input: bool
+    masked_by_inputs: bool
+
+
+def examined(known: Layout, attention: Attention, query_mask: Tensor | None, around: Surroundings) -> Layout:
+    """Return what an attention does beside ``s q kᵀ``; waits for the device.
+
+    Args:
+        known: What is known of the layer so far: whether it is self-attention.
+        attention: Its attention.
+        query_mask: ``(B, Lq)``, the padding of a cross attention's queries.
+        around: What is known of the forward.
+    """
+    square = known.is_self and not known.between_channels and attention.query.shape[-2] == attention.key.shape[-2]
+    arrived = attention.key_mask()
+    valid = arrived
+    pattern = None
+    if square:
+        given = _given_padding(attention, around)
+        if _hides_tokens(attention, arrived):
+            pattern = _pattern(attention)
+            valid = _valid_keys(pattern, arrived, around.arguments)
+        if given is not None and (valid is None or bool((valid & ~given).any())):
+            valid = given if valid is None else valid & given
+        query_mask = valid
+    key_mask = None if valid is None or valid is arrived else valid
+    found = replace(known, key_mask=key_mask, positions=(len(attention.key), attention.key.shape[-2]))
+    if around.packed == "documents":
+        if attention.documents is not None:
+            found = replace(found, documents=attention.documents)
+        elif pattern is not None:
+            found = replace(found, documents=_documents(pattern, valid, by_inputs=around.masked_by_inputs))
+    outside = attention.outside_effects(query_mask, valid, is_self=square)
+    if found.documents is not None:
+        outside = tuple(name for name in outside if name != "window")
+    found = replace(found, outside=outside)
+    return _with_masses(found, attention, query_mask, valid, square=square)
+
+
+def _with_masses(
+    layout: Layout, attention: Attention, query_mask: Tensor | None, key_mask: Tensor | None, *, square: bool
+) -> Layout:
+    """Return the layout with what the layer's queries see."""
+    num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
+    step = max(1, num_rows // _NUM_ROWS)
+    rows = torch.arange(num_rows - 1, -1, -step, device=attention.query.device)
+    logits = attention.logit_rows(rows)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    counted = (logits > -torch.inf).any(-1)  # (B, H, R): a row that sees nothing has no attention
+    if query_mask is not None and query_mask.shape[-1] == num_rows:
+        counted = counted & query_mask.index_select(-1, rows)[:, None, :]
+    later = torch.arange(num_keys, device=rows.device) > rows[:, None]
+
+    def mass(where: Tensor) -> float:
+        each = weights.masked_fill(~where, 0.0).sum(-1)
+        return float(each.masked_fill(~counted, 0.0).sum() / counted.sum())
+
+    padded = key_mask is not None and not bool(key_mask.all())
+    padding_mass = mass(~key_mask[:, None, None, :]) if padded and key_mask is not None else math.nan
+    future_mass = mass(later) if square else math.nan
+    seen_later = (logits > -torch.inf) & later & counted[..., None]
+    if key_mask is not None:
+        seen_later = seen_later & key_mask[:, None, None, :]
+    if layout.between_channels:
+        sees = "channels"
+    elif not layout.is_self:
+        sees = "cross"
+    elif layout.documents is not None:
+        sees = "documents"
+    elif "window" in layout.outside:
+        sees = "window"
+    else:
+        sees = "both" if not square or bool(seen_later.any()) else "causal"
+    return replace(layout, sees=sees, future_mass=future_mass, padding_mass=padding_mass)
+
+
+# Padding.
+
+
+def _hides_tokens(attention: Attention, key_mask: Tensor | None) -> bool:
+    """Return whether a checked row hides a key that others see, for another reason than that it comes later."""
+    if not attention.affine and not attention.nonlinear:
+        return False
+    rows = checked_rows(attention.query)
+    seen = attention.without_product().logit_rows(rows) > -torch.inf  # (B, H, R, Lk)
+    later = torch.arange(seen.shape[-1], device=rows.device) > rows[:, None]
+    looks_ahead = (seen & later).any()
+    hidden = ~seen & seen.any(-1, keepdim=True) & (~later | looks_ahead)
+    if key_mask is not None:
+        hidden = hidden & key_mask[:, None, None, :]
+    return bool(hidden.any())
+
+
+def _pattern(attention: Attention) -> Tensor:
+    """Return which keys a query sees in any head, ``(B, Lq, Lk)`` bool."""
+    bias = attention.without_product()
+    rows = torch.arange(attention.query.shape[-2], device=attention.query.device)
+    return torch.cat([(bias.logit_rows(part) > -torch.inf).any(1) for part in rows.split(_CHUNK)], dim=1)
+
+
+def _valid_keys(pattern: Tensor, arrived: Tensor | None, arguments: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the keys that are tokens where padding may see itself or everything; ``arrived`` where all is plain."""
+    for name, argument in arguments.items():
+        for valid in _readings(name, argument):
+            if valid.shape == pattern[:, 0].shape and _explains(pattern, valid.to(pattern.device)):
+                return valid.to(pattern.device) if arrived is None else arrived & valid.to(pattern.device)
+    padding = _self_seeing(pattern)
+    if not bool(padding.any()):
+        return arrived
+    return ~padding if arrived is None else arrived & ~padding
+
+
+def _self_seeing(pattern: Tensor) -> Tensor:
+    """Return the keys that only their own position sees although others could, ``(B, L)`` bool.
+
+    Under a causal mask the last token of a row, or of a document, is also seen by itself alone. Padding is known by the
+    later positions that see what is before it, or by seeing nothing else itself.
+    """
+    length = pattern.shape[-1]
+    itself = torch.eye(length, dtype=torch.bool, device=pattern.device)
+    others = pattern & ~itself
+    alone = ~others.any(1)
+    looks_ahead = (others & itself.new_ones(length, length).triu(1)).any((1, 2))
+    first = pattern.int().argmax(-1)  # the first key of each row; of the later rows:
+    earliest = first.flip(-1).cummin(-1).values.flip(-1).roll(-1, -1)
+    earliest[:, -1] = length
+    passed_over = earliest < torch.arange(length, device=pattern.device)
+    padding = alone & (passed_over | ~others.any(2) | looks_ahead[:, None])
+    if length > 1:
+        padding[:, -1] |= alone[:, -1] & padding[:, -2]
+    return padding & ~alone.all(-1, keepdim=True)
+
+
+def _readings(name: str, argument: Tensor) -> list[Tensor]:
+    """Return the ways to read an argument of the model as tokens, ``(B, L)`` bool; none if it is no such mask."""
+    if argument.dim() != 2 or bool(((argument != 0) & (argument != 1)).any()):
+        return []
+    valid = argument.bool()
+    if _VALID_NAME.search(name):
+        return [valid]
+    return [~valid] if _PADDING_NAME.search(name) else [valid, ~valid]
+
+
+def _explains(pattern: Tensor, valid: Tensor) -> bool:
+    """Return whether the tokens see no padding, all of them themselves, and some position is padding."""
+    sees_padding = pattern & valid[:, :, None] & ~valid[:, None, :]
+    sees_itself = pattern.diagonal(dim1=-2, dim2=-1) | ~valid
+    holds = ~sees_padding.any() & sees_itself.all() & (~valid).any() & valid.any(-1).all()
+    return bool(holds)
+
+
+def is_padding_argument(name: str) -> bool:
+    """Return whether an argument of a model, by its name, says which positions are padding."""
+    return bool(_VALID_NAME.search(name) or _PADDING_NAME.search(name))
+
+
+def _given_padding(attention: Attention, around: Surroundings) -> Tensor | None:
+    """Return the tokens by the model's own padding argument, for attention on the sequence of its main input."""
+    if not around.on_main_input:
+        return None
+    for name, argument in around.arguments.items():
+        if is_padding_argument(name) and not name.startswith("decoder"):
+            for reading in _readings(name, argument):
+                if reading.shape == (len(attention.key), attention.key.shape[-2]):
+                    return reading.to(attention.key.device)
+    return None
+
+
+# Documents.
+
+
+def _documents(pattern: Tensor, valid: Tensor | None, *, by_inputs: bool) -> Documents | None:
+    """Return the documents of rows that hold several; None where blocks are a part of the architecture."""
+    tokens = torch.ones_like(pattern[:, 0]) if valid is None else valid
+    blocks = blocks_in(pattern.cpu(), tokens.cpu())
+    if all(len(spans) < 2 for spans in blocks) or max(end - start for spans in blocks for start, end in spans) < 2:
+        return None
+    sizes = {end - start for spans in blocks for start, end in spans[:-1]}
+    last = max((spans[-1][1] - spans[-1][0] for spans in blocks if spans), default=0)
+    in_step = len(sizes) == 1 and last <= max(sizes)
+    if in_step and not by_inputs:
+        return None
+    length = pattern.shape[-1]
+    spans = [
+        (row * length + start, row * length + end)
+        for row, found in enumerate(blocks)
+        for start, end in found
+        if end - start > 1  # one token alone has no attention to measure
+    ]
+    return documents_at(spans, pattern.device)

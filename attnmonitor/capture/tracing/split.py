@@ -1,0 +1,43 @@
+"""Sums added to logits while their positions are viewed in other axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Split", "joined"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Logits whose positions are viewed in other axes.
+
+    Attributes:
+        whole: Shape of the logits before.
+        part: The slices of them that are viewed; None for all.
+        added: Tensors added since, each with the shape it was added to.
+    """
+
+    whole: tuple[int, ...]
+    part: tuple[Any, ...] | None = None
+    added: tuple[tuple[Tensor, tuple[int, ...]], ...] = ()
+
+    def plus(self, added: Tensor, shape: Sequence[int]) -> Split:
+        """Return the split after one more sum."""
+        return replace(self, added=(*self.added, (added, tuple(shape))))
+
+    def bias(self, like: Tensor) -> Tensor:
+        """Return all that was added as a bias on the logits, of the shape they had before."""
+        total = like.new_zeros(self.whole)
+        target = total if self.part is None else total[self.part]
+        for added, shape in self.added:
+            target += added.expand(shape).reshape(target.shape)
+        return total
+
+
+def joined(split: Split, shape: Sequence[int]) -> bool:
+    """Return whether logits of this shape are back in the axes they had before the split."""
+    return split.part is None and tuple(shape[-2:]) == split.whole[-2:]

@@ -1,0 +1,301 @@
+"""Which axes count heads, which positions are queries, keys, padding and documents: by what tensors are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from reference import layer_statistics
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnmonitor import AttentionMonitor
+
+WIDTH, HEADS, LENGTH = 32, 4, 12
+SCALE = 8**-0.5
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) * SCALE).softmax(-1) @ v
+
+
+class Mixer(nn.Module):
+    """Projections and an attention whose axes ``layout`` arranges; keeps the heads it used, ``(B, H, L, d)``."""
+
+    def __init__(self, layout: Callable[[Attend, Tensor, Tensor, Tensor], object], attend: Attend) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.layout, self.attend = layout, attend
+
+    def forward(self, x: Tensor) -> None:
+        split = [f(x).unflatten(-1, (HEADS, -1)) for f in (self.q_proj, self.k_proj, self.v_proj)]  # (..., L, H, d)
+        self.kept = [y.transpose(-2, -3).reshape(-1, HEADS, x.shape[-2], 8) for y in split[:2]]
+        self.layout(self.attend, *split)
+
+
+def one_sequence(attend: Attend, *qkv: Tensor) -> None:
+    """(H, L, d), a call per sequence."""
+    for q, k, v in zip(*qkv, strict=True):
+        attend(*(y.transpose(0, 1) for y in (q, k, v)))
+
+
+def rows_before_heads(attend: Attend, *qkv: Tensor) -> None:
+    """(B, R, H, L, d): axial and pair attention."""
+    attend(*(y.transpose(-2, -3) for y in qkv))
+
+
+def heads_before_rows(attend: Attend, *qkv: Tensor) -> None:
+    """(B, H, R, L, d): blocks of an image, mask units."""
+    attend(*(y.permute(0, 3, 1, 2, 4) for y in qkv))
+
+
+def heads_first(attend: Attend, *qkv: Tensor) -> None:
+    """(H, B, L, d)."""
+    attend(*(y.permute(2, 0, 1, 3) for y in qkv))
+
+
+def heads_outside(attend: Attend, *qkv: Tensor) -> None:
+    """(H·B, L, d)."""
+    attend(*(y.permute(2, 0, 1, 3).flatten(0, 1) for y in qkv))
+
+
+def sequences_outside(attend: Attend, *qkv: Tensor) -> None:
+    """(B·H, L, d)."""
+    attend(*(y.transpose(1, 2).flatten(0, 1) for y in qkv))
+
+
+def rows_as_sequences(attend: Attend, *qkv: Tensor) -> None:
+    """(B·R, H, L, d)."""
+    attend(*(y.flatten(0, 1).transpose(1, 2) for y in qkv))
+
+
+FLAT, WITH_ROWS = (2, LENGTH, WIDTH), (2, 4, LENGTH, WIDTH)
+
+
+@pytest.mark.parametrize("attend", [by_hand, scaled_dot_product_attention], ids=["by hand", "fused"])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (one_sequence, (1, *FLAT[1:])),
+        (rows_before_heads, WITH_ROWS),
+        (heads_before_rows, WITH_ROWS),
+        (heads_first, FLAT),
+        (heads_outside, FLAT),
+        (sequences_outside, FLAT),
+        (rows_as_sequences, WITH_ROWS),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_heads_are_the_axis_of_features(layout: Callable[..., None], shape: tuple[int, ...], attend: Attend) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mixer": Mixer(layout, attend)})
+    x = torch.randn(shape)
+    with AttentionMonitor(model, x, forward=lambda model, x: model["mixer"](x), record=None, alerts=False) as monitor:
+        for sample in (monitor.sample(0), monitor.sample(1)):
+            assert list(sample.coverage) == ["mixer"]
+            assert sample.coverage["mixer"].heads == (HEADS, HEADS, 8)
+            assert sample.coverage["mixer"].sees == "both"
+            expected = layer_statistics(*(y.double() for y in model["mixer"].kept), SCALE, None, None)
+            for metric in ("energy_rms", "energy_effective_rank", "key_incoherence"):
+                assert torch.allclose(sample.values[metric]["mixer"].double(), expected[metric].mean(0), rtol=1e-4)
+
+
+class Attention(nn.Module):
+    """Attention of ``x + position`` on ``memory + its position``, with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            f(y).unflatten(-1, (HEADS, 8)).transpose(1, 2)
+            for f, y in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        self.kept = q, k
+        return scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+class Detector(nn.Module):
+    """An encoder whose queries and keys are tokens with positions, and a decoder of as many learned queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.own, self.cross = Attention(), Attention(), Attention()
+        self.queries = nn.Parameter(torch.randn(LENGTH, WIDTH))
+
+    def forward(self, source: Tensor, position: Tensor, valid: Tensor) -> None:
+        mask = valid[:, None, None, :]
+        query = key = source + position
+        memory = source + self.encoder(query, key, source, mask)
+        queries = self.queries.expand(len(source), -1, -1)
+        target = torch.zeros_like(queries)
+        target = target + self.own(target + queries, target + queries, target)
+        self.cross(target + queries, memory + position, memory, mask)
+
+
+def padded(shape: tuple[int, ...] = (2, LENGTH)) -> Tensor:
+    valid = torch.ones(shape, dtype=torch.bool)
+    valid[1, LENGTH - 5 :] = False
+    return valid
+
+
+def expect(monitor: AttentionMonitor, layer: str, kept: tuple[Tensor, ...], rows: Tensor, keys: Tensor) -> None:
+    """The layer's values are those of its kept heads with these masks, in two samples alike."""
+    expected = layer_statistics(*(y.detach().double() for y in kept), SCALE, rows, keys)
+    for step in (0, 1):
+        values = monitor.sample(step).values
+        for metric in ("energy_rms", "energy_effective_rank", "key_incoherence"):
+            assert torch.allclose(values[metric][layer].double(), expected[metric].mean(0), rtol=1e-4), metric
+
+
+def test_self_or_cross_is_what_queries_and_keys_are_made_of() -> None:
+    torch.manual_seed(0)
+    model, valid = Detector(), padded()
+    inputs = torch.randn(2, LENGTH, WIDTH), torch.randn(2, LENGTH, WIDTH), valid
+    with AttentionMonitor(model, inputs, record=None, alerts=False) as monitor:
+        kinds = {name: layer.kind for name, layer in monitor.coverage.items()}
+        assert kinds == {"encoder": "self", "own": "self", "cross": "cross"}
+        everything = torch.ones_like(valid)
+        expect(monitor, "encoder", model.encoder.kept, valid, valid)
+        expect(monitor, "own", model.own.kept, everything, everything)
+        expect(monitor, "cross", model.cross.kept, everything, valid)
+
+
+class Masked(nn.Module):
+    """One layer of self-attention with a mask made of the model's inputs."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.attn, self.mask = Attention(), mask
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> None:
+        self.attn(x, x, x, self.mask(attention_mask))
+
+
+EYE, CAUSAL = torch.eye(LENGTH, dtype=torch.bool), torch.ones(LENGTH, LENGTH).tril().bool()
+
+
+MASKS = {
+    "hidden": (lambda valid: valid[:, None, None, :], "both"),
+    "self-seeing": (lambda valid: valid[:, None, None, :] | EYE, "both"),
+    "self-seeing causal": (lambda valid: valid[:, None, None, :] & CAUSAL | EYE, "causal"),
+    "isolated": (lambda valid: valid[:, None, :, None] & valid[:, None, None, :] | EYE, "both"),
+    # Only the model's argument says which positions of these are padding.
+    "all-seeing": (lambda valid: valid[:, None, None, :] & CAUSAL | ~valid[:, None, :, None], "causal"),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["argument", "mask alone"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MASKS)
+def test_padding_that_sees_itself_is_padding(name: str, named: bool, side: str) -> None:
+    mask, sees = MASKS[name]
+    named = named or name == "all-seeing"
+    torch.manual_seed(0)
+    valid = padded() if side == "right" else padded().flip(-1)
+    model = Masked(mask)
+    x = torch.randn(2, LENGTH, WIDTH).masked_fill(~valid[..., None], 5.0)
+    inputs = {"x": x, "attention_mask": valid} if named else {"x": x}
+    forward = lambda model, batch: model(batch["x"], batch.get("attention_mask", valid))  # noqa: E731
+    if not named:
+        model.mask = lambda _: mask(valid)
+        forward = lambda model, batch: model(batch["x"], torch.ones(1))  # noqa: E731
+    with AttentionMonitor(model, inputs, forward=forward, record=None, alerts=False) as monitor:
+        expect(monitor, "attn", model.attn.kept, valid, valid)
+        assert monitor.coverage["attn"].sees == sees
+        assert monitor.coverage["attn"].outside == ()
+
+
+def test_attention_to_padding_is_said_with_its_mass() -> None:
+    torch.manual_seed(0)
+    model, valid = Masked(lambda _: None), padded()
+    x = torch.randn(2, LENGTH, WIDTH)
+    with AttentionMonitor(model, {"x": x, "attention_mask": valid}, record=None, alerts=False) as monitor:
+        weights = (SCALE * model.attn.kept[0] @ model.attn.kept[1].mT).softmax(-1)
+        mass = weights[..., ~valid[1]].sum(-1)[1, :, : LENGTH - 5].sum() / (HEADS * int(valid.sum()))
+        assert monitor.coverage["attn"].padding_mass == pytest.approx(float(mass), rel=1e-4)
+        expect(monitor, "attn", model.attn.kept, valid, valid)
+
+
+SPANS = [[(0, 5), (5, 12)], [(0, 4), (4, 8), (8, 12)]]
+
+
+def same_document(ids: Tensor) -> Tensor:
+    return (ids[:, :, None] == ids[:, None, :])[:, None]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_are_fields_of_their_own(causal: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.stack([torch.tensor([0] * 5 + [1] * 7), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)])
+    model = Masked(lambda ids: same_document(ids) & CAUSAL if causal else same_document(ids))
+    batch = torch.randn(2, LENGTH, WIDTH), ids
+    with AttentionMonitor(model, batch, record=None, alerts=False) as monitor:
+        coverage = monitor.coverage["attn"]
+        assert (coverage.sees, coverage.documents, coverage.outside) == ("documents", 5, ())
+        q, k = (y.detach().double() for y in model.attn.kept)
+        parts = [(row, *span) for row, spans in enumerate(SPANS) for span in spans]
+        fields = [layer_statistics(q[r : r + 1, :, a:b], k[r : r + 1, :, a:b], SCALE, None, None) for r, a, b in parts]
+        sample = monitor.sample(1)
+        for metric in ("energy_rms", "energy_effective_rank", "key_incoherence"):
+            expected = torch.cat([field[metric] for field in fields]).mean(0)
+            assert torch.allclose(sample.values[metric]["attn"].double(), expected, rtol=1e-4)
+    with AttentionMonitor(model, batch, record=None, alerts=False, packed="one") as monitor:
+        assert monitor.coverage["attn"].documents == 0
+        expect(monitor, "attn", model.attn.kept, None, None)
+
+
+def test_wrong_word_for_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="packed='rows'; give \"documents\""):
+        AttentionMonitor(Detector(), torch.ones(2, 3), packed="rows")
+
+
+def test_bias_that_is_learned_from_zero_is_named_once_it_acts() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.bias = Attention(), nn.Parameter(torch.zeros(HEADS, LENGTH, LENGTH))
+
+        def forward(self, x: Tensor) -> None:
+            self.attn(x, x, x, self.bias[None])
+
+    model = Biased()
+    with AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None, alerts=False) as monitor:
+        assert monitor.sample(0).coverage["attn"].outside == ()
+        with torch.no_grad():
+            model.bias[1, 3, 2] = 0.5
+            model.bias[1, LENGTH - 1, 2] = 0.5
+        assert monitor.sample(1).coverage["attn"].outside == ("bias",)
+        assert monitor.coverage["attn"].outside == ("bias",)
+
+
+def test_single_key_is_no_field_of_rank_zero() -> None:
+    class Pooled(Detector):
+        def forward(self, x: Tensor) -> None:
+            x = x + self.own(x, x, x)
+            self.cross(x, x.mean(1, keepdim=True), x.mean(1, keepdim=True))
+
+    with AttentionMonitor(Pooled(), torch.randn(2, LENGTH, WIDTH), record=None, alerts=False) as monitor:
+        sample = monitor.sample(0)
+        assert "single key" in sample.coverage["cross"].reason
+        assert sample.values["energy_effective_rank"]["cross"].isnan().all()
+        assert sample.coverage["own"].measured
+
+
+def test_channels_that_attend_to_channels_are_named() -> None:
+    class CrossCovariance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, x: Tensor) -> None:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, 8).permute(2, 0, 3, 4, 1)  # (B, H, d, L)
+            ((nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT).softmax(-1) @ v).sum()
+
+    model = nn.Sequential(CrossCovariance())
+    with AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None, alerts=False) as monitor:
+        assert (monitor.coverage["0"].sees, monitor.coverage["0"].num_keys) == ("channels", 8)
