@@ -91,6 +91,13 @@ class LayerCoverage:
     padding_mass: float = float("nan")
     documents: int = 0
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether every field is the same; NaN is the same as NaN."""
+        return isinstance(other, LayerCoverage) and repr(vars(self)) == repr(vars(other))
+
+    def __hash__(self) -> int:
+        return hash(repr(vars(self)))
+
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, KV heads and head size; zeros when not captured."""

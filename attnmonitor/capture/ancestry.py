@@ -125,7 +125,7 @@ class Ancestries:
             self._put(x, replace(self._origin(name, args, operands, x), axes=of_x))
 
     def _write(self, target: Tensor, value: Any) -> None:
-        """Note what a part of a tensor was overwritten with: a new one filled part by part is made of its parts."""
+        """Note what was written into a tensor: a new one is made of what fills it."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
         own, part = self.of(target), self.of(value)
@@ -326,7 +326,7 @@ def _regrouped(axes: tuple[Axis | None, ...], shape: Sequence[int]) -> tuple[Axi
 
 
 def _viewed(axes: tuple[Axis | None, ...], shape: Sequence[int], view: Tensor) -> tuple[Axis | None, ...]:
-    """Return the axes of a view, which are found by the strides of ``view``, the same view of a plain tensor."""
+    """Return the axes of a view, found by the strides of ``view``, the same view of a plain tensor."""
     strides = [math.prod(shape[position + 1 :]) for position in range(len(shape))]
     found: list[Axis | None] = []
     for position, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):

@@ -107,7 +107,7 @@ class Lead:
         return self.keys(value) if broadcast else None
 
     def keys(self, key: Tensor) -> Tensor:
-        """Return keys ``(*lead, Lk, d)``, an axis of which has size 1 where it is shared, as ``(B, Hkv, Lk, d)``."""
+        """Return keys ``(*lead, Lk, d)``, shared ones with axes of size 1, as ``(B, Hkv, Lk, d)``."""
         own = list(key.shape[:-2])
         shared = []
         for position in reversed(range(len(own))):
@@ -157,7 +157,7 @@ def lead_of(sizes: Sequence[int], made_of: MadeOf | None) -> Lead | None:
 
 
 def lead_by_shape(sizes: Sequence[int], frame: Frame | None, num_rows: int) -> Lead | None:
-    """Return the lead by the usual order of axes, where nothing else is known of them; None where it is unclear.
+    """Return the lead by the usual order of axes, for unknown operands; None where it is unclear.
 
     ``(B, H)`` is sequences and heads. In ``(B·H, L, d)`` they are one axis, and the number follows from the layer's own
     input, ``(B, L, D)`` in any order.

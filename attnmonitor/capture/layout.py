@@ -214,7 +214,7 @@ def _self_seeing(pattern: Tensor) -> Tensor:
 
 
 def _readings(name: str, argument: Tensor) -> list[Tensor]:
-    """Return the ways to read an argument of the model as tokens, ``(B, L)`` bool; none if it is no such mask."""
+    """Return the ways to read an argument as tokens, ``(B, L)`` bool; none if it is no mask."""
     if argument.dim() != 2 or bool(((argument != 0) & (argument != 1)).any()):
         return []
     valid = argument.bool()
