@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synthetic_runs import SyntheticRun
 
+from attnmonitor import DEFAULT_METRICS
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule, Threshold, replay, replay_text
 from attnmonitor.record import RecordWriter, RunRecord
+from attnmonitor.report import write_report
 from attnmonitor.sample import AlertEvent, Sample
 
 FAINT = Rule(
@@ -136,3 +139,19 @@ def test_rule_over_unrecorded_metric_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"^rules no_focus: the run did not record sink_mass$"):
         replay(record, [FAINT, entropy, rests])
     assert replay(record, [rests]) == []
+
+
+def test_record_without_later_metrics_replays_and_reports(tmp_path):
+    """A record of before has none of the metrics that came after it."""
+    later = {"value_rms", "output_rms", "head_similarity", "attention_tau"}
+    run = SyntheticRun(3, 4, 40, faulty=(1, 2), metrics=[name for name in DEFAULT_METRICS if name not in later])
+    with RecordWriter(tmp_path / "run.sqlite", run=run.config) as record:
+        for sample in run.samples():
+            record.append(sample)
+    read = RunRecord.open(tmp_path / "run.sqlite")
+    assert not later & set(read.metrics)
+    of_before = [rule for rule in DEFAULT_RULES if not rule.metrics & later]
+    assert replay(read, DEFAULT_RULES) == replay(read, of_before)
+    page = write_report(tmp_path / "run.sqlite").read_text()
+    assert "energy_rms" in page
+    assert not any(name in page for name in later)
