@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from zlib import crc32
 
 import torch
 
@@ -43,15 +44,19 @@ def changes(events: list[AlertEvent]) -> list[tuple[int, str, str]]:
     return [(event.global_step // 10, event.state, event.severity) for event in events]
 
 
-def healthy_run(num_samples: int, layers: int = 3, heads: int = 4, *, seed: int = 0) -> list[dict]:
-    """All default metrics of a run that drifts slowly and alike in all heads, with 5 % of noise of each head's own."""
-    noise = torch.Generator().manual_seed(seed)
+def healthy_run(num_samples: int, layers: int = 3, heads: int = 4, *, seed: int = 0, noise: float = 0.05) -> list[dict]:
+    """All default metrics of a run that drifts slowly and alike in all heads, with some noise of each head's own."""
     start = dict.fromkeys(DEFAULT_METRICS, 1.0) | {
         "key_leverage_max": 0.4,
         "key_participation_ratio": 9.0,
         "energy_participation_ratio": 6.0,
         "key_norm_participation": 0.9,
+        "head_similarity": 0.4,
+        "attention_tau": 0.4,
+        "value_spread": 0.6,
     }
+    # A generator each: a new metric must not change the noise of the others.
+    draws = {metric: torch.Generator().manual_seed(1000 * seed + crc32(metric.encode())) for metric in start}
     samples = []
     for index in range(num_samples):
         drift = 1 + 0.5 * min(index, 20) / 20
@@ -61,7 +66,7 @@ def healthy_run(num_samples: int, layers: int = 3, heads: int = 4, *, seed: int 
                     f"layers.{layer}": (
                         value
                         * (drift if metric in ("energy_rms", "query_rms", "key_rms") else 1.0)
-                        * (0.05 * torch.randn(heads, generator=noise)).exp()
+                        * (noise * torch.randn(heads, generator=draws[metric])).exp()
                     ).tolist()
                     for layer in range(layers)
                 }

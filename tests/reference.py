@@ -292,6 +292,9 @@ TWINS: dict[str, Twin] = {
     "value_rms": lambda layer: torch.tensor(
         [[float((value**2).mean().sqrt()) for value in heads] for heads in layer.values]
     ).double(),
+    "value_spread": lambda layer: torch.tensor(
+        [[float(((value - value.mean(0)) ** 2).sum() / (value**2).sum()) for value in heads] for heads in layer.values]
+    ).double(),
     "output_rms": per_query_head(output_rms),
     "output_share": output_share,
     "head_similarity": similarity,

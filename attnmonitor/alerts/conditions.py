@@ -97,6 +97,11 @@ def threshold_finding(
         signal, value, baseline = (
             heads.quantile(row, threshold.quantile, per_layer=per_layer) for row in (signal, value, baseline)
         )
+    if threshold.signal == "peers":
+        if threshold.quantile is None:
+            signal = heads.minus_layer(signal)
+        elif signal.isfinite().any():
+            signal = signal - signal[signal.isfinite()].max()
     sign, fire, clear = threshold.levels
     # A missing value may hide an alarm that lasts; a value without a baseline is no reason for an alarm to last.
     is_missing, has_no_baseline = signal.isnan() & value.isnan(), signal.isnan() & ~value.isnan()
@@ -145,6 +150,12 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
     if leaf.signal == "value":
         return f"{what} is {value:.3g} ({FORMULA[leaf.reading].format(what)} against a limit of {limit:.3g})"
     caveat = "; own past only, too few heads to compare with" if too_few_heads and leaf.signal != "change" else ""
+    if leaf.signal == "peers":
+        others = "the other heads of its layer" if leaf.quantile is None else "the largest layer"
+        return (
+            f"{what} is {value:.3g} ({signal:+.2f} from {others} in {FORMULA[leaf.reading].format(leaf.metric)}, "
+            f"limit {limit:+.2f})"
+        )
     name = {"change": "change", "contrast": "against the other heads", "robust_z": "robust z"}[leaf.signal]
     return (
         f"{what} is {value:.3g}, was {baseline:.3g} "

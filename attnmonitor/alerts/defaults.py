@@ -17,11 +17,18 @@ from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Reading, Rule, S
 __all__ = ["DEFAULT_RULES"]
 
 
+OWN_SHARE = 0.25
+"""Share of a contrast that a head's own change must make up."""
+
+
 def _apart_from_others(
     metric: str, contrast: float, robust_z: float, reading: Reading = "log", *, window: int = 15, gap: int = 8
 ) -> AllOf:
-    """A head this far from the others, in the direction of the sign; it clears half way back."""
-    levels: dict[Signal, float] = {"contrast": contrast, "robust_z": robust_z}
+    """A head this far from the others, in the direction of the sign; it clears half way back.
+
+    It must have moved itself: where the others leave a head behind, the fault is theirs.
+    """
+    levels: dict[Signal, float] = {"contrast": contrast, "robust_z": robust_z, "change": OWN_SHARE * contrast}
     return AllOf(
         *(
             Threshold(metric, signal, reading, fire_above=level, clear_below=level / 2, window=window, gap=gap)
@@ -41,6 +48,46 @@ NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0
 """A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
 
 DEFAULT_RULES: tuple[Rule, ...] = (
+    # Three that need no past: a head may be broken from the first sample on. What is dead is far below the other heads
+    # of its layer and attends uniformly, which the logits' own size says; in a young model all heads may be that small.
+    Rule(
+        "dead",
+        "dead_head",
+        "query_head",
+        AllOf(
+            Threshold("energy_rms", "peers", fire_below=-4.0, clear_above=-3.0),
+            Threshold("energy_rms", "value", fire_below=-3.0, clear_above=-2.5),
+        ),
+        patience=1,
+        grace=0,
+    ),
+    Rule(
+        "twin",
+        "twin_heads",
+        "query_head",
+        AllOf(
+            Threshold("head_similarity", "value", "identity", fire_above=0.9999, clear_below=0.999),
+            Threshold("energy_rms", "value", fire_above=-3.0, clear_below=-3.5),
+            # Fields of rank 1 are alike without being copies.
+            Threshold("energy_participation_ratio", "value", "log_excess", fire_above=-4.6, clear_below=-5.3),
+        ),
+        patience=1,
+        grace=0,
+    ),
+    Rule(
+        "silent_value",
+        "silent_head",
+        "kv_head",
+        Threshold("value_rms", "peers", fire_below=-1.8, clear_above=-1.4),
+        grace=0,
+    ),
+    Rule(
+        "silent_output",
+        "silent_head",
+        "query_head",
+        Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
+        grace=0,
+    ),
     Rule("non_finite", "non_finite", "query_head", NON_FINITE, patience=1, grace=0, hold=0, source_only=True),
     # When every head is hit at once, the source is unknown.
     Rule(
@@ -111,6 +158,26 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         Threshold("interaction_participation_ratio", "contrast", "log_excess", fire_below=-3.3, clear_above=-1.6),
         optional=True,
     ),
+    # Logits that grow freeze the softmax of most heads, long before the loss tells.
+    Rule(
+        "logit_growth",
+        "logit_blowup",
+        "run",
+        AnyOf(
+            Threshold("attention_tau", "value", "identity", fire_above=2.0, clear_below=1.5, quantile=0.5),
+            Threshold("attention_tau", "value", "identity", fire_above=6.0, clear_below=4.0, quantile=0.75),
+        ),
+        grace=0,
+    ),
+    # The tokens of deep layers become one vector: whatever a head attends to, it reads the same. The keys show it too,
+    # but not under rotary positions, which turn one key into many.
+    Rule(
+        "depth_collapse",
+        "rank_collapse",
+        "layer",
+        Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=1.0),
+        grace=0,
+    ),
     # Healthy heads become sharp late, while they learn. The levels below are beyond what they reach in the best
     # high-rate runs, so the rule may fire at any time and at any sampling rate.
     Rule(
@@ -121,6 +188,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
             Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
             Threshold("key_norm_participation", "value", "identity", fire_below=0.4, clear_above=0.5, quantile=0.5),
         ),
+        grace=0,
+    ),
+    Rule(
+        "tokens_alike",
+        "broken_start",
+        "run",
+        Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=0.25),
         grace=0,
     ),
     # Sharp before anything was learned: only in the first two samples.

@@ -54,6 +54,12 @@ class Heads:
         groups = torch.split(row, list(self.layers.values())) if per_layer else (row,)
         return torch.stack([group.nanquantile(q) for group in groups])
 
+    def minus_layer(self, row: Tensor) -> Tensor:
+        """Return an (N,) row minus the 75 % quantile over each layer's heads, NaN in a layer with one value."""
+        groups = torch.split(row, list(self.layers.values()))
+        # Not the median: with grouped keys half of a layer's heads go dead together.
+        return torch.cat([x - x.nanquantile(0.75) if x.isfinite().sum() > 1 else x * torch.nan for x in groups])
+
     def per_head(self, row: Tensor) -> Tensor:
         """Return a row of layers, (layers,), or of the run, (1,), repeated for each head, (N,)."""
         counts = list(self.layers.values()) if len(row) == len(self.layers) else [len(self)]

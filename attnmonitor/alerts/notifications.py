@@ -63,6 +63,16 @@ ADVICE = {
         "Queries or keys shrink towards zero: the head attends uniformly, whatever its input.",
         "Look at weight decay and gradients of this head's W_Q and W_K, at a frozen or pruned slice, at a bad restore.",
     ),
+    "twin_heads": Advice(
+        "two heads are copies of each other",
+        "The head looks where another head of its layer looks: one of the two is of no use.",
+        "Look for a copied slice of W_Q and W_K: in a checkpoint that was split or restored, or at the start.",
+    ),
+    "silent_head": Advice(
+        "attention head falls silent",
+        "The head attends, but what it writes is far smaller than what the other heads of its layer write.",
+        "Look at weight decay and gradients of this head's W_V and W_O, at a frozen, pruned or badly restored slice.",
+    ),
     "key_sink": Advice(
         "few keys dominate",
         "A few key positions carry the key subspace, so every query must look at them.",

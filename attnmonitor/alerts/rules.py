@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 Scope = Literal["query_head", "kv_head", "layer", "run"]
-Signal = Literal["value", "change", "contrast", "robust_z", "non_finite"]
+Signal = Literal["value", "peers", "change", "contrast", "robust_z", "non_finite"]
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
 _SCOPES = ("query_head", "kv_head", "layer", "run")
-_SIGNALS = ("value", "change", "contrast", "robust_z", "non_finite")
+_SIGNALS = ("value", "peers", "change", "contrast", "robust_z", "non_finite")
 _READINGS = ("identity", "log", "log_slack", "log_excess")
 
 
@@ -47,10 +47,11 @@ class Threshold:
 
     Attributes:
         metric: Name from `attnmonitor.metrics.catalog.METRICS`.
-        signal: What is compared with the levels: ``"value"`` is x; ``"change"`` is rel; ``"contrast"`` is rel minus its
-            median over the heads of the model; ``"robust_z"`` is the contrast over its robust spread,
-            ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite
-            and 0 elsewhere.
+        signal: What is compared with the levels: ``"value"`` is x; ``"peers"`` is x minus that of its peers in the same
+            sample, which for a head is the 75 % quantile of its layer, and for a layer the largest layer;
+            ``"change"`` is rel; ``"contrast"`` is rel minus its median over the heads of the model; ``"robust_z"`` is
+            the contrast over its robust spread, ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1
+            where the metric is NaN or infinite and 0 elsewhere.
         reading: How x is computed from the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
             ``"log_excess"`` ln(m − 1). Ignored by ``"non_finite"``.
         fire_above: The condition holds above this level.
@@ -78,6 +79,8 @@ class Threshold:
         check_metric_names([self.metric], argument="metric")
         _check_choice("signal", self.signal, _SIGNALS)
         _check_choice("reading", self.reading, _READINGS)
+        if self.signal == "peers" and scope == "run":
+            raise ValueError("signal='peers': the run has no peers; use a rule about heads or layers")
         _check_levels(self)
         _check_at_least("window", self.window, 1)
         _check_at_least("gap", self.gap, 1)

@@ -1,4 +1,4 @@
-"""The numbers that thresholds are put on: value, change, contrast with the other heads, robust z.
+"""The numbers that thresholds are put on: value, distance to the peers, change, contrast with other heads, robust z.
 
 The contrast is what makes alerts usable. Warm-up, the learning rate and the data move all heads alike, so a head's
 change minus the *median change over all heads* cancels them, while a change of one head does not cancel. The price is
@@ -50,7 +50,7 @@ def evaluate(
     if threshold.signal == "non_finite":
         return torch.where(past.is_measured, now.isnan().float(), torch.nan), frozen
     x = apply_reading(threshold.reading, now)
-    if threshold.signal == "value":
+    if threshold.signal in ("value", "peers"):
         return x, frozen
     fresh = past.reference(threshold, least_heads)
     keeps = is_frozen | fresh.base.isnan()

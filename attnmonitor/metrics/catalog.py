@@ -194,6 +194,17 @@ _TABLE = (
         head_curves=False,
     ),
     MetricInfo(
+        "value_spread",
+        "kv_head",
+        "share",
+        "Share of the values' energy that differs between positions: near 0 all positions have the same value.",
+        "values",
+        values.value_spread_of,
+        log_scale=True,
+        scale_free=True,
+        head_curves=False,
+    ),
+    MetricInfo(
         "output_rms",
         "query_head",
         "1",

@@ -12,6 +12,7 @@ import torch
 
 from attnmonitor.functional.checked_rows import head_similarity
 from attnmonitor.functional.queries import query_gram
+from attnmonitor.functional.values import value_spread
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 
@@ -43,5 +44,5 @@ def null_statistics(num_positions: int, head_dim: int) -> dict[str, float]:
     query, key = torch.randn(2, 1, num_heads, num_positions, head_dim, generator=generator, device="cpu")
     with torch.no_grad():
         [found] = head_statistics([LayerHeads(query_gram(query), key, head_dim**-0.5)], NULL_METRICS)
-        values = {**found.values, "head_similarity": head_similarity(query, key)}
+        values = {**found.values, "head_similarity": head_similarity(query, key), "value_spread": value_spread(key)}
     return {metric: float(values[metric].mean()) for metric in NULL_METRICS}

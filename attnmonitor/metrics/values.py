@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnmonitor.functional.values import value_rms
+from attnmonitor.functional.values import value_rms, value_spread
 from attnmonitor.metrics.base import HeadMetric
 
-__all__ = ["ValueRMS"]
+__all__ = ["ValueRMS", "ValueSpread"]
 
 
 class ValueRMS(HeadMetric):
@@ -18,3 +18,13 @@ class ValueRMS(HeadMetric):
     def update(self, value: Tensor, mask: Tensor | None = None) -> None:
         """Add the heads of one layer: value ``(B, Hkv, L, dv)``, mask ``(B, L)`` True where valid."""
         self.accumulate(value_rms(value, mask=mask))
+
+
+class ValueSpread(HeadMetric):
+    """Share of the values' energy that differs between positions."""
+
+    name = "value_spread"
+
+    def update(self, value: Tensor, mask: Tensor | None = None) -> None:
+        """Add the heads of one layer: value ``(B, Hkv, L, dv)``, mask ``(B, L)`` True where valid."""
+        self.accumulate(value_spread(value, mask=mask))

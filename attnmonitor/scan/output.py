@@ -118,7 +118,7 @@ def plot_scans(scans: Sequence[Scan], target: Path) -> None:
 
 
 def _published_text(found: Scan) -> str:
-    """Return the line with the range of each metric and, for heads of the papers' sizes, the range in the papers."""
+    """Return the range of each metric and, for heads of the papers' sizes, the range in the papers."""
     summary = found.summary()
     sizes = {layer.head_dim for layer in found.coverage.values() if layer.measured}
     compares = sizes <= set(_PUBLISHED_SIZES)

@@ -79,7 +79,7 @@ def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
     if family in ("gpt2", "llama"):
         grown = replace(healthy, learning_rate=3e-2, num_steps=450)
         yield Failure("logits grow at a high rate", ("logit_blowup",), grown, None, healthy, None)
-        no_norm = replace(untamed, layout="no_norm", learning_rate=1e-2)
+        no_norm = replace(untamed, layout="no_norm", learning_rate=1e-2 if family == "gpt2" else 3e-2)
         yield Failure("no norms", ("logit_blowup", "broken_start"), no_norm, None, healthy, None)
     if family != "vit":
         deep = replace(untamed, shape=replace(shape, num_layers=12), layout="no_skips", learning_rate=1e-3)
@@ -90,7 +90,7 @@ def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
         yield Failure("post-norm, high rate, no warm-up", ("broken_start",), post, None, healthy, BROKEN_WITHIN)
     if family == "vit":
         fast = replace(untamed, learning_rate=3e-2)
-        yield Failure("high rate, no warm-up", ("broken_start",), fast, None, healthy, BROKEN_WITHIN)
+        yield Failure("high rate, no warm-up", ("broken_start", "logit_blowup"), fast, None, healthy, BROKEN_WITHIN)
 
 
 def controls(name: str) -> Iterator[tuple[str, Setting]]:

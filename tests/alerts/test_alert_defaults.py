@@ -29,7 +29,8 @@ def test_default_rules_need_default_metrics_only():
     named = {metric for rule in DEFAULT_RULES for metric in rule.metrics}
     assert not named & {"attention_entropy", "max_logit", "sink_mass", "energy_effective_rank"}
     kinds = {rule.kind for rule in DEFAULT_RULES}
-    assert kinds == {"logit_blowup", "dead_head", "key_sink", "rank_collapse", "non_finite", "broken_start", "mass"}
+    of_heads = {"logit_blowup", "dead_head", "silent_head", "twin_heads", "key_sink", "rank_collapse", "non_finite"}
+    assert kinds == of_heads | {"broken_start", "mass"}
 
 
 def test_healthy_run_with_drift_is_silent():
@@ -66,7 +67,7 @@ def test_each_fault_kind_names_only_its_head(metric, faulty, kind):
     ],
 )
 def test_long_baseline_finds_slow_drift(metric, rate, rule):
-    run = healthy_run(125)
+    run = healthy_run(125, noise=0.02)
     for index, sample in enumerate(run):
         sample[metric]["layers.1"][2] *= math.exp(rate * max(0, index - 40))
     events = events_of(list(DEFAULT_RULES), run)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import capture_attention
-from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms
+from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms, value_spread
 from attnmonitor.functional.attention import ROW_STATISTICS
 from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, checked_rows
 from attnmonitor.functional.eigenvalues import Solvable, solve
@@ -35,7 +35,7 @@ def measure_everything(query, key, mask, method):
     rows = attention_row_statistics(logits, query.shape[2], device=query.device, **masks)
     checked = checked_rows(query, key, key, mask=mask)
     few = {name: statistic(checked) for name, statistic in CHECKED_STATISTICS.items()}
-    few["value_rms"] = value_rms(key, mask=mask)
+    few |= {"value_rms": value_rms(key, mask=mask), "value_spread": value_spread(key, mask=mask)}
     return {**statistics[0].values, **rows, **few, "certified": statistics[1].certified}
 
 
@@ -187,7 +187,14 @@ def test_measurement_runs_off_the_cpu(method, masked):
         query, key = inputs(device="cuda", head_dim=16, dtype=torch.bfloat16)
         mask = torch.ones(2, 64, dtype=torch.bool, device="cuda") if masked else None
         found, _ = answered_elsewhere(measure_everything.steps(query, key, mask, method), no_contents)
-    assert set(found) == {*FIELD_METRICS, *CHECKED_STATISTICS, "value_rms", *ROW_STATISTICS, "certified"}
+    assert set(found) == {
+        *FIELD_METRICS,
+        *CHECKED_STATISTICS,
+        "value_rms",
+        "value_spread",
+        *ROW_STATISTICS,
+        "certified",
+    }
     assert {value.device.type for value in found.values()} == {"cuda"}
 
 

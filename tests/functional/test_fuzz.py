@@ -113,7 +113,7 @@ WRITTEN = {
 # weak directions, the most.
 OVER_POSITIONS = ("key_leverage_max", "key_incoherence", "key_norm_participation", "energy_delocalization")
 # The model keeps no values, and a layer's output in half precision differs from one in float64 by its rounding.
-OF_VALUES = {"value_rms", "output_rms", "output_share"}
+OF_VALUES = {"value_rms", "value_spread", "output_rms", "output_share"}
 MEASURED = tuple(name for name in (*DEFAULT_METRICS, *OPT_IN_METRICS) if name not in OF_VALUES)
 PYTORCHS_OWN = ("nn.MultiheadAttention", "nn.MultiheadAttention with weights")
 

@@ -38,6 +38,7 @@ KERNELS: dict[str, set[str]] = {
     "energy_effective_rank": {"cholesky", "eigenvalues"},
     "energy_stable_rank": {"cholesky", "eigenvalues"},
     "value_rms": set(),
+    "value_spread": set(),
     "output_rms": set(),
     "output_share": set(),
     "head_similarity": set(),

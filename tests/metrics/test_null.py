@@ -39,6 +39,7 @@ def test_exactly_scale_free_metrics_have_a_null() -> None:
         "key_norm_participation",
         "key_participation_ratio",
         "key_rank",
+        "value_spread",
     }  # fmt: skip
 
 
