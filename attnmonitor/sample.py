@@ -172,7 +172,8 @@ class Sample:
         coverage: How each layer was captured, or why it was not.
         events: Alerts that began or cleared with this sample.
         firing: Alerts that are firing now, the new ones among them.
-        diagnostics: Numbers about the measurement itself: ``certified_fraction``, ``invariant_residual``, ``overhead``.
+        diagnostics: Numbers about the measurement itself: ``certified_fraction``, ``decided_fraction``,
+            ``invariant_residual``, ``overhead``.
         seconds: Cost of the sample, in seconds.
         failures: Number of failures in this run so far: of samples, layers, the record, loggers and actions.
         failure: Why this sample has no values; None when it has.

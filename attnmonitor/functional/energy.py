@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, query_padding
 from attnmonitor.functional.cores import field_cores
+from attnmonitor.functional.decisions import Fields, product_type
 from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import PositionProfile
 from attnmonitor.functional.precision import full_precision
@@ -105,10 +107,18 @@ def energy_effective_rank(
         ValueError: As `energy_spectrum`, or ``fraction`` is not in (0, 1].
     """
     check_fraction("fraction", fraction)
-    spectrum = energy_spectrum(
-        query, key, scale=scale, mask=mask, query_mask=query_mask, per=per, method=method, target_rank=target_rank
-    )
-    return spectrum.effective_rank(fraction)
+    dtype = product_type(query, method)
+    if per != "query_head" or dtype == torch.float64:
+        spectrum = energy_spectrum(
+            query, key, scale=scale, mask=mask, query_mask=query_mask, per=per, method=method, target_rank=target_rank
+        )
+        return spectrum.effective_rank(fraction)
+    check_heads("query", query, None)
+    query_mask = query_padding(query, mask, query_mask)
+    with full_precision(query.device):
+        queries, keys = query_gram(query, query_mask, dtype=dtype), key_gram(key, mask, dtype=dtype)
+        fields = Fields(queries, keys, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+        return fields.spectrum(fraction=fraction, method=method, target_rank=target_rank).effective_rank(fraction)
 
 
 def energy_delocalization_of(energy_shares: PositionProfile) -> Tensor:

@@ -19,15 +19,18 @@ Letters: B sequences, Hkv key heads, L positions, n valid ones, d head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, num_positions
 from attnmonitor.functional.eigenvalues import Eigenproblem, Solvable, Steps
-from attnmonitor.functional.precision import gram_of, position_blocks
+from attnmonitor.functional.precision import Rounding, fits_float32, gram_of, is_short, position_blocks
 from attnmonitor.functional.ranks import effective_rank, is_finite
+
+LARGEST_CONDITION = 50.0
+"""Ratio of singular values up to which positions are read in float32: leverage then errs by about a millionth."""
 
 __all__ = ["KeyBasis", "KeyGram", "KeySpectrum", "key_basis", "key_gram", "key_spectrum"]
 
@@ -43,6 +46,7 @@ class KeyGram:
         gram: :math:`\tilde k^\top \tilde k`, ``(B, Hkv, d, d)`` float64; zero for a head that is not finite.
         energy: :math:`\|\tilde k\|_F^2`, ``(B, Hkv)`` float64; NaN for a head that is not finite.
         num_keys: n, ``(B, 1)`` float64.
+        rounding: How the Gram matrix was rounded.
     """
 
     key: Tensor
@@ -51,21 +55,43 @@ class KeyGram:
     gram: Tensor
     energy: Tensor
     num_keys: Tensor
+    rounding: Rounding
+
+    def of_heads(self, sequence: Tensor, head: Tensor) -> KeyGram:
+        """The Gram matrices of single heads, ``(N,)`` and ``(N,)``, as those of one head in N sequences."""
+        return replace(
+            self,
+            key=self.key[sequence, head][:, None],
+            key_mask=None if self.key_mask is None else self.key_mask[sequence],
+            mean=self.mean[sequence, head][:, None],
+            gram=self.gram[sequence, head][:, None],
+            energy=self.energy[sequence, head][:, None],
+            num_keys=self.num_keys[sequence],
+        )
+
+    def centered(self) -> Tensor:
+        """k̃, ``(B, Hkv, L, d)`` float64, zero at padding."""
+        return torch.cat([block.clone() for block in _centered_blocks(self.key, self.key_mask, self.mean)], 2)
 
     def cholesky_root(self) -> Tensor:
         r"""C with :math:`C C^\top = \tilde k^\top \tilde k`, ``(B, Hkv, d, d)``, by a triangular factor.
 
-        Costs a tenth of an eigenbasis and never waits for the device. The matrix is shifted by 2 d² u of its trace, u
-        the unit roundoff: enough for the factorization to succeed whatever the rank (Higham, *Accuracy and Stability
-        of Numerical Algorithms*, Theorem 10.7), and within the error that `field_cores` states.
+        Costs a tenth of an eigenbasis and never waits for the device. The matrix is scaled to a diagonal of ones, so
+        that small channels keep their digits, and shifted by 2 d² u, u the unit roundoff: enough for the factorization
+        to succeed whatever the rank (Higham, *Accuracy and Stability of Numerical Algorithms*, Theorem 10.7), and
+        within the error that `field_cores` states. NaN where it fails, which only a Gram matrix from float32 can do.
         """
         head_dim = self.gram.shape[-1]
-        shift = head_dim**2 * torch.finfo(torch.float64).eps * self.energy
-        shift = torch.where(shift > 0, shift, 1)[..., None, None]
-        identity = torch.eye(head_dim, dtype=torch.float64, device=self.gram.device)
-        factor = torch.linalg.cholesky_ex(self.gram + shift * identity).L
-        # The factor of zero keys is the identity; times their energy it is 0. Heads that are not finite become NaN.
-        return torch.where(self.energy[..., None, None] > 0, factor, self.energy[..., None, None])
+        shift = (
+            head_dim**2
+            * torch.finfo(torch.float64).eps
+            * torch.eye(head_dim, dtype=torch.float64, device=self.gram.device)
+        )
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        unit = torch.where(scale > 0, scale, 1)
+        factor, info = torch.linalg.cholesky_ex(self.gram / unit[..., None] / unit[..., None, :] + shift)
+        sound = (info == 0) & self.energy.isfinite()
+        return torch.where(sound[..., None, None], factor * scale[..., None], torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,33 +154,46 @@ class KeyBasis(KeySpectrum):
         return self.eigenvalues / self.energy[..., None]
 
     def left_blocks(self) -> Iterator[Tensor]:
-        """Yield U in blocks of positions, ``(B, Hkv, block, d)`` float64: rows are zero at padding, columns below rank.
+        """Yield U in blocks of positions, ``(B, Hkv, block, d)``: rows are zero at padding, columns below rank.
 
         Float64, because a direction near the cut is a ten-millionth of the keys: in float32 its rows would be rounding
-        errors, divided by it.
+        errors, divided by it. Float32 on a CPU for short keys whose condition number is at most `LARGEST_CONDITION`.
         """
         kept = self.leading(self.numerical_rank())
+        dtype = torch.float64
+        if is_short(self.keys.key):
+            condition = torch.where(kept, self.eigenvalues[..., :1] / self.eigenvalues, 0).sqrt()
+            if bool((condition <= LARGEST_CONDITION).all()):
+                dtype = torch.float32
         to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
-        to_left = torch.where(is_finite(self.energy)[..., None, None], to_left, torch.nan)
-        for centered in _centered_blocks(self.keys.key, self.keys.key_mask, self.keys.mean):
+        to_left = torch.where(is_finite(self.energy)[..., None, None], to_left, torch.nan).to(dtype)
+        for centered in _centered_blocks(self.keys.key, self.keys.key_mask, self.keys.mean, dtype):
             yield centered @ to_left
 
 
-def _centered_blocks(key: Tensor, key_mask: Tensor | None, mean: Tensor) -> Iterator[Tensor]:
-    """Yield k̃ in blocks of positions, ``(B, Hkv, block, d)`` float64, zero at padding."""
-    for positions, block in position_blocks(key, key_mask):
-        centered = block.sub_(mean)
+def _centered_blocks(
+    key: Tensor, key_mask: Tensor | None, mean: Tensor, dtype: torch.dtype = torch.float64
+) -> Iterator[Tensor]:
+    """Yield k̃ in blocks of positions, ``(B, Hkv, block, d)``, zero at padding; each entry as exact as ``dtype`` is."""
+    nearest = mean.to(dtype)
+    rest = None if dtype == mean.dtype else (mean - nearest).to(dtype)
+    for positions, block in position_blocks(key, key_mask, dtype):
+        centered = block.sub_(nearest)
+        if rest is not None:  # a mean much larger than the centered keys would lose its digits in one step
+            centered.sub_(rest)
         if key_mask is not None:
             centered = torch.where(key_mask[:, None, positions, None], centered, 0)
         yield centered
 
 
-def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
-    """Center the keys over their valid positions and form their Gram matrix.
+def key_gram(key: Tensor, key_mask: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> KeyGram:
+    r"""Center the keys over their valid positions and form their Gram matrix.
 
     Args:
         key: ``(B, Hkv, L, d)``.
         key_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+        dtype: Type of the products. In float32 heads that it cannot hold are read again in float64, for which a GPU
+            would have to wait, and directions below :math:`10^{-3} \sigma_1` are rounding errors.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -163,18 +202,48 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None) -> KeyGram:
     num_sequences, num_heads, _, head_dim = key.shape
     num_keys = num_positions(key, key_mask)
     total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
-    for _, block in position_blocks(key, key_mask):
+    for _, block in position_blocks(key, key_mask, dtype):
         total += block.sum(-2, keepdim=True)
-    mean = total / num_keys[..., None, None]
-    gram = gram_of(key, _centered_blocks(key, key_mask, mean))
+    count = num_keys[..., None, None]
+    mean = total / count
+    if dtype == torch.float64:
+        gram = gram_of(key, _centered_blocks(key, key_mask, mean))
+    else:
+        gram, rest = _recentered_gram(key, key_mask, mean, count, dtype)
+        mean = mean + rest
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if dtype != torch.float64:
+        # Keys that differ by no more than float32 rounds their mean may be all equal.
+        differ = energy > num_keys * mean.square().sum((-2, -1)) * (16 * torch.finfo(dtype).eps) ** 2
+        again = (~(fits_float32(energy) & differ)).nonzero()
+        if len(again):
+            sequence, head = again.unbind(-1)
+            exact = key_gram(key[sequence, head][:, None], None if key_mask is None else key_mask[sequence])
+            for found, of_heads in ((gram, exact.gram), (energy, exact.energy), (mean, exact.mean)):
+                found[sequence, head] = of_heads[:, 0]
     finite = energy.isfinite()
     # Equal float64 keys differ from their mean by its rounding: centered keys no larger than that are zero.
     noise = num_keys.pow(3) * mean.square().sum((-2, -1)) * torch.finfo(torch.float64).eps ** 2
     alive = finite & (energy > noise)
     gram = torch.where(alive[..., None, None], gram, 0)
     energy = torch.where(alive, energy, torch.where(finite, 0, torch.nan))
-    return KeyGram(key, key_mask, mean, gram, energy, num_keys)
+    return KeyGram(key, key_mask, mean, gram, energy, num_keys, Rounding.of(key, dtype))
+
+
+def _recentered_gram(
+    key: Tensor, key_mask: Tensor | None, mean: Tensor, count: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of keys whose mean is rounded, and what is left of their mean, ``(B, Hkv, 1, d)``."""
+    rest = torch.zeros_like(mean)
+
+    def blocks() -> Iterator[Tensor]:
+        for block in _centered_blocks(key, key_mask, mean, dtype):
+            rest.add_(block.sum(-2, keepdim=True))
+            yield block
+
+    gram = gram_of(key, blocks())
+    rest = rest / count
+    return gram - count * rest.mT * rest, rest
 
 
 @Solvable

@@ -73,7 +73,7 @@ def position_profiles(
         By name. Of the energy shares ``(B, Hq, Lk)``, not below float32; of the others ``(B, Hkv, Lk)`` float64.
     """
     columns, totals = _key_columns(basis, wanted, energy)
-    stacked = torch.stack(list(columns.values()), -1).to(torch.float64) if columns else None
+    stacked = torch.stack(list(columns.values()), -1) if columns else None
     relative = _relative_cores(core, basis.keys.key.dtype) if "energy_shares" in wanted and core is not None else None
     weighted: list[Tensor] = []
     shares: list[Tensor] = []
@@ -82,11 +82,13 @@ def position_profiles(
             if relative is not None:
                 shares.append(_energy_shares(relative, left))
             if stacked is not None:
-                weighted.append(left.square_() @ stacked)
+                weighted.append(left.square_() @ stacked.to(left.dtype))
     num_keys = basis.keys.num_keys
     found: dict[str, PositionProfile] = {}
     if weighted:
-        for (name, total), weights in zip(totals.items(), torch.cat(weighted, 2).unbind(-1), strict=True):
+        for (name, total), weights in zip(
+            totals.items(), torch.cat(weighted, 2).to(torch.float64).unbind(-1), strict=True
+        ):
             found[name] = PositionProfile(weights, total, num_keys)
     if shares:
         found["energy_shares"] = PositionProfile(torch.cat(shares, -1), 1.0, num_keys)

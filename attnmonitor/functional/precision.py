@@ -1,4 +1,4 @@
-"""How the measurement reads long tensors: in their operands' full precision, and a block of positions at a time.
+"""How the measurement reads long tensors: with the digits that are needed, and a block of positions at a time.
 
 A block is upcast, reduced and dropped before the next is read, so the memory a layer needs beside its q and k does not
 grow with its length, and on a CPU the upcast block never leaves the cache.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["full_precision", "gram_of", "position_blocks"]
+__all__ = ["FLOAT32_BLOCK", "Rounding", "fits_float32", "full_precision", "gram_of", "is_short", "position_blocks"]
+
+FLOAT32_BLOCK = 128
+"""Positions whose products are added up in float32 before they are in float64. 64 take a tenth longer."""
 
 # 2^18 float64 entries are 2 MiB, a CPU core's second-level cache: one third faster there than the whole tensor at once
 # (9 heads × 4 sequences × 512 positions × 64). A GPU prefers few launches.
@@ -40,23 +44,28 @@ def _no_tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def position_blocks(heads: Tensor, valid: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Read ``(B, H, L, d)`` in float64 in blocks of positions, each into the same memory.
+def position_blocks(
+    heads: Tensor, valid: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[slice, Tensor]]:
+    """Read ``(B, H, L, d)`` in blocks of positions, each into the same memory.
 
     Fresh memory for every block would cost more than reading it: the system clears each page when it is first touched.
 
     Args:
         heads: ``(B, H, L, d)``.
         valid: ``(B, L)`` bool; positions that are not valid read as zero, whatever they hold. None where all are.
+        dtype: Type of the blocks; those in float32 hold at most `FLOAT32_BLOCK` positions.
 
     Yields:
         The block's positions as a slice of L, and the block: the caller's to change, and gone with the next one.
     """
     num_sequences, num_heads, length, head_dim = heads.shape
     entries = _ENTRIES_PER_BLOCK.get(heads.device.type, _ENTRIES_PER_BLOCK_ELSEWHERE)
-    largest = max(64, entries // (num_sequences * num_heads * head_dim))
-    size = -(-length // -(-length // largest))  # blocks of one size, none of them a small remainder
-    memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=torch.float64, device=heads.device)
+    largest = max(64, entries // max(1, num_sequences * num_heads * head_dim))
+    if dtype == torch.float32:
+        largest = min(FLOAT32_BLOCK, largest)
+    size = -(-length // max(1, -(-length // largest)))  # blocks of one size, none of them a small remainder
+    memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=dtype, device=heads.device)
     for start in range(0, length, size):
         positions = slice(start, min(start + size, length))
         block = heads[:, :, positions]
@@ -66,16 +75,56 @@ def position_blocks(heads: Tensor, valid: Tensor | None = None) -> Iterator[tupl
 
 
 def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
-    r""":math:`x^\top x` of each head, ``(B, H, d, d)`` float64.
+    r""":math:`x^\top x` of each head, ``(B, H, d, d)`` float64: products in the type of the blocks, summed in float64.
 
     Args:
         heads: ``(B, H, L, d)``, of which the shape and the device are looked at.
-        blocks: x in blocks of positions, ``(B, H, block, d)`` float64: the heads as `position_blocks` reads them, or
-            what was made of them.
+        blocks: x in blocks of positions, ``(B, H, block, d)``: the heads as `position_blocks` reads them, or what was
+            made of them.
     """
     num_sequences, num_heads, _, head_dim = heads.shape
     gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=heads.device)
     for block in blocks:
         flat = block.flatten(0, 1)
-        gram.baddbmm_(flat.mT, flat)
+        if block.dtype == gram.dtype:
+            gram.baddbmm_(flat.mT, flat)
+        else:
+            gram.add_(flat.mT @ flat)
     return gram.view(num_sequences, num_heads, head_dim, head_dim)
+
+
+def is_short(heads: Tensor) -> bool:
+    """Whether products with ``heads`` may be in float32 where their values allow it.
+
+    On a CPU only: a GPU would have to wait for the values, and those for data centers are as fast in float64.
+    """
+    return heads.device.type == "cpu" and heads.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits_float32(energy: Tensor) -> Tensor:
+    """Whether no product in float32 overflowed, and none that matters vanished, ``(...)`` bool; False for NaN."""
+    # Entries below 2^-75 vanish when squared: of 2^30 positions they are less than 2^-100 of this energy.
+    return (energy > 2.0**-40) & (energy < 2.0**120)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    r"""How a Gram matrix was rounded: sums of ``terms`` products in a type, added up in float64.
+
+    Attributes:
+        dtype: Type of the products and of sums within a block.
+        terms: Products per block.
+    """
+
+    dtype: torch.dtype
+    terms: int
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff u of the products."""
+        return float(torch.finfo(self.dtype).eps) / 2
+
+    @classmethod
+    def of(cls, heads: Tensor, dtype: torch.dtype) -> Rounding:
+        """The rounding of the Gram matrix of heads that are read in blocks of ``dtype``."""
+        return cls(dtype, min(heads.shape[2], FLOAT32_BLOCK) if dtype == torch.float32 else heads.shape[2])

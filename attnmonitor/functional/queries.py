@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, num_positions
-from attnmonitor.functional.precision import full_precision, gram_of, position_blocks
+from attnmonitor.functional.precision import Rounding, fits_float32, full_precision, gram_of, position_blocks
 
 __all__ = ["QueryGram", "query_gram", "query_rms"]
 
@@ -28,49 +28,71 @@ class QueryGram:
         gram: :math:`q^\top q`, ``(B, Hq, d, d)`` float64.
         energy: :math:`\|q\|_F^2`, ``(B, Hq)`` float64; NaN for a head that is not finite.
         num_queries: Queries that are not padding, ``(B, 1)`` float64.
+        rounding: How the Gram matrix was rounded.
+        query: q where products are in float32, so that it can be read again; else None.
+        query_mask: ``(B, L)`` bool, True where the position is not padding; None where all are, or where q is not kept.
     """
 
     shape: torch.Size
     gram: Tensor
     energy: Tensor
     num_queries: Tensor
+    rounding: Rounding
+    query: Tensor | None = None
+    query_mask: Tensor | None = None
 
     def of(self, sequences: slice) -> QueryGram:
         """The Gram matrices of some of the sequences."""
         gram = self.gram[sequences]
-        shape = torch.Size((len(gram), *self.shape[1:]))
         return replace(
-            self, shape=shape, gram=gram, energy=self.energy[sequences], num_queries=self.num_queries[sequences]
+            self,
+            shape=torch.Size((len(gram), *self.shape[1:])),
+            gram=gram,
+            energy=self.energy[sequences],
+            num_queries=self.num_queries[sequences],
+            query=None if self.query is None else self.query[sequences],
+            query_mask=None if self.query_mask is None else self.query_mask[sequences],
         )
 
     @staticmethod
     def joined(layers: Sequence[QueryGram]) -> QueryGram:
-        """The Gram matrices of layers of one shape, as those of more sequences."""
+        """The Gram matrices of layers of one shape, as those of more sequences; the queries are not kept."""
         gram = torch.cat([layer.gram for layer in layers])
         return QueryGram(
             torch.Size((len(gram), *layers[0].shape[1:])),
             gram,
             torch.cat([layer.energy for layer in layers]),
             torch.cat([layer.num_queries for layer in layers]),
+            layers[0].rounding,
         )
 
 
-def query_gram(query: Tensor, query_mask: Tensor | None = None) -> QueryGram:
-    """Form the Gram matrix of the queries, in float64 and a block of positions at a time.
+def query_gram(query: Tensor, query_mask: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> QueryGram:
+    """Form the Gram matrix of the queries, a block of positions at a time.
 
     Args:
         query: ``(B, Hq, L, d)``.
         query_mask: ``(B, L)`` bool, True where the position is not padding; None where all are.
+        dtype: Type of the products. In float32 heads that it cannot hold are read again in float64, for which a GPU
+            would have to wait.
 
     Raises:
         ValueError: The shapes do not fit.
     """
     check_heads("query", query, query_mask)
     with full_precision(query.device):
-        gram = gram_of(query, (block for _, block in position_blocks(query, query_mask)))
+        gram = gram_of(query, (block for _, block in position_blocks(query, query_mask, dtype)))
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     energy = energy + 0 * energy  # NaN where it is infinite
-    return QueryGram(query.shape, gram, energy, num_positions(query, query_mask))
+    found = QueryGram(query.shape, gram, energy, num_positions(query, query_mask), Rounding.of(query, dtype))
+    if dtype == torch.float64:
+        return found
+    again = (~fits_float32(energy)).nonzero()
+    if len(again):
+        sequence, head = again.unbind(-1)
+        exact = query_gram(query[sequence, head][:, None], None if query_mask is None else query_mask[sequence])
+        gram[sequence, head], energy[sequence, head] = exact.gram[:, 0], exact.energy[:, 0]
+    return replace(found, query=query, query_mask=query_mask)
 
 
 def query_rms_of(queries: QueryGram) -> Tensor:

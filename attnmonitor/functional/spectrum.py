@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -43,12 +43,15 @@ class EnergySpectrum(FieldMoments):
         variances: Squared singular values, ``(..., r)`` descending. Each running sum is at most the true one.
         sum_bounds: Upper bounds on the true running sums :math:`\sigma_1^2 + \dots + \sigma_i^2`, ``(..., r)``.
         error: Rounding error a running sum may carry, ``(...)``.
+        margin: Rounding error that a running sum does not carry unless rounding errors conspire, ``(...)``; see
+            `attnmonitor.functional.cores`. The same as ``error`` where all is in float64.
         max_rank: d: the rank no field can exceed.
     """
 
     variances: Tensor
     sum_bounds: Tensor
     error: Tensor
+    margin: Tensor
     max_rank: int
 
     @property
@@ -87,8 +90,7 @@ class EnergySpectrum(FieldMoments):
         Raises:
             ValueError: ``fraction`` is not in (0, 1].
         """
-        lower, upper = self._bounds(fraction, self.error + 2 * TIE * self.energy)
-        return self._or_nan(lower), self._or_nan(upper)
+        return self._bounds_or_nan(fraction, self.error)
 
     def certified(self, fraction: float = 0.9) -> Tensor:
         """Whether both bounds agree, so that the count is what a full SVD in exact arithmetic gives, ``(...)`` bool.
@@ -101,6 +103,28 @@ class EnergySpectrum(FieldMoments):
         lower, upper = self._bounds(fraction, self.error + 2 * TIE * self.energy)
         return (lower == upper) & self._known()
 
+    def decided(self, fraction: float = 0.9) -> Tensor:
+        """Whether the count is clear of the mark by more than ``margin``, ``(...)`` bool; true where `certified` is.
+
+        Raises:
+            ValueError: ``fraction`` is not in (0, 1].
+        """
+        if self.margin is self.error:
+            return self.certified(fraction)
+        lower, upper = self._bounds_or_nan(fraction, self.margin)
+        return lower == upper
+
+    def replaced(self, heads: Tensor, others: EnergySpectrum) -> EnergySpectrum:
+        """These spectra with those of some heads, ``(N, 2)``, taken from ``others``, ``(N, 1)``."""
+        index = heads.unbind(-1)
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).index_put(index, getattr(others, name)[:, 0])
+                for name in ("energy", "energy_squared", "variances", "sum_bounds", "error", "margin")
+            },
+        )
+
     def violation(self) -> Tensor:
         """How far each spectrum breaks what holds for any field, ``(...)``: rounding unless something is wrong.
 
@@ -111,6 +135,10 @@ class EnergySpectrum(FieldMoments):
         past_trace = self.variances.sum(-1) / self.energy - 1
         worst = torch.stack([1 - stable, stable / participation - 1, participation / self.max_rank - 1, past_trace])
         return torch.where(is_finite(worst) & (self.energy > 0), worst, 0).amax(0).clamp_min(0)
+
+    def _bounds_or_nan(self, fraction: float, error: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = self._bounds(fraction, error + 2 * TIE * self.energy)
+        return self._or_nan(lower), self._or_nan(upper)
 
     def _bounds(self, fraction: float, slack: Tensor) -> tuple[Tensor, Tensor]:
         check_fraction("fraction", fraction)
@@ -154,21 +182,25 @@ def core_spectrum(
     columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
     moments = field_moments(fields)
     energy = moments.energy
-    relative = torch.where(is_finite(energy)[..., None, None], fields.core, 0)
-    relative = relative.div_(torch.where(energy > 0, energy, 1)[..., None, None]).flatten(0, -3)
+    finite = torch.where(is_finite(energy)[..., None, None], fields.core, 0)
     if _takes_every_eigenvalue(method, fields.core):
-        eigenvalues, _ = yield Eigenproblem(relative)
-        variances = eigenvalues.flip(-1).clamp_min(0)
-        sums, error = variances.cumsum(-1), torch.zeros(len(relative), dtype=energy.dtype, device=energy.device)
+        eigenvalues, _ = yield Eigenproblem(finite.flatten(0, -3))
+        variances = eigenvalues.flip(-1).clamp_min(0).view(*energy.shape, -1) * fields.size[..., None]
+        sums, errors = variances.cumsum(-1), [fields.error, fields.margin]
     else:
-        variances, sums, error = yield from sketched_spectrum.steps(relative, columns)
+        total = torch.where(energy > 0, energy / fields.size, 1)[..., None, None]
+        relative = (finite.to(torch.float64) / total).flatten(0, -3)
+        found = yield from sketched_spectrum.steps(relative, columns)
+        variances, sums = (each.view(*energy.shape, -1) * energy[..., None] for each in found[:2])
+        errors = [found[2].view(energy.shape) * energy + each for each in (fields.error, fields.margin)]
     return EnergySpectrum(
-        variances=variances.view(*energy.shape, -1) * energy[..., None],
-        sum_bounds=sums.view(*energy.shape, -1) * energy[..., None],
+        variances=variances,
+        sum_bounds=sums,
         energy=energy,
         energy_squared=moments.energy_squared,
         num_entries=moments.num_entries,
-        error=error.view(energy.shape) * energy + fields.error,
+        error=errors[0],
+        margin=errors[0] if fields.margin is fields.error else errors[1],
         max_rank=head_dim,
     )
 
@@ -177,4 +209,5 @@ def _takes_every_eigenvalue(method: Method, heads: Tensor) -> bool:
     """Whether ``method`` means the exact route for ``heads``, ``(..., d)``."""
     if method not in ("auto", "randomized", "exact"):
         raise ValueError(f"method={method!r}: must be 'auto', 'randomized' or 'exact'")
-    return method == "exact" or (method == "auto" and heads.device.type == "cpu" and heads.shape[-1] < 256)
+    few = heads.shape[-1] < 256 or (heads.shape[-1] < 512 and heads.dtype == torch.float32)
+    return method == "exact" or (method == "auto" and heads.device.type == "cpu" and few)

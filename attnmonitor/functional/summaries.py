@@ -26,12 +26,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal, cast, get_args
 
-from attnmonitor.functional.cores import field_cores, field_moments
+from attnmonitor.functional.cores import field_moments
+from attnmonitor.functional.decisions import Fields
 from attnmonitor.functional.eigenvalues import Solvable, Steps
 from attnmonitor.functional.key_basis import KeyBasis, KeyGram, KeySpectrum, key_basis, key_spectrum
 from attnmonitor.functional.positions import Profile, position_profiles
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.spectrum import Method, core_spectrum
+from attnmonitor.functional.spectrum import Method
 
 __all__ = [
     "FROM_ATTENTION",
@@ -113,18 +114,14 @@ def layer_summaries(
     basis = spectrum if isinstance(spectrum, KeyBasis) else None
     fields = None
     if queries is not None and not _FROM_FIELD.isdisjoint(wanted):
-        # Any root gives the spectrum. The eigenbasis gives a better sketch and the shares of positions, where it is
-        # there.
-        root = keys.cholesky_root() if basis is None else basis.root()
-        fields = field_cores(queries, keys, root, scale=scale)
+        fields = Fields(queries, keys, scale=scale, basis=basis)
     if fields is not None and "field_moments" in wanted:
-        found["field_moments"] = field_moments(fields)
+        found["field_moments"] = field_moments(fields.cores)
     if fields is not None and "energy_spectrum" in wanted:
-        spectrum_steps = core_spectrum.steps(fields, method=method, target_rank=target_rank)
-        found["energy_spectrum"] = yield from spectrum_steps
+        found["energy_spectrum"] = yield from fields.spectrum_steps(method=method, target_rank=target_rank)
     profiles = cast("set[Profile]", _PROFILES.intersection(wanted))
     if basis is not None and profiles:
-        found |= position_profiles(basis, profiles, core=None if fields is None else fields.core)
+        found |= position_profiles(basis, profiles, core=None if fields is None else fields.cores.core)
     return found
 
 

@@ -344,10 +344,10 @@ def _joined_coverage(parts: Sequence[LayerCoverage], splits_keys: bool) -> Layer
 
 
 def _joined_diagnostics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
-    certified = [part["certified_fraction"] for part in parts]
+    shares = ("certified_fraction", "decided_fraction")
     return {
         **parts[0],
-        "certified_fraction": sum(certified) / len(certified),
+        **{share: sum(part[share] for part in parts) / len(parts) for share in shares},
         "invariant_residual": max(part["invariant_residual"] for part in parts),
     }
 

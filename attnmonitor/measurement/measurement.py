@@ -51,9 +51,9 @@ class Measured:
         values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
         spread: The same shape: standard deviation over the sequences.
         coverage: Every layer, measured or not.
-        diagnostics: ``certified_fraction`` and ``invariant_residual``, NaN where no metric needed what they are
-            computed from; ``route``, which way its eigenproblems went; ``halved_probe`` where memory did not suffice
-            for the whole probe.
+        diagnostics: ``certified_fraction``, ``decided_fraction`` and ``invariant_residual``, NaN where no metric needed
+            what they are computed from; ``route``, which way its eigenproblems went; ``halved_probe`` where memory did
+            not suffice for the whole probe.
     """
 
     values: LayerValues
@@ -255,7 +255,8 @@ class Measurement:
         with default_torch_state():
             unknown = self._table("mean", {}, ())
         coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
-        return Measured(unknown, unknown, coverage, {"certified_fraction": math.nan, "invariant_residual": math.nan})
+        diagnostics = dict.fromkeys(("certified_fraction", "decided_fraction", "invariant_residual"), math.nan)
+        return Measured(unknown, unknown, coverage, diagnostics)
 
     def _forward(self, probe: Probe) -> Reduction:
         """Run the probe and reduce its attention."""
@@ -283,6 +284,7 @@ class Measurement:
             found = forward.statistics[name]
             checks = {
                 "certified": found.certified,
+                "decided": found.decided,
                 "residual": found.invariant_residual,
                 "error": layer.error,
                 "bias": layer.gained_bias,
@@ -301,10 +303,13 @@ class Measurement:
             for name in dict.fromkeys([*self.layers, *forward.layers])
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
-        certified = {name: float(on_host["certified", name].mean()) for name in shown if ("certified", name) in on_host}
+        shares = {
+            which: {name: float(on_host[which, name].mean()) for name in shown if (which, name) in on_host}
+            for which in ("certified", "decided")
+        }
         residuals = [float(on_host["residual", name].amax()) for name in shown if ("residual", name) in on_host]
-        for name, fraction in certified.items():
-            # Where a sketch was too small to certify every head, the next sample takes a larger one. Decided here, on
+        for name, fraction in shares["decided"].items():
+            # Where a sketch was too small to decide every head, the next sample takes a larger one. Decided here, on
             # numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
             if fraction < 1:
                 wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
@@ -314,7 +319,10 @@ class Measurement:
             spread=self._table("spread", on_host, shown),
             coverage=coverage,
             diagnostics={
-                "certified_fraction": sum(certified.values()) / len(certified) if certified else math.nan,
+                **{
+                    f"{which}_fraction": sum(by_layer.values()) / len(by_layer) if by_layer else math.nan
+                    for which, by_layer in shares.items()
+                },
                 "invariant_residual": max(residuals, default=math.nan),
                 "route": self.route.route,
             },

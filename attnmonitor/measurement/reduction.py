@@ -1,8 +1,9 @@
 """From the attention of each layer, as a forward shows it, to the values of all heads.
 
-Queries are reduced to their Gram matrix as soon as a layer's attention runs, and its keys are copied. All layers are
-finished together at the end of the forward: a batch of operations and of small eigenproblems costs little more than
-those of one layer, and right after a layer torch's own threads still spin and would slow down what is computed then.
+A layer's queries and keys are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone. All
+layers are finished together at the end of the forward: a batch of operations and of small eigenproblems costs little
+more than those of one layer, and right after a layer torch's own threads still spin and would slow down what is
+computed then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from attnmonitor.functional import query_gram
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.eigenvalues import Steps, solved
 from attnmonitor.functional.host_solver import HostSolver
+from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
 from attnmonitor.measurement.attention_values import AttentionValues, attention_values
 from attnmonitor.messages import error_text
@@ -187,13 +189,15 @@ class Reduction:
         return ReducedLayer(coverage, call.precision, call.error, num_keys, at_once, call.gained_bias)
 
     def _heads(self, call: AttentionCall) -> LayerHeads:
-        """A layer's queries as their Gram matrix, and a copy of its keys; only those that a metric needs."""
-        queries = None
+        """A copy of a layer's queries and keys; only of those that a metric needs.
+
+        A copy, because the model may overwrite them after its attention.
+        """
+        query: Tensor | QueryGram | None = None
         if not FROM_QUERIES.isdisjoint(self._summaries):
             # The cores need the query heads that share a key head side by side.
             query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
-            queries = query_gram(query, call.query_mask)
-        key = None
-        if not FROM_KEYS.isdisjoint(self._summaries):
-            key = call.key.clone()  # the model may overwrite its keys after its attention
-        return LayerHeads(queries, key, call.scale, call.key_mask)
+            # On a GPU the Gram matrix is in float64, and the queries are not read again.
+            query = query.clone() if query.device.type == "cpu" else query_gram(query, call.query_mask)
+        key = None if FROM_KEYS.isdisjoint(self._summaries) else call.key.clone()
+        return LayerHeads(query, key, call.scale, call.key_mask, call.query_mask)

@@ -10,20 +10,22 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, check_query_and_key
+from attnmonitor.functional.decisions import product_type
 from attnmonitor.functional.eigenvalues import Solvable, Steps, each_step_in, solved
 from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import share_excess
 from attnmonitor.functional.precision import full_precision
-from attnmonitor.functional.queries import QueryGram
+from attnmonitor.functional.queries import QueryGram, query_gram
 from attnmonitor.functional.spectrum import Method
 from attnmonitor.functional.summaries import Summary, layer_summaries
 from attnmonitor.metrics.catalog import METRICS
@@ -40,58 +42,93 @@ class LayerHeads:
     """The queries and keys of one layer; of either nothing where no metric reads it.
 
     Attributes:
-        queries: The Gram matrix of q as softmax sees it, from `query_gram`.
+        query: ``(B, Hq, Lq, d)``, q as softmax sees it, or its Gram matrix where q is not kept.
         key: ``(B, Hkv, Lk, d)``, never repeated per query head.
         scale: The softmax scale s.
         key_mask: ``(B, Lk)`` bool, True where the position is not padding; None where all are.
+        query_mask: ``(B, Lq)`` bool, likewise.
 
     Raises:
         ValueError: The shapes do not fit.
     """
 
-    queries: QueryGram | None
+    query: Tensor | QueryGram | None
     key: Tensor | None
     scale: float = 1.0
     key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.query, Tensor):
+            check_heads("query", self.query, self.query_mask)
         if self.key is not None:
             check_heads("key", self.key, self.key_mask)
-            if self.queries is not None:
-                check_query_and_key(self.queries.shape, self.key.shape)
+            if self.query is not None:
+                check_query_and_key(self.query.shape, self.key.shape)
 
     @property
     def shape(self) -> torch.Size:
         """``(B, H, L, d)`` of the queries, of the keys where there are none, zeros where there are neither."""
-        if self.queries is not None:
-            return self.queries.shape
-        return torch.Size((0, 0, 0, 0)) if self.key is None else self.key.shape
+        heads = self.key if self.query is None else self.query
+        return torch.Size((0, 0, 0, 0)) if heads is None else heads.shape
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        tensor = self.key if self.queries is None else self.queries.gram
+        tensor = next(self._tensors(), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def nbytes(self) -> int:
         """Memory that they hold."""
-        return (0 if self.queries is None else self.queries.gram.nbytes) + (0 if self.key is None else self.key.nbytes)
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for each in (self.query, self.key):
+            if each is not None:
+                yield each.gram if isinstance(each, QueryGram) else each
 
     @property
     def kind(self) -> Hashable:
         """What layers agree in that can be joined."""
-        key = None if self.key is None else (self.key.shape, self.key.dtype)
-        return self.queries is None, self.shape, key, self.key_mask is None, self.scale, self.device
+        types = tuple((tensor.shape, tensor.dtype) for tensor in self._tensors())
+        masks = self.query_mask is None, self.key_mask is None
+        return self.query is None, type(self.query), self.shape, types, masks, self.scale, self.device
 
     def of(self, sequences: slice) -> LayerHeads:
         """The queries and keys of some of the sequences."""
         return LayerHeads(
-            None if self.queries is None else self.queries.of(sequences),
-            None if self.key is None else self.key[sequences],
+            self.query.of(sequences) if isinstance(self.query, QueryGram) else _some(self.query, sequences),
+            _some(self.key, sequences),
             self.scale,
-            None if self.key_mask is None else self.key_mask[sequences],
+            _some(self.key_mask, sequences),
+            _some(self.query_mask, sequences),
         )
+
+    @staticmethod
+    def joined(layers: Sequence[LayerHeads]) -> LayerHeads:
+        """Layers of one kind, as one layer with all of their sequences."""
+        first = layers[0]
+        if len(layers) == 1:
+            return first
+        grams = [layer.query for layer in layers if isinstance(layer.query, QueryGram)]
+        return LayerHeads(
+            QueryGram.joined(grams) if grams else _all(layer.query for layer in layers),
+            _all(layer.key for layer in layers),
+            first.scale,
+            _all(layer.key_mask for layer in layers),
+            _all(layer.query_mask for layer in layers),
+        )
+
+
+def _some(tensor: Tensor | None, sequences: slice) -> Tensor | None:
+    return None if tensor is None else tensor[sequences]
+
+
+def _all(tensors: Iterable[Any]) -> Tensor | None:
+    """The tensors one after the other; None where they are None."""
+    parts = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(parts) if parts else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +139,7 @@ class HeadStatistics:
         values: By metric name, ``(B, Hq)`` or ``(B, Hkv)`` float32 as the table's scope says.
         certified: ``(B, Hq)`` bool: the effective rank is proved equal to what a full SVD gives. None where no
             spectrum was computed.
+        decided: ``(B, Hq)`` bool: it is, unless rounding errors conspire. None where no spectrum was computed.
         invariant_residual: ``(B,)`` float32: the worst violation, relative, of what holds for any input (no share above
             its leverage; no energy past the trace; ``1 ≤ stable rank ≤ participation ratio ≤ d``). Rounding error
             unless something is wrong. None where nothing was computed that could be checked.
@@ -109,14 +147,28 @@ class HeadStatistics:
 
     values: dict[str, Tensor]
     certified: Tensor | None
+    decided: Tensor | None
     invariant_residual: Tensor | None
 
     def of(self, sequences: slice) -> HeadStatistics:
         """The values of some of the sequences."""
         return HeadStatistics(
             {name: value[sequences] for name, value in self.values.items()},
-            None if self.certified is None else self.certified[sequences],
-            None if self.invariant_residual is None else self.invariant_residual[sequences],
+            _some(self.certified, sequences),
+            _some(self.decided, sequences),
+            _some(self.invariant_residual, sequences),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[HeadStatistics]) -> HeadStatistics:
+        """The values of sequences one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return HeadStatistics(
+            {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+            _all(part.certified for part in parts),
+            _all(part.decided for part in parts),
+            _all(part.invariant_residual for part in parts),
         )
 
 
@@ -180,7 +232,7 @@ def head_statistics(
         measured_parts = list(chain.from_iterable(map_on_cores(lambda some: solved(measured(some)), split)))
     found: dict[int, HeadStatistics] = {}
     for group, of_group in groupby(zip(parts, measured_parts, strict=True), lambda each: each[0][0]):
-        together = _concatenated([each for _, each in of_group])
+        together = HeadStatistics.joined([each for _, each in of_group])
         size = layers[group[0]].shape[0]
         found |= {index: together.of(slice(i * size, (i + 1) * size)) for i, index in enumerate(group)}
     return [found[index] for index in range(len(layers))]
@@ -206,15 +258,7 @@ def _joined(group: Sequence[LayerHeads], sequences: slice) -> LayerHeads:
         for start, layer in zip(count(0, size), group)
         if start < sequences.stop and start + size > sequences.start
     ]
-    first = some[0]
-    if len(some) == 1:
-        return first
-    return LayerHeads(
-        None if first.queries is None else QueryGram.joined([layer.queries for layer in some if layer.queries]),
-        None if first.key is None else torch.cat([layer.key for layer in some if layer.key is not None]),
-        first.scale,
-        None if first.key_mask is None else torch.cat([layer.key_mask for layer in some if layer.key_mask is not None]),
-    )
+    return LayerHeads.joined(some)
 
 
 def _statistics(
@@ -222,8 +266,11 @@ def _statistics(
 ) -> Steps[HeadStatistics]:
     """The values of one layer."""
     wanted = summaries_of(metrics)
+    queries = layer.query
+    if isinstance(queries, Tensor):
+        queries = query_gram(queries, layer.query_mask, dtype=product_type(queries, method))
     found = yield from layer_summaries.steps(
-        layer.queries,
+        queries,
         None if layer.key is None else key_gram(layer.key, layer.key_mask),
         wanted,
         scale=layer.scale,
@@ -239,9 +286,11 @@ def _statistics(
     spectrum = found.get("energy_spectrum")
     if spectrum is not None:
         residuals.append(spectrum.violation().amax(-1))
+    certified = None if spectrum is None else spectrum.certified()
     return HeadStatistics(
         _in_float32(values),
-        None if spectrum is None else spectrum.certified(),
+        certified,
+        certified if spectrum is None or spectrum.margin is spectrum.error else spectrum.decided(),
         torch.stack([each.to(torch.float32) for each in residuals]).amax(0) if residuals else None,
     )
 
@@ -254,19 +303,3 @@ def _in_float32(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stacked = torch.stack([value.to(torch.float64) for value in some.values()]).to(torch.float32)
         found |= zip(some, stacked.unbind(), strict=True)
     return {name: found[name] for name in values}
-
-
-def _concatenated(parts: Sequence[HeadStatistics]) -> HeadStatistics:
-    """The values of sequences one after the other."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    return HeadStatistics(
-        {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
-        None
-        if first.certified is None
-        else torch.cat([part.certified for part in parts if part.certified is not None]),
-        None
-        if first.invariant_residual is None
-        else torch.cat([part.invariant_residual for part in parts if part.invariant_residual is not None]),
-    )

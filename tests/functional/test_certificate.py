@@ -86,8 +86,8 @@ def rotated(variances: torch.Tensor, generator: torch.Generator, *, graded: bool
 
 
 def fields(core: torch.Tensor) -> FieldCores:
-    ones = torch.ones(len(core), dtype=torch.float64)
-    return FieldCores(core, torch.zeros(len(core), dtype=torch.float64), ones, ones, ones)
+    ones = torch.ones(len(core), dtype=torch.float64)  # cores that are exact
+    return FieldCores(core, ones, 0 * ones, 0 * ones, ones, ones)
 
 
 def check_certificates(number: int, size: int, target_rank: int, method: str, seed: int) -> dict[str, float]:
@@ -306,6 +306,11 @@ def test_sketch_holds_nearly_all_the_leading_energy():
 
 
 def test_auto_sketches_large_heads_only():
-    for head_dim, columns in ((64, 64), (256, spectrum_module.DEFAULT_TARGET_RANK)):
-        core = torch.eye(head_dim, dtype=torch.float64)[None]
+    for head_dim, dtype, sketched in (
+        (64, torch.float64, False),
+        (256, torch.float64, True),
+        (256, torch.float32, False),
+    ):
+        core = torch.eye(head_dim, dtype=dtype)[None]
+        columns = spectrum_module.DEFAULT_TARGET_RANK if sketched else head_dim
         assert core_spectrum(fields(core)).variances.shape[-1] == columns

@@ -41,8 +41,9 @@ def test_stacked_cores_are_sums_over_the_group():
     keys = key_gram(key)
     fields = field_cores(query_gram(query), keys, keys.cholesky_root(), scale=1.0)
     stacked = fields.stacked_per_key_head(2)
-    torch.testing.assert_close(stacked.query_energy, query.double().square().sum((-2, -1)).view(2, 2, 3).sum(2))
-    torch.testing.assert_close(stacked.core, fields.core.view(2, 2, 3, 8, 8).sum(2))
+    torch.testing.assert_close(stacked.size, query.double().square().sum((-2, -1)).view(2, 2, 3).sum(2) * keys.energy)
+    whole, parts = (each.core * each.size[..., None, None] for each in (stacked, fields))
+    torch.testing.assert_close(whole, parts.view(2, 2, 3, 8, 8).sum(2))
     assert (stacked.num_queries == 60).all()
     assert (stacked.num_keys == 20).all()
 

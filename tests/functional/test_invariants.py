@@ -39,6 +39,7 @@ def test_violation_is_that_of_the_worst_law(law, variances, energy, energy_squar
         variances=variances,
         sum_bounds=variances.cumsum(-1),
         error=0 * energy,
+        margin=0 * energy,
         max_rank=4,
     )
     assert spectrum.violation().item() == pytest.approx(violation, abs=1e-12), law
@@ -63,7 +64,7 @@ def test_core_of_no_field_is_reported():
     """One that is not positive semidefinite: 3 - 1 - 1 has stable rank 1/3."""
     core = torch.diag(torch.tensor([3.0, -1, -1, 0, 0, 0], dtype=torch.float64))[None]
     none = torch.zeros(1, dtype=torch.float64)
-    assert core_spectrum(FieldCores(core, none, none, none, none)).violation() > 1
+    assert core_spectrum(FieldCores(core, none + 1, none, none, none, none)).violation() > 1
 
 
 def test_share_above_leverage_is_reported():

@@ -71,7 +71,7 @@ class Counted(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm", "baddbmm_", "baddbmm"):
             left, right = args[-2:]
             self.work += left.numel() * right.shape[-1]
-            if name == "bmm" and left.dtype == torch.float64 and left.shape[-2:] == (LENGTH, right.shape[-1]):
+            if name == "bmm" and left.shape[-2:] == (LENGTH, right.shape[-1]):
                 self.kernels["projection"] += 1
         elif name == "_softmax":
             self.kernels["softmax"] += 1

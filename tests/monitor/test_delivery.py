@@ -84,13 +84,13 @@ def test_weight_metrics_equal_a_dense_svd_every_n_samples() -> None:
     monitor.close()
 
 
-def test_uncertified_sketch_grows_in_the_next_sample() -> None:
+def test_undecided_sketch_grows_in_the_next_sample() -> None:
     torch.manual_seed(0)
-    model = TinyGPT(width=512, num_query_heads=2, max_length=600)  # d = 256: sketched on a CPU, too
-    with torch.no_grad():  # flat spectra are the hardest to certify from a few columns
+    model = TinyGPT(width=1024, num_query_heads=2, max_length=600)  # d = 512: sketched on a CPU, too
+    with torch.no_grad():  # flat spectra are the hardest to decide from a few columns
         model.tokens.weight.normal_(), model.positions.weight.normal_()
     monitor = AttentionMonitor(model, token_batch(batch=1, length=600), record=None, strict=True)
-    fractions = [monitor.sample(step).diagnostics["certified_fraction"] for step in range(4)]
+    fractions = [monitor.sample(step).diagnostics["decided_fraction"] for step in range(4)]
     assert fractions[0] < 1
     assert fractions[-1] == 1
 
