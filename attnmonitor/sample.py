@@ -46,8 +46,8 @@ class LayerCoverage:
 
     Attributes:
         layer: Name of the module; a module called again in one forward is ``name#2``, ``name#3``.
-        how: How it was captured: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"explicit"``; ``""`` when it
-            was not.
+        how: How it was captured: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"kernel"``, ``"explicit"``;
+            ``""`` when it was not.
         kind: ``"self"`` or ``"cross"``; ``""`` when not captured.
         num_query_heads: Query heads of the layer.
         num_kv_heads: Key/value heads of the layer.

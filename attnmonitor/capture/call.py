@@ -33,7 +33,7 @@ class AttentionCall:
         query_mask: ``(B, Lq)`` bool, True = a token, False = padding; None when no mask arrived.
         key_mask: ``(B, Lk)`` bool, likewise.
         kind: ``"self"`` or ``"cross"``.
-        how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"`` or ``"explicit"``.
+        how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"kernel"`` or ``"explicit"``.
         outside: What acts on the logits outside ``s q kᵀ``: any of ``"bias"``, ``"sinks"``, ``"softcap"``,
             ``"window"``.
         error: 0-dim float32 tensor on the device: largest deviation of a few rebuilt output rows from the layer's

@@ -41,13 +41,14 @@ def read_sdpa(
 
 def with_lead(attention: Attention, lead: Lead) -> Attention:
     """Return an attention read from operands ``(*lead, L, d)`` with operands ``(B, H, L, d)``."""
+    heads_of = attention.heads_of
     of_keys = lead.resized(attention.key.shape[:-2], heads=True) or lead
     return replace(
         attention,
         query=lead.split(attention.query),
         key=of_keys.split(attention.key),
         value=None if attention.value is None else lead.values(attention.value),
-        heads_of=lead.split if attention.heads_of is not None else None,
+        heads_of=None if heads_of is None else lambda x: lead.split(heads_of(x)),
         lead=lead,
         arrange=lead.join,
         restore=lead.split,

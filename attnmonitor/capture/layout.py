@@ -99,7 +99,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
     pattern = None
     if square:
         given = _given_padding(attention, around)
-        if _hides_tokens(attention, arrived):
+        if attention.documents is None and _hides_tokens(attention, arrived):
             pattern = _pattern(attention)
             valid = _valid_keys(pattern, arrived, around.arguments)
         if given is not None and (valid is None or bool((valid & ~given).any())):
@@ -109,7 +109,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
     found = replace(known, key_mask=key_mask, positions=(len(attention.key), attention.key.shape[-2]))
     if around.packed == "documents":
         if attention.documents is not None:
-            found = replace(found, documents=attention.documents)
+            found = replace(found, documents=attention.documents())
         elif pattern is not None:
             found = replace(found, documents=_documents(pattern, valid, by_inputs=around.masked_by_inputs))
     outside = attention.outside_effects(query_mask, valid, is_self=square)

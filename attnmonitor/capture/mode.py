@@ -22,6 +22,7 @@ from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
 from attnmonitor.capture.heads import Lead, MadeOf, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
+from attnmonitor.capture.kernels import read_kernel_call
 from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, is_padding_argument
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tracing.repeats import Repeats
@@ -227,6 +228,31 @@ class AttentionMode(TorchFunctionMode):
         made_of = self._made_of(attention.query, attention.key)
         attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
         self._found(layer, frame, attention, "interface", output, 1, made_of)
+
+    def watch_function(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a kernel known by name, and record its arguments instead of what it does inside."""
+        if self._paused:
+            return kernel(*args, **kwargs)
+        self._paused = True
+        try:
+            result = kernel(*args, **kwargs)
+        finally:
+            self._paused = False
+        self._attempt("an attention kernel", self._record_function, kernel, args, kwargs, result)
+        return result
+
+    def _record_function(
+        self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        layer, frame = self.frames.current_layer()
+        call = read_kernel_call(kernel, args, kwargs)
+        made_of = None
+        if self._ancestries is not None:
+            of_query, of_key = (self._ancestries.of(x) for x in call.operands)
+            made_of = MadeOf(of_query, of_key, (None,) * 4)
+        attention = with_lead(call.attention, usual_lead(call.attention.query.shape[:2]))
+        output = result[0] if isinstance(result, tuple) else result
+        self._found(layer, frame, attention, "kernel", output, call.row_axis, made_of)
 
     def _name_of_next(self, name: str) -> str:
         """Return the name of a layer's next call: that of a second one ends in ``#2``."""

@@ -24,8 +24,8 @@ from attnmonitor.parallel.wrappers import unwrapped_modules, whole_name
 __all__ = ["Frame", "Frames"]
 
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
-_QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin)$", re.IGNORECASE)
-_FUSED_NAME = re.compile(r"^(c_attn|in_proj|to_qkv|wqkv|qkv|qkv_proj|query_key_value)$", re.IGNORECASE)
+_QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin|lin_query)$", re.IGNORECASE)
+_FUSED_NAME = re.compile(r"^(c_attn|to_qkv|wqkv|qkv|qkv_proj|query_key_value)$", re.IGNORECASE)
 
 
 class Frame:

@@ -98,7 +98,7 @@ class Attention:
             before the operands are.
         has_added: Whether a tensor was added to the logits: a mask, or a bias that may be learned.
         masked_by: The masks that arrived.
-        documents: Documents that the call itself named, by their lengths.
+        documents: Finds the documents that the call itself names, by their lengths; waits for the device.
         exact: Whether the layer's output can be rebuilt: False where dropout was applied to the weights.
         operands_in: Type the code rounded q and k to before their product; None for the type they have.
         logits_in: Type the code kept the product in; None for full precision.
@@ -121,7 +121,7 @@ class Attention:
     visible: list[Tensor] = field(default_factory=list)
     has_added: bool = False
     masked_by: tuple[Tensor, ...] = ()
-    documents: Documents | None = None
+    documents: Callable[[], Documents] | None = None
     exact: bool = True
     operands_in: torch.dtype | None = None
     logits_in: torch.dtype | None = None

@@ -84,9 +84,17 @@ real run; each row is a tiny random model of that library's own classes, with tw
   unfused rows of the same weights; nn.Transformer is compared without padding.
 * **W_Q, W_K**: layers whose projections were found, and whether the gain of the norm in front is folded in.
 
-Not captured: a softmax written as `exp / sum` or as `log_softmax` and `exp`; scripted modules; logits that are the sum
-of two query-key products (Transformer-XL); attention whose softmax does not run over the positions its values come
-from (slot attention); products written as a broadcast multiplication and a sum. A module that looks like attention, by
+Kernels that need a GPU are read from their arguments, wherever a model calls them, and verified by their output.
+**Signature tested**, against stand-ins with the real signatures that compute the same on a CPU: `flash_attn` 2
+(`flash_attn_func`, `flash_attn_varlen_func`, and both packed as qkv and as kv), `flash_attn_interface` 3
+(`flash_attn_func`, `flash_attn_varlen_func`), `xformers.ops.memory_efficient_attention` (a tensor as bias,
+`LowerTriangularMask`, block-diagonal masks) and `torch.nn.attention.varlen.varlen_attn`; with scale, causal mask,
+window, soft-cap, ALiBi and cumulative lengths.
+
+Not captured: a softmax written as `exp / sum`; heads that are mixed before or after the softmax; scripted modules;
+logits that are the sum of two query-key products (Transformer-XL); attention whose softmax does not run over the
+positions its values come from (slot attention); products written as a broadcast multiplication and a sum.
+A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
 Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).
 A layer that works through its queries in chunks is measured chunk by chunk, as `name`, `name#2`, ...

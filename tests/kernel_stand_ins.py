@@ -1,0 +1,127 @@
+"""Stand-ins for kernels that need a GPU: the modules' names, the functions' real signatures, computed on a CPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def dense(q, k, v, scale, causal, window, softcap, slopes, bias=None):
+    """Attention of ``(B, L, H, d)`` operands; a query stands at the last keys."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    ahead = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
+    if slopes is not None:
+        logits = logits - slopes.reshape(-1, q.shape[2], 1, 1) * ahead.abs()
+    if bias is not None:
+        logits = logits + bias
+    left, right = window
+    right = 0 if causal else right
+    hidden = (ahead > right if right >= 0 else ahead > 10**9) | (ahead < -left if left >= 0 else ahead < -(10**9))
+    return torch.einsum("bhij,bjhd->bihd", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def packed(q, k, v, ours, theirs, *terms):
+    spans = zip(ours[:-1], ours[1:], theirs[:-1], theirs[1:], strict=True)
+    return torch.cat([dense(q[None, a:b], k[None, c:d], v[None, c:d], *terms)[0] for a, b, c, d in spans])
+
+
+# flash_attn 2.8
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return dense(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes)
+
+
+def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return dense(*qkv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes)
+
+
+def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return dense(q, *kv.unbind(2), softmax_scale, causal, window_size, softcap, alibi_slopes)
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):  # fmt: skip # noqa: E501
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap, alibi_slopes)
+
+
+def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, softmax_scale, causal, window_size, softcap, alibi_slopes)
+
+
+def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return packed(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap, alibi_slopes)  # fmt: skip # noqa: E501
+
+
+FLASH_2 = [flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func]  # fmt: skip # noqa: E501
+
+
+# flash_attn 3 (module flash_attn_interface)
+
+
+def flash_3_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return dense(q, k, v, softmax_scale, causal, window_size, softcap, None)
+
+
+def flash_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip # noqa: E501
+    return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, softcap, None)
+
+
+# xformers 0.0.32
+
+
+class LowerTriangularMask:
+    """The class of this name in xformers.ops: a causal mask counted from the first position."""
+
+
+class BlockDiagonalCausalMask:
+    """The class of this name in xformers.ops, for sequences of these lengths."""
+
+    def __init__(self, cumulative: Tensor) -> None:
+        self.q_seqinfo = self.k_seqinfo = types.SimpleNamespace(seqstart=cumulative)
+
+
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    q, k, v = (x if x.dim() == 4 else x.unsqueeze(2) for x in (query, key, value))
+    causal = attn_bias is not None and not isinstance(attn_bias, Tensor)
+    bias = None if causal else attn_bias
+    if isinstance(attn_bias, BlockDiagonalCausalMask):
+        ends = attn_bias.q_seqinfo.seqstart
+        y = packed(q[0], k[0], v[0], ends, ends, scale, True, (-1, -1), 0.0, None)[None]
+    else:
+        y = dense(q, k, v, scale, causal, (-1, -1), 0.0, None, bias)
+    return y if query.dim() == 4 else y.squeeze(2)
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip # noqa: E501
+    return packed(query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, 0.0, None)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Put the stand-ins where the libraries would be."""
+    contents = {
+        "flash_attn": {each.__name__: each for each in FLASH_2},
+        "flash_attn_interface": {"flash_attn_func": flash_3_func, "flash_attn_varlen_func": flash_3_varlen},
+        "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
+        "torch.nn.attention.varlen": {"varlen_attn": varlen_attn},
+    }
+    before = {name: sys.modules.get(name) for name in contents}
+    for name, content in contents.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
