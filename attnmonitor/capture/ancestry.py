@@ -11,7 +11,7 @@ what was concluded from the first one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -83,9 +83,15 @@ def same_sequence(query: Ancestry, key: Ancestry) -> bool | None:
 
 
 class Ancestries:
-    """Notes on what tensors are made of, for one forward of a model."""
+    """Notes on what tensors are made of, for one forward of a model.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        unseen: Called when a tensor is met that no seen function made.
+    """
+
+    def __init__(self, model: nn.Module, unseen: Callable[[], None] = lambda: None) -> None:
+        self._unseen = unseen
         self._notes = Notes[Ancestry]()
         self._count = 0
         self._constants = {id(x) for x in chain(model.parameters(), model.buffers())}
@@ -101,6 +107,8 @@ class Ancestries:
         note = self._notes.get(x)
         if note is None:
             is_constant = id(x) in self._constants or is_weight(x) or id(x._base) in self._constants
+            if not is_constant:
+                self._unseen()
             note = Ancestry(frozenset({-self._new() if is_constant else _UNKNOWN}), axes=_default_axes(x))
             self._notes.put(x, note)
         return note
@@ -109,6 +117,14 @@ class Ancestries:
         """Note that ``output`` is what an attention gave for queries made of ``query``."""
         known = self.of(output)
         self._notes.put(output, replace(known, sources=query.sources, attended=query.attended | {self._new()}))
+
+    def may_be_logits(self, x: Tensor, num_tokens: int) -> bool:
+        """Return whether ``x`` may hold a number per pair of positions, of so many tokens in all."""
+        axes = self.of(x).axes
+        if axes is None or None in axes:
+            return True
+        positions = math.prod(size for axis in axes if axis is not None for is_feature, size in axis if not is_feature)
+        return positions > num_tokens
 
     def observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what the outputs of a function are made of."""
@@ -221,11 +237,11 @@ class Ancestries:
                 else None
             )
             return [None if lead is None else (*lead, _axis(True, shape[-1]))]
+        if name in _CONVOLUTIONS and first.dim() == len(shape) > 2:
+            batch = axes[0] if axes is not None else _axis(False, shape[0])
+            return [(batch, _axis(True, shape[1]), *(_axis(False, size) for size in shape[2:]))]
         if axes is None:
             return unknown
-        if name in _CONVOLUTIONS and len(axes) == len(shape):
-            resized = [_resized(axis, size) for axis, size in zip(axes, shape, strict=True)]
-            return [(resized[0], _axis(True, shape[1]), *(_axis(False, size) for size in shape[2:]))]
         if name in _RESHAPES:
             return [_regrouped(axes, shape)]
         if name in _VIEWS and not any(isinstance(x, Tensor) for x in _flat(list(args[1:]))):

@@ -24,6 +24,7 @@ from attnmonitor.capture.heads import Lead, MadeOf, lead_by_shape, lead_of, usua
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.kernels import read_kernel_call
 from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, is_padding_argument
+from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tracing.repeats import Repeats
 from attnmonitor.capture.tracing.trace import ByHead, Trace, as_attention
@@ -45,8 +46,8 @@ class AttentionMode(TorchFunctionMode):
         self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: Layouts, *, packed: str
     ) -> None:
         super().__init__()
-        self._ancestries = None if layouts else Ancestries(model)
         self.frames = Frames(model, self._note_inputs)
+        self._ancestries = None if layouts else Ancestries(model, self.frames.suspect)
         self.report = CaptureReport()
         self._emit = emit
         self._layouts = layouts
@@ -84,6 +85,7 @@ class AttentionMode(TorchFunctionMode):
         output = func(*args, **kwargs)
         if self._ancestries is not None:
             self._attempt(name, self._ancestries.observe, name, func, args, kwargs, output)
+            self._attempt(name, suspect, self.frames, self._ancestries, name, func, args, output)
         if name not in self._tracer.observers:
             self._attempt(name, self._tracer.observe_other, name, args, kwargs, output)
         for observe in observers:
@@ -376,17 +378,9 @@ class AttentionMode(TorchFunctionMode):
 
     def report_missed(self) -> None:
         """Add every module that looks like attention and gave no record to the report."""
-        for name in self.frames.unrecorded(self._calls):
-            if name in self.frames.scripted:
-                reason = "it is a scripted module, whose operations cannot be seen"
-            elif ended := [why for layer, why in self._tracer.ended.items() if f"{layer}.".startswith(f"{name}.")]:
-                reason = ended[0]
-            elif failures := [why for layer, why in self._failures.items() if f"{layer}.".startswith(f"{name}.")]:
-                reason = failures[0]
-            elif name in self.frames.called:
-                reason = "no softmax of a query-key product was seen in it"
-            else:
-                reason = "not called in this forward"
+        reasons = self._tracer.ended, self._failures
+        found = unrecorded(self.frames, self._calls, reasons, all_seen=self._ancestries is not None)
+        for name, reason in found:
             self.report.missed.setdefault(name, reason)
 
 

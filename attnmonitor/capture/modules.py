@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from attnmonitor.parallel.fsdp import flattened_modules
 from attnmonitor.parallel.wrappers import unwrapped_modules, whole_name
 
-__all__ = ["Frame", "Frames"]
+__all__ = ["Frame", "Frames", "is_graph_attention"]
 
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin|lin_query)$", re.IGNORECASE)
@@ -83,6 +83,7 @@ class Frames:
         arguments: The tensors that the model was called with, by the name of the argument.
         called: Names of the modules that ran.
         scripted: Names of scripted modules.
+        suspected: Names of modules that did something that may be attention.
     """
 
     def __init__(self, model: nn.Module, entered: Callable[[Iterable[Tensor]], None] = lambda _: None) -> None:
@@ -94,6 +95,7 @@ class Frames:
         self.arguments: dict[str, Tensor] = {}
         self.called: set[str] = set()
         self.scripted: set[str] = set()
+        self.suspected: set[str] = set()
 
     def __enter__(self) -> Frames:
         try:
@@ -135,6 +137,18 @@ class Frames:
         for frame in self._stack:
             frame.note_projection(source)
 
+    def suspect(self) -> None:
+        """Note that the running modules did something that may be attention."""
+        self.suspected.update(frame.name for frame in self._stack)
+
+    def num_tokens(self) -> int:
+        """Return how many positions the running layer's first input has; 0 where it has none."""
+        _, frame = self.current_layer()
+        if frame is None or not frame.inputs:
+            return 0
+        hidden = frame.inputs[0]
+        return hidden.numel() // (hidden.shape[1] if hidden.dim() == 4 else hidden.shape[-1])
+
     def running_call(self, module: nn.Module) -> Frame | None:
         """Return the innermost running call of ``module``."""
         return next((frame for frame in reversed(self._stack) if frame.module is module), None)
@@ -163,8 +177,8 @@ class Frames:
     def _looks_like_attention(self, name: str, module: nn.Module) -> bool:
         return self._has_matrices(module) and _is_named_like_attention(name, module)
 
-    def unrecorded(self, layers: Iterable[str]) -> Iterator[str]:
-        """Yield the names of modules that look like attention and have none of ``layers`` in, at or around them."""
+    def unrecorded(self, layers: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules that look like attention and have none of ``layers`` in, at or around them."""
         layers = set(layers)
         modules = dict(unwrapped_modules(self._model))
         whole = whole_name(self._model)
@@ -175,15 +189,23 @@ class Frames:
             inside = any(other.startswith(f"{name}.") for other in (*names, *layers))
             around = any(name.startswith(f"{layer}.") for layer in layers & names)
             if not inside and not around and name not in layers:
-                yield name
+                yield name, modules[name]
 
 
 def _is_named_like_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList | nn.ModuleDict):
         return False
     children = [child for child, _ in module.named_children()]
-    return bool(
+    return is_graph_attention(module) or bool(
         _ATTENTION_NAME.search(name.rpartition(".")[2])
         or _ATTENTION_NAME.search(getattr(module, "original_name", type(module).__name__))  # a scripted module's own
         or any(_QUERY_NAME.match(child) or _FUSED_NAME.match(child) for child in children)
     )
+
+
+def is_graph_attention(module: nn.Module) -> bool:
+    """Return whether a module passes messages along the edges of a graph, weighted by attention."""
+    if not any(base.__name__ == "MessagePassing" for base in type(module).__mro__):
+        return False
+    own = [*dict(module.named_parameters(recurse=False)), *dict(module.named_children())]
+    return any(name.startswith("att") or _QUERY_NAME.match(name) for name in own)
