@@ -43,6 +43,7 @@ _FROM_FIRST = {"linear", "layer_norm", "rms_norm", "group_norm", "batch_norm", "
 _CONVOLUTIONS = {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)}
 _PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum"}
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+_REDUCTIONS = {"amax", "amin", "max", "min", "mean", "sum"}
 _PICKS = {"gather", "take_along_dim", "index_select"}
 
 
@@ -248,6 +249,12 @@ class Ancestries:
             views = list(_tensors(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
             if len(views) == len(outputs):
                 return [_viewed(axes, first.shape, view) for view in views]
+        if name in _REDUCTIONS and outputs[0].dim() == first.dim() - 1:
+            reduced = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if not isinstance(reduced, int):
+                return unknown
+            left = [axis for position, axis in enumerate(axes) if position != reduced % first.dim()]
+            return [tuple(left) for _ in outputs]
         return [self._like(x, first, args) for x in outputs]
 
     def _like(self, output: Tensor, first: Tensor, args: Sequence[Any]) -> tuple[Axis | None, ...] | None:
