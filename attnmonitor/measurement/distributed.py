@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import default_torch_state
+from attnmonitor.measurement.shares import Part, Share, joined_shares
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.collectives import (
     Collective,
@@ -106,7 +107,11 @@ class DistributedMeasurement(Measurement):
                     f"probe: processes that share the heads of a layer have {len(prints)} different probes; give them "
                     "the same batch"
                 )
-        measured = self._joined(measured, [each.missing for each in self._exchange.gather(_Outcome.of(measured))])
+        ends = self._exchange.gather((_Outcome.of(measured), self._probe.fingerprint, tuple(measured.coverage)))
+        if not self._slices and not self._unknown_slices and len({(probe, layers) for _, probe, layers in ends}) == 1:
+            place = self._ranks.index(distributed.get_rank())
+            self._own.share = Share(place, len(self._ranks), tuple(measured.coverage))
+        measured = self._joined(measured, [outcome.missing for outcome, _, _ in ends])
         self.layers = measured.coverage
         return measured
 
@@ -161,10 +166,13 @@ class DistributedMeasurement(Measurement):
             if isinstance(result, torch.OutOfMemoryError):
                 _free_frames(result)
             run_with_zeros(self._collectives[probe][len(done.calls) :])
-        outcomes = self._exchange.gather(_Outcome.of(result))
+        outcomes = self._exchange.gather(_Outcome.of(result, with_part=self._own.share.count > 1))
         try:
             if isinstance(result, Exception) or any(each.failure for each in outcomes):
                 raise _common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
+            parts = [each.part for each in outcomes if each.part is not None]
+            if parts:
+                result = Measured(*joined_shares(self._own.share, parts))
             return self._joined(result, [each.missing for each in outcomes])
         finally:
             del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
@@ -272,19 +280,23 @@ class _Outcome:
         missing: Reason for each layer without numbers.
         failure: Why the whole attempt failed; ``""`` where it did not.
         out_of_memory: Whether the failure was memory, so that half of the probe may work.
+        part: What this process has finished; None where each finishes all layers.
     """
 
     missing: Mapping[str, str]
     failure: str = ""
     out_of_memory: bool = False
+    part: Part | None = None
 
     @classmethod
-    def of(cls, result: Measured | Exception) -> _Outcome:
+    def of(cls, result: Measured | Exception, *, with_part: bool = False) -> _Outcome:
         if isinstance(result, Exception):
             failure = f"{type(result).__name__}: {result}"[:_REASON_LENGTH]
             return cls({}, failure, isinstance(result, torch.OutOfMemoryError))
         missing = {name: layer for name, layer in result.coverage.items() if not layer.measured}
-        return cls({name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()})
+        part: Part = _copied(result.values), _copied(result.spread), result.coverage, result.diagnostics
+        reasons = {name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()}
+        return cls(reasons, part=part if with_part else None)
 
 
 def _common_failure(outcomes: Mapping[int, _Outcome], result: Measured | Exception) -> Exception:
@@ -325,6 +337,10 @@ def _same_numbers(layer: str, values: Sequence[LayerValues]) -> bool:
     """Return whether processes have measured the same in a layer, up to rounding in most of its numbers."""
     rows = [torch.cat([layers[layer] for layers in each.values() if layer in layers]) for each in values]
     return all(torch.isclose(row, rows[0], rtol=1e-3, equal_nan=True).float().mean() > 0.5 for row in rows)
+
+
+def _copied(table: LayerValues) -> dict[str, dict[str, Tensor]]:
+    return {metric: dict(layers) for metric, layers in table.items()}
 
 
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

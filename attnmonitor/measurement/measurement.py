@@ -26,6 +26,7 @@ from attnmonitor.functional.summaries import needs_eigenvalues
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
+from attnmonitor.measurement.shares import Share
 from attnmonitor.measurement.unfinished import Key, Unfinished
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
@@ -85,6 +86,7 @@ class Measurement:
         num_heads: Per layer that has heads: ``{"query_head": …, "kv_head": …}``.
         signature: 12 hex digits over names and head counts of the layers, different for another model.
         route: Which way the eigenproblems go, chosen at attach.
+        share: The layers that this process finishes; all of them by default.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Measurement:
         self._target_ranks: dict[str, int] = {}
         self.layers: Mapping[str, LayerCoverage] = {}
         self.route = RouteChoice("cpu")
+        self.share = Share()
 
     @property
     def num_heads(self) -> dict[str, dict[str, int]]:
@@ -261,7 +264,9 @@ class Measurement:
     def _forward(self, probe: Probe) -> Reduction:
         """Run the probe and reduce its attention."""
         on_host = self.route.route == "host"
-        reduction = Reduction(self._metrics, self._target_ranks, strict=self._strict, on_host=on_host)
+        reduction = Reduction(
+            self._metrics, self._target_ranks, strict=self._strict, on_host=on_host, takes=self.share.takes
+        )
         with (
             quiet(self._model),
             nullcontext() if self._with_others else no_collectives(self._model),
@@ -301,6 +306,7 @@ class Measurement:
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
             for name in dict.fromkeys([*self.layers, *forward.layers])
+            if self.share.takes(name)
         }
         shown = [name for name, layer in coverage.items() if layer.measured]
         shares = {

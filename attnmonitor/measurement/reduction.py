@@ -8,7 +8,7 @@ computed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,6 +78,7 @@ class Reduction:
         target_ranks: Columns of the sketch that sufficed for a layer, by its name.
         strict: Raise an error in one layer; otherwise only that layer fails.
         on_host: Have the eigenproblems of tensors on a GPU solved by the host's cores.
+        takes: Whether a layer, by its name, is reduced here; other processes reduce the others.
 
     Attributes:
         layers: What is known of each layer.
@@ -92,12 +93,14 @@ class Reduction:
         *,
         strict: bool = False,
         on_host: bool = False,
+        takes: Callable[[str], bool] = lambda layer: True,
     ) -> None:
         self._metrics = metrics
         self._summaries = summaries_of(metrics)
         self._target_ranks = target_ranks
         self._strict = strict
         self._on_host = on_host
+        self._takes = takes
         self._solver: HostSolver[None] | None = None
         self._pending: dict[str, LayerHeads] = {}
         self.layers: dict[str, ReducedLayer] = {}
@@ -106,6 +109,8 @@ class Reduction:
 
     def take(self, call: AttentionCall) -> None:
         """Reduce one layer's attention; its queries and keys can be freed afterwards."""
+        if not self._takes(call.layer):
+            return
         with self._contained(call.layer):
             self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._heads(call)
         if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
