@@ -140,7 +140,7 @@ def test_launches_are_few_on_a_fake_gpu():
             _, problems = answered_elsewhere(head_statistics.steps(layers, DEFAULT_METRICS), no_contents)
     assert counts["capture"] <= 40
     assert counts["fields"] - counts["capture"] <= 12
-    assert counts["all"] - counts["capture"] <= 110  # those read from checked rows while the layer runs
+    assert counts["all"] - counts["capture"] <= 130  # those read from checked rows while the layer runs
     assert (at_the_end.launches <= 400, at_the_end.waits, problems) == (True, [], 2)
 
 
