@@ -1,8 +1,8 @@
 """Lightning: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
 
 Translates Lightning's events: train start and every optimizer step become `AttentionMonitor.on_step`, the trainer's
-loggers get the samples, its checkpoints hold the monitor's state, and whole-model summaries go through
-``log_dict`` so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
+loggers get the samples, its checkpoints hold the monitor's state, what the module logs goes to `AttentionMonitor.log`,
+and whole-model summaries go through ``log_dict`` so that ``EarlyStopping`` and ``ModelCheckpoint`` can watch them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
     _checked: tuple[Any, ...] = ()  # first batches that the sanity check has read
     _loaded: dict[str, Any] | None = None
     _summaries: dict[str, float] | None = None
+    _logged: dict[str, Any] | None = None  # by the module, when it was last looked at
 
     @property
     def state_key(self) -> str:
@@ -121,6 +122,9 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
                 self._give_up()
         elif self.monitor is not None and self.monitor.probe.batch is None:
             self._on_step(trainer, pl_module, self.monitor)
+        every_n_steps = max(1, getattr(trainer, "log_every_n_steps", 1))
+        if self.monitor is not None and trainer.global_step % every_n_steps == 0:
+            self._log(trainer, self.monitor)
 
     def _begin(
         self, trainer: Trainer, pl_module: LightningModule, probes: Iterable[Any], *, in_state: bool = False
@@ -175,11 +179,21 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
         is_fitting, self._is_fitting = self._is_fitting, False
         if not is_fitting or self.monitor is None:  # the learning rate finder ends a fit that never began
             return
+        self._log(trainer, self.monitor)
         self.monitor.close()
         if (bar := trainer.progress_bar_callback) is not None:
             # A running bar would be drawn again below the report. Stopping it twice is harmless.
             bar.teardown(trainer, pl_module, "fit")
         print_final_report(self.monitor)
+
+    def _log(self, trainer: Trainer, monitor: AttentionMonitor) -> None:
+        """Keep what the module has logged since the last time, and the learning rate, beside the heads."""
+        # Not `trainer.logged_metrics`, which computes metrics: that may communicate, and wait for the device.
+        logged = dict(trainer._logger_connector._logged_metrics)
+        before, self._logged = self._logged or {}, logged
+        new = {name: value for name, value in logged.items() if value is not before.get(name)}
+        if trainer.global_step > 0 and trainer.optimizers:
+            monitor.log(step=trainer.global_step, **{"lr": trainer.optimizers[0].param_groups[0]["lr"], **new})
 
     def _on_step(self, trainer: Trainer, pl_module: LightningModule, monitor: AttentionMonitor) -> None:
         sample = monitor.on_step(trainer.global_step)

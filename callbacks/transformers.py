@@ -1,8 +1,8 @@
 """transformers: ``Trainer(callbacks=[AttentionMonitorCallback(every_n_steps=100)])``.
 
 Translates the Trainer's events: train begin and every optimizer step become `AttentionMonitor.on_step`, its checkpoints
-hold the monitor's state, and each sample's whole-model summaries go through ``Trainer.log`` to ``state.log_history``
-and to the trackers in ``report_to``.
+hold the monitor's state, what it logs goes to `AttentionMonitor.log`, and whole-model summaries of each sample go
+through ``Trainer.log`` to ``state.log_history`` and to the trackers in ``report_to``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         elif batch is not None:
             self._begin(trainer, state, kwargs["model"], [batch], in_state=True)
         else:
-            self._begin(trainer, state, kwargs["model"], drawn(_first_rows(trainer, kwargs["train_dataloader"])))
+            batches = drawn(_first_rows(trainer, kwargs["train_dataloader"]))
+            self._begin(trainer, state, kwargs["model"], _as_the_model_takes_it(trainer, batches))
         self._seeks_probe = self.monitor is None
 
     def on_step_begin(
@@ -97,7 +100,8 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
         if self._seeks_probe:
             self._seeks_probe = False
             trainer, batch = _training_batch()
-            self._begin(trainer, state, kwargs["model"], [copied(batch)], in_state=True)
+            batches = _as_the_model_takes_it(trainer, [copied(batch)])
+            self._begin(trainer, state, kwargs["model"], batches, in_state=True)
             if self.monitor is None:
                 self._give_up()
         elif self.monitor is not None and self.monitor.probe.batch is None:
@@ -144,6 +148,15 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
             requests = self._from_first(sample.requests, ())
             control.should_training_stop |= "stop" in requests
             control.should_save |= "checkpoint" in requests
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Keep what the trainer logs beside the heads."""
+        if self.monitor is not None and logs:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            own = {name: value for name, value in numbers.items() if not name.startswith("attention/")}
+            self.monitor.log(step=state.global_step, **own)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the monitor's state into the checkpoint that was just written."""
@@ -246,6 +259,29 @@ def _from_trainer(name: str) -> tuple[Trainer, Any]:
         "AttentionMonitorCallback: on_train_begin was not called from transformers.Trainer.train(); in a loop of your "
         "own use attnmonitor.callbacks.pytorch.attach(model, optimizer, probe)"
     )
+
+
+def _as_the_model_takes_it(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield each batch, and what a trainer of another library makes of it before it calls the model.
+
+    The columns of sentence-transformers are prefixed (``anchor_input_ids``), and its trainer takes them apart. The
+    batches of TRL's online trainers are texts.
+    """
+    for batch in batches:
+        yield batch
+        with suppress(Exception):  # a method of the same name that takes something else
+            features, *_ = getattr(trainer, "collect_features", tuple)(dict(batch))
+            yield from features
+        with suppress(Exception):
+            yield _tokenized(trainer, [row["prompt"] for row in batch])
+
+
+def _tokenized(trainer: Trainer, prompts: list[Any]) -> dict[str, Any]:
+    """Return prompts, texts or messages of a chat, as the trainer's tokenizer encodes them."""
+    tokenizer: Any = deepcopy(trainer.processing_class)  # padding is kept in it
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        prompts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in prompts]
+    return dict(tokenizer(text=prompts, padding=True, return_tensors="pt"))
 
 
 def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> Iterator[DataLoader[Any]]:

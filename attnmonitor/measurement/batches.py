@@ -1,6 +1,8 @@
-"""A batch is a tensor, or mappings, tuples, lists and dataclasses that hold tensors: walk it, map it, copy it.
+"""A batch is a tensor, or anything that holds tensors: walk it, map it, copy it.
 
-A tensor may be sparse or nested, or of a subclass. Everything else in a batch (numbers, text, None) stays as it is.
+What holds them may be mappings, tuples, lists, dataclasses and objects with attributes (a PyG ``Batch``), nested at
+will. A tensor may be sparse or nested, or of a subclass. Everything else in a batch (numbers, text, None, objects
+without a tensor) stays as it is.
 """
 
 from __future__ import annotations
@@ -8,50 +10,86 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import suppress
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 __all__ = ["copied", "is_plain", "map_tensors", "moved", "plain_parts", "shape_of", "tensors_of"]
 
 
-def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return the batch with ``function`` applied to each tensor; mappings become dicts."""
+_NO_PARTS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum, nn.Module, Dataset, DataLoader)
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any], inside: frozenset[int] = frozenset()) -> Any:
+    """Return the batch with ``function`` applied to each tensor; what holds them keeps its type where it can."""
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, np.ndarray):
+        return batch.copy()  # a later write of the user must not reach it
+    if id(batch) in inside:
+        return batch
+    inside |= {id(batch)}
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
+        return _of_type(batch, {key: map_tensors(value, function, inside) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
+        return type(batch)(*(map_tensors(value, function, inside) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(value, function) for value in batch)
-    if _is_dataclass(batch):
-        mapped = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            object.__setattr__(mapped, field.name, map_tensors(getattr(batch, field.name), function))
+        return type(batch)(map_tensors(value, function, inside) for value in batch)
+    if next(tensors_of(batch), None) is None:
+        return batch
+    mapped = copy.copy(batch)
+    for name in _attributes_of(batch):
+        object.__setattr__(mapped, name, map_tensors(getattr(mapped, name), function, inside))
+    return mapped
+
+
+def _of_type(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return the mapping as one of the type of ``batch``; a dict where that type cannot be copied and written."""
+    if type(batch) is dict:
         return mapped
-    return batch.copy() if isinstance(batch, np.ndarray) else batch  # a later write of the user must not reach it
+    with suppress(Exception):
+        same: Any = copy.copy(batch)
+        for key, value in mapped.items():
+            same[key] = value
+        if same is not batch and list(same) == list(mapped):
+            return cast("Mapping[Any, Any]", same)
+    return mapped
 
 
-def _is_dataclass(batch: Any) -> bool:
-    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+def _attributes_of(batch: Any) -> list[str]:
+    """Return the names of an object's attributes; of a class, module, function or other value none."""
+    if isinstance(batch, _NO_PARTS):
+        return []
+    if dataclasses.is_dataclass(batch):
+        return [field.name for field in dataclasses.fields(batch)]
+    slots = [getattr(kind, "__slots__", ()) for kind in type(batch).__mro__]
+    in_slots = [name for names in slots for name in ([names] if isinstance(names, str) else names)]
+    return [*getattr(batch, "__dict__", ()), *(name for name in in_slots if hasattr(batch, name) and name[:2] != "__")]
 
 
-def tensors_of(batch: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_of(batch: Any, where: str = "", inside: frozenset[int] = frozenset()) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the batch with its place in it, such as ``.input_ids`` or ``[0]``."""
     if isinstance(batch, Tensor):
         yield where, batch
-    elif isinstance(batch, Mapping):
+        return
+    if isinstance(batch, (str, bytes, np.ndarray)) or id(batch) in inside:  # an object may hold itself
+        return
+    inside |= {id(batch)}
+    if isinstance(batch, Mapping):
         for key, value in batch.items():
-            yield from tensors_of(value, f"{where}.{key}")
+            yield from tensors_of(value, f"{where}.{key}", inside)
     elif isinstance(batch, (tuple, list)):
         for index, value in enumerate(batch):
-            yield from tensors_of(value, f"{where}[{index}]")
-    elif _is_dataclass(batch):
-        for field in dataclasses.fields(batch):
-            yield from tensors_of(getattr(batch, field.name), f"{where}.{field.name}")
+            yield from tensors_of(value, f"{where}[{index}]", inside)
+    else:
+        for name in _attributes_of(batch):
+            yield from tensors_of(getattr(batch, name), f"{where}.{name}", inside)
 
 
 def is_plain(tensor: Tensor) -> bool:

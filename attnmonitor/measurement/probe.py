@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from typing import Any
@@ -48,13 +48,14 @@ class Probe:
 
     Args:
         model: The unwrapped model the batch is for.
-        batch: A tensor, a mapping, a tuple or list, or a ``DataLoader`` whose first batch (in stored order, where it
-            shuffles) is drawn here from copies of its parts; of one that cannot be copied, the first batch that
-            training reads. A batch given directly must be on the model's device; a loader's is moved.
+        batch: A tensor, a mapping, tuple, list or object that holds tensors, or a ``DataLoader`` whose first batch (in
+            stored order, where it shuffles) is drawn here from copies of its parts; of one that cannot be copied, the
+            first batch that training reads. A batch given directly must be on the model's device; a loader's is moved.
         forward: ``forward(model, batch)``, where the default call does not fit. By default a tensor is the first
-            argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys); of a
-            tuple or list, as many leading entries are passed as ``forward`` has arguments without a default, at least
-            one.
+            argument; a mapping is passed by keyword (as one argument if ``forward`` knows none of the keys, or needs
+            one argument that is not among them); of a tuple or list, as many leading entries are passed as ``forward``
+            has arguments without a default, at least one; an object whose attributes have the names of the arguments
+            is passed by keyword, any other as one argument.
         skip_hooks: Called with every forward hook and pre-hook of the model's modules; returns True for one that the
             probe's forward must not call. None calls all of them.
 
@@ -291,8 +292,28 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     extra = {"use_cache": False} if "use_cache" in named else {}
     if isinstance(batch, Mapping):
         known = dict(batch) if takes_any_keyword else {key: value for key, value in batch.items() if key in named}
-        return model(**{**extra, **known}) if known else model(batch)
-    if isinstance(batch, (tuple, list)):
+        is_one_argument = not known or (len(required) == 1 and required[0].name not in batch)
+        return model(batch) if is_one_argument else model(**{**extra, **known})
+    parts = _parts_named(batch, named)
+    if parts and all(p.name in parts for p in required):
+        return model(**{**extra, **parts})
+    if isinstance(batch, (tuple, list)) and not _is_one_argument(batch, required):
         takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         return model(*(batch if takes_all else batch[: max(1, len(required))]), **extra)
     return model(batch, **extra)
+
+
+def _parts_named(batch: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the attributes of an object (a dataclass, a named tuple, a PyG ``Batch``) that have these names."""
+    if isinstance(batch, Tensor):
+        return {}
+    found = {name: getattr(batch, name) for name in names if hasattr(batch, name)}
+    return {name: part for name, part in found.items() if not callable(part)}
+
+
+def _is_one_argument(batch: Any, required: Sequence[inspect.Parameter]) -> bool:
+    """Return whether a named tuple is passed whole: to one argument that is of its type, or called a batch."""
+    if not hasattr(batch, "_fields") or len(required) != 1:
+        return False
+    [only] = required
+    return type(batch).__name__ in str(only.annotation) or only.name in ("batch", "data", "sample", "item", "example")

@@ -51,7 +51,7 @@ class AttentionMonitor(MonitorSampling):
 
     Args:
         model: The model; DDP and compile wrappers are removed.
-        probe: The batch that is run each time: a tensor, mapping, tuple or list on the model's device, or a
+        probe: The batch that is run each time: a tensor, mapping, tuple, list or object on the model's device, or a
             ``DataLoader`` whose first batch is taken, from a copy or, where none is safe, as training reads it.
         schedule: When to sample: every so many optimizer steps, a list of steps, or any function of the step
             (`attnmonitor.monitor.schedules`). Asked at 0 and after every optimizer step.

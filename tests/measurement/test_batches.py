@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
+from transformers.modeling_outputs import BaseModelOutput
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.measurement.batches import map_tensors, plain_parts
@@ -89,6 +91,74 @@ def test_fingerprint_covers_values_of_every_kind_of_tensor(name: str) -> None:
     one, same, other = (Probe(WithExtra(), {"src": X, "extra": extra[name]}) for extra in (EXTRAS, SAME, OTHER))
     assert one.fingerprint == same.fingerprint
     assert one.fingerprint != other.fingerprint
+
+
+class Graphs:
+    """Holds its tensors as attributes, and itself, as batches of graphs and images do."""
+
+    def __init__(self) -> None:
+        self.x, self.names, self.itself = X, ["a", "b"], self
+
+
+class InSlots:
+    __slots__ = ("x",)
+
+    def __init__(self) -> None:
+        self.x = X
+
+
+@dataclass
+class Row:
+    x: Tensor
+    label: int = 0
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    label: int
+
+
+OBJECTS = [
+    Graphs(),
+    InSlots(),
+    Row(X),
+    Rows(X, 1),
+    BatchEncoding({"x": X}),
+    BaseModelOutput(last_hidden_state=X),
+]
+
+
+@pytest.mark.parametrize("batch", OBJECTS, ids=lambda batch: type(batch).__name__)
+@pytest.mark.parametrize("how", ["as one argument", "by name"])
+def test_object_with_attributes_is_a_probe(batch: Any, how: str) -> None:
+    name = "last_hidden_state" if isinstance(batch, BaseModelOutput) else "x"
+
+    class Whole(nn.TransformerEncoderLayer):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(getattr(batch, name))
+
+    class ByName(nn.TransformerEncoderLayer):
+        def forward(self, last_hidden_state: Any = None, x: Any = None, **others: Any) -> Tensor:
+            return super().forward(x if last_hidden_state is None else last_hidden_state)
+
+    torch.manual_seed(0)
+    model = (ByName if how == "by name" else Whole)(16, nhead=2, batch_first=True)
+    monitor = AttentionMonitor(model, batch, record=None, strict=True)
+    assert type(monitor.probe.batch) is type(batch)
+    assert getattr(monitor.probe.batch, name) is not X
+    expected = AttentionMonitor(model, X, record=None, forward=lambda model, x: super(type(model), model).forward(x))
+    assert torch.equal(
+        monitor.sample(0).values["key_rms"]["self_attn"], expected.sample(0).values["key_rms"]["self_attn"]
+    )
+
+
+def test_mapping_is_one_argument_where_one_is_missing() -> None:
+    class Encoder(nn.TransformerEncoderLayer):
+        def forward(self, features: dict[str, Tensor], **options: Any) -> Tensor:
+            assert not options
+            return super().forward(features["embeddings"])
+
+    AttentionMonitor(Encoder(16, nhead=2, batch_first=True), {"embeddings": X}, record=None, strict=True)
 
 
 def test_frozen_dataclass_is_copied() -> None:
