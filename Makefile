@@ -44,7 +44,7 @@ bench: $(READY)  ## what the measurement costs, as ratios within one run
 	$(RUN) -m benchmarks.cost.overhead
 
 soak: $(READY)  ## proofs that take longer than a test may
-	$(INSTALL) trl
+	$(INSTALL) trl peft sentence-transformers pytorch-ignite skorch schedulefree
 	$(RUN) -m pytest -m soak
 
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trainer_run import trainer_of
 from transformers import Trainer
 
@@ -65,13 +66,14 @@ def test_subclass_logs_the_same_rows(kind: Any, logging_steps: int, every_n_step
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
-def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["SFT", "SFT packed", "SFT LoRA", "DPO", "GRPO"])
+def test_trl_logs_the_same_rows(program: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="`make soak` installs it")
     datasets = pytest.importorskip("datasets")
     from checkpoints import save_tokenizer
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+    name = program.split()[0]
     save_tokenizer(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.eos_token = tokenizer.pad_token
@@ -95,11 +97,11 @@ def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
         if name == "GRPO":
             extra |= {"num_generations": 2, "max_completion_length": 4}
             arguments["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
-        callback = AttentionMonitorCallback(
-            probe={"input_ids": tokenizer(sentences[:2], return_tensors="pt", padding=True)["input_ids"]},
-            every_n_steps=1,
-            strict=True,
-        )
+        if program == "SFT packed":
+            extra |= {"packing": True, "max_length": 32}
+        if program == "SFT LoRA":
+            arguments["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        callback = AttentionMonitorCallback(every_n_steps=1, strict=True)
         trainer = getattr(trl, f"{name}Trainer")(
             model=model,
             args=getattr(trl, f"{name}Config")(output_dir=str(tmp_path / str(watched)), **settings, **extra),
@@ -111,5 +113,40 @@ def test_trl_logs_the_same_rows(name: str, tmp_path: Path) -> None:
         trainer.train()
         rows.append([{key: row[key] for key in row if "time" not in key} for row in own_rows(trainer)])
     assert rows[0] == rows[1]
+    assert callback.monitor is not None
+    assert callback.monitor.history.steps == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.soak
+def test_sentence_transformers_are_watched(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="`make soak` installs it")
+    datasets = pytest.importorskip("datasets")
+    from checkpoints import save_tokenizer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, set_seed
+
+    tokenizer = save_tokenizer(tmp_path / "model")
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "model")
+    sentences = ["the cat sat on the mat", "a dog ran in the park"] * 8
+    data = datasets.Dataset.from_dict({"anchor": sentences, "positive": sentences[::-1]})
+    settings: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    weights = []
+    for watched in (False, True):
+        set_seed(0)
+        modules = [Transformer(str(tmp_path / "model")), Pooling(16)]
+        model = library.SentenceTransformer(modules=modules, device="cpu")
+        callback = AttentionMonitorCallback(every_n_steps=1, strict=True)
+        library.SentenceTransformerTrainer(
+            model=model,
+            args=library.SentenceTransformerTrainingArguments(
+                output_dir=str(tmp_path / str(watched)), save_strategy="no", disable_tqdm=True, **settings
+            ),
+            train_dataset=data,
+            loss=library.losses.MultipleNegativesRankingLoss(model),
+            callbacks=[callback] if watched else [],
+        ).train()
+        weights.append([each.detach().clone() for each in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert callback.monitor is not None
     assert callback.monitor.history.steps == [0, 1, 2, 3, 4]
