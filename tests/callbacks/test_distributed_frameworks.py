@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attnmonitor.record import RunRecord
 
 LIGHTNING = ("ddp", "fsdp", "model_parallel")
-RUNS = (*LIGHTNING, "fabric", "transformers")
+RUNS = (*LIGHTNING, "fabric", "transformers", "accelerate")
 STEPS = [0, 2, 4, 6]
 
 
@@ -106,12 +106,41 @@ def _in_fabric(watched: bool) -> dict[str, Any]:
     monitor = None
     if watched:
         folder = Path("fabric-True/attnmonitor_runs")
-        monitor = attach(model, optimizer.optimizer, token_batch(), every_n_steps=2, strict=True, record=folder)
+        monitor = attach(model, probe=token_batch(), every_n_steps=2, strict=True, record=folder)
     losses = []
     for step in range(6):
         token_ids = token_batch(seed=10 * step + fabric.global_rank)
         loss = language_loss(model(token_ids), token_ids)
         fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    if monitor is not None:
+        monitor.close()
+    return _end(model, optimizer, losses, monitor)
+
+
+def _in_accelerate(watched: bool) -> dict[str, Any]:
+    """The monitor is attached before `prepare` wraps the model in DDP."""
+    from accelerate import Accelerator
+
+    from attnmonitor.callbacks.pytorch import attach
+
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    model: Any = TinyGPT(dropout=0.1, batch_norm=True)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-2)
+    monitor = None
+    if watched:
+        folder = Path("accelerate-True/attnmonitor_runs")
+        monitor = attach(model, probe=token_batch(), every_n_steps=2, strict=True, record=folder)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert isinstance(model, nn.parallel.DistributedDataParallel)
+    losses = []
+    for step in range(6):
+        token_ids = token_batch(seed=10 * step + accelerator.process_index)
+        loss = language_loss(model(token_ids), token_ids)
+        accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -156,7 +185,7 @@ def main(folder: Path) -> None:
     work: dict[str, Callable[[bool], dict[str, Any]]] = {
         name: lambda watched, name=name: _in_lightning(name, watched) for name in LIGHTNING
     }
-    work |= {"fabric": _in_fabric, "transformers": _in_transformers}
+    work |= {"fabric": _in_fabric, "transformers": _in_transformers, "accelerate": _in_accelerate}
     ends = {(name, watched): run(watched) for name, run in work.items() for watched in (False, True)}
     torch.save(ends, f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -66,6 +66,7 @@ def test_subclass_logs_the_same_rows(kind: Any, logging_steps: int, every_n_step
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:::(transformers|trl|dill|datasets|peft).*")
 @pytest.mark.parametrize("program", ["SFT", "SFT packed", "SFT LoRA", "DPO", "GRPO"])
 def test_trl_logs_the_same_rows(program: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="`make soak` installs it")
@@ -118,10 +119,12 @@ def test_trl_logs_the_same_rows(program: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:::(transformers|sentence_transformers|dill|datasets).*")
 def test_sentence_transformers_are_watched(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers", reason="`make soak` installs it")
     datasets = pytest.importorskip("datasets")
     from checkpoints import save_tokenizer
+    from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, set_seed
 
@@ -143,7 +146,7 @@ def test_sentence_transformers_are_watched(tmp_path: Path) -> None:
                 output_dir=str(tmp_path / str(watched)), save_strategy="no", disable_tqdm=True, **settings
             ),
             train_dataset=data,
-            loss=library.losses.MultipleNegativesRankingLoss(model),
+            loss=losses.MultipleNegativesRankingLoss(model),
             callbacks=[callback] if watched else [],
         ).train()
         weights.append([each.detach().clone() for each in model.parameters()])
