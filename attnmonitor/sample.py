@@ -172,8 +172,9 @@ class Sample:
         coverage: How each layer was captured, or why it was not.
         events: Alerts that began or cleared with this sample.
         firing: Alerts that are firing now, the new ones among them.
-        diagnostics: Numbers about the measurement itself: ``certified_fraction``, ``decided_fraction``,
-            ``invariant_residual``, ``overhead``.
+        diagnostics: About the measurement itself: ``certified_fraction``, ``decided_fraction``,
+            ``invariant_residual``, ``overhead``; and ``after_last_attention``: ``"skipped"``, or why the probe's
+            forward was run in full.
         seconds: Cost of the sample, in seconds.
         failures: Number of failures in this run so far: of samples, layers, the record, loggers and actions.
         failure: Why this sample has no values; None when it has.

@@ -59,7 +59,7 @@ class DistributedMeasurement(Measurement):
     def __init__(
         self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False, ranks: Sequence[int]
     ) -> None:
-        super().__init__(model, probe, metrics, strict=strict)
+        super().__init__(model, probe, metrics, strict=strict, with_others=True)
         self._own = Measurement(model, probe, metrics, strict=strict, with_others=True)
         self._ranks = tuple(ranks)
         self._exchange = Exchange(ranks)

@@ -7,27 +7,31 @@ captured tensors do not reproduce the layer's own output is NaN, with the reason
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture import Layouts, capture_attention
-from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
 from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
+from attnmonitor.measurement.measured import LayerValues, Measured
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.shares import Share
-from attnmonitor.measurement.unfinished import Key, Unfinished
+from attnmonitor.measurement.tail import Tail, obstacle_now
+from attnmonitor.measurement.tail_calls import Recording, Skipping
+from attnmonitor.measurement.unfinished import Key, Unfinished, averaged
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
@@ -35,40 +39,12 @@ from attnmonitor.metrics.statistics import summaries_of
 from attnmonitor.parallel.collectives import LoneCollectiveError, no_collectives
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["Measured", "Measurement"]
+__all__ = ["Measurement"]
 
-LayerValues = Mapping[str, Mapping[str, Tensor]]
 
 # Allowed deviation of attention rebuilt in float32 from the layer's own output, by the type of the layer's tensors.
 # Rounding alone stays an order of magnitude below; a wrong scale or mask lies orders of magnitude above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one measurement found, on the host.
-
-    Attributes:
-        values: ``values[metric][layer]``: float32 ``(num_heads,)``, mean over the probe's sequences.
-        spread: The same shape: standard deviation over the sequences.
-        coverage: Every layer, measured or not.
-        diagnostics: ``certified_fraction``, ``decided_fraction`` and ``invariant_residual``, NaN where no metric needed
-            what they are computed from; ``route``, which way its eigenproblems went; ``halved_probe`` where memory did
-            not suffice for the whole probe.
-    """
-
-    values: LayerValues
-    spread: LayerValues
-    coverage: Mapping[str, LayerCoverage]
-    diagnostics: Mapping[str, float | str]
-
-    def trusted_values(self) -> LayerValues:
-        """The values without the layers that may not be shown."""
-        return {
-            metric: trusted
-            for metric, layers in self.values.items()
-            if (trusted := {name: heads for name, heads in layers.items() if self.coverage[name].measured})
-        }
 
 
 class Measurement:
@@ -111,6 +87,12 @@ class Measurement:
         self.layers: Mapping[str, LayerCoverage] = {}
         self.route = RouteChoice("cpu")
         self.share = Share()
+        self._tail = Tail("the model is spread over processes" if with_others else "no forward was recorded yet")
+
+    @property
+    def after_last_attention(self) -> str:
+        """``"skipped"`` where the last forward computed nothing after its last attention; else why it did."""
+        return self._tail.route
 
     @property
     def num_heads(self) -> dict[str, dict[str, int]]:
@@ -128,6 +110,21 @@ class Measurement:
         return hashlib.sha256(json.dumps(heads).encode()).hexdigest()[:12]
 
     def attach(self) -> Measured:
+        """Measure once, and find out in a second forward whether samples need what follows the last attention.
+
+        Raises:
+            ValueError, LoneCollectiveError: As `find_layers`.
+        """
+        if self._with_others:
+            return self.find_layers()
+        with self._probe.without_hooks(self._model):
+            obstacle = obstacle_now(self._model)
+        recording = None if obstacle else Recording(self._model)
+        measured = self.find_layers(recording)
+        self._tail = Tail(obstacle) if recording is None else self._tried_tail(recording, measured)
+        return measured
+
+    def find_layers(self, recording: Recording | None = None) -> Measured:
         """Measure once, to find the layers and to report what does not work before training starts.
 
         Raises:
@@ -137,14 +134,14 @@ class Measurement:
         model, described = type(self._model).__qualname__, self._probe.describe()
         self._half = self._probe.half()
         try:
-            forward = self._forward(self._probe)
+            with self._probe.without_hooks(self._model):
+                forward = self._forward(self._probe, recording)
         except LoneCollectiveError:
             raise
         except Exception as error:
             hint = ""
-            if "index out of range in self" in error_text(
-                error
-            ):  # torch's message for an embedding, without any detail
+            # Torch's message for an embedding, without any detail.
+            if "index out of range in self" in error_text(error):
                 hint = " (a sequence longer than the model's positions, or a token past its vocabulary?)"
             raise RejectedBatchError(
                 f"probe={described}: {model} rejects this batch: {error_text(error)}{hint}; give a batch "
@@ -180,6 +177,17 @@ class Measurement:
             return self._with_reasons(measured, self._weights)
         return measured
 
+    def _tried_tail(self, recording: Recording, in_full: Measured) -> Tail:
+        """Measure once more, without what follows the last attention; skip it from now on if nothing differs."""
+        twin = copy.copy(self)
+        twin._target_ranks, twin.route = {}, RouteChoice("cpu")  # as in the first measurement
+
+        def numbers(follower: Recording | Skipping) -> object:
+            return twin._unfinished(twin._forward(twin._probe, follower)).result().numbers()
+
+        with self._probe.without_hooks(self._model):
+            return Tail.tried(self._model, recording, in_full.numbers(), numbers)
+
     def take(self, *, with_weights: bool = False) -> Measured:
         """Measure once: one forward, one transfer to the host, and the metrics of the weights if asked for.
 
@@ -201,7 +209,7 @@ class Measurement:
         if self.route.route != "host" or (with_weights and self._weights is not None):
             return self.take(with_weights=with_weights)
         try:
-            return self._unfinished(self._forward(self._probe))
+            return self._unfinished(self._sample_forward(self._probe))
         except torch.OutOfMemoryError:
             if self._half is None:
                 raise
@@ -223,7 +231,7 @@ class Measurement:
         return choose_route(device, counts[device, head_dim], head_dim)
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
-        forward = self._forward(probe)
+        forward = self._sample_forward(probe)
         measured = self._unfinished(forward).result()
         if self._weights is None or not with_weights:
             return measured
@@ -261,24 +269,32 @@ class Measurement:
         diagnostics = dict.fromkeys(("certified_fraction", "decided_fraction", "invariant_residual"), math.nan)
         return Measured(unknown, unknown, coverage, diagnostics)
 
-    def _forward(self, probe: Probe) -> Reduction:
-        """Run the probe and reduce its attention."""
+    def _sample_forward(self, probe: Probe) -> Reduction:
+        """Run the probe, without what follows its last attention where nothing can notice."""
+        with probe.without_hooks(self._model):
+            in_full = "" if probe is self._probe else "half of the probe"
+            return self._tail.run(self._model, partial(self._forward, probe), in_full)
+
+    def _forward(self, probe: Probe, follower: Recording | Skipping | None = None) -> Reduction:
+        """Run the probe and reduce its attention; the follower decides what is done after the last attention."""
         on_host = self.route.route == "host"
         reduction = Reduction(
             self._metrics, self._target_ranks, strict=self._strict, on_host=on_host, takes=self.share.takes
         )
+        emit = reduction.take if follower is None else follower.following(reduction.take)
         with (
             quiet(self._model),
             nullcontext() if self._with_others else no_collectives(self._model),
-            probe.without_hooks(self._model),
-            capture_attention(self._model, reduction.take, layouts=self._layouts, packed=probe.packed) as report,
+            capture_attention(self._model, emit, layouts=self._layouts, packed=probe.packed) as report,
+            follower or nullcontext(),
         ):
             probe.run(self._model)
         reduction.failures = {**report.missed, **reduction.failures}
         return reduction
 
     def _unfinished(self, forward: Reduction) -> Unfinished[Measured]:
-        return Unfinished(forward, self._collected, self._judged_all)
+        how = self._tail.route  # of this forward: the next may run before its numbers have arrived
+        return Unfinished(forward, self._collected, lambda forward, on_host: self._judged_all(forward, on_host, how))
 
     def _collected(self, forward: Reduction) -> dict[Key, Tensor]:
         """Average over sequences what all layers have given; still on the device."""
@@ -299,9 +315,9 @@ class Measurement:
             values = {**layer.in_model_order(found.values), **layer.at_once.values}
             by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
             counted |= {(metric, name): which for metric, which in layer.at_once.counted.items()}
-        return on_device | _averaged(by_sequence, counted)
+        return on_device | averaged(by_sequence, counted)
 
-    def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor]) -> Measured:
+    def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor], after_last_attention: str) -> Measured:
         """Decide what may be shown of the numbers that have arrived."""
         coverage = {
             name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
@@ -331,6 +347,7 @@ class Measurement:
                 },
                 "invariant_residual": max(residuals, default=math.nan),
                 "route": self.route.route,
+                "after_last_attention": after_last_attention,
             },
         )
 
@@ -372,22 +389,3 @@ class Measurement:
                 f"(tolerance {tolerance:.0e})"
             )
         return replace(found, error=error, reason=reason)
-
-
-def _averaged(by_sequence: Mapping[Key, Tensor], counted: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """Mean and spread over sequences of every ``(B, H)``, all of one B at once; some values may not count."""
-    by_batch: dict[int, dict[Key, Tensor]] = {}  # more than one only in windowed vision models
-    for key, values in by_sequence.items():
-        by_batch.setdefault(len(values), {})[key] = values
-    averaged: dict[Key, Tensor] = {}
-    for several in by_batch.values():
-        device = next(iter(several.values())).device
-        all_count = torch.ones(1, 1, dtype=torch.bool, device=device)
-        every = [counted.get(key, all_count.expand(values.shape)) for key, values in several.items()]
-        joined, counts = (torch.cat([each.to(device) for each in parts], dim=1) for parts in (several.values(), every))
-        sums = sequence_sums(joined, counts)
-        widths = [values.shape[1] for values in several.values()]
-        for which, average in (("mean", mean_of_sums), ("spread", spread_of_sums)):
-            for key, heads in zip(several, torch.split(average(sums), widths), strict=True):
-                averaged[(which, *key)] = heads
-    return averaged

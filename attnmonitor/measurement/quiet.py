@@ -20,7 +20,7 @@ from attnmonitor.parallel.fsdp import restored_shards
 from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["default_torch_state", "not_compiled", "quiet"]
+__all__ = ["default_torch_state", "not_compiled", "quiet", "statistics_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -142,6 +142,12 @@ def _may_be_statistics(buffer: Tensor) -> bool:
     """
     can_be = buffer.dim() <= 1 and buffer.dtype is not torch.bool and not (buffer.is_inference() or buffer.is_meta)
     return can_be and buffer.layout is torch.strided and 0 not in buffer.stride()
+
+
+def statistics_of(model: nn.Module) -> dict[str, bytes]:
+    """Return the buffers that an operation may write unseen, for a comparison."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if _may_be_statistics(buffer)}
+    return {name: buffer.detach().float().cpu().numpy().tobytes() for name, buffer in buffers.items()}
 
 
 def _version(tensor: Tensor) -> int:

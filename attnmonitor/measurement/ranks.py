@@ -33,6 +33,7 @@ class NoMeasurement:
 
     measures = False
     route = RouteChoice("cpu")
+    after_last_attention = ""
 
     def follow_model(self) -> None:
         """Do nothing."""
@@ -80,6 +81,11 @@ class RankMeasurement:
     def route(self) -> RouteChoice:
         """Which way the eigenproblems go."""
         return self._measurement.route
+
+    @property
+    def after_last_attention(self) -> str:
+        """``"skipped"`` where the last forward computed nothing after its last attention; else why it did."""
+        return self._measurement.after_last_attention
 
     @property
     def measures(self) -> bool:

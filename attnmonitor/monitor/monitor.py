@@ -173,9 +173,14 @@ class AttentionMonitor(MonitorSampling):
         return self.probe.batch is not None
 
     def __str__(self) -> str:
-        """A table of the layers: how each is captured and verified, or why it is not measured."""
-        table, route = coverage_table(self.coverage), str(self._measurement.route)
-        return f"{table}\n{route}" if route else table
+        """A table of the layers: how each is captured and verified, or why not; and how samples are computed."""
+        how = self._measurement.after_last_attention if self.coverage else ""
+        lines = [
+            coverage_table(self.coverage),
+            str(self._measurement.route),
+            how and f"after the last attention: {how}",
+        ]
+        return "\n".join(filter(None, lines))
 
     @not_compiled
     def on_step(self, global_step: int) -> Sample | None:
@@ -261,6 +266,7 @@ class AttentionMonitor(MonitorSampling):
             "alerts_grace": self._alerts.grace,
             "actions": self._delivery.describe_actions(),
             "layers": [asdict(layer) for layer in self.coverage.values()],
+            "after_last_attention": self._measurement.after_last_attention,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["first_import", "restored_random_state"]
+__all__ = ["first_import", "random_state", "restored_random_state"]
+
+
+def random_state() -> tuple[bytes, ...]:
+    """Return the state of the random number generators of torch, ``random`` and numpy, for a comparison."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    kind, keys, *rest = np.random.get_state()
+    return (
+        *(state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)),
+        repr(random.getstate()).encode(),
+        np.asarray(keys).tobytes(),
+        repr((kind, rest)).encode(),
+    )
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def audit(
     of_probe = [name for name in names if name not in WEIGHT_METRICS]
     if "spectral_gap" in of_weights:  # the ratio of the learned rank to this one
         of_probe.append("energy_effective_rank")
-    measured = Measurement(model, probe, check_metric_names(of_probe)).attach()
+    measured = Measurement(model, probe, check_metric_names(of_probe)).find_layers()
     shown = {name: layer for name, layer in measured.coverage.items() if layer.measured}
     if not shown:
         name, layer = next(iter(measured.coverage.items()))

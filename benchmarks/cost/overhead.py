@@ -1,4 +1,4 @@
-"""The overhead of the monitor: its share of a probe forward and of a training run.
+"""What a sample costs: in plain forwards of the probe, the measurement alone, and its share of a training run.
 
     python -m benchmarks.cost.overhead            # prints the tables, writes benchmarks/results/overhead.json
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 from benchmarks.smollm2 import load_smollm2
 
 DEFAULT_STEPS_BETWEEN_SAMPLES = 100
+SAMPLES = ("sample, default", "sample, with opt-in")
 
 
 def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -50,12 +52,18 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Return the cost of capture and of measurement as shares of the probe's forward."""
+    """Return the cost of samples, of capture and of measurement, as shares of a plain forward of the probe.
+
+    A measurement that was not attached runs its forward to the end; what it takes beside a plain forward is the
+    measurement alone.
+    """
     probe = Probe(model, batch)
-    attached = {}
+    columns: dict[str, Callable[[], object]] = {}
     for name, metrics in {"default": DEFAULT_METRICS, "with opt-in": DEFAULT_METRICS + OPT_IN_METRICS}.items():
-        attached[name] = Measurement(model, probe, metrics, strict=True)
-        attached[name].attach()
+        attached, in_full = (Measurement(model, probe, metrics, strict=True) for _ in range(2))
+        attached.attach(), in_full.find_layers()
+        print(f"after the last attention: {attached.after_last_attention}", file=sys.stderr)
+        columns |= {f"sample, {name}": attached.take, name: in_full.take}
 
     def bare() -> None:
         with quiet(model):
@@ -67,11 +75,11 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
         with quiet(model), capture_attention(model, lambda call: None, layouts=layouts):
             probe.run(model)
 
-    columns = {"forward": bare, "capture": captured, **{name: one.take for name, one in attached.items()}}
-    seconds = interleaved({**columns, "eigenproblems": eigenproblems(model, probe)}, repeats)
+    columns = {"forward": bare, "capture": captured, **columns, "eigenproblems": eigenproblems(model, probe)}
+    seconds = interleaved(columns, repeats)
     return {
         "forward_seconds": statistics.median(seconds["forward"]),
-        "eigenproblems": ratio(seconds["eigenproblems"], seconds["forward"]),
+        **{name: ratio(seconds[name], seconds["forward"]) for name in (*SAMPLES, "eigenproblems")},
         **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in ("capture", "default", "with opt-in")},
     }
 
@@ -148,8 +156,9 @@ def main() -> None:
         "GPT 32M, L = 512, batch 4": lambda: (gpt_30m(vocabulary), windows(text, 512)[:4]),
         "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
     }
-    print("added to the probe's forward, as a share of it")
-    print(f"{'':34s}{'capture':>10s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems alone':>22s}")
+    print("in plain forwards of the probe: a whole sample, and the measurement alone")
+    header = f"{'sample':>10s}{'+ opt-in':>10s}{'capture':>12s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems':>14s}"
+    print(f"{'':34s}{header}")
     for name, load in models.items():
         try:
             model, batch = load()
@@ -157,8 +166,10 @@ def main() -> None:
             print(f"{name:34s} left out: {missing}")
             continue
         shares = results[name] = share_of_probe(model, batch, options.repeats)
-        table = "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in"))
-        print(f"{name:34s}{table}{shares['eigenproblems']:22.1%}")
+        samples = "".join(f"{shares[column]:10.2f}" for column in SAMPLES)
+        alone = "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in"))
+        print(f"{name:34s}{samples}  {alone}{shares['eigenproblems']:14.1%}")
+        print(f"a sample costs {shares[SAMPLES[0]]:.2f} of a plain forward: {name}")
 
     training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
     print("\nslowdown of training with the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")

@@ -189,7 +189,7 @@ def test_any_object_in_the_configuration_is_stored(tmp_path: Path) -> None:
         lambda: one_value(2, failures=2**80),
         lambda: Sample(2**70, {}),
         lambda: one_value(2, seconds="soon"),
-        lambda: one_value(2, diagnostics={"a": "b"}),
+        lambda: one_value(2, diagnostics={"a": ["b"]}),
         lambda: one_value(2, events=[3]),
         lambda: Sample(2, {"energy_rms": {"attn": "text"}}),
         lambda: Sample(2, {"energy_rms": None}),
