@@ -143,8 +143,12 @@ def field_cores(queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float
     dtype = queries.rounding.dtype
     key_size = torch.where(keys.energy > 0, keys.energy, 1)
     query_size = torch.where(queries.energy > 0, queries.energy, 1)
-    unit_root = (root / key_size.sqrt()[..., None, None]).to(dtype)[:, :, None]
-    gram = (queries.gram / query_size[..., None, None]).to(dtype).view(*grouped, head_dim, head_dim)
+    # Divided and converted in one pass.
+    unit_root = torch.empty_like(root, dtype=dtype)
+    torch.div(root, key_size.sqrt()[..., None, None], out=unit_root)
+    unit_root = unit_root[:, :, None]
+    gram = torch.empty_like(queries.gram, dtype=dtype)
+    gram = torch.div(queries.gram, query_size[..., None, None], out=gram).view(*grouped, head_dim, head_dim)
     image = gram @ unit_root
     core = unit_root.mT @ image
     size = scale**2 * queries.energy * keys.energy.repeat_interleave(num_heads // grouped[1], 1)

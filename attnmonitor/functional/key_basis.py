@@ -81,17 +81,14 @@ class KeyGram:
         to succeed whatever the rank (Higham, *Accuracy and Stability of Numerical Algorithms*, Theorem 10.7), and
         within the error that `field_cores` states. NaN where it fails, which only a Gram matrix from float32 can do.
         """
-        head_dim = self.gram.shape[-1]
-        shift = (
-            head_dim**2
-            * torch.finfo(torch.float64).eps
-            * torch.eye(head_dim, dtype=torch.float64, device=self.gram.device)
-        )
         scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         unit = torch.where(scale > 0, scale, 1)
-        factor, info = torch.linalg.cholesky_ex(self.gram / unit[..., None] / unit[..., None, :] + shift)
-        sound = (info == 0) & self.energy.isfinite()
-        return torch.where(sound[..., None, None], factor * scale[..., None], torch.nan)
+        scaled = self.gram / (unit[..., None] * unit[..., None, :])
+        scaled.diagonal(dim1=-2, dim2=-1).add_(self.gram.shape[-1] ** 2 * torch.finfo(torch.float64).eps)
+        factor, info = torch.linalg.cholesky_ex(scaled)
+        sound = (info == 0) & is_finite(self.energy)
+        root: Tensor = factor.mul_(torch.where(sound[..., None], scale, torch.nan)[..., None])
+        return root
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["FLOAT32_BLOCK", "Rounding", "fits_float32", "full_precision", "gram_of", "is_short", "position_blocks"]
-
-FLOAT32_BLOCK = 128
-"""Positions whose products are added up in float32 before they are in float64. 64 take a tenth longer."""
+__all__ = ["Rounding", "fits_float32", "full_precision", "gram_of", "is_short", "position_blocks"]
 
 # 2^18 float64 entries are 2 MiB, a CPU core's second-level cache: one third faster there than the whole tensor at once
 # (9 heads × 4 sequences × 512 positions × 64). A GPU prefers few launches.
@@ -54,7 +51,7 @@ def position_blocks(
     Args:
         heads: ``(B, H, L, d)``.
         valid: ``(B, L)`` bool; positions that are not valid read as zero, whatever they hold. None where all are.
-        dtype: Type of the blocks; those in float32 hold at most `FLOAT32_BLOCK` positions.
+        dtype: Type of the blocks; those in float32 hold no more positions than `Rounding` says.
 
     Yields:
         The block's positions as a slice of L, and the block: the caller's to change, and gone with the next one.
@@ -63,7 +60,7 @@ def position_blocks(
     entries = _ENTRIES_PER_BLOCK.get(heads.device.type, _ENTRIES_PER_BLOCK_ELSEWHERE)
     largest = max(64, entries // max(1, num_sequences * num_heads * head_dim))
     if dtype == torch.float32:
-        largest = min(FLOAT32_BLOCK, largest)
+        largest = min(_float32_terms(heads), largest)
     size = -(-length // max(1, -(-length // largest)))  # blocks of one size, none of them a small remainder
     memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=dtype, device=heads.device)
     for start in range(0, length, size):
@@ -107,6 +104,11 @@ def fits_float32(energy: Tensor) -> Tensor:
     return (energy > 2.0**-40) & (energy < 2.0**120)
 
 
+def _float32_terms(heads: Tensor) -> int:
+    """Products that are added up in float32 before their sum is added in float64."""
+    return max(128, 2 * heads.shape[-1])
+
+
 @dataclass(frozen=True)
 class Rounding:
     r"""How a Gram matrix was rounded: sums of ``terms`` products in a type, added up in float64.
@@ -127,4 +129,4 @@ class Rounding:
     @classmethod
     def of(cls, heads: Tensor, dtype: torch.dtype) -> Rounding:
         """The rounding of the Gram matrix of heads that are read in blocks of ``dtype``."""
-        return cls(dtype, min(heads.shape[2], FLOAT32_BLOCK) if dtype == torch.float32 else heads.shape[2])
+        return cls(dtype, min(heads.shape[2], _float32_terms(heads)) if dtype == torch.float32 else heads.shape[2])

@@ -126,7 +126,9 @@ def check_decisions(family: str, number: int, seed: int) -> Counter[str]:
         assert (shift.abs().amax(-1) <= coarse.margin[:, 0] + 1e-13 * energy).all(), family
         count, decided = found.effective_rank()[:, 0], found.decided()
         assert ((lower <= count) & (count <= upper)).all(), family
-        assert decided.all(), family
+        distance = (exact.cumsum(-1) - 0.9 * energy[:, None]).abs().amin(-1)
+        assert (decided[:, 0] | (distance <= 1e-6 * energy)).all(), family
+        assert decided.double().mean() > 0.99, family
         # Where queries and keys are of condition 1e6 each, float64 keeps fewer digits of their product, and says so.
         tolerance = 1e-5 + (2 * found.margin[:, 0] / exact[:, 0] if family == "condition number 1e6" else 0)
         for name, expected in {
