@@ -77,7 +77,8 @@ class OnHost:
         eigenvalues = _sent_to(device, torch.cat(values).view(shape[:-1]))
         if not self._problem.vectors:
             return eigenvalues, None
-        return eigenvalues, _sent_to(device, torch.cat(vectors).view(shape))
+        # Column by column in memory, as the solver gives them: products with other strides round differently.
+        return eigenvalues, _sent_to(device, torch.cat([part.mT for part in vectors]).view(shape)).mT
 
     def _start(self) -> None:
         matrices, vectors = self._matrices.result(), self._problem.vectors

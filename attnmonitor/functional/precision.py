@@ -59,8 +59,8 @@ def position_blocks(
     num_sequences, num_heads, length, head_dim = heads.shape
     entries = _ENTRIES_PER_BLOCK.get(heads.device.type, _ENTRIES_PER_BLOCK_ELSEWHERE)
     largest = max(64, entries // max(1, num_sequences * num_heads * head_dim))
-    if dtype == torch.float32:
-        largest = min(_float32_terms(heads), largest)
+    if dtype == torch.float32:  # whatever is joined with a layer, so that its sums have the same bits
+        largest = _float32_terms(heads)
     size = -(-length // max(1, -(-length // largest)))  # blocks of one size, none of them a small remainder
     memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=dtype, device=heads.device)
     for start in range(0, length, size):
