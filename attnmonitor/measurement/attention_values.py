@@ -18,6 +18,7 @@ from attnmonitor.metrics.catalog import METRICS
 __all__ = ["AttentionValues", "attention_values"]
 
 _NEED_OUTPUT = ("output_rms", "output_share")
+_UNKNOWN_OUTPUT = "its output by head is not known: dropout acts on its weights, or its layout could not be read"
 
 
 @dataclass(eq=False)
@@ -91,7 +92,7 @@ def _add_checked_rows(found: AttentionValues, call: AttentionCall, metrics: Sequ
     )
     for name in metrics:
         if name in _NEED_OUTPUT and rows.output is None:
-            found.reason = found.reason or "what its heads write is not known: its output could not be compared with it"
+            found.reason = found.reason or _UNKNOWN_OUTPUT
             found.values[name] = torch.full(call.query.shape[:2], torch.nan, device=call.query.device)
         else:
             found.values[name] = CHECKED_STATISTICS[name](rows)
