@@ -69,6 +69,10 @@ class LayerCoverage:
         future_mass: Mean attention probability on later positions; NaN where queries and keys differ in position.
         padding_mass: Mean attention probability on padding; NaN where there is none.
         documents: Documents that the probe's rows were cut into; 0 where they were left whole.
+        reach_back: How many earlier positions a query sees at most; None for all, or where it does not apply.
+        reach_ahead: The same of later positions: 0 for a causal layer.
+        remarks: What stood out at attach: heads whose queries or keys are zero, constant or equal to another's, whether
+            they depend on position, dropout in evaluation mode.
     """
 
     layer: str
@@ -90,6 +94,9 @@ class LayerCoverage:
     future_mass: float = float("nan")
     padding_mass: float = float("nan")
     documents: int = 0
+    reach_back: int | None = None
+    reach_ahead: int | None = None
+    remarks: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         """Return whether every field is the same; NaN is the same as NaN."""

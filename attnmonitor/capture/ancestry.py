@@ -304,8 +304,9 @@ def _axis(is_feature: bool, size: int) -> Axis:
 
 
 def _default_axes(x: Tensor) -> tuple[Axis | None, ...]:
-    """Return the axes of a tensor of unknown making: its last one counts features."""
-    return tuple(_axis(position == x.dim() - 1, size) for position, size in enumerate(x.shape))
+    """Return the axes of a tensor of unknown making: its last one counts features, of indices none does."""
+    last = x.dim() - 1 if x.is_floating_point() else x.dim()
+    return tuple(_axis(position == last, size) for position, size in enumerate(x.shape))
 
 
 def _resized(axis: Axis | None, size: int) -> Axis | None:

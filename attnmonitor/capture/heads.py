@@ -143,6 +143,15 @@ class MadeOf:
             return False
         return rows[-1][0] and not any(is_feature for is_feature, _ in summed)
 
+    @property
+    def mixes_positions(self) -> bool:
+        """Whether rows of queries and of keys count positions and features at once."""
+
+        def is_mixed(axis: Axis | None) -> bool:
+            return len({is_feature for is_feature, _ in axis or ()}) == 2
+
+        return is_mixed(self.axes[-2]) and any(map(is_mixed, (self.key.axes or ())[-2:]))
+
 
 def lead_of(sizes: Sequence[int], made_of: MadeOf | None) -> Lead | None:
     """Return the lead that is known from how the queries were made; None where that is not known."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.documents import Documents, blocks_in, documents_at
+from attnmonitor.capture.head_facts import NO_POSITION, head_facts
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.verify import Attention, checked_rows
 
@@ -41,6 +42,9 @@ class Layout:
         sees: ``"causal"``, ``"both"``, ``"window"``, ``"documents"``, ``"cross"`` or ``"channels"``.
         future_mass: Mean attention probability on later positions, NaN where it does not apply.
         padding_mass: The same on padding.
+        reach_back: How many earlier positions a query sees at most, None for all or where it does not apply.
+        reach_ahead: The same of later positions.
+        remarks: What stands out in its queries, keys and weights.
         positions: Sequences and keys of the forward in which this was found.
     """
 
@@ -54,6 +58,9 @@ class Layout:
     sees: str = ""
     future_mass: float = math.nan
     padding_mass: float = math.nan
+    reach_back: int | None = None
+    reach_ahead: int | None = None
+    remarks: tuple[str, ...] = ()
     positions: tuple[int, int] = (0, 0)
 
     def fits(self, attention: Attention) -> bool:
@@ -115,7 +122,17 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
     outside = attention.outside_effects(query_mask, valid, is_self=square)
     if found.documents is not None:
         outside = tuple(name for name in outside if name != "window")
-    found = replace(found, outside=outside)
+    on_positions = not known.between_channels
+    facts = head_facts(
+        attention.query,
+        attention.key,
+        query_mask if on_positions else None,
+        valid if on_positions else None,
+        on_positions=square,
+    )
+    if "bias" in outside:  # position may act through the bias alone
+        facts = tuple(fact for fact in facts if not fact.startswith(NO_POSITION))
+    found = replace(found, outside=outside, remarks=(*known.remarks, *facts))
     return _with_masses(found, attention, query_mask, valid, square=square)
 
 
@@ -140,9 +157,10 @@ def _with_masses(
     padded = key_mask is not None and not bool(key_mask.all())
     padding_mass = mass(~key_mask[:, None, None, :]) if padded and key_mask is not None else math.nan
     future_mass = mass(later) if square else math.nan
-    seen_later = (logits > -torch.inf) & later & counted[..., None]
+    seen = (logits > -torch.inf) & counted[..., None]
     if key_mask is not None:
-        seen_later = seen_later & key_mask[:, None, None, :]
+        seen = seen & key_mask[:, None, None, :]
+    back, ahead = _reach(seen, rows, key_mask) if square else (None, None)
     if layout.between_channels:
         sees = "channels"
     elif not layout.is_self:
@@ -152,8 +170,33 @@ def _with_masses(
     elif "window" in layout.outside:
         sees = "window"
     else:
-        sees = "both" if not square or bool(seen_later.any()) else "causal"
-    return replace(layout, sees=sees, future_mass=future_mass, padding_mass=padding_mass)
+        sees = "both" if not square or ahead != 0 else "causal"
+    return replace(
+        layout,
+        sees=sees,
+        future_mass=future_mass,
+        padding_mass=padding_mass,
+        reach_back=back,
+        reach_ahead=ahead,
+    )
+
+
+def _reach(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> tuple[int | None, int | None]:
+    """Return how many earlier and later positions the rows see at most, None where some row sees all there are.
+
+    Args:
+        seen: ``(B, H, R, Lk)``, which keys a row sees.
+        rows: ``(R,)``, the rows.
+        key_mask: ``(B, Lk)``, True for a token.
+    """
+    ahead = torch.arange(seen.shape[-1], device=rows.device) - rows[:, None]  # (R, Lk)
+    there = seen.any(-1, keepdim=True)
+    if key_mask is not None:
+        there = there & key_mask[:, None, None, :]
+    reached = [int((sign * ahead).where(which, 0).amax()) for sign in (-1, 1) for which in (seen, there)]
+    back, all_back, later, all_later = reached
+    # A query that sees one position after it differs from one that sees all of one position.
+    return (None if back == all_back else back), (None if later == all_later > 0 else later)
 
 
 # Padding.

@@ -352,7 +352,12 @@ class AttentionMode(TorchFunctionMode):
         channels = made_of is not None and made_of.between_channels
         rows_of = "" if is_self else self._layer_on(made_of)
         query_mask = _fitting(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
-        known = Layout(attention.lead, is_self or channels, channels, rows_of)
+        remarks = []
+        if not attention.exact and frame is not None and not frame.module.training:
+            remarks.append("dropout acts on its attention in evaluation mode")
+        if made_of is not None and made_of.mixes_positions:
+            remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
+        known = Layout(attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks))
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
 
     def _layer_on(self, made_of: MadeOf | None) -> str:

@@ -355,6 +355,7 @@ def _joined_coverage(parts: Sequence[LayerCoverage], splits_keys: bool) -> Layer
         num_query_heads=sum(part.num_query_heads for part in parts),
         num_kv_heads=sum(part.num_kv_heads for part in parts) if splits_keys else parts[0].num_kv_heads,
         error=max(errors, default=None),
+        remarks=(),  # each slice counts its own heads
         weights_reason=next((part.weights_reason for part in parts if part.weights_reason), ""),
     )
 

@@ -188,6 +188,9 @@ class Reduction:
             sees=call.layout.sees,
             future_mass=call.layout.future_mass,
             padding_mass=call.layout.padding_mass,
+            reach_back=call.layout.reach_back,
+            reach_ahead=call.layout.reach_ahead,
+            remarks=call.layout.remarks,
             documents=0 if call.layout.documents is None else call.layout.documents.count,
         )
         num_keys = num_positions(call.key, call.key_mask)

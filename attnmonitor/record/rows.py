@@ -145,7 +145,9 @@ def decode_coverage(text: Any) -> dict[str, LayerCoverage]:
     """
     layers = {}
     for entry in typed(decode_json(text), list):
-        layer = _checked(LayerCoverage(**{**entry, "outside": tuple(entry["outside"])}))
+        layer = _checked(
+            LayerCoverage(**{**entry, "outside": tuple(entry["outside"]), "remarks": tuple(entry.get("remarks", ()))})
+        )
         counts = (layer.num_query_heads, layer.num_kv_heads, layer.head_dim, layer.num_keys)
         if not all(0 <= count <= _MAX_COUNT for count in counts) or bool(counts[0]) != bool(counts[1]):
             raise ValueError(f"a layer of {counts[0]} query heads and {counts[1]} KV heads")

@@ -22,6 +22,7 @@ from attnmonitor.report.page_charts import page_charts, shared_scales
 from attnmonitor.sample import head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 from attnmonitor.summary.style import BAND_COLOR, FAINT_INK, INK
 from attnmonitor.summary.verdict import verdict
 
@@ -174,6 +175,7 @@ def _advice(kinds: Iterable[str]) -> str:
 def _coverage_table(record: RunRecord) -> str:
     if not record.coverage:
         return "<p class='note'>The record has no coverage.</p>"
+    notes = structure_notes(record.coverage)
     rows = [
         (
             entry.layer,
@@ -181,15 +183,27 @@ def _coverage_table(record: RunRecord) -> str:
             + (f" / {entry.num_kv_heads}" if entry.num_kv_heads != entry.num_query_heads else ""),
             _number(entry.head_dim),
             f"{entry.kind}, {entry.how}" if entry.measured else "",
-            "" if math.isnan(entry.scale) else f"{entry.scale:.4g}",
+            scale_text(entry),
+            sees_text(entry),
             "not compared" if entry.error is None else f"{entry.error:.1e}",
-            ", ".join(entry.outside) if entry.measured else f"not measured: {entry.reason}",
+            "; ".join((", ".join(entry.outside), *notes.get(entry.layer, ()))).removeprefix("; ")
+            if entry.measured
+            else f"not measured: {entry.reason}",
         )
         for entry in record.coverage.values()
     ]
     measured = sum(entry.measured for entry in record.coverage.values())
-    header = ("layer", "heads / KV heads", "head size", "captured as", "scale", "reconstruction error", "remarks")
-    opened = " open" if measured < len(rows) else ""
+    header = (
+        "layer",
+        "heads / KV heads",
+        "head size",
+        "captured as",
+        "scale",
+        "sees",
+        "reconstruction error",
+        "remarks",
+    )
+    opened = " open" if measured < len(rows) or notes else ""
     summary = f"{measured} of {len(rows)} attention layers measured"
     return f"<details{opened}><summary>{summary}</summary>{_table(header, rows)}</details>"
 

@@ -13,6 +13,7 @@ from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
+from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
 __all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table"]
 
@@ -43,33 +44,37 @@ def layer_table(
 def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
     """A text table, one row per layer: how it was captured and verified, or why it was not measured.
 
-    Below it a line for each layer of whose weights, values or output something could not be read or was left out.
+    Below it a line for what may be a mistake in the model, and one for each layer of whose weights, values or output
+    something could not be read or was left out.
 
     Example:
-        >>> print(coverage_table({"h.0": LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("window",))}))
-        layer  heads (query/KV)  head size  scale  captured   error    outside the field
-        ─────  ────────────────  ─────────  ─────  ─────────  ───────  ─────────────────
-        h.0    12/4              64         0.125  self sdpa  3.0e-07  window
+        >>> layer = LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("bias",), sees="causal")
+        >>> print(coverage_table({"h.0": layer}))
+        layer  heads (query/KV)  head size  scale         sees    captured   error    outside the field
+        ─────  ────────────────  ─────────  ────────────  ──────  ─────────  ───────  ─────────────────
+        h.0    12/4              64         0.125 = 1/√d  causal  self sdpa  3.0e-07  bias
     """
-    header = ("layer", "heads (query/KV)", "head size", "scale", "captured", "error", "outside the field")
+    header = ("layer", "heads (query/KV)", "head size", "scale", "sees", "captured", "error", "outside the field")
     rows = [
         (
             layer.layer,
             f"{layer.num_query_heads}/{layer.num_kv_heads}",
             str(layer.head_dim),
-            f"{layer.scale:.4g}",
+            scale_text(layer),
+            sees_text(layer),
             f"{layer.kind} {layer.how}",
             "not comparable" if layer.error is None else f"{layer.error:.1e}",
             ", ".join(layer.outside),
         )
         if layer.measured
-        else (layer.layer, "", "", "", "NOT MEASURED", "", layer.reason)
+        else (layer.layer, "", "", "", "", "NOT MEASURED", "", layer.reason)
         for layer in coverage.values()
     ]
     lines = [_aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
-    for layer in coverage.values():
-        notes = (layer.weights_reason, layer.weights_note, layer.values_reason)
-        lines += [printable(f"{layer.layer}: {note}", one_line=True) for note in notes if note]
+    structure = structure_notes(coverage)
+    for name, layer in coverage.items():
+        notes = (*structure.get(name, ()), layer.weights_reason, layer.weights_note, layer.values_reason)
+        lines += [printable(f"{name}: {note}", one_line=True) for note in notes if note]
     return "\n".join(lines)
 
 

@@ -1,0 +1,101 @@
+"""What each layer does, in words: what it sees, how it scales, where it differs from its kind."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+from attnmonitor.sample import LayerCoverage
+
+__all__ = ["scale_text", "sees_text", "structure_notes"]
+
+_LEAST_MASS = 1e-6  # what half precision leaves of a hidden key
+_MIN_PEERS = 2
+_MOST_ODD = 1 / 3
+
+
+def sees_text(layer: LayerCoverage) -> str:
+    """Return what a layer's queries see, with the attention on later positions.
+
+    Example:
+        >>> sees_text(LayerCoverage("h.0", sees="both", future_mass=0.46))
+        'both ways, 0.46 on later positions'
+    """
+    back, ahead = layer.reach_back, layer.reach_ahead
+    is_causal = ahead == 0 or (layer.sees != "both" and not looks_ahead(layer))
+    direction = "causal" if is_causal else "both ways" if ahead is None else f"{ahead} ahead"
+    text = {
+        "both": direction,
+        "documents": f"{layer.documents} documents, {direction}",
+        "window": f"{direction}, window" if back is None else f"{direction}, window of {back} back",
+    }.get(layer.sees, layer.sees)
+    if looks_ahead(layer):
+        text += f", {layer.future_mass:.2g} on later positions"
+    return text
+
+
+def looks_ahead(layer: LayerCoverage) -> bool:
+    """Return whether queries attend to later positions."""
+    return layer.future_mass > _LEAST_MASS
+
+
+def scale_text(layer: LayerCoverage) -> str:
+    """Return the softmax scale, and what multiple of the usual 1/√d it is.
+
+    Example:
+        >>> scale_text(LayerCoverage("h.0", head_dim=64, scale=1.0))
+        '1 = 8/√d'
+    """
+    return "" if math.isnan(layer.scale) else f"{layer.scale:.4g} = {layer.relative_scale:.3g}/√d"
+
+
+def structure_notes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str]]:
+    """Return what may be a mistake in the model, of every layer where something is.
+
+    Layers whose names differ only in numbers are of one kind. A layer is odd where at most a third of its kind does as
+    it does, and the others all do something else.
+
+    Example:
+        >>> layers = [LayerCoverage(f"h.{i}", "sdpa", sees="causal", head_dim=4, scale=0.5) for i in range(4)]
+        >>> layers[1] = LayerCoverage("h.1", "sdpa", sees="causal", head_dim=4, scale=1.0)
+        >>> structure_notes({layer.layer: layer for layer in layers})
+        {'h.1': ['odd: its scale is 2/√d, 1/√d in the other 3 layers of its kind']}
+    """
+    measured = [layer for layer in coverage.values() if layer.measured and layer.how]
+    notes: dict[str, list[str]] = {layer.layer: [] for layer in measured}
+    kinds: dict[str, list[LayerCoverage]] = {}
+    for layer in measured:
+        kinds.setdefault(re.sub(r"\d+", "#", layer.layer), []).append(layer)
+        if layer.padding_mass > _LEAST_MASS:
+            notes[layer.layer].append(f"attends to padding (mass {layer.padding_mass:.2g})")
+        notes[layer.layer] += layer.remarks
+    for peers in kinds.values():
+        causal = [None if math.isnan(layer.future_mass) else not looks_ahead(layer) for layer in peers]
+        for layer, others in _odd(peers, causal):
+            does = "attends" if looks_ahead(layer) else "does not attend"
+            mass = f" (mass {layer.future_mass:.2g})" if looks_ahead(layer) else ""
+            notes[layer.layer].append(f"odd: it {does} to later positions{mass}, unlike the other {_others(others)}")
+        for layer, others in _odd(peers, [float(f"{layer.relative_scale:.3g}") for layer in peers]):
+            notes[layer.layer].append(
+                f"odd: its scale is {layer.relative_scale:.3g}/√d, "
+                f"{others[0].relative_scale:.3g}/√d in the other {_others(others)}"
+            )
+    return {layer: found for layer, found in notes.items() if found}
+
+
+def _others(layers: Sequence[LayerCoverage]) -> str:
+    return f"{len(layers)} layers of its kind"
+
+
+def _odd(
+    layers: Sequence[LayerCoverage], values: Sequence[Hashable]
+) -> list[tuple[LayerCoverage, list[LayerCoverage]]]:
+    """Return the few layers whose value is not that of all others, each with those others."""
+    usual, count = Counter(values).most_common(1)[0]
+    odd = [layer for layer, value in zip(layers, values, strict=True) if value != usual]
+    if count < _MIN_PEERS or len(odd) > _MOST_ODD * len(layers):
+        return []
+    others = [layer for layer, value in zip(layers, values, strict=True) if value == usual]
+    return [(layer, others) for layer in odd]
