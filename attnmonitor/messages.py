@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "needed", "printable", "warn"]
+__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "nearest", "needed", "printable", "warn"]
 
 _logger = logging.getLogger("attnmonitor")
 
@@ -70,6 +70,16 @@ def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"{otherwise} {', '.join(known) or 'none'}"
+
+
+def nearest(name: object, known: Collection[str]) -> str | None:
+    """Return the known name that ``name`` most likely stands for; None where none is near.
+
+    Example:
+        >>> nearest("enrgy_hot", ["energy_hot", "key_rank"])
+        'energy_hot'
+    """
+    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)), None)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from torch import Tensor
@@ -12,19 +12,27 @@ from torch import Tensor
 from attnmonitor.messages import did_you_mean
 
 __all__ = [
-    "HEAD_NOUNS",
+    "AlarmKey",
     "AlertEvent",
     "ByLayer",
     "LayerCoverage",
     "Sample",
     "head_name",
     "heads_concerned",
+    "scope_noun",
     "scoped_head_name",
+    "severity_order",
+    "still_firing",
+    "worst_first",
 ]
 
 _Value = TypeVar("_Value")
 Scope = Literal["query_head", "kv_head"]
-HEAD_NOUNS: Mapping[str, str] = {"query_head": "head", "kv_head": "KV head"}
+_FAR_OUT = 4.0  # times the limit; healthy heads that learn late reach 3
+AlarmKey = tuple[str, str | None, str, int | None]
+"""What makes two events those of one alarm: rule, layer, scope, head."""
+
+Scopes = Literal["query_head", "kv_head", "layer", "run"]
 
 
 class ByLayer(dict[str, _Value]):
@@ -133,24 +141,31 @@ class LayerCoverage:
 class AlertEvent:
     """The beginning, the escalation or the end of an alarm about a head, a layer or the run.
 
+    An alarm escalates when it becomes critical, and whenever it is twice as far out as at its latest event.
+
     Attributes:
         rule: Name of the rule, for example ``"energy_hot"``.
         kind: The kind of fault it points to, for example ``"logit_blowup"``.
         scope: ``"query_head"``, ``"kv_head"``, ``"layer"`` or ``"run"``: what ``head`` counts.
         layer: Name of the layer, or None for a run-level event.
         head: Index in that scope, or None for a layer or the run.
-        value: The metric's value now.
+        value: The metric's value at this event; of an alarm that is firing, its value when it fired.
         baseline: The value it is compared with (the metric's own past), NaN where the rule has none.
         global_step: Optimizer steps done.
         state: ``"firing"`` or ``"cleared"``.
         severity: ``"warning"``; ``"critical"`` once an alarm has fired for the rule's ``hold`` samples.
         since_step: Step at which the alarm began.
         message: One line for a person.
+        metric: What ``value``, ``now`` and ``worst`` are values of; ``""`` where that is unknown.
+        now: The value at this event; of an alarm that is firing, at the latest sample.
+        worst: The value that was farthest past the limit so far.
+        distance: How far out the alarm is now: 1 at the limit, 2 at twice the limit; infinite where a value is not
+            finite, NaN where it is unknown.
     """
 
     rule: str
     kind: str
-    scope: Literal["query_head", "kv_head", "layer", "run"]
+    scope: Scopes
     layer: str | None
     head: int | None
     value: float
@@ -160,6 +175,16 @@ class AlertEvent:
     severity: Literal["warning", "critical"] = "warning"
     since_step: int | None = None
     message: str = ""
+    metric: str = ""
+    # What an alarm came to since it began does not make it another alarm.
+    now: float = field(default=math.nan, compare=False)
+    worst: float = field(default=math.nan, compare=False)
+    distance: float = field(default=math.nan, compare=False)
+
+    @property
+    def key(self) -> AlarmKey:
+        """Which alarm it is an event of."""
+        return (self.rule, self.layer, self.scope, self.head)
 
     @property
     def began(self) -> int:
@@ -205,24 +230,74 @@ class Sample:
     name: str | None = None
 
 
-def head_name(event: AlertEvent, short: Mapping[str, str] | None = None) -> str:
+def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
+    """Return the latest event of every alarm that began and did not clear, worst first, with its first value."""
+    firing: dict[AlarmKey, AlertEvent] = {}
+    for event in events:
+        if event.state == "firing":
+            firing[event.key] = replace(event, value=firing.get(event.key, event).value)
+        else:
+            firing.pop(event.key, None)
+    return worst_first(firing.values())
+
+
+def worst_first(firing: Iterable[AlertEvent]) -> list[AlertEvent]:
+    """Return alarms in the order in which to look at them: by severity, then distance now, then time."""
+    return sorted(firing, key=lambda alarm: (*severity_order(alarm), alarm.began))
+
+
+def severity_order(alarm: AlertEvent) -> tuple[bool, float]:
+    """Return what sorts alarms by severity and then by distance now, worst first; an unknown distance counts as none.
+
+    An alarm that began only now and is far out is as severe as one that has lasted: it does not wait behind it.
+    """
+    distance = 0.0 if math.isnan(alarm.distance) else alarm.distance
+    return not (alarm.severity == "critical" or distance >= _FAR_OUT), -distance
+
+
+def head_name(
+    event: AlertEvent,
+    short: Mapping[str, str] | None = None,
+    coverage: Mapping[str, LayerCoverage] | None = None,
+) -> str:
     """Return what an event is about: ``layers.3 head 7``, ``layers.3 KV head 1``, ``layers.3`` or ``the whole run``.
 
     Args:
         event: The event.
         short: Shorter names of layers.
+        coverage: How each layer was captured, for `scope_noun`.
     """
     if event.layer is None:
         return "the whole run"
     layer: str = (short or {}).get(event.layer, event.layer)
     if event.head is None:
         return layer
-    return scoped_head_name(layer, event.head, event.scope)
+    return scoped_head_name(layer, event.head, event.scope, (coverage or {}).get(event.layer))
 
 
-def scoped_head_name(layer: str, head: int, scope: str | None) -> str:
-    """Name of a head in tables, charts and messages: ``layers.3 head 7`` or ``layers.3 KV head 1``."""
-    return f"{layer} {HEAD_NOUNS.get(scope or '', 'head')} {head}"
+def scoped_head_name(layer: str, head: int, scope: str | None, known: LayerCoverage | None = None) -> str:
+    """Name of a head in tables, charts and messages: ``layers.3 head 7`` or ``layers.3 KV head 1``.
+
+    Args:
+        layer: Name of the layer, as it is shown.
+        head: Index in the scope.
+        scope: What the index counts.
+        known: How the layer was captured, for `scope_noun`.
+    """
+    return f"{layer} {scope_noun(scope, known)} {head}"
+
+
+def scope_noun(scope: str | None, known: LayerCoverage | None = None) -> str:
+    """Return ``"KV head"`` for one that several query heads may read, else ``"head"``.
+
+    Where each query head has a KV head of its own, the two are one head to a reader, with one name.
+
+    Args:
+        scope: ``"query_head"``, ``"kv_head"`` or None.
+        known: How the layer was captured; None where that is unknown.
+    """
+    is_one_to_one = known is not None and known.num_kv_heads == known.num_query_heads
+    return "KV head" if scope == "kv_head" and not is_one_to_one else "head"
 
 
 def heads_concerned(

@@ -61,6 +61,13 @@ class AttentionMonitorCallback(FrameworkCallback, Callback):
     _summaries: dict[str, float] | None = None
     _logged: dict[str, Any] | None = None  # by the module, when it was last looked at
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse transformers' Trainer, which calls this on its callbacks."""
+        raise TypeError(
+            "attnmonitor.callbacks.lightning.AttentionMonitorCallback is Lightning's callback; with transformers' "
+            "Trainer use attnmonitor.callbacks.transformers.AttentionMonitorCallback"
+        )
+
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint; it contains the monitor's name."""

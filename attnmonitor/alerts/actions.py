@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from attnmonitor.alerts.rules import Rule
+from attnmonitor.messages import nearest
 from attnmonitor.sample import AlertEvent, Sample
 
 __all__ = ["Action", "Actions", "calls_of", "check_actions", "requests_of"]
@@ -32,12 +33,16 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
     checked: dict[str, tuple[Action, ...]] = {}
     for key, given in actions.items():
         if key not in keys:
-            raise ValueError(f"actions: {key!r} is no rule and no fault kind; there are {', '.join(sorted(keys))}")
+            near = nearest(key, keys)
+            hint = f"did you mean {near!r}? there are" if near else "there are"
+            raise ValueError(f"actions: {key!r} is no rule and no fault kind; {hint} {', '.join(sorted(keys))}")
         checked[key] = (given,) if callable(given) or isinstance(given, str) else tuple(given)
         for action in checked[key]:
             if not callable(action) and action not in REQUESTS:
+                near = nearest(action, REQUESTS)
                 raise ValueError(
                     f"actions[{key!r}]: {action!r} is none of {REQUESTS} and not a function action(event, sample)"
+                    f"{f'; did you mean {near!r}?' if near else ''}"
                 )
     return checked
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnmonitor.alerts.courses import distance_of
 from attnmonitor.alerts.past import Reference, RunPast
 from attnmonitor.alerts.readings import FORMULA, invert_reading
 from attnmonitor.alerts.rules import AllOf, AnyOf, Condition, FiringShare, Rule, Threshold
 from attnmonitor.alerts.signals import evaluate
 
-__all__ = ["Answer", "Finding", "answer_of", "message_of", "share_finding", "threshold_finding"]
+__all__ = ["Answer", "Finding", "answer_of", "message_of", "share_finding", "subject_of", "threshold_finding"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Finding:
     value: Tensor
     baseline: Tensor
     signal: Tensor
+    distance: Tensor
 
 
 def answer_of(condition: Condition, answers: Iterator[Answer]) -> Answer:
@@ -112,7 +114,7 @@ def threshold_finding(
         may_last=~(is_recovered | has_no_baseline),
         leaf=torch.full(holds.shape, index),
     )
-    return Finding(answer, value, baseline, signal), reference
+    return Finding(answer, value, baseline, signal, distance_of(threshold, signal)), reference
 
 
 def share_finding(index: int, share: FiringShare, firing_share: tuple[float, float]) -> Finding:
@@ -127,7 +129,24 @@ def share_finding(index: int, share: FiringShare, firing_share: tuple[float, flo
     holds = torch.tensor([heads >= share.heads and layers >= share.layers])
     value = torch.tensor([heads])
     answer = Answer(holds, may_hold=holds, may_last=value >= share.clear_heads, leaf=torch.tensor([index]))
-    return Finding(answer, value, torch.full((1,), torch.nan), value)
+    return Finding(answer, value, torch.full((1,), torch.nan), value, distance_of(share, value))
+
+
+_QUANTILES = {0.0: "least", 0.5: "median", 1.0: "largest"}
+
+
+def subject_of(leaf: Threshold | FiringShare) -> str:
+    """Return what the values of a leaf are values of: a metric, or a quantile of it over the heads.
+
+    Example:
+        >>> subject_of(Threshold("key_rms", fire_above=1.0, clear_below=1.0, quantile=0.5))
+        'the median key_rms'
+    """
+    if isinstance(leaf, FiringShare):
+        return "share of heads in alarm"
+    if leaf.quantile is None:
+        return leaf.metric
+    return f"the {_QUANTILES.get(leaf.quantile, f'{leaf.quantile:.0%} quantile of')} {leaf.metric}"
 
 
 def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, too_few_heads: bool) -> str:
@@ -142,7 +161,7 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
     signal = float(finding.signal[unit])
     if isinstance(leaf, FiringShare):
         return f"{signal:.0%} of the heads have an alarm of their own (limit {leaf.heads:.0%})"
-    what = leaf.metric if leaf.quantile is None else f"the {leaf.quantile:.0%} quantile of {leaf.metric}"
+    what = subject_of(leaf)
     value, baseline = float(finding.value[unit]), float(finding.baseline[unit])
     _, limit, _ = leaf.levels
     if leaf.signal == "non_finite":

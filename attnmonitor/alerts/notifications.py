@@ -1,18 +1,22 @@
-"""Notifications for people: one per sample and rule, however many heads it names.
+"""Notifications for people: one per fault and sample, however many heads it names.
 
-All notifications of a rule have the same title, because services limit how often one title is sent. The text says which
-head, which value, since when, what that usually means and what to try.
+Several rules may see one fault. What they say about a head goes into the notifications of the rule that was first
+there, under one title and with one advice, so that one fault is one thread. The title is always the same, because
+services limit how often one title is sent. The text says which head, which value, since when, what that usually means
+and what to try.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from attnmonitor.alerts.firing import course_text
 from attnmonitor.messages import printable
-from attnmonitor.sample import AlertEvent, head_name
+from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 
 __all__ = ["ADVICE", "Advice", "Notification", "log_events", "notifications_of"]
 
@@ -21,6 +25,8 @@ _logger = logging.getLogger(__name__)
 Level = Literal["info", "warning", "error"]
 
 LOGGING_LEVELS: dict[Level, int] = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_Place = tuple[str | None, str, int | None]
+
 MAX_TITLE = 63
 MAX_LINES = 8
 
@@ -102,49 +108,81 @@ ADVICE = {
 """Texts per kind of fault; a rule whose kind is not listed has notifications without advice."""
 
 
-def notifications_of(events: Sequence[AlertEvent]) -> list[Notification]:
-    """Return one notification per rule that has events, the run at fault first.
+def notifications_of(
+    events: Sequence[AlertEvent],
+    firing: Sequence[AlertEvent] = (),
+    coverage: Mapping[str, LayerCoverage] | None = None,
+) -> list[Notification]:
+    """Return one notification per fault, the run at fault first.
 
-    Where the run is at fault (kind ``"mass"``), new head alarms of the same sample are its symptoms: they are counted
-    in its text and, unless critical, have no notification of their own.
+    Events of one head are one fault, whichever rules they come from; all faults that the same rule saw first are one
+    notification. Where the run is at fault (kind ``"mass"``), new head alarms of the same sample are its symptoms: they
+    are counted in its text and, unless critical, have no notification of their own.
 
     Args:
         events: Events of one sample.
+        firing: All alarms that fire, which rules saw a fault before.
+        coverage: How each layer was captured, so that query heads and the KV head they read are one head.
     """
     is_mass = any(event.kind == "mass" and event.scope == "run" and event.state == "firing" for event in events)
     symptoms = [event for event in events if is_mass and _is_new_head_alarm(event)]
+    first_of: dict[_Place, AlertEvent] = {}
+    for alarm in sorted([*firing, *events], key=lambda alarm: alarm.began):
+        first_of.setdefault(_place_of(alarm, coverage), alarm)
+    at_alarm = {alarm.key: alarm.value for alarm in firing}
     by_rule: dict[str, list[AlertEvent]] = {}
     for event in sorted(events, key=lambda event: event.scope != "run"):
         if event not in symptoms:
-            by_rule.setdefault(event.rule, []).append(event)
+            told = replace(event, value=at_alarm.get(event.key, event.value))
+            by_rule.setdefault(first_of[_place_of(event, coverage)].rule, []).append(told)
+    kinds = {alarm.rule: alarm.kind for alarm in first_of.values()}
     return [
-        _notification(rule, group, symptoms=len(symptoms) if group[0].kind == "mass" else 0)
+        _notification(rule, kinds[rule], group, coverage, symptoms=len(symptoms) if kinds[rule] == "mass" else 0)
         for rule, group in by_rule.items()
     ]
 
 
-def log_events(events: Sequence[AlertEvent]) -> None:
+def log_events(
+    events: Sequence[AlertEvent],
+    firing: Sequence[AlertEvent] = (),
+    coverage: Mapping[str, LayerCoverage] | None = None,
+) -> None:
     """Log each notification with Python's logging, which by default shows warnings and errors."""
-    for notification in notifications_of(events):
+    for notification in notifications_of(events, firing, coverage):
         title, text = printable(notification.title, one_line=True), printable(notification.text)
         _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", title, text)
+
+
+def _place_of(alarm: AlertEvent, coverage: Mapping[str, LayerCoverage] | None) -> _Place:
+    """Return what an alarm is about; of a query head, the KV head that it reads."""
+    layer = (coverage or {}).get(alarm.layer or "")
+    if alarm.head is None or layer is None or not layer.num_kv_heads:
+        return alarm.layer, alarm.scope, alarm.head
+    return alarm.layer, "kv_head", layer.kv_head_of(alarm.head) if alarm.scope == "query_head" else alarm.head
 
 
 def _is_new_head_alarm(event: AlertEvent) -> bool:
     return event.scope != "run" and event.state == "firing" and event.severity == "warning"
 
 
-def _notification(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> Notification:
-    advice = ADVICE.get(events[0].kind)
+def _notification(
+    rule: str,
+    kind: str,
+    events: Sequence[AlertEvent],
+    coverage: Mapping[str, LayerCoverage] | None,
+    *,
+    symptoms: int,
+) -> Notification:
+    advice = ADVICE.get(kind)
     began = [event for event in events if event.state == "firing"]
     cleared = [event for event in events if event.state == "cleared"]
-    lines = _lines(began, rest="more") + _lines(cleared, rest="more recovered")
+    lines = _lines(began, coverage, rest="more") + _lines(cleared, coverage, rest="more recovered")
     if symptoms:
         lines.append(f"Head alarms that began with it: {symptoms}.")
     if began and advice is not None:
         lines += [f"Usually: {advice.meaning}", f"Try: {advice.remedy}"]
     is_error = any(event.severity == "critical" or event.scope == "run" for event in began)
-    title = f"{advice.name if advice is not None else events[0].kind} ({rule})"
+    title = f"{advice.name if advice is not None else kind} ({rule})"
     return Notification(
         rule=rule,
         title=title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 3] + "...",
@@ -153,12 +191,20 @@ def _notification(rule: str, events: Sequence[AlertEvent], *, symptoms: int) -> 
     )
 
 
-def _lines(events: Sequence[AlertEvent], *, rest: str) -> list[str]:
-    lines = [_line(event) for event in events[:MAX_LINES]]
+def _lines(events: Sequence[AlertEvent], coverage: Mapping[str, LayerCoverage] | None, *, rest: str) -> list[str]:
+    lines = [_line(event, coverage) for event in events[:MAX_LINES]]
     return lines if len(events) <= MAX_LINES else [*lines, f"... and {len(events) - MAX_LINES} {rest}"]
 
 
-def _line(event: AlertEvent) -> str:
-    state = "recovered" if event.state == "cleared" else "still" if event.severity == "critical" else "alarm"
-    line = f"step {event.global_step}, {head_name(event)}: {state}: {event.message}, since step {event.since_step}"
-    return printable(line, one_line=True)
+def _line(event: AlertEvent, coverage: Mapping[str, LayerCoverage] | None) -> str:
+    has_changed = not math.isnan(event.now) and event.now != event.value
+    state = "alarm"
+    if event.state == "cleared":
+        state = "recovered"
+    elif event.severity == "critical":
+        state = "still"
+    elif has_changed:
+        state = "worse"
+    line = f"step {event.global_step}, {head_name(event, coverage=coverage)}: {state}: {event.message}"
+    course = f" ({course_text(event)})" if has_changed else ""
+    return printable(f"{line}, since step {event.since_step}{course}", one_line=True)

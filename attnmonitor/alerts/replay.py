@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnmonitor.alerts.defaults import DEFAULT_RULES
+from attnmonitor.alerts.firing import course_text
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import Rule
 from attnmonitor.messages import printable
 from attnmonitor.metrics.catalog import METRICS
-from attnmonitor.sample import AlertEvent, head_name
+from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 
-__all__ = ["Recorded", "replay", "replay_text"]
+__all__ = ["Recorded", "Replayed", "replay", "replay_text"]
 
 
 class RecordedSample(Protocol):
@@ -52,8 +53,20 @@ class Recorded(Protocol):
         """``(num_samples, num_heads)`` per layer."""
 
 
-def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: int = 1) -> list[AlertEvent]:
-    """Return the events that a rule set gives for a recorded run.
+class Replayed(list[AlertEvent]):
+    """The events of a replay.
+
+    Attributes:
+        firing: The alarms that fire at its end, worst first.
+        coverage: How each layer was captured, where the record has it.
+    """
+
+    firing: Sequence[AlertEvent] = ()
+    coverage: Mapping[str, LayerCoverage] | None = None
+
+
+def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: int = 1) -> Replayed:
+    """Return the events that a rule set gives for a recorded run, and the alarms that fire at its end.
 
     A record writes NaN both for what is not finite and for what was not measured. Here a layer counts as measured from
     its first finite value on, and a metric that is NaN in all heads while another one is not counts as not measured.
@@ -90,7 +103,7 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
         for metric, layers in trajectories.items()
         for layer, rows in layers.items()
     }
-    events: list[AlertEvent] = []
+    events = Replayed()
     for index in range(0, len(record.steps), stride):
         if record.samples[index].failure is not None:
             continue
@@ -103,6 +116,7 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
             for metric, layers in trajectories.items()
         }
         events += alerts.observe(_measured(sample), int(record.steps[index]))
+    events.firing, events.coverage = alerts.firing, getattr(record, "coverage", None)
     return events
 
 
@@ -117,15 +131,21 @@ def _measured(sample: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mappin
 
 
 def replay_text(events: Sequence[AlertEvent]) -> str:
-    """Return one line per event, or a line that says that nothing fired."""
+    """Return one line per event, or a line that says that nothing fired.
+
+    The latest line of an alarm that fires at the end has its value at alarm, at the end and at its worst.
+    """
     if not events:
         return "nothing would have fired"
-    return "\n".join(
-        printable(
+    coverage = getattr(events, "coverage", None)
+    courses = {alarm.key: course_text(alarm) for alarm in getattr(events, "firing", ())}
+    latest = {event.key: at for at, event in enumerate(events)}
+    lines = []
+    for at, event in enumerate(events):
+        course = courses.get(event.key, "") if latest[event.key] == at else ""
+        lines.append(
             f"step {event.global_step:>8}  {event.state:<8} {event.severity:<8} {event.rule:<16} "
-            f"{head_name(event)}"
-            f"{'' if math.isnan(event.value) else f'  {event.message}'}",
-            one_line=True,
+            f"{head_name(event, coverage=coverage)}{'' if math.isnan(event.value) else f'  {event.message}'}"
+            f"{f'; {course}' if course else ''}"
         )
-        for event in events
-    )
+    return "\n".join(printable(line, one_line=True) for line in lines)

@@ -22,6 +22,7 @@ from attnmonitor.alerts.rules import (
     Threshold,
     check_rules,
 )
+from attnmonitor.messages import nearest
 
 __all__ = ["load_rules", "save_rules", "to_plain"]
 
@@ -93,7 +94,9 @@ def _fields_of(record: type[Rule | Threshold | FiringShare], plain: object) -> d
     unknown = sorted(set(plain) - set(known))
     missing = [name for name, required in known.items() if required and name not in plain]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; {record.__name__} has {', '.join(known)}")
+        near = nearest(unknown[0], known)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ValueError(f"unknown field {unknown[0]!r}; {hint}{record.__name__} has {', '.join(known)}")
     if missing:
         raise ValueError(f"{record.__name__} lacks the field {missing[0]!r}")
     return dict(plain)

@@ -17,7 +17,8 @@ from attnmonitor.alerts.past import RunPast
 from attnmonitor.alerts.rule_tracker import RuleTracker
 from attnmonitor.alerts.rules import FiringShare, Rule, check_rules, leaves
 from attnmonitor.messages import error_text
-from attnmonitor.sample import AlertEvent
+from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.sample import AlertEvent, worst_first
 
 __all__ = ["Alerts"]
 
@@ -64,12 +65,21 @@ class Alerts:
         return max((rule.grace for rule in self.rules), default=0)
 
     @property
+    def least_heads(self) -> dict[str, int]:
+        """Heads of each scope that are needed before every rule can compare heads; empty where no rule compares."""
+        least: dict[str, int] = {}
+        for rule in self.rules:
+            for scope in {METRICS[each.metric].scope for each in rule.thresholds if each.compares}:
+                least[scope] = max(rule.least_heads, least.get(scope, 0))
+        return dict(sorted(least.items(), reverse=True))  # query heads first
+
+    @property
     def firing(self) -> list[AlertEvent]:
-        """Latest event of every firing alarm, in order of rules."""
-        return [event for tracker in self._trackers for event in tracker.firing.values()]
+        """Every firing alarm, worst first: its latest event, with its values when it fired, now and at its worst."""
+        return worst_first(event for tracker in self._trackers for event in tracker.firing.values())
 
     def observe(self, values: Mapping[str, Mapping[str, Tensor]], global_step: int) -> list[AlertEvent]:
-        """Add one sample and return the events of alarms that began, became critical or cleared.
+        """Add one sample and return the events of alarms that began, became critical, grew or cleared.
 
         A layer that is not in ``values`` was not measured and keeps its state; a value that is NaN or infinite was
         measured and is not finite. A rule whose metrics are not all in ``values`` is skipped.

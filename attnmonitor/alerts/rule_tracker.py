@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.alerts.conditions import Finding, answer_of, message_of, share_finding, threshold_finding
+from attnmonitor.alerts.conditions import Finding, answer_of, message_of, share_finding, subject_of, threshold_finding
+from attnmonitor.alerts.courses import AlarmCourses, follow
 from attnmonitor.alerts.heads import Unit
 from attnmonitor.alerts.past import Reference, RunPast
 from attnmonitor.alerts.rule_files import to_plain
 from attnmonitor.alerts.rules import FiringShare, Rule, Threshold, leaves
-from attnmonitor.alerts.states import FIRING, INACTIVE, AlarmStates, Changes, advance
+from attnmonitor.alerts.states import FIRING, INACTIVE, AlarmStates, advance
 from attnmonitor.sample import AlertEvent
 
 __all__ = ["RuleTracker"]
@@ -33,7 +34,8 @@ class RuleTracker:
         states: States of the U alarms.
         leaf: (U,) int64: index of the leaf that each alarm began with; it words all events of that alarm.
         references: What each leaf compares its values with.
-        firing: Latest event of each firing alarm.
+        courses: How far out each alarm was and is.
+        firing: Each firing alarm: its latest event, with its values when it fired, now and at its worst.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -42,10 +44,11 @@ class RuleTracker:
         self.states = AlarmStates.inactive(0)
         self.leaf = torch.zeros(0, dtype=torch.int64)
         self.references = [Reference.unknown(0) for _ in leaves(rule.when)]
+        self.courses = AlarmCourses.unknown(0)
         self.firing: dict[Unit, AlertEvent] = {}
 
     def observe(self, past: RunPast, firing_share: tuple[float, float], global_step: int) -> list[AlertEvent]:
-        """Evaluate the present sample and return the events of alarms that began, became critical or cleared.
+        """Evaluate the present sample and return the events of alarms that began, became critical, grew or cleared.
 
         Args:
             past: The run so far, the present sample included.
@@ -56,6 +59,7 @@ class RuleTracker:
         units = past.units(self.rule.scope)
         if grown := len(units) - len(self.leaf):
             self.states = self.states.extended(AlarmStates.inactive(grown))
+            self.courses = self.courses.grown_to(len(units))
             self.leaf = torch.cat([self.leaf, self.leaf.new_zeros(grown)])
         findings = [self._finding(index, leaf, past, firing_share) for index, leaf in enumerate(leaves(self.rule.when))]
         answer = answer_of(self.rule.when, iter([finding.answer for finding in findings]))
@@ -70,13 +74,24 @@ class RuleTracker:
             hold=self.rule.hold,
             global_step=global_step,
         )
+        is_firing = self.states.phase == FIRING
+        self.courses, has_grown = follow(
+            self.courses,
+            self._of_leaf([finding.value for finding in findings]),
+            self._of_leaf([finding.distance for finding in findings]),
+            fired=changes.fired,
+            firing=is_firing | changes.cleared,
+        )
+        escalated = changes.escalated | (is_firing & has_grown)
         since_step = torch.where(changes.cleared, before.since_step, self.states.since_step)
-        events = self._events(changes, findings, since_step, past, global_step)
-        for event in events:
-            unit = (event.layer, event.head)
-            self.firing = {key: kept for key, kept in self.firing.items() if key != unit}
-            if event.state == "firing":
-                self.firing[unit] = event
+        noted = (changes.fired | escalated | changes.cleared).nonzero().flatten().tolist()
+        find = list(zip(leaves(self.rule.when), findings, strict=True))
+        events = [
+            self._event(unit, units[unit], *find[int(self.leaf[unit])], past, int(since_step[unit]), global_step)
+            for unit in noted
+        ]
+        self.firing |= {units[unit]: event for unit, event in zip(noted, events, strict=True)}
+        self._bring_up_to_date(units)
         return events
 
     def exclude_from_baseline(self, past: RunPast) -> None:
@@ -92,6 +107,7 @@ class RuleTracker:
             "states": dict(vars(self.states)),
             "leaf": self.leaf,
             "references": [dict(vars(reference)) for reference in self.references],
+            "courses": dict(vars(self.courses)),
             "firing": [dataclasses.asdict(event) for event in self.firing.values()],
         }
 
@@ -103,6 +119,9 @@ class RuleTracker:
         self.states = AlarmStates(**state["states"])
         self.leaf = state["leaf"]
         self.references = [Reference(**reference) for reference in state["references"]]
+        # A state of version 0.1 or 0.2 has no courses: they begin with the next sample.
+        known = state.get("courses")
+        self.courses = AlarmCourses.unknown(len(self.leaf)) if known is None else AlarmCourses(**known)
         self.firing = {(event["layer"], event["head"]): AlertEvent(**event) for event in state["firing"]}
 
     def _finding(
@@ -130,28 +149,40 @@ class RuleTracker:
             allowed = allowed & torch.cat([torch.full_like(layer, i == source) for i, layer in enumerate(layers)])
         return allowed
 
-    def _events(
-        self, changes: Changes, findings: list[Finding], since_step: Tensor, past: RunPast, global_step: int
-    ) -> list[AlertEvent]:
-        units, parts = past.units(self.rule.scope), list(leaves(self.rule.when))
-        events = []
-        for unit in (changes.fired | changes.escalated | changes.cleared).nonzero().flatten().tolist():
-            leaf, finding = parts[int(self.leaf[unit])], findings[int(self.leaf[unit])]
-            num_heads = 0 if isinstance(leaf, FiringShare) else len(past.heads_of(leaf.metric))
-            events.append(
-                AlertEvent(
-                    rule=self.rule.name,
-                    kind=self.rule.kind,
-                    scope=self.rule.scope,
-                    layer=units[unit][0],
-                    head=units[unit][1],
-                    value=float(finding.value[unit]),
-                    baseline=float(finding.baseline[unit]),
-                    global_step=global_step,
-                    state="cleared" if changes.cleared[unit] else "firing",
-                    severity="critical" if self.states.held[unit] >= self.rule.hold else "warning",
-                    since_step=int(since_step[unit]),
-                    message=message_of(leaf, finding, unit, too_few_heads=num_heads < self.rule.least_heads),
-                )
-            )
-        return events
+    def _of_leaf(self, parts: list[Tensor]) -> Tensor:
+        """Return of each unit the number of the leaf that its alarm began with, (U,)."""
+        return torch.stack(parts).gather(0, self.leaf[None])[0]
+
+    def _bring_up_to_date(self, units: list[Unit]) -> None:
+        """Keep the alarms that fire, each with its values when it fired, now and at its worst."""
+        firing = (self.states.phase == FIRING).nonzero().flatten().tolist()
+        self.firing = {
+            units[unit]: dataclasses.replace(self.firing[units[unit]], **self.courses.shown(unit)) for unit in firing
+        }
+
+    def _event(
+        self,
+        unit: int,
+        place: Unit,
+        leaf: Threshold | FiringShare,
+        finding: Finding,
+        past: RunPast,
+        since_step: int,
+        global_step: int,
+    ) -> AlertEvent:
+        num_heads = 0 if isinstance(leaf, FiringShare) else len(past.heads_of(leaf.metric))
+        return AlertEvent(
+            rule=self.rule.name,
+            kind=self.rule.kind,
+            scope=self.rule.scope,
+            layer=place[0],
+            head=place[1],
+            baseline=float(finding.baseline[unit]),
+            global_step=global_step,
+            state="firing" if self.states.phase[unit] == FIRING else "cleared",
+            severity="critical" if self.states.held[unit] >= self.rule.hold else "warning",
+            since_step=since_step,
+            message=message_of(leaf, finding, unit, too_few_heads=num_heads < self.rule.least_heads),
+            metric=subject_of(leaf),
+            **{**self.courses.shown(unit), "value": float(finding.value[unit])},
+        )

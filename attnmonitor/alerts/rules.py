@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from attnmonitor.messages import nearest
 from attnmonitor.metrics.catalog import METRICS, check_metric_names
 
 __all__ = [
@@ -109,7 +110,12 @@ class Threshold:
     @property
     def has_baseline(self) -> bool:
         """Whether it compares a head with its past."""
-        return self.signal in ("change", "contrast", "robust_z")
+        return self.signal == "change" or self.compares
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares heads with each other."""
+        return self.signal in ("contrast", "robust_z")
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,9 @@ def _check_tree(condition: Condition) -> None:
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        near = nearest(value, choices)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ValueError(f"{name}={value!r}: {hint}choose one of {', '.join(map(repr, choices))}")
 
 
 def _check_at_least(name: str, value: object, least: int) -> None:

@@ -25,6 +25,7 @@ from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
 from attnmonitor.measurement.measured import LayerValues, Measured
+from attnmonitor.measurement.modules_run import modules_run
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
@@ -148,9 +149,11 @@ class Measurement:
                 "its forward takes, or say how to call it: forward=lambda model, batch: model(...)"
             ) from error
         if not forward.layers:
+            ran = modules_run(lambda: self._forward(self._probe))
             seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.failures.items())
             raise ValueError(
-                f"model={model}: no attention was seen in its forward{seen}; a layer that computes its attention in a "
+                f"model={model}: no attention was seen in its forward{seen}; {ran}; a layer "
+                "that computes its attention in a "
                 "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
             )
         self.layers = {layer: found.coverage for layer, found in forward.layers.items()}

@@ -6,7 +6,7 @@ report) reads it here, so a metric has one formula, one name and one wording eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from attnmonitor.functional.checked_rows import CHECKED_STATISTICS
 from attnmonitor.functional.spectrum import EnergySpectrum
 from attnmonitor.functional.summaries import Summary
 from attnmonitor.messages import did_you_mean
-from attnmonitor.sample import HEAD_NOUNS, Scope
+from attnmonitor.sample import LayerCoverage, Scope, scope_noun
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -350,9 +350,15 @@ def metric_unit(metric: str | None) -> str:
     return "" if unit == "1" else unit
 
 
-def head_noun(metric: str | None) -> str:
-    """What a metric has one value per: a head, or a KV head that several heads share."""
-    return HEAD_NOUNS[metric_scope(metric) or "query_head"]
+def head_noun(metric: str | None, coverage: Mapping[str, LayerCoverage] | None = None) -> str:
+    """What a metric has one value per: a head, or a KV head where several heads may share one.
+
+    Args:
+        metric: Name of the metric.
+        coverage: How the layers were captured; without it KV heads are taken to be shared.
+    """
+    scope, layers = metric_scope(metric), [layer for layer in (coverage or {}).values() if layer.measured]
+    return max((scope_noun(scope, layer) for layer in layers), key=len, default=scope_noun(scope))
 
 
 def metric_scope(metric: str | None) -> Scope | None:

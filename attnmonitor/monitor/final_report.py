@@ -6,15 +6,19 @@ import math
 import shlex
 import shutil
 import sys
+import textwrap
 from collections import Counter
 
 from attnmonitor.messages import printable, warn
 from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
+from attnmonitor.summary.names import fault_text
 from attnmonitor.summary.tables import print_layer_table
+from attnmonitor.summary.verdict import last_words
 
 __all__ = ["print_final_report"]
 
+_WIDTH = 80
 _MAX_ROWS = 24  # of the layer table: it was not asked for
 
 
@@ -33,15 +37,16 @@ def print_final_report(monitor: AttentionMonitor) -> None:
 
 
 def _print(monitor: AttentionMonitor, sample: Sample) -> None:
-    print(f"\nattnmonitor{f' {monitor.name!r}' if monitor.name else ''}: {sample.verdict}")
+    name = f" {monitor.name!r}" if monitor.name else ""
+    print(f"\n{last_words(monitor.summary, f'attnmonitor{name}: ', _WIDTH)}")
     places = {(event.kind, event.scope, event.layer, event.head) for event in monitor.summary.firing}
     if len(places) > 1:
-        kinds = Counter(kind.replace("_", " ") for kind, *_ in places)
-        faults = ", ".join(f"{kind} in {number}" for kind, number in kinds.most_common())
-        print(printable(f"  {faults}"))
+        kinds = Counter(fault_text(kind) for kind, *_ in places)
+        faults = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
+        print(printable(textwrap.fill(faults, _WIDTH, initial_indent="  ", subsequent_indent="  ")))
     _print_layers(monitor, sample)
     share = clock.share(monitor.seconds, clock.passed(monitor.attached_at, clock.now()))
-    of_run = "" if math.isnan(share) else f", {share:.1%} of the time since attach"
+    of_run = "" if math.isnan(share) else f", {100 * share:.1f} % of the time since attach"
     print(f"  watching took {monitor.seconds:.1f} s{of_run}")
     if monitor.record_path is not None:
         command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"

@@ -156,7 +156,12 @@ class AttentionMonitor(MonitorSampling):
         self._identity = {"probe_fingerprint": self.probe.fingerprint, "model_signature": self._measurement.signature}
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
-        self.summary = RunSummary(layers, has_rules=bool(self._alerts.rules), grace=self._alerts.grace)
+        self.summary = RunSummary(
+            layers,
+            has_rules=bool(self._alerts.rules),
+            grace=self._alerts.grace,
+            least_heads=self._alerts.least_heads,
+        )
         self.attached_at = self._last_sample_ended = clock.now()
         for layer in layers.values():
             if not layer.measured:
@@ -264,6 +269,7 @@ class AttentionMonitor(MonitorSampling):
             "strict": self.strict,
             "alerts": [rule.name for rule in self._alerts.rules],
             "alerts_grace": self._alerts.grace,
+            "alerts_least_heads": self._alerts.least_heads,
             "actions": self._delivery.describe_actions(),
             "layers": [asdict(layer) for layer in self.coverage.values()],
             "after_last_attention": self._measurement.after_last_attention,

@@ -174,10 +174,17 @@ def one_schedule(every_n_steps: int | None, schedule: int | Schedule | Iterable[
     """Return an adapter's schedule from its two arguments; every 100 steps if neither is given.
 
     Raises:
-        ValueError: Both are given.
+        ValueError: Both are given, or one is invalid.
     """
     if every_n_steps is not None and schedule is not None:
         raise ValueError(f"every_n_steps={every_n_steps!r} and schedule={schedule!r} are both given; give one")
     if schedule is not None:
         return as_schedule(schedule)
-    return every(100 if every_n_steps is None else every_n_steps)
+    if every_n_steps is None:
+        return every(100)
+    try:
+        return every(every_n_steps)
+    except ValueError:
+        raise ValueError(
+            f"every_n_steps={every_n_steps!r} needs a whole number of optimizer steps, 1 or more"
+        ) from None

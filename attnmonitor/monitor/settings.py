@@ -39,6 +39,9 @@ def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) ->
     """Return the alerts of these rules; True means the default rules whose metrics are measured."""
     if alerts is True:
         alerts = [rule for rule in DEFAULT_RULES if rule.metrics <= set(metrics)]
+    if isinstance(alerts, str):
+        way_out = "True turns on the default rules, load_rules(path) reads a file of rules, False turns alerts off"
+        raise ValueError(f"alerts={alerts!r} is not a list of rules; {way_out}")
     if not alerts:
         return Alerts(())
     chosen = Alerts(alerts)

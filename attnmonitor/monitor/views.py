@@ -7,8 +7,10 @@ from pathlib import Path
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
+from attnmonitor.record.counts import RunState
 from attnmonitor.record.training_log import Curve, TrainingLog
 from attnmonitor.sample import AlertEvent
+from attnmonitor.summary.run_summary import RunSummary
 
 __all__ = ["MonitorViews"]
 
@@ -20,6 +22,7 @@ class MonitorViews:
     _delivery: Delivery
     _failures: Failures
     _log: TrainingLog
+    summary: RunSummary
 
     @property
     def logged(self) -> dict[str, Curve]:
@@ -38,8 +41,13 @@ class MonitorViews:
 
     @property
     def firing(self) -> list[AlertEvent]:
-        """Alerts that are firing now."""
+        """Alarms that fire now, worst first, each with its ``value`` at alarm, ``now`` and at its ``worst``."""
         return self._alerts.firing
+
+    @property
+    def state(self) -> RunState:
+        """``"alarm"``, ``"healthy"``, or ``"unknown"`` where something is missing to say so; the verdict says what."""
+        return self.summary.state
 
     @property
     def record_path(self) -> Path | None:

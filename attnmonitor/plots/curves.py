@@ -165,7 +165,8 @@ def _name_heads(
         curve = values[layer][:, head]
         ax.plot(steps, curve, color=color, linewidth=1.7, solid_capstyle="round")
         if at < num_named and np.isfinite(curve).any():
-            ends.append((float(curve[np.isfinite(curve)][-1]), scoped_head_name(short[layer], head, scope), color))
+            name = scoped_head_name(short[layer], head, scope, (coverage or {}).get(layer))
+            ends.append((float(curve[np.isfinite(curve)][-1]), name, color))
     fix_y_axis(ax)
     _label_ends(ax, ends)
 

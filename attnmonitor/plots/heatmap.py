@@ -49,7 +49,8 @@ def heatmap(
         values: For each layer ``(num_heads,)``; layers may differ in their number of heads. NaN is hatched.
         metric: Name from the catalog, for title, unit and scale.
         events: Alarms that are firing: their heads are framed and the names of their layers are vermilion.
-        coverage: Lets an alarm about a KV head frame its query heads and the other way round.
+        coverage: Adds a hatched row for each layer that was not measured, in the order of the model, and lets an alarm
+            about a KV head frame its query heads and the other way round.
         global_step: Optimizer steps done, for the title.
         limits: Ends of the color scale; by default the 2nd and 98th percentile over the heads that are no outliers.
         ax: Axes to draw into; by default a new figure sized for the model.
@@ -57,6 +58,7 @@ def heatmap(
     Returns:
         The figure.
     """
+    values = _with_unmeasured(values, coverage or {})
     table, present = _table(values)
     num_layers, num_heads = table.shape
     numbered = present.sum() <= _MOST_CELLS_WITH_NUMBERS
@@ -75,10 +77,20 @@ def heatmap(
     if numbered:
         _write_numbers(ax, table, norm, low)
     _frame_alarms(ax, list(values), metric, events, coverage)
-    _label_cells(ax, list(values), num_heads, metric, events)
+    _label_cells(ax, list(values), num_heads, head_noun(metric, coverage), events)
     title(ax, metric_title(metric) + ("" if global_step is None else f" at step {global_step:,}"))
     _color_bar(ax, mesh, table[present], metric, (low, high))
     return figure_of(ax)
+
+
+def _with_unmeasured(values: Mapping[str, ArrayLike], coverage: Coverage) -> Mapping[str, ArrayLike]:
+    """The layers in the order of the model, those that were not measured among them as rows without numbers."""
+    if not any(not layer.measured and name not in values for name, layer in coverage.items()):
+        return values
+    most = max((np.size(np.asarray(heads)) for heads in values.values()), default=1)
+    unknown = {name: np.full(layer.num_query_heads or most, np.nan) for name, layer in coverage.items()}
+    known = {name: values[name] if name in values else unknown[name] for name in coverage}
+    return {**{n: v for n, v in known.items() if n in values or not coverage[n].measured}, **values}
 
 
 def _table(values: Mapping[str, ArrayLike]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -134,7 +146,7 @@ def _frame_alarms(ax: Axes, layers: list[str], metric: str | None, events: Event
                     ax.add_patch(frame)
 
 
-def _label_cells(ax: Axes, layers: list[str], num_heads: int, metric: str | None, events: Events) -> None:
+def _label_cells(ax: Axes, layers: list[str], num_heads: int, noun: str, events: Events) -> None:
     short, alarmed = short_layer_names(layers), {event.layer for event in events}
     stride = max(1, math.ceil(len(layers) / _MOST_TICKS))
     named = [row for row, layer in enumerate(layers) if layer in alarmed]
@@ -146,7 +158,7 @@ def _label_cells(ax: Axes, layers: list[str], num_heads: int, metric: str | None
         label.set_fontweight("bold" if layers[row] in alarmed else "normal")
     heads = range(0, num_heads, max(1, math.ceil(num_heads / _MOST_TICKS)))
     ax.set_xticks([head + 0.5 for head in heads], [str(head) for head in heads], fontsize=8)
-    ax.set_xlabel(head_noun(metric), fontsize=9, color=FAINT_INK)
+    ax.set_xlabel(noun, fontsize=9, color=FAINT_INK)
     ax.set(xlim=(0, max(1, num_heads)), ylim=(max(1, len(layers)), 0))
     ax.tick_params(length=0)
     ax.set_facecolor("white")

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.record import RunRecord
 from attnmonitor.summary.run_summary import RunSummary
-from attnmonitor.summary.style import ALARM_COLOR, INK
+from attnmonitor.summary.style import STATE_COLORS
 from attnmonitor.summary.verdict import verdict
 
 __all__ = ["overview"]
@@ -33,7 +32,7 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
     """
     shown = [metric for metric in metrics if metric in record.metrics] or list(record.metrics[:4])
     figure = Figure(figsize=(15, 1.3 + 3.6 * max(1, len(shown))), layout="constrained")
-    events, firing, coverage = record.events, still_firing(record.events), record.coverage
+    events, firing, coverage = record.events, record.firing, record.coverage
     grid = figure.add_gridspec(max(1, len(shown)), 2, width_ratios=(1, 1.35), wspace=0.05, hspace=0.06)
     for row, metric in enumerate(shown):
         curves = record.trajectories(metric)
@@ -46,6 +45,6 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
         heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
         bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
     line = verdict(RunSummary.of_record(record))
-    color = ALARM_COLOR if firing else INK
+    color = STATE_COLORS[record.state]
     figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=color)
     return figure

@@ -19,8 +19,10 @@ from attnmonitor.record.schema import (
     SCHEMA_VERSION,
     TABLES,
     RecordError,
+    bring_to_present,
     check_is_record,
     damaged_record,
+    is_older,
 )
 
 __all__ = ["open_for_writing", "reading", "transaction"]
@@ -163,11 +165,14 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _create_tables(db: sqlite3.Connection, path: Path) -> None:
-    """Create the tables of an empty file; check that any other file can be continued."""
+    """Create the tables of an empty file; check that any other file can be continued, and complete an older one."""
     if path.stat().st_size:
         check_is_record(db, path)
         check_tables(db, path)  # a trigger would run on every insert
         db.execute(LOG_TABLE)
+        if is_older(db):
+            with transaction(db):
+                bring_to_present(db)
         return
     db.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
     db.execute("PRAGMA journal_mode = WAL")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attnmonitor.record.schema import LOG_TABLE, TABLES, RecordError, check_pages
+from attnmonitor.record.schema import ADDED, LOG_TABLE, TABLES, RecordError, check_pages, is_older
 
 __all__ = ["check_tables", "check_undamaged", "content_checked", "restrict", "time_limit"]
 
@@ -78,8 +78,10 @@ def check_tables(db: sqlite3.Connection, path: Path) -> None:
         if kind not in ("table", "index") or is_virtual:
             raise RecordError(f"{path}: not a record: it has a {'virtual table' if is_virtual else kind}, {name!r}")
     found = _columns(db)
+    lacks = ADDED if is_older(db) else {}
     for table, columns in _EXPECTED_COLUMNS.items():
-        if found.get(table, columns if table == "logged" else None) != columns:
+        present = columns - set(lacks.get(table, ()))
+        if found.get(table, present if table == "logged" else None) != present:
             raise RecordError(
                 f"{path}: not a record: its table {table!r} is missing or has other columns than a record has"
             )

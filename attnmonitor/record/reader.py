@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,21 @@ from numpy.typing import NDArray
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
+from attnmonitor.record.counts import RunCounts, RunState
 from attnmonitor.record.foreign import content_checked
 from attnmonitor.record.rows import (
     add_heads,
     decode_coverage,
     decode_event,
+    decode_firing,
     decode_json,
     decode_layout,
     decode_values,
     typed,
 )
-from attnmonitor.record.schema import EVENT_COLUMNS
+from attnmonitor.record.schema import columns_of
 from attnmonitor.record.training_log import Curve, curves_of
-from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.sample import AlertEvent, LayerCoverage, still_firing, worst_first
 
 if TYPE_CHECKING:
     import pandas
@@ -97,15 +99,17 @@ class RunRecord:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with reading(self.path, search_damage=True) as db:
-            segments = db.execute("SELECT id, started_at, run, coverage FROM segment ORDER BY id").fetchall()
+            firing = "firing" if "firing" in columns_of(db, "segment") else "'[]'"
+            segments = db.execute(f"SELECT id, started_at, run, coverage, {firing} FROM segment ORDER BY id").fetchall()
             rows = db.execute(
                 "SELECT id, segment_id, global_step, recorded_at, seconds, failures, failure, diagnostics"
                 " FROM sample WHERE superseded_by IS NULL ORDER BY global_step"
             ).fetchall()
             self.segments = [
                 Segment(index, typed(started_at, str), typed(decode_json(run), dict), decode_coverage(coverage))
-                for index, (_, started_at, run, coverage) in enumerate(segments)
+                for index, (_, started_at, run, coverage, _) in enumerate(segments)
             ]
+            self._courses = decode_firing(segments[-1][-1]) if segments else {}
             segment_index = {row[0]: index for index, row in enumerate(segments)}
             self._row_of_sample = {row[0]: index for index, row in enumerate(rows)}
             self.samples = [_decode_sample(row[1:], segment_index) for row in rows]
@@ -157,10 +161,42 @@ class RunRecord:
     def events(self) -> list[AlertEvent]:
         """Alerts that began or cleared, in order of time."""
         with reading(self.path) as db:
-            rows = db.execute(f"SELECT sample_id, {', '.join(EVENT_COLUMNS)} FROM event ORDER BY rowid").fetchall()
+            _, *columns = columns_of(db, "event")
+            rows = db.execute(f"SELECT sample_id, {', '.join(columns)} FROM event ORDER BY rowid").fetchall()
             shown = [row for row in rows if row[0] in self._row_of_sample]
             shown.sort(key=lambda row: self._row_of_sample[row[0]])
-            return [decode_event(row[1:]) for row in shown]
+            return [decode_event(columns, row[1:]) for row in shown]
+
+    @property
+    def firing(self) -> list[AlertEvent]:
+        """Alarms that fire at the latest sample, worst first, with their values at alarm, now and at their worst.
+
+        A record of version 0.2 or before does not have the values now and at the worst: there they are NaN.
+        """
+        return worst_first(replace(alarm, **self._courses.get(alarm.key, {})) for alarm in still_firing(self.events))
+
+    @property
+    def counts(self) -> RunCounts:
+        """Samples, alarms and coverage of the run in numbers."""
+        config, failures = self.config, [sample.failure for sample in self.samples]
+        has_rules = bool(config.get("alerts", True))
+        return RunCounts(
+            coverage=self.coverage,
+            firing=self.firing,
+            num_samples=len(self.samples),
+            num_cleared=sum(event.state == "cleared" for event in self.events),
+            num_failed=sum(failure is not None for failure in failures),
+            failure=next((failure for failure in reversed(failures) if failure is not None), None),
+            last_failed=bool(failures) and failures[-1] is not None,
+            has_rules=has_rules,
+            grace=config.get("alerts_grace", 0),
+            least_heads=config.get("alerts_least_heads", {}),
+        )
+
+    @property
+    def state(self) -> RunState:
+        """``"alarm"``, ``"healthy"``, or ``"unknown"`` where something is missing to say so."""
+        return self.counts.state
 
     @property
     def logged(self) -> dict[str, Curve]:

@@ -19,15 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnmonitor.record.schema import EVENT_COLUMNS
+from attnmonitor.record.schema import ALARM_FIELDS, EVENT_COLUMNS
 from attnmonitor.record.texts import json_of, plain, storable
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.sample import AlarmKey, AlertEvent, LayerCoverage, Sample
 
 __all__ = [
     "EncodedSample",
     "add_heads",
     "decode_coverage",
     "decode_event",
+    "decode_firing",
     "decode_json",
     "decode_layout",
     "decode_values",
@@ -48,6 +49,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "None": (type(None),),
 }
 
+_NUMBERS = tuple(part.name for part in fields(AlertEvent) if part.type == "float")
+_LATER = ("metric",)  # NULL in the events that an older version wrote to the file
+
 _Entry = TypeVar("_Entry", AlertEvent, LayerCoverage)
 
 
@@ -59,6 +63,7 @@ class EncodedSample:
     row: tuple[Any, ...]
     values: list[tuple[str, str, bytes, bytes | None]]  # metric, layout, means, spreads
     events: list[tuple[Any, ...]]
+    firing: str
     coverage: str
 
 
@@ -83,6 +88,7 @@ def encode(sample: Sample) -> EncodedSample:
         row=(utc_now(), float(sample.seconds), _stored_int(sample.failures), plain(sample.failure), diagnostics),
         values=values,
         events=[tuple(map(_stored, astuple(event))) for event in sample.events],
+        firing=json_of([[getattr(alarm, name) for name in ALARM_FIELDS] for alarm in sample.firing]),
         coverage=json_of([vars(entry) for entry in sample.coverage.values()]),
     )
 
@@ -100,8 +106,11 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
         db.execute("INSERT OR IGNORE INTO layout VALUES (NULL, ?)", (layout,))
         (layout_id,) = db.execute("SELECT id FROM layout WHERE layers = ?", (layout,)).fetchone()
         db.execute("INSERT INTO value VALUES (?, ?, ?, ?, ?)", (sample_id, metric, layout_id, means, spreads))
-    slots = ", ".join("?" * (1 + len(EVENT_COLUMNS)))
-    db.executemany(f"INSERT INTO event VALUES ({slots})", [(sample_id, *event) for event in sample.events])
+    # By name: a file that was brought to this schema has its columns in another order.
+    names, slots = ", ".join(EVENT_COLUMNS), ", ".join("?" * len(EVENT_COLUMNS))
+    events = [(sample_id, *event) for event in sample.events]
+    db.executemany(f"INSERT INTO event (sample_id, {names}) VALUES (?, {slots})", events)
+    db.execute("UPDATE segment SET firing = ?1 WHERE id = ?2 AND firing <> ?1", (sample.firing, segment_id))
     if sample.coverage != "[]":
         db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
 
@@ -155,16 +164,39 @@ def decode_coverage(text: Any) -> dict[str, LayerCoverage]:
     return layers
 
 
-def decode_event(row: Sequence[Any]) -> AlertEvent:
-    """Return the event of a row of `EVENT_COLUMNS`.
+def decode_event(columns: Sequence[str], row: Sequence[Any]) -> AlertEvent:
+    """Return the event of a row.
+
+    Args:
+        columns: Names of the row's columns, `EVENT_COLUMNS` or those of an older schema.
+        row: Their values.
 
     Raises:
         TypeError: It has values of other types than an event.
     """
-    named = dict(zip(EVENT_COLUMNS, row, strict=True))
-    for number in ("value", "baseline"):  # SQLite has no NaN and stores NULL for it
-        named[number] = math.nan if named[number] is None else named[number]
-    return _checked(AlertEvent(**named))
+    named = {name: value for name, value in zip(columns, row, strict=True) if name not in _LATER or value is not None}
+    numbers = {name: _number(named[name]) for name in _NUMBERS if name in named}
+    return _checked(AlertEvent(**{**named, **numbers}))
+
+
+def decode_firing(text: Any) -> dict[AlarmKey, dict[str, Any]]:
+    """Return the values of each alarm that fires, from the JSON text of a segment.
+
+    Raises:
+        TypeError, ValueError: It is not that of a segment.
+    """
+    courses = {}
+    for alarm in typed(decode_json(text), list):
+        rule, layer, scope, head, *values = typed(alarm, list)
+        key = (typed(rule, str), typed(layer, str, type(None)), typed(scope, str), typed(head, int, type(None)))
+        courses[key] = {
+            name: float(typed(value, float, int)) for name, value in zip(ALARM_FIELDS[4:], values, strict=True)
+        }
+    return courses
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value  # SQLite has no NaN and stores NULL for it
 
 
 def decode_layout(text: Any) -> list[tuple[str, int]]:

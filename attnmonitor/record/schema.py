@@ -9,6 +9,8 @@ from pathlib import Path
 from attnmonitor.sample import AlertEvent
 
 __all__ = [
+    "ADDED",
+    "ALARM_FIELDS",
     "APPLICATION_ID",
     "BUSY_TIMEOUT_SECONDS",
     "EVENT_COLUMNS",
@@ -16,18 +18,30 @@ __all__ = [
     "SCHEMA_VERSION",
     "TABLES",
     "RecordError",
+    "bring_to_present",
     "check_is_record",
     "check_pages",
+    "columns_of",
     "damaged_record",
+    "is_older",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1  # that is read, and brought to this version when a run is continued in its file
 APPLICATION_ID = 0x61746D6E  # "atmn": tells a record from any other SQLite file
 EVENT_COLUMNS = tuple(column.name for column in fields(AlertEvent))
+ALARM_FIELDS = ("rule", "layer", "scope", "head", "value", "now", "worst", "distance")  # in a segment's `firing`
 BUSY_TIMEOUT_SECONDS = 5.0
 
+ADDED = {
+    "segment": {"firing": "TEXT NOT NULL DEFAULT '[]'"},
+    "event": {"metric": "", "now": "", "worst": "", "distance": ""},
+}
+"""Columns that schema 1 did not have, and how they are declared, by table."""
+
 TABLES = f"""
-CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL);
+CREATE TABLE segment (id INTEGER PRIMARY KEY, started_at TEXT NOT NULL, run TEXT NOT NULL, coverage TEXT NOT NULL,
+    firing TEXT NOT NULL DEFAULT '[]');
 CREATE TABLE layout (id INTEGER PRIMARY KEY, layers TEXT NOT NULL UNIQUE);
 CREATE TABLE sample (
     id INTEGER PRIMARY KEY, segment_id INTEGER NOT NULL REFERENCES segment, global_step INTEGER NOT NULL,
@@ -59,12 +73,31 @@ def check_is_record(db: sqlite3.Connection, path: Path) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application_id != APPLICATION_ID:
         raise RecordError(f"{path}: an SQLite file, but not a run record of attnmonitor")
-    if version != SCHEMA_VERSION:
+    if not OLDEST_SCHEMA <= version <= SCHEMA_VERSION:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
         raise RecordError(
             f"{path}: written by {age} attnmonitor (schema {version}; this one has schema {SCHEMA_VERSION});"
             " use it with the version that wrote it"
         )
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> tuple[str, ...]:
+    """Return the columns of a table in order; none where there is no such table."""
+    return tuple(name for (name,) in db.execute("SELECT name FROM pragma_table_info(?)", (table,)))
+
+
+def is_older(db: sqlite3.Connection) -> bool:
+    """Return whether a record is of an older schema."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return bool(version < SCHEMA_VERSION)
+
+
+def bring_to_present(db: sqlite3.Connection) -> None:
+    """Add to a record of an older schema what it lacks; what is in it stays as it is."""
+    for table, columns in ADDED.items():
+        for column, declared in columns.items():
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declared}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def check_pages(db: sqlite3.Connection) -> None:

@@ -308,5 +308,7 @@ def _segment_for(db: sqlite3.Connection, run: Mapping[str, Any], path: Path) -> 
             return segment_id
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {run.get(key)!r}" for key in changed)
         warn(f"{path}: {changes}. A new segment begins; its numbers do not continue the curves before it.")
-    new = db.execute("INSERT INTO segment VALUES (NULL, ?, ?, '[]')", (utc_now(), json.dumps(run)))
+    new = db.execute(
+        "INSERT INTO segment (started_at, run, coverage) VALUES (?, ?, '[]')", (utc_now(), json.dumps(run))
+    )
     return int(new.lastrowid or 0)

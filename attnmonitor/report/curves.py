@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.metrics.catalog import metric_scope
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned, scoped_head_name
-from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.outliers import movement
 from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS, color_heads
 
@@ -94,14 +94,15 @@ def head_curves(
     column_of = {head: column for column, head in enumerate(heads)}
     scope = metric_scope(metric)
     faults = {
-        column_of[event.layer, head]: event.kind.replace("_", " ")
+        column_of[event.layer, head]: fault_text(event.kind)
         for event in alarms
         if event.layer is not None
         for head in heads_concerned(event, scope, coverage)
         if (event.layer, head) in column_of
     }
     short = short_layer_names([*(coverage or ()), *tables])
-    names = [plain_text(scoped_head_name(short[layer], head, scope)) for layer, head in heads]
+    seen = coverage or {}
+    names = [plain_text(scoped_head_name(short[layer], head, scope, seen.get(layer))) for layer, head in heads]
     for column, fault in faults.items():
         names[column] += f" ▲ {plain_text(fault)}"
     values = np.where(np.isfinite(values), values, np.nan)[kept]

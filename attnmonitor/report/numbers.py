@@ -10,18 +10,18 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnmonitor.alerts.firing import most_severe_first, still_firing
-from attnmonitor.metrics.catalog import METRICS, is_log, metric_scope, metric_title
+from attnmonitor.alerts.firing import most_severe_first
+from attnmonitor.metrics.catalog import METRICS, head_noun, is_log, metric_scope, metric_title
 from attnmonitor.record import RunRecord
 from attnmonitor.report.curves import thinned
 from attnmonitor.report.traces import QUANTILES
-from attnmonitor.sample import AlertEvent, Scope, head_name, heads_concerned, scoped_head_name
+from attnmonitor.sample import AlarmKey, AlertEvent, Scope, head_name, heads_concerned, scoped_head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 
@@ -45,13 +45,15 @@ class AlarmSpan:
 def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
     """Join the events of each alarm, in the order in which the alarms began."""
     spans: list[AlarmSpan] = []
-    running: dict[tuple[str, str | None, str, int | None], int] = {}
+    running: dict[AlarmKey, int] = {}
     for event in events:
-        key = (event.rule, event.layer, event.scope, event.head)
+        key = event.key
         if key in running:
             at = running[key]
             ended = event.global_step if event.state == "cleared" else None
-            spans[at] = AlarmSpan(spans[at].event if ended is not None else event, spans[at].began, ended)
+            before = spans[at].event
+            shown = replace(event if ended is None else before, value=before.value, now=event.now, worst=event.worst)
+            spans[at] = AlarmSpan(shown, spans[at].began, ended)
             if ended is not None:
                 del running[key]
         else:
@@ -76,6 +78,10 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
     """
     spans, steps = alarm_spans(record.events), record.steps
     trajectories = {name: record.trajectories(name) for name in record.metrics}
+    nothing = {
+        name: np.empty((len(steps), 0), np.float32) for name, layer in record.coverage.items() if not layer.measured
+    }
+    trajectories = {name: {**nothing, **shown} for name, shown in trajectories.items()}
     layers = list(dict.fromkeys([*record.coverage, *(layer for shown in trajectories.values() for layer in shown)]))
     short = short_layer_names(layers)
     keep = np.flatnonzero(
@@ -88,13 +94,19 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
         "short": [short[layer] for layer in layers],
         "names": {
             scope: [
-                [scoped_head_name(short[layer], head, scope) for head in range(_num_heads(trajectories, layer, scope))]
+                [
+                    scoped_head_name(short[layer], head, scope, record.coverage.get(layer))
+                    for head in range(_num_heads(trajectories, layer, scope))
+                ]
                 for layer in layers
             ]
             for scope in _SCOPES
         },
         "kv_heads": [_kv_heads(record, layer) for layer in layers],
-        "metrics": {name: _metric_numbers(name, shown, layers, keep, share) for name, shown in trajectories.items()},
+        "metrics": {
+            name: {**_metric_numbers(name, shown, layers, keep, share), "noun": head_noun(name, record.coverage)}
+            for name, shown in trajectories.items()
+        },
         "alarms": [_alarm(span, record, layers, short) for span in spans],
         "first_look": _first_look(record, layers),
         "seconds": packed(record.seconds),
@@ -164,14 +176,14 @@ def _kv_heads(record: RunRecord, layer: str) -> list[int]:
 
 
 def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
-    for event, *_ in most_severe_first(still_firing(record.events)):
+    for event, *_ in most_severe_first(record.firing, record.coverage):
         if event.layer in layers and event.head is not None:
             named = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
             return {
                 "layer": layers.index(event.layer),
                 "head": event.head,
                 "scope": event.scope,
-                "metric": next(named, None),
+                "metric": event.metric if event.metric in record.metrics else next(named, None),
             }
     return None
 
@@ -181,7 +193,7 @@ def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str], short: Map
     return {
         "layer": layers.index(event.layer) if event.layer in layers else None,
         "heads": {scope: heads_concerned(event, scope, record.coverage) for scope in _SCOPES},
-        "where": head_name(event, short),
+        "where": head_name(event, short, record.coverage),
         "scope": event.scope,
         "head": event.head,
         "rule": event.rule,

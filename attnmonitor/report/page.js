@@ -109,15 +109,20 @@ function drawHeatmap(run, index) {
     const { layer, head } = metric.columns[column], row = metric.rowOf.get(layer);
     return { ...shape, x0: shape.x0 + head, x1: shape.x1 + head, y0: shape.y0 + row, y1: shape.y1 + row };
   }));
+  // Layers without a number keep their row, hatched.
+  const gaps = values.flatMap((row, at) => row.every(value => value === null) ? [at] : []), [, hatched] = figure.data;
+  const corners = (left, right) => gaps.flatMap(at => [at - left, at - left, at + right, at + right, at - left, null]);
+  const notMeasured = gaps.map(at => plainText(`${run.short[metric.rows[at][0]]}: not measured`));
   const { alarm, chosen } = run.charts.frames, title = figure.layout.title;
   const cells = { ...trace, z: values.map(row => row.map(shade)), customdata: values, text: table(column => plainText(nameOf(run, metric, column))) };
-  Plotly.react(div, [cells], {
+  const gapTrace = { ...hatched, x: gaps.flatMap(() => [-0.5, most - 0.5, most - 0.5, -0.5, -0.5, null]), y: corners(0.45, 0.45), text: notMeasured.join("<br>") };
+  Plotly.react(div, [cells, gapTrace], {
     ...structuredClone(figure.layout),
     title: { ...title, text: title.text.replace("{step}", grouped(step)) },
     shapes: [...framed(alarmedColumns(run, metric, step), alarm), ...framed(chosenColumns(run, metric), chosen)],
   }, CONFIG).then(() => {
     div.removeAllListeners("plotly_click");
-    div.on("plotly_click", event => choose(metric.rows[event.points[0].y][0], event.points[0].x, metric.scope));
+    div.on("plotly_click", ({ points: [{ data, x, y }] }) => data.type === "heatmap" && choose(metric.rows[y][0], x, metric.scope));
   });
 }
 

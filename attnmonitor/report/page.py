@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from attnmonitor.alerts.firing import still_firing
+from attnmonitor.alerts.firing import number_text
 from attnmonitor.alerts.notifications import ADVICE
 from attnmonitor.messages import needed
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record import RunRecord
-from attnmonitor.report.numbers import AlarmSpan, alarm_spans, run_numbers, segment_starts
+from attnmonitor.report.numbers import alarm_spans, run_numbers, segment_starts
 from attnmonitor.report.page_charts import page_charts, shared_scales
 from attnmonitor.sample import head_name
-from attnmonitor.summary.names import short_layer_names
+from attnmonitor.summary.names import count_text, fault_text, short_layer_names
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 from attnmonitor.summary.style import BAND_COLOR, FAINT_INK, INK
@@ -82,21 +83,20 @@ def _json_in_html(numbers: Any) -> str:
 
 
 def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
-    spans = alarm_spans(record.events)
-    state = "alarm" if still_firing(record.events) else "calm"
+    summary = RunSummary.of_record(record)
     configuration = escape(json.dumps(dict(record.config), indent=2))
     model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
     return f"""
 <section class="run" id="run-{index}">
   <div>
     <p class="name">{escape(record.path.name)} · {escape(model)}</p>
-    <h1 class="{state}">{escape(verdict(RunSummary.of_record(record)))}</h1>
+    <h1 class="{summary.state}" data-state="{summary.state}">{escape(verdict(summary))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>
   <div>
     <h2>Alarms</h2>
     <div class="chart" id="timeline-{index}"></div>
-    {_alarm_table(spans, record)}
+    {_alarm_table(record)}
   </div>
   <div>
     <h2>Heads <small class="metric-name"></small></h2>
@@ -137,36 +137,41 @@ def _thinned_note(record: RunRecord, numbers: dict[str, Any]) -> str:
     return f"<p class='note'>{note} The record has them all.</p>"
 
 
-def _alarm_table(spans: Sequence[AlarmSpan], record: RunRecord) -> str:
+def _alarm_table(record: RunRecord) -> str:
+    """The alarms that fire, worst first, then those that are over, the latest first."""
+    spans = {(span.event.key, span.ended): span for span in alarm_spans(record.events)}
     if not spans:
         return "<p class='note'>No alarm has begun in this run.</p>"
+    firing = [replace(spans.pop((alarm.key, None)), event=alarm) for alarm in record.firing]
+    ordered = [*firing, *sorted(spans.values(), key=lambda span: -(span.ended or 0))]
     short = short_layer_names(record.coverage)
     rows = []
-    for span in spans[-MOST_ALARM_ROWS:]:
+    for span in ordered[:MOST_ALARM_ROWS]:
         event = span.event
         rows.append(
             (
-                head_name(event, short),
-                event.kind.replace("_", " ") + (" (critical)" if event.severity == "critical" else ""),
+                head_name(event, short, record.coverage),
+                fault_text(event.kind) + (" (critical)" if event.severity == "critical" else ""),
                 f"{span.began:,}",
                 "still firing" if span.ended is None else f"{span.ended:,}",
-                _number(event.value),
+                event.metric,
+                *("" if math.isnan(value) else number_text(value) for value in (event.value, event.now, event.worst)),
                 event.message,
             )
         )
-    header = ("where", "what", "since step", "until step", "value", "message")
-    left_out = len(spans) - len(rows)
+    header = ("where", "what", "since step", "until step", "metric", "at alarm", "now or at end", "worst", "message")
+    left_out = len(ordered) - len(rows)
     note = f"<p class='note'>{left_out} earlier alarms are not listed.</p>" if left_out else ""
     opened = " open" if len(rows) <= 12 else ""
-    table = f"<details{opened}><summary>{_count(len(rows), 'alarm')}</summary>{_table(header, rows)}</details>"
-    return f"{note}{table}{_advice(span.event.kind for span in spans)}"
+    table = f"<details{opened}><summary>{count_text(len(rows), 'alarm')}</summary>{_table(header, rows)}</details>"
+    return f"{note}{table}{_advice(span.event.kind for span in ordered)}"
 
 
 def _advice(kinds: Iterable[str]) -> str:
     """For each kind of fault, what it usually means and what to try."""
     known = [(kind, ADVICE[kind]) for kind in dict.fromkeys(kinds) if kind in ADVICE]
     entries = "".join(
-        f"<dt>{escape(kind.replace('_', ' '))}</dt><dd>{escape(advice.meaning)} {escape(advice.remedy)}</dd>"
+        f"<dt>{escape(fault_text(kind))}</dt><dd>{escape(advice.meaning)} {escape(advice.remedy)}</dd>"
         for kind, advice in known
     )
     return f"<dl>{entries}</dl>" if entries else ""
@@ -219,7 +224,8 @@ def _cost(record: RunRecord) -> str:
     for name, values in record.diagnostics.items():
         known = [value for value in values.tolist() if math.isfinite(value)]
         if known:
-            notes.append(f"{escape(name.replace('_', ' '))} {known[-1]:.3g}")
+            number = f"{100 * known[-1]:.1f} % of the time" if name == "overhead" else f"{known[-1]:.3g}"
+            notes.append(f"{escape(name.replace('_', ' '))} {number}")
     if failed:
         notes.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
     return f"<p>{'; '.join(notes) or 'No sample yet.'}</p>"
@@ -229,10 +235,6 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:

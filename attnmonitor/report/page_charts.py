@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from attnmonitor.metrics.catalog import head_noun, is_log, metric_title, metric_unit
+from attnmonitor.metrics.catalog import is_log, metric_title, metric_unit
 from attnmonitor.record import RunRecord
 from attnmonitor.report.charts import alarm_lines, model_layout, model_traces
 from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
@@ -34,7 +34,16 @@ from attnmonitor.report.traces import (
     upright_line,
     value_axis,
 )
-from attnmonitor.summary.style import ALARM_COLOR, ALARM_SHADES, BAND_COLOR, CHOSEN_COLOR, FAINT_INK, OTHER_HEADS_COLOR
+from attnmonitor.summary.names import fault_text
+from attnmonitor.summary.style import (
+    ALARM_COLOR,
+    ALARM_SHADES,
+    BAND_COLOR,
+    CHOSEN_COLOR,
+    FAINT_INK,
+    OTHER_HEADS_COLOR,
+    PAPER_GRAY,
+)
 
 __all__ = ["Scales", "page_charts", "shared_scales"]
 
@@ -113,7 +122,7 @@ def _timeline(run: Numbers, scales: Scales) -> Chart:
     traces = []
     for kind, color in zip(kinds, ALARM_SHADES * len(kinds), strict=False):
         bars = [a for a in run["alarms"] if a["kind"] == kind and plain_text(a["where"]) in shown]
-        traces.append(_alarm_bars(plain_text(kind.replace("_", " ")), bars, run["steps"][-1], color))
+        traces.append(_alarm_bars(plain_text(fault_text(kind)), bars, run["steps"][-1], color))
     num_hidden = len(places) - len(shown)
     title = f"{num_hidden} places with earlier alarms are left out" if num_hidden else ""
     layout = _layout(title, 96 + 22 * len(shown), scales, run["segments"])
@@ -177,12 +186,24 @@ def _heatmap(name: str, run: Numbers, scales: Scales) -> Chart:
         "hovertemplate": "%{text}<br>%{customdata:.4g}<extra></extra>",
         "colorbar": {"thickness": 12, "outlinewidth": 0, "title": unit, **(tick_texts if log_scale else {})},
     }
+    not_measured = {
+        "type": "scatter",
+        "mode": "lines",
+        "fill": "toself",
+        "fillpattern": {"shape": "/", "fgcolor": OTHER_HEADS_COLOR, "bgcolor": PAPER_GRAY, "size": 7},
+        "line": {"width": 0},
+        "hoveron": "fills",
+        "hoverinfo": "text",
+        "showlegend": False,
+    }
     named, numbered = range(0, len(rows), -(-len(rows) // 26)), range(0, most, -(-most // 16))
     layout = _layout(f"{metric_title(name)} at step {{step}}", 110 + _row_height(len(rows)) * len(rows), scales)
-    layout["xaxis"] = axis(title={"text": head_noun(name)}, showgrid=False, constrain="domain", tickvals=[*numbered])
+    layout["xaxis"] = axis(
+        title={"text": run["metrics"][name]["noun"]}, showgrid=False, constrain="domain", tickvals=[*numbered]
+    )
     row_names = [plain_text(rows[row][0]) for row in named]
     layout["yaxis"] = axis(autorange="reversed", tickvals=[*named], ticktext=row_names, showgrid=False)
-    return {"data": [trace], "layout": layout}
+    return {"data": [trace, not_measured], "layout": layout}
 
 
 def _row_height(num_rows: int) -> float:
@@ -204,6 +225,7 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
     layers = {
         run["layers"][layer]: values[:, start : start + num_heads]
         for (layer, num_heads), start in zip(metric["rows"], starts, strict=False)
+        if num_heads
     }
     spans = alarm_spans(record.events)
     alarms, coverage = [span.event for span in spans], record.coverage

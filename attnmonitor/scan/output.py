@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from attnmonitor.metrics.catalog import head_noun
+from attnmonitor.metrics.catalog import metric_scope
 from attnmonitor.parallel.process_state import first_import
+from attnmonitor.sample import scoped_head_name
 from attnmonitor.scan.audit import Scan
 from attnmonitor.scan.checkpoint import steps_of
 from attnmonitor.scan.files import whole_file
@@ -49,9 +50,13 @@ def scan_text(found: Scan) -> str:
         layer_table(found.values, coverage=found.coverage, metrics=shown),
     ]
     short = short_layer_names(found.coverage)
+
+    def name_of(layer: str, head: int, scope: str | None) -> str:
+        return scoped_head_name(short[layer], head, scope, found.coverage[layer])
+
     for metric in shown:
         outliers = [
-            f"{short[head.layer]} {head_noun(metric)} {head.head} ({head.value:.3g})"
+            f"{name_of(head.layer, head.head, metric_scope(metric))} ({head.value:.3g})"
             for head in outlier_heads(found.values[metric], metric, 3)
             if abs(head.distance) >= _OUTLIER_DISTANCE
         ]

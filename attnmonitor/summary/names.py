@@ -6,26 +6,65 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from attnmonitor.alerts.firing import course_text
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["MAX_NAMED", "fault_names", "short_layer_names"]
+__all__ = ["MAX_NAMED", "count_text", "fault_names", "fault_text", "short_layer_names", "tail_of"]
 
 MAX_NAMED = 3
 """Heads named in one line of text; of the others it gives the number."""
 
 
-def fault_names(events: Iterable[AlertEvent]) -> str:
-    """Each kind of fault once, with the step of its first alarm.
+_FAULTS = {"mass": "many heads changed at once", "non_finite": "values are not finite"}
+"""Kinds of faults that are sentences to a person; the others are their own words."""
+
+
+def fault_text(kind: str) -> str:
+    """Return a kind of fault in words.
+
+    Example:
+        >>> fault_text("mass"), fault_text("key_sink")
+        ('many heads changed at once', 'key sink')
+    """
+    return _FAULTS.get(kind, kind.replace("_", " "))
+
+
+def fault_names(events: Iterable[AlertEvent], *, courses: bool = True) -> str:
+    """Each kind of fault once, with the step of its first alarm and the course of its worst one.
+
+    Args:
+        events: Alarms, worst first.
+        courses: Whether to add the values at alarm, now and at the worst.
 
     Example:
         >>> sink = AlertEvent("key_rank", "key_sink", "kv_head", "h.0", 1, 9.0, 2.0, 900, "firing", since_step=400)
         >>> fault_names([sink])
         'key sink since step 400'
     """
-    since: dict[str, int] = {}
+    by_kind: dict[str, list[AlertEvent]] = {}
     for event in events:  # several rules may see the same fault
-        since[event.kind] = min(event.began, since.get(event.kind, event.began))
-    return ", ".join(f"{kind.replace('_', ' ')} since step {step:,}" for kind, step in since.items())
+        by_kind.setdefault(event.kind, []).append(event)
+    named = []
+    for kind, same in by_kind.items():
+        since = f"{fault_text(kind)} since step {min(event.began for event in same):,}"
+        course = course_text(same[0]) if courses else ""
+        named.append(f"{since}: {course}" if course else since)
+    return ("; " if any(": " in each for each in named) else ", ").join(named)
+
+
+def count_text(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def tail_of(name: str, most: int) -> str:
+    """The end of a name, which tells layers apart, with an ellipsis where it is longer than ``most`` characters.
+
+    Example:
+        >>> tail_of("model.decoder.layers.11.self_attn", 20)
+        '…layers.11.self_attn'
+    """
+    return name if len(name) <= most else f"…{name[len(name) - most + 1 :]}"
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:

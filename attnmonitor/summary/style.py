@@ -21,6 +21,7 @@ __all__ = [
     "INK",
     "OTHER_HEADS_COLOR",
     "PAPER_GRAY",
+    "STATE_COLORS",
     "color_heads",
     "head_color",
     "log_ticks",
@@ -32,6 +33,7 @@ HEAD_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CHOSEN_COLOR = "#000000"  # the head that a reader has chosen
 OTHER_HEADS_COLOR = "#8a929c"
 BAND_COLOR = "#35608d"
+STATE_COLORS = {"alarm": ALARM_COLOR, "healthy": "#1F6F4A", "unknown": "#7A5600"}
 INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
 
 

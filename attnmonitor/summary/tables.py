@@ -12,10 +12,12 @@ from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names
+from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names, tail_of
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
 __all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table"]
+
+_MAX_LAYER = 24  # characters
 
 TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
 """Columns of a layer table where none are asked for."""
@@ -126,13 +128,15 @@ def _table(
     for layer in layers:
         cells = [_range_text(values[name].get(layer)) for name in shown]
         alarms = [
-            f"{head_name(events[0], {layer: ''})}: {fault_names(events)}".removeprefix(": ").strip()
+            f"{head_name(events[0], {layer: ''}, coverage)}: {fault_names(events, courses=False)}".removeprefix(
+                ": "
+            ).strip()
             for events in most_severe_first((event for event in firing if event.layer == layer), coverage)
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
         more = [f"and {len(alarms) - MAX_NAMED} more"] if len(alarms) > MAX_NAMED else []
-        row = [short[layer], *cells, "; ".join(alarms[:MAX_NAMED] + more)]
+        row = [tail_of(short[layer], _MAX_LAYER), *cells, "; ".join(alarms[:MAX_NAMED] + more)]
         rows.append([printable(cell, one_line=True) for cell in row])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows

@@ -384,7 +384,7 @@ def test_state_of_the_previous_version_is_loaded() -> None:
     second = monitor_of(TinyGPT())
     second.load_state_dict(saved_and_loaded(older))
     assert second.summary.num_samples == 2
-    assert second.sample(2).verdict.startswith("8 heads in 2 layers watched over 3 samples")
+    assert second.sample(2).verdict.startswith("unknown: 8 heads in 2 layers watched over 3 samples")
 
 
 @pytest.mark.parametrize("alerts", [{}, {"recent": {}, "rules": {}}, {"past": {"heads": {}}, "rules": 3}, None])

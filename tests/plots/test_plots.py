@@ -201,7 +201,7 @@ def test_overview_title_is_the_verdict(run: RunRecord, tmp_path: Path) -> None:
 def test_overview_of_an_empty_record(tmp_path: Path) -> None:
     RecordWriter(tmp_path / "run.sqlite", run={}).close()
     figure = overview(RunRecord.open(tmp_path / "run.sqlite"))
-    assert figure.get_suptitle() == "no sample taken yet"
+    assert figure.get_suptitle() == "unknown: no sample taken yet"
     figure.canvas.draw()
 
 

@@ -365,7 +365,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
     overwritten[200:] = bytes(len(overwritten) - 200)
     (folder / "zeros.sqlite").write_bytes(overwritten)
     reasons = {
-        "newer": "written by a newer attnmonitor .schema 99; this one has schema 1",
+        "newer": "written by a newer attnmonitor .schema 99; this one has schema 2",
         "older": "written by an older attnmonitor .schema 0",
         "foreign": "not a run record of attnmonitor",
         "cut": "truncated.*malformed",
@@ -461,3 +461,25 @@ def test_a_7b_class_run_stays_small_and_opens_fast(tmp_path: Path) -> None:
     assert opened_seconds < 1.0
     assert len(read.steps) == 2000
     assert read.trajectories("key_incoherence")[layers[31]].shape == (2000, 32)
+
+
+def test_record_of_the_schema_before_is_read_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    event = AlertEvent("hot", "logit_blowup", "query_head", "attn", 0, 1.0, 1.0, 0, "firing")
+    with RecordWriter(path, run=RUN) as record:
+        record.append(one_value(0, events=[event]))
+    with sqlite3.connect(path) as db:
+        for column in ("metric", "now", "worst", "distance"):
+            db.execute(f"ALTER TABLE event DROP COLUMN {column}")
+        db.execute("ALTER TABLE segment DROP COLUMN firing")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    old = RunRecord.open(path)
+    assert old.events == old.firing == [event]
+    assert (old.state, math.isnan(old.firing[0].now)) == ("alarm", True)
+    alarm = replace(event, metric="query_rms", now=3.0, worst=4.0, distance=1.5)
+    with RecordWriter(path, run=RUN) as record:
+        record.append(one_value(10, events=[replace(alarm, global_step=10)], firing=[alarm]))
+    [present] = RunRecord.open(path).firing
+    assert (present.value, present.now, present.worst, present.distance) == (1.0, 3.0, 4.0, 1.5)
+    assert [each.metric for each in RunRecord.open(path).events] == ["", "query_rms"]

@@ -101,7 +101,7 @@ def test_lines_are_thinned_trajectories_with_both_ends(num_samples: int, seed: i
     drawn = lines(model_chart(history, sample, "key_rank"))
     steps = history.steps
     curves = {
-        f"layers.{layer} KV head {head}": values[:, head].tolist()
+        f"layers.{layer} head {head}": values[:, head].tolist()
         for layer, values in enumerate(history["key_rank"].values())
         for head in range(4)
     }

@@ -115,7 +115,7 @@ def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
             missed = {"pooler": LayerCoverage("pooler", reason="a kernel nobody can see into")}
             record.append(replace(sample, coverage={**sample.coverage, **missed}))
     page = write_report(path, tmp_path / "out" / "page.html").read_text()
-    assert "1 head needs a look: model.layers.1.self_attn KV head 2 (key sink since step 950)" in page
+    assert "1 head needs a look: model.layers.1.self_attn head 2 (key sink since step 950)" in page
     assert "not measured: a kernel nobody can see into" in page
     assert "2 of 3 attention layers measured" in page
     assert "0.21 s per sample (median), 6.3 s in 30 samples" in page
@@ -133,7 +133,7 @@ def test_records_without_values_make_a_page(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "failed.sqlite", run={}) as record:
         record.append(replace(sample, values={}, spread={}, failure="RuntimeError: <boom>", failures=1))
     page = write_report(tmp_path / "failed.sqlite").read_text()
-    assert "nothing measured: 1 sample failed (RuntimeError: &lt;boom&gt;)" in page
+    assert "unknown: nothing measured: 1 sample failed (RuntimeError: &lt;boom&gt;)" in page
 
 
 def test_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
@@ -275,7 +275,9 @@ def test_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Pa
     record, browser = RunRecord.open(sized), show(write_report(sized))
     layers = list(record.coverage)
     click_cell(browser, "heatmap-0", head=1, row=0)
-    assert browser.find_element("id", "chosen").text == "layers.0 KV head 1"
+    known = record.coverage[layers[0]]
+    noun = "head" if known.num_query_heads == known.num_kv_heads else "KV head"
+    assert browser.find_element("id", "chosen").text == f"layers.0 {noun} 1"
     expected = record.trajectories("key_incoherence")[layers[0]][:, 1]
     (shown,) = curve(browser, "curves-0", CHOSEN)
     np.testing.assert_allclose(shown, expected, rtol=1e-6)
@@ -334,7 +336,7 @@ def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]
     headings = [heading.text for heading in browser.find_elements("tag name", "h1")]
     assert headings == [
         "12 heads in 3 layers watched over 20 samples: healthy",
-        "1 head needs a look: layers.2 KV head 1 (key sink since step 950); 1 alarm came and went",
+        "1 head needs a look: layers.2 head 1 (key sink since step 950); 1 alarm came and went",
     ]
     left, right = (browser.find_element("id", f"heatmap-{run}").rect for run in (0, 1))
     assert left["y"] == right["y"]

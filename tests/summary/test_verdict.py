@@ -42,11 +42,13 @@ def test_alarm_fires_until_cleared_and_may_fire_again() -> None:
 def test_healthy_only_if_a_rule_is_on() -> None:
     assert verdict_of(coverage(), num_samples=1) == "8 heads in 2 layers watched over 1 sample: healthy"
     unwatched = verdict_of(coverage(), num_samples=3, has_rules=False)
-    assert unwatched == "8 heads in 2 layers watched over 3 samples: no alert rule was on"
+    assert unwatched.startswith(
+        "unknown: 8 heads in 2 layers watched over 3 samples: no alarm, but no alert rule was on"
+    )
 
 
 def test_not_healthy_while_rules_wait() -> None:
-    early = "8 heads in 2 layers watched over 25 samples: no alarm, but some rules first wait for 25 samples"
+    early = "unknown: 8 heads in 2 layers watched over 25 samples: no alarm, but some rules first wait for 25 samples"
     assert verdict_of(coverage(), num_samples=25, grace=25) == early
     assert verdict_of(coverage(), num_samples=26, grace=25).endswith("26 samples: healthy")
     assert verdict_of(coverage(), num_samples=3, firing=[event()], grace=25).startswith("1 head needs a look")
@@ -60,7 +62,7 @@ def test_verdict_names_head_fault_and_step() -> None:
     ]
     assert verdict_of(coverage(), num_samples=9, firing=both, num_cleared=1) == (
         "2 heads need a look: layers.0 head 1 (key sink since step 400, logit blowup since step 450),"
-        " layers.1 KV head 3 (key sink since step 400); 1 alarm came and went"
+        " layers.1 head 3 (key sink since step 400); 1 alarm came and went"
     )
 
 
@@ -71,10 +73,15 @@ def test_verdict_is_one_line_with_worst_heads_first() -> None:
     assert line.startswith("8 heads need a look: layers.1 head 2 (key sink since step 400), layers.0 head 0")
     assert line.endswith("and 5 more")
     run = verdict_of(coverage(), num_samples=9, firing=[*firing, event(None, None, kind="mass", scope="run")])
-    assert run.startswith("the run needs a look (mass since step 400), and so do 8 heads: layers.1 head 2 (key sink")
+    assert run.startswith(
+        "the run needs a look (many heads changed at once since step 400), and so do 8 heads: layers.1 head 2 (key sink"
+    )
     assert "\n" not in run
     alone = [event(None, None, kind="mass", scope="run"), event(None, 1, scope="layer", rule="mass")]
-    assert verdict_of(coverage(), num_samples=9, firing=alone[:1]) == "the run needs a look (mass since step 400)"
+    assert (
+        verdict_of(coverage(), num_samples=9, firing=alone[:1])
+        == "the run needs a look (many heads changed at once since step 400)"
+    )
     assert (
         verdict_of(coverage(), num_samples=9, firing=alone[1:])
         == "1 layer needs a look: layers.1 (key sink since step 400)"
@@ -84,7 +91,7 @@ def test_verdict_is_one_line_with_worst_heads_first() -> None:
 def test_query_head_with_own_kv_head_counts_once() -> None:
     both = [event(scope="kv_head"), event(rule="energy_hot", kind="logit_blowup", since_step=450)]
     assert verdict_of(coverage(), num_samples=9, firing=both) == (
-        "1 head needs a look: layers.0 KV head 1 (key sink since step 400, logit blowup since step 450)"
+        "1 head needs a look: layers.0 head 1 (key sink since step 400, logit blowup since step 450)"
     )
     shared = {name: replace(layer, num_kv_heads=2) for name, layer in coverage().items()}
     assert verdict_of(shared, num_samples=9, firing=both).startswith("2 heads need a look")
@@ -100,10 +107,16 @@ def test_head_with_several_alarms_comes_first() -> None:
 def test_unmeasured_run_is_not_healthy() -> None:
     missed = {"attn": LayerCoverage("attn", reason="fused kernel")}
     assert "nothing measured in 1 attention layer (attn: fused kernel)" in verdict_of(missed, num_samples=3)
-    assert verdict_of({**coverage(), **missed}, num_samples=3).endswith("healthy; 1 layer not measured")
-    assert verdict_of(coverage(), num_samples=0) == "no sample taken yet"
+    part = verdict_of({**coverage(), **missed}, num_samples=3)
+    assert part.startswith("unknown: 8 heads in 2 layers watched over 3 samples: no alarm, but 1 of 3 layers")
+    assert "not measured: attn (fused kernel)" in part
+    assert "attnmonitor.capture.capture(...)" in part
+    alarm = verdict_of({**coverage(), **missed}, num_samples=3, firing=[event()])
+    assert alarm.startswith("1 head needs a look")
+    assert "1 of 3 layers not measured: attn (fused kernel)" in alarm
+    assert verdict_of(coverage(), num_samples=0) == "unknown: no sample taken yet"
     failed = verdict_of({}, num_samples=2, num_failed=2, failure="CUDA out of memory")
-    assert failed == "nothing measured: 2 samples failed (CUDA out of memory)"
+    assert failed == "unknown: nothing measured: 2 samples failed (CUDA out of memory)"
 
 
 def test_verdict_of_record(tmp_path: Path) -> None:
@@ -116,7 +129,7 @@ def test_verdict_of_record(tmp_path: Path) -> None:
         "48 heads in 6 layers watched over 40 samples: healthy"
     )
     assert verdict(RunSummary.of_record(RunRecord.open(tmp_path / "(3, 2).sqlite"))) == (
-        "1 head needs a look: layers.3 KV head 2 (key sink since step 1,300); 1 alarm came and went"
+        "1 head needs a look: layers.3 head 2 (key sink since step 1,300); 1 alarm came and went"
     )
 
 
@@ -124,7 +137,7 @@ def test_verdict_of_record_of_failed_samples(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "run.sqlite", run={}) as record:
         record.append(Sample(0, {}, failure="RuntimeError: boom", failures=1))
     assert verdict(RunSummary.of_record(RunRecord.open(tmp_path / "run.sqlite"))) == (
-        "nothing measured: 1 sample failed (RuntimeError: boom)"
+        "unknown: nothing measured: 1 sample failed (RuntimeError: boom)"
     )
 
 
