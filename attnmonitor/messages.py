@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import difflib
 import logging
+import operator
 import unicodedata
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["AttentionMonitorWarning", "did_you_mean", "error_text", "nearest", "needed", "printable", "warn"]
+__all__ = [
+    "AttentionMonitorWarning",
+    "did_you_mean",
+    "error_text",
+    "nearest",
+    "needed",
+    "printable",
+    "warn",
+    "whole_argument",
+]
 
 _logger = logging.getLogger("attnmonitor")
 
@@ -80,6 +90,22 @@ def nearest(name: object, known: Collection[str]) -> str | None:
         'energy_hot'
     """
     return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)), None)
+
+
+def whole_argument(value: object, *, least: int) -> int | None:
+    """Return an argument that is an integer of any type (numpy's, torch's) as an int; None where it is not.
+
+    Args:
+        value: The argument. A bool is not an integer, and neither is an array with axes.
+        least: The smallest that is allowed.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", None):
+        return None
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    return number if number >= least else None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from attnmonitor.messages import nearest
+from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import METRICS, check_metric_names
 
 __all__ = [
@@ -83,8 +83,8 @@ class Threshold:
         if self.signal == "peers" and scope == "run":
             raise ValueError("signal='peers': the run has no peers; use a rule about heads or layers")
         _check_levels(self)
-        _check_at_least("window", self.window, 1)
-        _check_at_least("gap", self.gap, 1)
+        _make_whole(self, "window", 1)
+        _make_whole(self, "gap", 1)
         if scope in ("layer", "run"):
             if self.quantile is None or not 0.0 <= self.quantile <= 1.0:
                 raise ValueError(f"quantile={self.quantile!r}: a rule of scope {scope!r} needs a quantile in [0, 1]")
@@ -213,12 +213,12 @@ class Rule:
     def __post_init__(self) -> None:
         try:
             _check_choice("scope", self.scope, _SCOPES)
-            _check_at_least("patience", self.patience, 1)
-            _check_at_least("grace", self.grace, 0)
-            _check_at_least("hold", self.hold, 0)
-            _check_at_least("least_heads", self.least_heads, 1)
+            _make_whole(self, "patience", 1)
+            _make_whole(self, "grace", 0)
+            _make_whole(self, "hold", 0)
+            _make_whole(self, "least_heads", 1)
             if self.until is not None:
-                _check_at_least("until", self.until, 1)
+                _make_whole(self, "until", 1)
             _check_tree(self.when)
             for leaf in leaves(self.when):
                 leaf.check(self.scope)
@@ -277,9 +277,12 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: {hint}choose one of {', '.join(map(repr, choices))}")
 
 
-def _check_at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def _make_whole(owner: Threshold | Rule, name: str, least: int) -> None:
+    """Make an argument that is an integer of any type, such as numpy's, an int."""
+    value = getattr(owner, name)
+    if (whole := whole_argument(value, least=least)) is None:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+    object.__setattr__(owner, name, whole)
 
 
 def _check_levels(threshold: Threshold) -> None:

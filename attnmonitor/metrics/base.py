@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
+from attnmonitor.messages import whole_argument
 
 __all__ = ["HeadMetric"]
 
@@ -42,9 +43,11 @@ class HeadMetric(Metric):
 
     def __init__(self, num_heads: int, *, setting: tuple[object, ...] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if num_heads < 1:
-            raise ValueError(f"{type(self).__name__}(num_heads={num_heads!r}): a layer has at least one head")
-        self.num_heads = num_heads
+        if (whole := whole_argument(num_heads, least=1)) is None:
+            raise ValueError(
+                f"{type(self).__name__}(num_heads={num_heads!r}): a layer has one head or more, whole ones"
+            )
+        self.num_heads = num_heads = whole
         # The state's name says what is summed: MetricCollection merges metrics whose states have the same name and
         # happen to hold the same numbers after the first update, and from then on reports one for the other.
         self._sums = re.sub(r"\W+", "_", "_".join(map(str, (self.name, *setting, "sums"))))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import Any
 
+from attnmonitor.messages import whole_argument
+
 __all__ = [
     "Schedule",
     "as_schedule",
@@ -83,9 +85,9 @@ def every(num_steps: int) -> Schedule:
         >>> [step for step in range(8) if every(3)(step)]
         [0, 3, 6]
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+    if (whole := whole_argument(num_steps, least=1)) is None:
         raise ValueError(f"schedule: every({num_steps!r}) needs a whole number of optimizer steps, 1 or more")
-    return _Every(num_steps)
+    return _Every(whole)
 
 
 def at_steps(steps: Iterable[int]) -> Schedule:
@@ -101,9 +103,10 @@ def at_steps(steps: Iterable[int]) -> Schedule:
         >>> [step for step in range(8) if at_steps([1, 5])(step)]
         [1, 5]
     """
-    chosen = list(steps)
-    wrong = [step for step in chosen if isinstance(step, bool) or not isinstance(step, int) or step < 0]
-    if wrong or not chosen:
+    given = list(steps)
+    chosen = [whole for step in given if (whole := whole_argument(step, least=0)) is not None]
+    if len(chosen) < len(given) or not given:
+        wrong = [step for step in given if whole_argument(step, least=0) is None]
         arrived = f"{wrong[0]!r} among them" if wrong else "none"
         raise ValueError(f"schedule: at_steps(...) got {arrived}; give one or more whole step numbers, 0 or more")
     return _AtSteps(chosen, frozenset(chosen))
@@ -122,9 +125,9 @@ def logarithmic(per_decade: int = 10) -> Schedule:
         >>> [step for step in range(1001) if logarithmic(3)(step)]
         [0, 1, 3, 5, 10, 22, 47, 100, 216, 465, 1000]
     """
-    if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
+    if (whole := whole_argument(per_decade, least=1)) is None:
         raise ValueError(f"schedule: logarithmic({per_decade!r}) needs a whole number of samples per decade, 1 or more")
-    return _Logarithmic(per_decade)
+    return _Logarithmic(whole)
 
 
 def never(global_step: int) -> bool:
@@ -160,8 +163,8 @@ def as_schedule(schedule: int | Schedule | Iterable[int]) -> Schedule:
     """
     if callable(schedule):
         return schedule
-    if isinstance(schedule, int):
-        return every(schedule)
+    if hasattr(schedule, "__index__") and not getattr(schedule, "ndim", 0):
+        return every(schedule)  # type: ignore[arg-type]
     if isinstance(schedule, Iterable) and not isinstance(schedule, (str, bytes)):
         return at_steps(schedule)
     raise ValueError(

@@ -6,6 +6,7 @@ import string
 from collections.abc import Iterable
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.messages import whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 
 __all__ = ["alerts_on", "check_metrics", "check_name", "check_weights_every"]
@@ -30,9 +31,9 @@ def check_metrics(metrics: Iterable[str] | None) -> tuple[str, ...]:
 
 def check_weights_every(weights_every: int) -> int:
     """Return the number of samples between two measurements of weights."""
-    if weights_every < 1:
-        raise ValueError(f"weights_every={weights_every} must be 1 or more samples")
-    return weights_every
+    if (whole := whole_argument(weights_every, least=1)) is None:
+        raise ValueError(f"weights_every={weights_every!r} must be a whole number of samples, 1 or more")
+    return whole
 
 
 def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.probe import Probe, default_forward
 from attnmonitor.measurement.weights import WeightMeasurement
+from attnmonitor.messages import whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, WEIGHT_METRICS, check_metric_names
 from attnmonitor.sample import LayerCoverage
 from attnmonitor.scan.checkpoint import Checkpoint
@@ -146,11 +147,12 @@ def audit(
             the text is shorter than ``length``. The message says what to do.
     """
     names = check_metric_names(metrics or DEFAULT_METRICS + WEIGHT_METRICS)
-    if length < 2 or batch < 1:
+    num_tokens, num_sequences = whole_argument(length, least=2), whole_argument(batch, least=1)
+    if num_tokens is None or num_sequences is None:
         raise ValueError(
-            f"length={length}, batch={batch}: a sequence needs 2 tokens or more, a batch 1 sequence or more"
+            f"length={length!r}, batch={batch!r}: a sequence needs 2 tokens or more, a batch 1 sequence or more"
         )
-    sequences = checkpoint.sequences(bundled_text() if text is None else text, length, batch)
+    sequences = checkpoint.sequences(bundled_text() if text is None else text, num_tokens, num_sequences)
     progress("loading", 0.0)
     model = checkpoint.model
     inputs = {"input_ids": sequences.to(next(model.parameters()).device)}
@@ -179,7 +181,7 @@ def audit(
         values |= weights.take(values.get("energy_effective_rank"))
     return Scan(
         model=checkpoint.name,
-        length=length,
+        length=num_tokens,
         num_sequences=len(sequences),
         probe_fingerprint=probe.fingerprint,
         values={metric: values[metric] for metric in names},
