@@ -25,7 +25,6 @@ from attnmonitor.loggers import SampleLogger, WandbLogger, as_logger, summary_sc
 from attnmonitor.measurement.batches import copied
 from attnmonitor.messages import needed
 from attnmonitor.monitor.final_report import print_final_report
-from attnmonitor.parallel.process_state import restored_random_state
 from attnmonitor.sample import Sample
 
 with needed(by="attnmonitor.callbacks.transformers", extra="transformers"):
@@ -290,7 +289,10 @@ def _first_rows(trainer: Trainer, train_dataloader: DataLoader[Any]) -> Iterator
     loaders = [train_dataloader]
     if datasets is not None:
         name = next(iter(datasets)) if isinstance(datasets, dict) else None
-        with restored_random_state():  # a subclass may draw random numbers in it
+        if getattr(trainer.get_eval_dataloader, "__func__", None) is Trainer.get_eval_dataloader:
             loaders.insert(0, trainer.get_eval_dataloader(name))
+        else:  # of a subclass: one more call could count, draw or read on
+            held_out: Any = datasets if name is None else datasets[name]
+            loaders.insert(0, DataLoader(held_out, collate_fn=train_dataloader.collate_fn))
     for loader in loaders:
         yield DataLoader(loader.dataset, batch_size=trainer.args.eval_batch_size, collate_fn=loader.collate_fn)

@@ -108,23 +108,24 @@ def test_trainer_default_leaves_the_data_alone(eager: bool, tmp_path: Path) -> N
     assert callback.monitor.history.steps == [0, 2, 4]
 
 
-def test_eval_loader_that_draws_random_numbers_changes_nothing(tmp_path: Path) -> None:
-    class Draws(Trainer):
+@pytest.mark.parametrize("how", ["subclass", "attribute"])
+def test_eval_loader_of_a_subclass_is_not_called(how: str, tmp_path: Path) -> None:
+    made = []
+
+    class Counts(Trainer):
         def get_eval_dataloader(self, *arguments: Any) -> Any:
-            torch.rand(1)
+            made.append(torch.rand(1).item())
             return super().get_eval_dataloader(*arguments)
 
-        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-            drawn.append(torch.rand(1).item())
-            return super().compute_loss(*arguments, **options)
-
-    seen = []
-    for callbacks in ([], [TrainerCallback(every_n_steps=2, record=None, strict=True)]):
-        drawn: list[float] = []
-        trainer_of(tmp_path, *callbacks, kind=Draws).train()
-        seen.append(drawn)
-    assert len(seen[0]) == 4
-    assert seen[0] == seen[1]
+    callback = TrainerCallback(every_n_steps=2, record=None, strict=True)
+    trainer = trainer_of(tmp_path, callback, kind=Counts if how == "subclass" else Trainer)
+    if how == "attribute":
+        trainer.get_eval_dataloader = made.append
+    trainer.train()
+    assert made == []
+    assert callback.monitor.history.steps == [0, 2, 4]
+    ids = [row["input_ids"] for row in trainer.eval_dataset][: trainer.args.eval_batch_size]
+    assert torch.equal(callback.monitor.probe.batch["input_ids"], torch.stack(list(map(torch.as_tensor, ids))))
 
 
 @pytest.mark.parametrize("kind", ["no rows", "stream without rows", "limit"])
