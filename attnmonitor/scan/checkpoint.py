@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.messages import needed
+from attnmonitor.messages import needed, whole_argument
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.scan.weights import load_complete
 
@@ -165,9 +165,16 @@ def steps_of(checkpoints: Sequence[str | Path]) -> list[int]:
         number = _number(str(checkpoint))
         state = Path(checkpoint) / "trainer_state.json"
         if number is None and state.is_file():
-            number = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+            number = _saved_step(state)
         steps.append((steps[-1] + 1 if steps else 0) if number is None else number)
     return steps
+
+
+def _saved_step(state: Path) -> int | None:
+    try:
+        return whole_argument(json.loads(state.read_text(encoding="utf-8"))["global_step"], least=0)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a file of others: anything may be in it
+        return None
 
 
 def _number(name: str) -> int | None:

@@ -167,15 +167,19 @@ def _tensors_in(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder's weight files by name; none where the checkpoint is no folder."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = [f"{stem}.{suffix}"]
+        files = _files_of(index) if index.is_file() else [f"{stem}.{suffix}"]
         # Names only: an index must not point out of its folder.
         paths = [folder / Path(file).name for file in files]
         if all(path.is_file() for path in paths):
             return {name: tensor for path in paths for name, tensor in _read(path).items()}
     return {}
+
+
+def _files_of(index: Path) -> list[str]:
+    try:
+        return sorted(map(str, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # anything may be in it
+        raise ValueError(f"{index.name} does not say which files hold its tensors") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -405,3 +405,20 @@ def test_sharded_checkpoint_is_complete_or_refused(prefix: str, without: str, tm
     else:
         with pytest.raises(ValueError, match=r"2 of its tensors .*q_proj"):
             energy_rms(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 5000, '{"weight_map": [1]}', '{"weight_map": {"a": [1]}}'])
+def test_index_without_names_of_files_is_one_sentence(content: str, tmp_path: Path, checkpoint: Path) -> None:
+    rewritten(tmp_path, lambda name: name)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"index\.json does not say which files hold its tensors"):
+        energy_rms(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 5000, '{"global_step": "soon"}', '{"global_step": -1}'])
+def test_saved_step_that_cannot_be_read_is_left_out(content: str, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "trainer_state.json").write_text(content, encoding="utf-8")
+    assert steps_of(["checkpoint-5", final]) == [5, 6]
