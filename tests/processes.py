@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +20,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import attnmonitor.metrics  # noqa: F401  # the first attach imports it; on a busy machine that takes a minute
+# Processes are forked from one that has imported these: on a busy machine each import takes a minute.
+multiprocessing.set_forkserver_preload(
+    [
+        "attnmonitor.metrics",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.pipelining",
+    ]
+)
 
 PATIENCE = 60.0  # seconds without progress
 TO_START = 180.0  # seconds until the first progress: a busy machine imports torch slowly
@@ -36,16 +45,40 @@ def on_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world:
     Raises:
         TimeoutError: No process has reported progress (`tell`) for a minute; all are killed.
     """
-    context = mp.spawn(_process, (world, str(folder), work, arguments), nprocs=world, join=False)
+    context = _started(_process, world, (world, str(folder), work, arguments))
     started = time.time()
     while not context.join(timeout=1):
-        said = list(folder.glob("progress*"))
-        silent = time.time() - max([started, *(path.stat().st_mtime for path in said)])
-        if silent > (PATIENCE if said else TO_START):
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"no progress: {', '.join(path.read_text() for path in said)}")
+        _kill_if_silent(context, folder, started)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def on_dying_processes(folder: Path, work: Callable[..., Any], *arguments: Any, world: int) -> dict[int, Any]:
+    """Run ``work(rank, *arguments)`` on processes of which some kill themselves; return the results of the others.
+
+    Raises:
+        TimeoutError: As for `on_processes`.
+    """
+    context = _started(_dying_process, world, (world, str(folder), work, arguments))
+    started = time.time()
+    while any(process.is_alive() for process in context.processes):
+        time.sleep(0.05)
+        _kill_if_silent(context, folder, started)
+    if any(process.exitcode > 0 for process in context.processes):
+        context.join()  # raises what was raised
+    return {int(path.stem[4:]): torch.load(path, weights_only=False) for path in sorted(folder.glob("rank*.pt"))}
+
+
+def _started(work: Callable[..., Any], world: int, arguments: tuple[Any, ...]) -> Any:
+    return mp.start_processes(work, arguments, nprocs=world, join=False, start_method="forkserver")
+
+
+def _kill_if_silent(context: Any, folder: Path, started: float) -> None:
+    said = list(folder.glob("progress*"))
+    silent = time.time() - max([started, *(path.stat().st_mtime for path in said)])
+    if silent > (PATIENCE if said else TO_START):
+        for process in context.processes:
+            process.kill()
+        raise TimeoutError(f"no progress: {', '.join(path.read_text() for path in said)}")
 
 
 def tell(text: str) -> None:
@@ -53,7 +86,7 @@ def tell(text: str) -> None:
     Path(f"progress{dist.get_rank()}").write_text(text)
 
 
-def _process(rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _join_group(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group(
@@ -63,6 +96,10 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
         world_size=world,
         timeout=timedelta(seconds=PATIENCE),
     )
+
+
+def _process(rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _join_group(rank, world, folder)
     try:
         torch.save(work(rank, *arguments), f"{folder}/rank{rank}.pt")
         # Otherwise gloo may still hold the result of a collective: torch 2.6 then waits for gloo's thread while it
@@ -70,6 +107,12 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _dying_process(rank: int, world: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _join_group(rank, world, folder)
+    torch.save(work(rank, *arguments), f"{folder}/rank{rank}.pt")
+    os._exit(0)  # without leaving the group: a member of it is gone
 
 
 def spread(model: TinyGPT, how: str) -> nn.Module:

@@ -13,8 +13,8 @@ that the others do not hang (`attnmonitor.parallel.collectives`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from attnmonitor.measurement import LayerValues, Measured, Measurement
-from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.measurement.shares import Part, Share, joined_shares
 from attnmonitor.metrics.catalog import METRICS
@@ -34,6 +34,7 @@ from attnmonitor.parallel.collectives import (
 )
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 from attnmonitor.parallel.head_slices import HeadSlice, head_slice, projection_hashes, unmarked_slice
+from attnmonitor.parallel.in_step import NotTogetherError, OtherProcessError, in_step
 from attnmonitor.parallel.sharding import is_sharded
 from attnmonitor.parallel.wrappers import unwrapped_modules
 from attnmonitor.sample import LayerCoverage
@@ -89,12 +90,12 @@ class DistributedMeasurement(Measurement):
 
     def _attach_together(self) -> Measured:
         self._exchange.gather(None)  # before the forward: alone, its collectives would meet those of training
-        self._attach_own()
+        with self._in_step():
+            self._own.attach()
         self._half = self._probe.half()
-        with _inside_forwards(self._model, self._find_slice), CollectiveRecorder(self._model) as whole:
+        with self._in_step(), _inside_forwards(self._model, self._find_slice), CollectiveRecorder() as whole:
             measured = self._own._attempt(self._probe, False)
         self._collectives[self._probe] = whole.calls
-        check_joinable(self._model, *self._exchange.gather(whole.not_joinable))
         if not is_sharded(self._model):
             self._find_unmarked_slices(measured, whole.calls)
         self._try_half()
@@ -115,30 +116,31 @@ class DistributedMeasurement(Measurement):
         self.layers = measured.coverage
         return measured
 
-    def _attach_own(self) -> None:
-        """Find the layers on this process; raise on all processes what one raises."""
-        failure: Exception | None = None
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Run a forward together for the first time: what fails on one process is raised on all."""
         try:
-            self._own.attach()
-        except Exception as error:
-            failure = error
-        others = self._exchange.gather(failure and str(failure))
-        if failure is not None:
-            raise failure
-        for rank, message in zip(self._ranks, others, strict=True):
-            if message is not None:
-                raise ValueError(f"on process {rank}: {message}")
+            with in_step(self._exchange, self._ranks, self._model):
+                yield
+        except OtherProcessError as error:
+            raise (RejectedBatchError if error.kind == RejectedBatchError.__name__ else ValueError)(error) from error
+        except NotTogetherError as error:
+            check_joinable(self._model, str(error))
 
     def _try_half(self) -> None:
-        """Record the collectives of half of the probe; none if one rank cannot halve it."""
-        all_can = all(self._exchange.gather(self._half is not None))
-        if self._half is not None and all_can:
-            with CollectiveRecorder() as half, suppress(Exception):
-                self._own._attempt(self._half, False)
-                self._collectives[self._half] = half.calls
-            all_can = all(self._exchange.gather(self._half in self._collectives))
-        if not all_can:
+        """Record the collectives of half of the probe; none if one rank cannot measure it."""
+        if not all(self._exchange.gather(self._half is not None)) or self._half is None:
             self._half = None
+            return
+        try:
+            with self._in_step(), CollectiveRecorder() as half:
+                self._own._attempt(self._half, False)
+        except MissingProcessError:
+            raise
+        except Exception:  # of any process: on all of them
+            self._half = None
+        else:
+            self._collectives[self._half] = half.calls
 
     def take(self, *, with_weights: bool = False) -> Measured:
         """Measure once, when all processes are there.
@@ -165,11 +167,13 @@ class DistributedMeasurement(Measurement):
         if isinstance(result, Exception):
             if isinstance(result, torch.OutOfMemoryError):
                 _free_frames(result)
-            run_with_zeros(self._collectives[probe][len(done.calls) :])
+            with suppress(Exception):  # a process that has died is named by the exchange that follows
+                run_with_zeros(self._collectives[probe][len(done.calls) :])
         outcomes = self._exchange.gather(_Outcome.of(result, with_part=self._own.share.count > 1))
         try:
             if isinstance(result, Exception) or any(each.failure for each in outcomes):
                 raise _common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
+            self._collectives[probe] = done.calls  # of the model as it is now
             parts = [each.part for each in outcomes if each.part is not None]
             if parts:
                 result = Measured(*joined_shares(self._own.share, parts))

@@ -17,7 +17,6 @@ from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.unfinished import Unfinished
-from attnmonitor.messages import warn
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.parallel.fsdp import enclosing_fsdp1
@@ -31,7 +30,7 @@ __all__ = ["NoMeasurement", "RankMeasurement"]
 class NoMeasurement:
     """The measurement of a monitor that is a copy: no process takes it."""
 
-    measures = False
+    is_main = measures = False
     route = RouteChoice("cpu")
     after_last_attention = ""
 
@@ -46,17 +45,15 @@ class RankMeasurement:
         model: The unwrapped model.
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
-        group: The processes that share the model.
         strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
     """
 
-    def __init__(
-        self, model: nn.Module, probe: Probe, metrics: Sequence[str], group: ModelGroup, *, strict: bool = False
-    ) -> None:
-        self._group = group
+    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+        self._group = model_group(model)
         self._model = model
         self._arguments = probe, metrics
         self._strict = strict
+        self._num_looks = 0
         self._parts: list[object] = []  # of the model when it was last looked at
         self._measurement = Measurement(model, probe, metrics, strict=strict)
         self._attached = False
@@ -88,6 +85,11 @@ class RankMeasurement:
         return self._measurement.after_last_attention
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process writes, logs and alerts for all that share the model."""
+        return self._group.is_main
+
+    @property
     def measures(self) -> bool:
         """Whether this process takes the next measurement."""
         return self._group.is_main or isinstance(self._measurement, DistributedMeasurement)
@@ -115,12 +117,15 @@ class RankMeasurement:
         return measured
 
     def follow_model(self) -> None:
-        """Measure together from now on, if the model has been sharded or wrapped since the last time."""
-        if not distributed.is_initialized() or isinstance(self._measurement, DistributedMeasurement):
+        """Measure as the model is spread now, if it has been sharded or wrapped since the last time."""
+        if not distributed.is_initialized():
             return
-        parts = [*map(id, self._model.modules()), *((id(each), each.shape) for each in self._model.parameters())]
-        if parts == self._parts:
+        parts: list[object] = [(id(each), type(each)) for each in self._model.modules()]
+        parts += [(type(each), each.shape) for each in self._model.parameters()]
+        # Wrappers around the model leave no trace in it: they are looked for at attach and before the first sample.
+        if parts == self._parts and self._num_looks > 1:
             return
+        self._num_looks += 1
         self._parts, self._refusal = parts, None
         try:
             check_known_sharding(self._model)
@@ -128,8 +133,7 @@ class RankMeasurement:
         except ValueError as error:
             self._refusal = error
             return
-        if is_sharded(model) or model is not self._model:
-            self._follow(model)
+        self._follow(model, model_group(model))
 
     def take(self, *, with_weights: bool = False) -> Measured:
         """Measure once, see `Measurement.take`.
@@ -163,20 +167,16 @@ class RankMeasurement:
         """The result of a measurement that failed as a whole: NaN for every head."""
         return self._measurement.nothing(reason)
 
-    def _follow(self, model: nn.Module) -> None:
-        """Measure ``model`` from now on: the same, now sharded, or its wrapper."""
-        self._model = model
-        if not is_sharded(model):
+    def _follow(self, model: nn.Module, group: ModelGroup) -> None:
+        """Measure ``model`` from now on: the same, now sharded or shared by other processes, or its wrapper."""
+        is_new_model, is_new_group = model is not self._model, group != self._group
+        self._model, self._group = model, group
+        was_together = isinstance(self._measurement, DistributedMeasurement)
+        if is_sharded(model) or was_together:
+            if is_new_model or is_new_group or not was_together:
+                self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=group.ranks))
+        elif is_new_model:
             self._use(Measurement(model, *self._arguments, strict=self._strict))
-            return
-        group = model_group(model) if self._attached else self._group  # weights sharded since then name the group
-        if group.is_main and not self._group.is_main:  # loggers and record were made at attach, on another process
-            warn(
-                f"attnmonitor: since attach the model was sharded over processes {list(group.ranks)} alone, and what "
-                f"they measure is neither recorded nor logged: process {self._group.ranks[0]} does that for all; "
-                "attach after the model is sharded"
-            )
-        self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=group.ranks))
 
     def _use(self, measurement: Measurement) -> None:
         measurement.layers = self._measurement.layers  # until it is attached

@@ -15,7 +15,7 @@ from typing import Any
 
 from attnmonitor.alerts import log_events
 from attnmonitor.alerts.actions import Actions, calls_of
-from attnmonitor.loggers import as_logger
+from attnmonitor.loggers import SampleLogger, as_logger
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.record.history import History
@@ -37,8 +37,7 @@ class Delivery:
         name: The monitor's, part of the record's file name.
         log: What training logs; the record takes it too.
 
-    Raises:
-        ValueError: A logger can take neither samples nor metrics.
+    Nothing is written or logged before `begin`: only one of the processes that share a model does it.
     """
 
     def __init__(
@@ -53,13 +52,24 @@ class Delivery:
     ) -> None:
         self._failures = failures
         self._log = log
-        self._loggers = [as_logger(logger) for logger in (loggers if isinstance(loggers, (list, tuple)) else [loggers])]
-        self._record_path, self._is_new_path = _record_path(record, name)
+        self._given_loggers = loggers if isinstance(loggers, (list, tuple)) else [loggers]
+        self._loggers: list[SampleLogger] = []
+        self._given_path, self._is_new_path = _record_path(record, name)
+        self._record_path: Path | None = None
         is_absolute = not isinstance(record, bool) and record is not None and Path(record).is_absolute()
         self._given_from = None if is_absolute else _working_directory()
         self._record: RecordWriter | None = None
         self._actions = actions
         self._on_close = ExitStack()
+
+    def begin(self) -> None:
+        """Write and log from now on.
+
+        Raises:
+            ValueError: A logger can take neither samples nor metrics.
+        """
+        self._record_path = self._given_path
+        self._loggers = [as_logger(logger) for logger in self._given_loggers]
 
     @property
     def record_path(self) -> Path | None:

@@ -24,13 +24,14 @@ class Failures:
 
     Attributes:
         count: Failures so far.
+        silent: As given; may be set.
     """
 
     def __init__(self, name: str | None, *, strict: bool, silent: bool) -> None:
         self.count = 0
         self._prefix = f"attnmonitor {name!r}" if name else "attnmonitor"
         self._strict = strict
-        self._silent = silent
+        self.silent = silent
         self._warned: set[str] = set()
         self._num_empty_in_row = 0
         self._must_not_retry = False
@@ -117,7 +118,7 @@ class Failures:
 
     def warn(self, message: str) -> None:
         """Warn the user, in the monitor's name."""
-        if not self._silent:
+        if not self.silent:
             warn(f"{self._prefix}: {message}")
 
     def _warn_once(self, topic: str, message: str) -> None:

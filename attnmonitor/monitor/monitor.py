@@ -27,7 +27,6 @@ from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_re
 from attnmonitor.monitor.sampling import MonitorSampling
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
 from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
-from attnmonitor.parallel.groups import model_group
 from attnmonitor.parallel.sharding import check_known_sharding
 from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
@@ -135,34 +134,36 @@ class AttentionMonitor(MonitorSampling):
         self._actions = check_actions(actions or {}, self._alerts.rules)
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks, packed=packed)
-        group = model_group(model)  # with its wrappers: DDP's names the group
-        self._measurement = RankMeasurement(self.model, self.probe, self._metrics, group, strict=strict)
-        self._is_main = group.is_main
-        self._failures = Failures(name, strict=strict, silent=not self._is_main)
+        self._measurement = RankMeasurement(self.model, self.probe, self._metrics, strict=strict)
+        self._failures = Failures(name, strict=strict, silent=not self._measurement.is_main)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
         self._late: LateSample | None = None
-        loggers, record = (loggers, record) if self._is_main else ((), None)
         self._log = TrainingLog()
         self._delivery = Delivery(
             self._failures, loggers=loggers, record=record, actions=self._actions, name=name, log=self._log
         )
         self._delivery.on_close(self.probe.close)
+        if self._measurement.is_main:
+            self._delivery.begin()
         self._attach()
 
     def _attach(self) -> None:
-        """Measure once to find the layers, warn about those that cannot be measured, and start the loggers."""
+        """Measure once to find the layers, and begin with them."""
         coverage = {} if self.probe.batch is None else self._measurement.attach().coverage
-        layers = coverage if self._measurement.measures else {}
         self._identity = {"probe_fingerprint": self.probe.fingerprint, "model_signature": self._measurement.signature}
-        self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.history = History(self._measurement.num_heads, self._metrics)
+        self.attached_at = self._last_sample_ended = clock.now()
+        self._begin_with(coverage if self._measurement.measures else {})
+
+    def _begin_with(self, layers: Mapping[str, LayerCoverage]) -> None:
+        """Warn about the layers that cannot be measured, and start the loggers."""
+        self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
         self.summary = RunSummary(
             layers,
             has_rules=bool(self._alerts.rules),
             grace=self._alerts.grace,
             least_heads=self._alerts.least_heads,
         )
-        self.attached_at = self._last_sample_ended = clock.now()
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
@@ -232,7 +233,7 @@ class AttentionMonitor(MonitorSampling):
             values: Numbers, or tensors of one element, which are read later: training does not wait for the device.
         """
         with self._failures.contained("monitor.log"):
-            if self._is_main:
+            if self._measurement.is_main:
                 self._log.add(max(0, self.global_step) if step is None else whole_number(step), values)
 
     def is_due(self, global_step: int) -> bool:

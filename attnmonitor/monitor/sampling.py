@@ -41,7 +41,7 @@ class MonitorSampling(MonitorViews):
     last_sample: Sample | None
     describe: Callable[[], dict[str, Any]]
     _actions: Actions
-    _is_main: bool
+    _begin_with: Callable[[Mapping[str, LayerCoverage]], None]
     _last_sample_ended: float
     _late: LateSample | None
     _measurement: RankMeasurement
@@ -50,13 +50,24 @@ class MonitorSampling(MonitorViews):
     def _sample(self, global_step: int, *, may_be_late: bool) -> Sample | None:
         """Take a sample; None where it is late."""
         try:
-            self._measurement.follow_model()
+            self._follow_model()
             if not self._measurement.measures:
                 return self._no_sample(global_step)
             return self._take(whole_number(global_step), may_be_late)
         except Exception as error:
             self._failures.contain("the sample", error)
             return replace(self._no_sample(self.global_step), failure=error_text(error))
+
+    def _follow_model(self) -> None:
+        """Look how the model is spread now; the first of the processes that share it writes from then on."""
+        wrote = self._measurement.is_main
+        self._measurement.follow_model()
+        if wrote is not self._measurement.is_main:
+            self._failures.silent = wrote
+            with self._failures.contained("what begins to write"):
+                if not wrote:
+                    self._delivery.begin()
+                    self._begin_with(self._measurement.layers)
 
     def _take(self, global_step: int, may_be_late: bool) -> Sample | None:
         """Measure; finish the sample or leave it for later."""
@@ -89,7 +100,7 @@ class MonitorSampling(MonitorViews):
         started = clock.now()
         self.coverage = ByLayer(measured.coverage)
         self._failures.note_sample(measured, self._measurement.layers, failure, global_step)
-        if not self._is_main:
+        if not self._measurement.is_main:
             sample = replace(self._no_sample(global_step), failure=failure)
             self.summary.add(sample)
             return sample

@@ -29,9 +29,13 @@ __all__ = [
     "CollectiveRecorder",
     "LoneCollectiveError",
     "group_of",
+    "is_collective",
     "is_point_to_point",
+    "name_of",
     "no_collectives",
     "run_with_zeros",
+    "running_module",
+    "specified",
     "why_not_joinable",
 ]
 
@@ -66,7 +70,7 @@ class LoneCollectiveError(RuntimeError):
         self.place = place
         size = "several" if group is None else str(group.size())
         super().__init__(
-            f"{_name(collective)} in {place} needs {size} processes, but one measures alone; it was not started"
+            f"{name_of(collective)} in {place} needs {size} processes, but one measures alone; it was not started"
         )
 
 
@@ -84,11 +88,11 @@ class _CollectiveStop(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(each, dtensor_class()) for each in types):
             return NotImplemented  # DTensor then calls plain operations and collectives
-        if _is_collective(func):
-            call = _specified(func, args, kwargs)
+        if is_collective(func):
+            call = specified(func, args, kwargs)
             group = group_of(call)
             if group is None or group.size() > 1:
-                self.found = LoneCollectiveError(call, _running(self._model), group)
+                self.found = LoneCollectiveError(call, running_module(self._model), group)
                 raise self.found
         return func(*args, **kwargs)
 
@@ -114,31 +118,23 @@ class CollectiveRecorder(TorchDispatchMode):
 
     A collective that fails to start is not recorded: on a GPU, memory for its result may be missing.
 
-    Args:
-        model: Names the place of a collective that cannot be joined; None where that is not needed.
-
     Attributes:
         calls: The collectives in order, as `run_with_zeros` takes them.
-        not_joinable: Why and where the first one that a failed process could not join; ``""`` where there is none.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model = model
         self.calls: list[Collective] = []
-        self.not_joinable = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(each, dtensor_class()) for each in types):
             return NotImplemented  # DTensor then calls plain operations and collectives
         result = func(*args, **kwargs)
-        if _is_collective(func):
-            self.calls.append(_specified(func, args, kwargs))
-            if self._model is not None and not self.not_joinable and (reason := why_not_joinable(self.calls[-1])):
-                self.not_joinable = f"{reason}, in {_running(self._model)}"
+        if is_collective(func):
+            self.calls.append(specified(func, args, kwargs))
         return result
 
 
@@ -151,11 +147,11 @@ def why_not_joinable(call: Collective) -> str:
     """Return why a process could not join this collective with zeros after a failure; ``""`` where it could."""
     func, args, kwargs = call
     if is_point_to_point(call):
-        return f"{_name(call)} passes tensors between single processes"
+        return f"{name_of(call)} passes tensors between single processes"
     if "all_to_all" in func._opname or "alltoall" in func._opname:
         sizes = [[getattr(each, "shape", each) for each in values] for values in _lists((args, kwargs))]
         if uneven := next((each for each in sizes if any(size != each[0] for size in each)), None):
-            return f"{_name(call)} has sizes that depend on the data: {[*map(_plain, uneven)]}"
+            return f"{name_of(call)} has sizes that depend on the data: {[*map(_plain, uneven)]}"
     return ""
 
 
@@ -168,16 +164,18 @@ def _lists(arguments: Any) -> Iterator[Sequence[Any]]:
     yield from (each for each in (*args, *kwargs.values()) if isinstance(each, list | tuple) and each)
 
 
-def _is_collective(func: Any) -> bool:
+def is_collective(func: Any) -> bool:
+    """Return whether an operation of the dispatcher passes tensors between processes."""
     return getattr(func, "namespace", "") in _NAMESPACES and func._opname not in _LOCAL_OPERATIONS
 
 
-def _specified(func: Any, args: Any, kwargs: Any) -> Collective:
+def specified(func: Any, args: Any, kwargs: Any) -> Collective:
+    """Return a call of a collective, without the contents of its tensors."""
     specs = tree_map_only(Tensor, lambda x: _TensorSpec(x.shape, x.dtype, x.device), (args, kwargs))
     return (func, *specs)
 
 
-def _name(call: Collective) -> str:
+def name_of(call: Collective) -> str:
     """Return the name of a collective as its callers know it: ``alltoall_base_`` is ``alltoall``."""
     return str(call[0]._opname).strip("_").removesuffix("_base")
 
@@ -195,7 +193,7 @@ def group_of(call: Collective) -> distributed.ProcessGroup | None:
     return found if isinstance(found, distributed.ProcessGroup) else None
 
 
-def _running(model: nn.Module) -> str:
+def running_module(model: nn.Module) -> str:
     """Return the name of the innermost module of the model whose code is running, and its class."""
     names = {module: name for name, module in unwrapped_modules(model)}
     frame = sys._getframe(1)

@@ -8,23 +8,27 @@ same with every backend, needs no group of its own and does not wait for a GPU.
 The first rank collects the objects and puts down the list, so that n processes make about 3n requests and not n². One
 key, written once (``compare_set``), decides whether an exchange has succeeded: all processes come to the same result,
 also where one is late by about the limit.
+
+A request to the store has no limit of its own: it waits for ever where the machine that hosts the store is gone without
+a word. So an exchange runs in a thread, which is left behind if it does not come back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-import time
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch import distributed
 
-__all__ = ["TIME_LIMIT", "Exchange", "MissingProcessError"]
+__all__ = ["ANSWER_LIMIT", "TIME_LIMIT", "Exchange", "MissingProcessError"]
 
 TIME_LIMIT = 60.0  # seconds
+ANSWER_LIMIT = 5.0  # seconds after that: the store does not answer
 _PIECE = 4 << 20  # bytes; the store closes the connection on a value of more than 8 MiB
 _SUCCESS = b"complete"
 _MAX_NAMED = 8  # of missing processes in a message
@@ -47,16 +51,13 @@ class Exchange:
         self._ranks = tuple(ranks)
         self._rank = distributed.get_rank()
         self._num_done = 0
-        store: Any = distributed.distributed_c10d._get_default_store()
         # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
-        self._longest = store.timeout.total_seconds() / 2
-        members = hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]
-        number = _num_made[self._ranks]
-        # A process that missed earlier ones, which the others gave up, takes part in their next one.
-        while store.check([given_up := f"attnmonitor/{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
-            number += 1
-        _num_made[self._ranks] = number + 1
-        self._store: Any = distributed.distributed_c10d.PrefixStore(f"attnmonitor/{members}/{number}", store)
+        self._longest: float = _common_store().timeout.total_seconds() / 2
+        self._gone: MissingProcessError | None = None
+        try:
+            self._store = self._in_time(lambda _: self._own_store())
+        except MissingProcessError as error:
+            self._gone = error
 
     def gather(self, own: Any) -> list[Any]:
         """Return the object of each process, in the order of the ranks.
@@ -68,10 +69,10 @@ class Exchange:
         if len(self._ranks) == 1:
             return [own]
         number, self._num_done = self._num_done, self._num_done + 1
-        try:
-            return self._gather(str(number), own)
-        except distributed.DistError as error:
-            raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
+        if self._gone is not None:
+            raise self._gone
+        objects: list[Any] = self._in_time(lambda is_over: self._gather(str(number), own, is_over))
+        return objects
 
     def from_first(self, own: Any) -> Any:
         """Return the object of the first of the ranks on all processes.
@@ -81,11 +82,54 @@ class Exchange:
         """
         return self.gather(own if self._rank == self._ranks[0] else None)[0]
 
-    def _gather(self, number: str, own: Any) -> list[Any]:
+    @property
+    def _limit(self) -> float:
+        return min(TIME_LIMIT, self._longest)
+
+    def _in_time(self, requests: Callable[[threading.Event], Any]) -> Any:
+        """Return what requests to the store come to; raise MissingProcessError where it does not answer.
+
+        Args:
+            requests: Makes them; called with an event that is set when the limit has passed.
+        """
+        found: list[tuple[Any, Exception | None]] = []
+        is_over = threading.Event()
+
+        def work() -> None:
+            try:
+                found.append((requests(is_over), None))
+            except Exception as error:
+                found.append((None, error))
+
+        # A daemon: where the store never answers, the program can still end.
+        thread = threading.Thread(target=work, name="attnmonitor", daemon=True)
+        thread.start()
+        thread.join(self._limit)  # not by reading a clock, which may stand still
+        if thread.is_alive():
+            is_over.set()
+            thread.join(ANSWER_LIMIT)
+        result, error = found[0] if found else (None, TimeoutError(f"{self._limit + ANSWER_LIMIT:.3g} s"))
+        if isinstance(error, (distributed.DistError, TimeoutError)):
+            raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
+        if error is not None:
+            raise error
+        return result
+
+    def _own_store(self) -> Any:
+        store = _common_store()
+        members = hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]
+        number = _num_made[self._ranks]
+        # A process that missed earlier ones, which the others gave up, takes part in their next one.
+        while store.check([given_up := f"attnmonitor/{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
+            number += 1
+        _num_made[self._ranks] = number + 1
+        return distributed.distributed_c10d.PrefixStore(f"attnmonitor/{members}/{number}", store)
+
+    def _gather(self, number: str, own: Any, is_over: threading.Event) -> list[Any]:
         end = f"{number}/end"
         self._put(f"{number}/{self._rank}", pickle.dumps(own))
         is_first = self._rank == self._ranks[0]
-        if not self._have_come([f"{number}/{rank}" for rank in self._ranks] if is_first else [end], end):
+        if not self._have_come([f"{number}/{rank}" for rank in self._ranks] if is_first else [end], end, is_over):
             result = self._store.compare_set(end, "", self._missing(number))
         elif is_first and not self._store.check([end]):
             self._put(f"{number}/all", pickle.dumps([self._take(f"{number}/{rank}") for rank in self._ranks]))
@@ -99,18 +143,16 @@ class Exchange:
             self._delete(int(number) - 1)
         return objects
 
-    def _have_come(self, keys: Sequence[str], end: str) -> bool:
+    def _have_come(self, keys: Sequence[str], end: str, is_over: threading.Event) -> bool:
         """Wait until all keys are there or the exchange has ended; return False if the limit passes before."""
-        deadline = time.monotonic() + min(TIME_LIMIT, self._longest)
         pause = 0.0002
         while not self._store.check([end]):
             keys = [key for key in keys if not self._store.check([key])]
             if not keys:
                 break
-            if time.monotonic() > deadline:
-                return False
             # Not `Store.wait`: it would hold the connection, which NCCL's watchdog needs as well.
-            time.sleep(pause)
+            if is_over.wait(pause):
+                return False
             pause = min(1.3 * pause, 0.02)
         return True
 
@@ -119,7 +161,7 @@ class Exchange:
         absent = [str(rank) for rank in self._ranks if not self._store.check([f"{number}/{rank}"])]
         absent = absent or [str(self._ranks[0])]
         named = ", ".join(absent[:_MAX_NAMED]) + f" and {len(absent) - _MAX_NAMED} more" * (len(absent) > _MAX_NAMED)
-        return f"process {named} did not take part within {min(TIME_LIMIT, self._longest):.3g} s"
+        return f"process {named} did not take part within {self._limit:.3g} s"
 
     def _put(self, key: str, value: bytes) -> None:
         """Store a value in pieces; the key itself comes last, so that where it exists all pieces do."""
@@ -141,3 +183,8 @@ class Exchange:
                         self._store.delete_key(f"{key}/{index}")
                     self._store.delete_key(key)
             self._store.delete_key(f"{number}/end")
+
+
+def _common_store() -> Any:
+    """Return the store with which the processes of this program found each other."""
+    return distributed.distributed_c10d._get_default_store()

@@ -6,7 +6,9 @@ model, and the first rank of each group writes, logs and alerts.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import distributed, nn
@@ -35,7 +37,7 @@ class ModelGroup:
 
 
 def model_group(model: nn.Module) -> ModelGroup:
-    """Return the processes that share a model, with its wrappers: all of its meshes and process groups.
+    """Return the processes that share a model, with DDP wrappers around it: all of its meshes and process groups.
 
     It is the one mesh or group that contains all others, for example the mesh of FSDP and tensor parallelism together.
     Where none does, or the model names none (replicas averaged by hand), it is all processes.
@@ -52,9 +54,18 @@ def model_group(model: nn.Module) -> ModelGroup:
 def _named_groups(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """The ranks of each mesh of a `DTensor`, and of each process group of FSDP1 and DDP."""
     fsdp1 = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
-    for module in model.modules():
-        if isinstance(module, (nn.parallel.DistributedDataParallel, fsdp1)):
+    inside = [module for module in model.modules() if isinstance(module, (nn.parallel.DistributedDataParallel, fsdp1))]
+    for module in dict.fromkeys([*inside, *_replicas_of(model)]):
+        with suppress(Exception):  # a group that has been destroyed since
             yield tuple(sorted(distributed.get_process_group_ranks(module.process_group)))
     meshes = {param.device_mesh for param in model.parameters() if isinstance(param, dtensor_class())}
     for mesh in meshes:
         yield tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def _replicas_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """Return the DDP wrappers around a model, which does not know what holds it."""
+    ddp = nn.parallel.DistributedDataParallel
+    # The type is asked, because isinstance would call properties of any object.
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
+    return [each for each in wrappers if any(module is model for module in each.modules())]

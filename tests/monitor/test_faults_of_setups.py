@@ -1,8 +1,9 @@
 """Ways to spread a model over four processes, and what may go wrong on one of them: no hang, and the same training.
 
 Each case draws a set-up (replicas, shards, meshes, pairs of processes with a model each, experts, a model that is
-wrapped after attach) and a fault: a process raises, runs out of memory, is slow or late, skips a sample, or does not
-attach. Many cases share four processes. A case that takes longer than a minute is a hang.
+wrapped after attach) and a fault: a process raises, at attach or in a sample, runs out of memory, is slow or late,
+skips a sample, or does not attach. Processes that are killed are in `test_dying_processes.py`. Many cases share four
+processes. A case that takes longer than a minute is a hang.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from attnmonitor.parallel.exchange import TIME_LIMIT
 from attnmonitor.record import RunRecord
 
 WORLD, NUM_STEPS, BROKEN = 4, 4, 2
-LIMIT, LATE = 2.0, 4.0  # seconds
+LIMIT, LATE = 4.0, 8.0  # seconds
 MODULES = ("tokens", "blocks.0", "blocks.0.attn", "blocks.0.attn.q_proj", "blocks.1.norm1", "blocks.1.mlp", "head")
 HOT = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 ALWAYS = Rule("always", "test", "run", HOT, patience=1, grace=0)
@@ -120,6 +121,8 @@ SETUPS = {
     "replicas": Setup(nn.parallel.DistributedDataParallel, together=False),
     "a holder of replicas": Setup(lambda model: Holder(nn.parallel.DistributedDataParallel(model)), together=False),
     "replicas in pairs": Setup(_replica_in_a_pair, together=False, in_pairs=True),
+    "replicas in pairs, wrapped after attach": Setup(_replica_in_a_pair, together=False, in_pairs=True, late=True),
+    "fsdp1 in pairs, sharded after attach": Setup(_fsdp1_in_a_pair, in_pairs=True, late=True),
     "replicas, wrapped after attach": Setup(nn.parallel.DistributedDataParallel, together=False, late=True),
     "experts": Setup(_experts),
     "fsdp1": Setup(lambda model: spread(model, "fsdp1")),
@@ -131,9 +134,10 @@ if FSDP2:
         "fsdp2 and tensor parallel": Setup(lambda model: spread(model, "fsdp2 x tp")),
         "shards that are replicated": Setup(_fsdp2_on(_replicas_of_shards)),
         "fsdp2 in pairs": Setup(_fsdp2_on(_pair_mesh), in_pairs=True),
+        "fsdp2 in pairs, sharded after attach": Setup(_fsdp2_on(_pair_mesh), in_pairs=True, late=True),
         "fsdp2, sharded after attach": Setup(lambda model: spread(model, "fsdp2"), late=True),
     }
-FAULTS = ("none", "raises", "out of memory", "slow", "late", "skips", "absent")
+FAULTS = ("none", "raises", "out of memory", "slow", "late", "skips", "absent", "raises at attach")
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,12 @@ class Case:
 
     def group(self, rank: int) -> tuple[int, ...]:
         return (rank // 2 * 2, rank // 2 * 2 + 1) if self.how.in_pairs else tuple(range(WORLD))
+
+    @property
+    def limit(self) -> float:
+        """Of exchanges, from attach on."""
+        is_short = self.fault == "absent" or (self.fault == "raises at attach" and self.how.late)
+        return LIMIT if is_short else TIME_LIMIT
 
     def attaches(self, rank: int) -> bool:
         return not (self.fault == "absent" and rank == self.rank) and (not self.how.in_pairs or rank // 2 in self.pairs)
@@ -205,16 +215,19 @@ def run(case: Case, *, watched: bool = True) -> End:
     with (
         collected_warnings() as messages,
         pytest.MonkeyPatch.context() as patch,
-        mock.patch("attnmonitor.parallel.exchange.TIME_LIMIT", LIMIT if case.fault == "absent" else TIME_LIMIT),
+        mock.patch("attnmonitor.parallel.exchange.TIME_LIMIT", case.limit),
         pytest.MonkeyPatch.context() as until_end,
     ):
         if watched and case.attaches(rank):
             record = f"pair{rank // 2}.sqlite" if case.how.in_pairs else "all.sqlite"
+            if case.fault == "raises at attach" and case.rank == rank:
+                in_module(case.module, RuntimeError("no luck"))(end.monitor, model, patch)
             try:
                 settings: dict[str, Any] = {"record": record, "alerts": [ALWAYS], "loggers": [logger]}
                 end.monitor = attach(model, optimizer, probe, schedule=schedule, **settings)
             except ValueError as error:
                 end.refusal = str(error)
+            patch.undo()
         if case.how.late:
             names = {parameter: name for name, parameter in model.named_parameters()}
             inner, model = model, case.how.of(model)
@@ -267,10 +280,13 @@ def defects(case: Case, end: End, bare: End) -> list[str]:
         return wrong
     group = case.group(rank)
     is_concerned = case.rank in group
-    is_waited_for = is_concerned and case.how.together and case.fault in ("late", "skips", "absent")
+    is_together_at_attach = case.how.together and not case.how.late
+    is_waited_for = is_concerned and case.how.together and case.fault in ("late", "skips", "absent", "raises at attach")
     monitor = end.monitor
-    if case.fault == "absent" and is_waited_for and not case.how.late:
-        return wrong if f"process {case.rank} did not take part" in end.refusal else [*wrong, f"{end.refusal=}"]
+    is_refused = case.fault == "raises at attach" and case.rank == rank
+    if is_refused or (is_waited_for and is_together_at_attach and case.fault in ("absent", "raises at attach")):
+        named = f"process {case.rank} did not take part" if case.fault == "absent" else "no luck"
+        return wrong if named in end.refusal else [*wrong, f"{end.refusal=}"]
     if monitor is None:
         return [*wrong, f"refused: {end.refusal}"]
     if is_waited_for:

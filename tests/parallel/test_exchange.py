@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
 from typing import Any
 from unittest import mock
@@ -100,3 +103,29 @@ def test_exchange_after_a_given_up_one_is_complete(who: int, found: list[dict[st
 def test_second_try_is_complete_where_one_was_absent(found: list[dict[str, Any]]) -> None:
     absent = "process 1 did not take part within 2 s"
     assert [each["absent"] for each in found] == [[absent, [0, 1, 2]], [[0, 1, 2]], [absent, [0, 1, 2]]]
+
+
+def _host_store(port: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    time.sleep(600)
+
+
+def test_store_that_does_not_answer_is_given_up() -> None:
+    context = multiprocessing.get_context("forkserver")
+    receive, send = context.Pipe(duplex=False)
+    host = context.Process(target=_host_store, args=(send,), daemon=True)
+    host.start()
+    store = dist.TCPStore("127.0.0.1", receive.recv(), is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    exchange = "attnmonitor.parallel.exchange"
+    try:
+        made = Exchange([0, 1])
+        os.kill(host.pid, signal.SIGSTOP)  # as a machine that is gone without a word
+        with mock.patch(f"{exchange}.TIME_LIMIT", 0.5), mock.patch(f"{exchange}.ANSWER_LIMIT", 0.5):
+            for each in (made, Exchange([0, 1])):
+                with pytest.raises(MissingProcessError, match="common store does not answer: 1 s"):
+                    each.gather(0)
+    finally:
+        host.kill()
+        dist.destroy_process_group()
