@@ -207,7 +207,10 @@ def _run_cases(rank: int, seeds: range) -> list[tuple[Case, list[str]]]:
         for path in Path().glob("record.sqlite*") if rank == 0 else ():
             path.unlink()
         if case.how not in unbroken:
-            unbroken[case.how] = run(None, case.how, watched=False), run(None, case.how)
+            bare = run(None, case.how, watched=False)
+            tell(f"without a fault, {case.how}")
+            unbroken[case.how] = bare, run(None, case.how)
+            tell(f"case {seed}: {case}")
             for path in Path().glob("record.sqlite*") if rank == 0 else ():
                 path.unlink()
         outcomes.append((case, defects(case, run(case, case.how), *unbroken[case.how])))
