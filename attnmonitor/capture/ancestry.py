@@ -222,8 +222,8 @@ class Ancestries:
         if name in _NEW or not args:
             return unknown
         first = args[1] if name == "addmm" and len(args) > 1 else args[0]
-        if name in _JOINS:
-            first = next(_tensors(args), None)
+        if name in _JOINS:  # an empty part has no axes
+            first = max(_tensors(args), key=Tensor.numel, default=None)
         shape = outputs[0].shape
         if name in _PRODUCTS:
             product = labeled(name, args, kwargs)
