@@ -302,6 +302,16 @@ def recipes(draw: Any) -> Recipe:
     )
 
 
+def has_flat_logits(seen: Seen) -> bool:
+    """Whether the logits of some head differ between keys by hardly more than float32's rounding."""
+    key = seen.key.double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
+    logits = seen.query.double() @ key.mT
+    if seen.key_valid is not None:
+        logits = logits * seen.key_valid[:, None, None]
+    spread = torch.linalg.vector_norm(logits - logits.mean(-1, keepdim=True), dim=(-2, -1))
+    return bool((spread <= 1e-5 * torch.linalg.vector_norm(logits, dim=(-2, -1))).any())
+
+
 def expected_range(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     """Lowest and highest mean over sequences of each metric, ``(H,)``, on operands off in the last four bits.
 
@@ -348,5 +358,5 @@ def test_sample_of_random_model_equals_reference(recipe: Recipe) -> None:
             assert value.shape == lowest.shape == (sample.coverage[name].heads[METRICS[metric].scope == "kv_head"],)
             slack = (2e-3 if metric in OVER_POSITIONS else 1e-4) * highest.abs() + 1e-6
             inside = (value >= lowest - slack) & (value <= highest + slack)
-            undefined = value.isnan() & lowest.isnan()
+            undefined = value.isnan() & (lowest.isnan() | (metric == "head_similarity" and has_flat_logits(seen)))
             assert (inside | undefined).all(), f"{name} {metric}: {value} is not in {lowest} … {highest}"
