@@ -306,10 +306,11 @@ def has_flat_logits(seen: Seen) -> bool:
     """Whether the logits of some head differ between keys by hardly more than float32's rounding."""
     key = seen.key.double().repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
     logits = seen.query.double() @ key.mT
-    if seen.key_valid is not None:
-        logits = logits * seen.key_valid[:, None, None]
-    spread = torch.linalg.vector_norm(logits - logits.mean(-1, keepdim=True), dim=(-2, -1))
-    return bool((spread <= 1e-5 * torch.linalg.vector_norm(logits, dim=(-2, -1))).any())
+    valid = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool) if seen.key_valid is None else seen.key_valid
+    valid = valid[:, None, None]
+    mean = (logits * valid).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True)
+    spread, total = (torch.linalg.vector_norm(x * valid, dim=(-2, -1)) for x in (logits - mean, logits))
+    return bool((spread <= 1e-5 * total).any())
 
 
 def expected_range(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
