@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnmonitor.alerts.channels import judged_values
 from attnmonitor.alerts.defaults import DEFAULT_RULES
 from attnmonitor.alerts.firing import course_text
 from attnmonitor.alerts.rule_set import Alerts
@@ -104,6 +105,7 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
         for layer, rows in layers.items()
     }
     events = Replayed()
+    coverage = getattr(record, "coverage", None)
     for index in range(0, len(record.steps), stride):
         if record.samples[index].failure is not None:
             continue
@@ -115,8 +117,8 @@ def replay(record: Recorded, rules: Iterable[Rule] = DEFAULT_RULES, *, stride: i
             }
             for metric, layers in trajectories.items()
         }
-        events += alerts.observe(_measured(sample), int(record.steps[index]))
-    events.firing, events.coverage = alerts.firing, getattr(record, "coverage", None)
+        events += alerts.observe(judged_values(_measured(sample), coverage or {}), int(record.steps[index]))
+    events.firing, events.coverage = alerts.firing, coverage
     return events
 
 

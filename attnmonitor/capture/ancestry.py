@@ -316,7 +316,9 @@ def _resized(axis: Axis | None, size: int) -> Axis | None:
     if len({kind for kind, _ in axis}) <= 1:
         return _axis(bool(axis) and axis[0][0], size)
     inner = math.prod(n for _, n in axis[1:])
-    return (*_axis(axis[0][0], size // inner), *axis[1:]) if size % inner == 0 else None
+    if size % inner == 0:
+        return (*_axis(axis[0][0], size // inner), *axis[1:])
+    return _resized(axis[1:], size) if inner % size == 0 else None
 
 
 def _regrouped(axes: tuple[Axis | None, ...], shape: Sequence[int]) -> tuple[Axis | None, ...] | None:

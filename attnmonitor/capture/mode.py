@@ -285,7 +285,7 @@ class AttentionMode(TorchFunctionMode):
         if how != "explicit" and self.frames.has_explicit_record():
             return
         if frame is not None:
-            frame.recorded_by = how
+            frame.recorded_by, frame.num_found = how, frame.num_found + 1
         layer = self._next_name(name)
         self._paused = True
         try:
@@ -357,6 +357,8 @@ class AttentionMode(TorchFunctionMode):
             remarks.append("dropout acts on its attention in evaluation mode")
         if made_of is not None and made_of.mixes_positions:
             remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
+        if frame is not None and frame.num_found > 1:
+            remarks.append("a part, measured apart: one call of its module computes several attentions")
         known = Layout(attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks))
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
 

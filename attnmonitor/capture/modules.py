@@ -37,6 +37,7 @@ class Frame:
         self.inputs = [x for x in arguments if isinstance(x, Tensor) and _is_activation(x)]
         self.projected: list[Tensor] = []
         self.recorded_by = ""
+        self.num_found = 0
 
     def note_projection(self, source: Tensor) -> None:
         """Note that a weight was applied to one of this call's own inputs, or to a learned sequence."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from attnmonitor.alerts.actions import Actions, requests_of
+from attnmonitor.alerts.channels import judged_values
 from attnmonitor.measurement import Measured
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.measurement.ranks import RankMeasurement
@@ -106,7 +107,8 @@ class MonitorSampling(MonitorViews):
             return sample
         events: list[AlertEvent] = []
         with self._failures.contained("alerts"), default_torch_state():
-            events = self._alerts.observe(measured.trusted_values(), global_step)
+            judged = judged_values(measured.trusted_values(), measured.coverage)
+            events = self._alerts.observe(judged, global_step)
         ended = clock.now()
         seconds += clock.passed(started, ended)
         overhead = clock.share(seconds, clock.passed(self._last_sample_ended, ended))

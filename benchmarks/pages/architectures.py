@@ -97,7 +97,8 @@ positions its values come from (slot attention); products written as a broadcast
 A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
 Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).
-A layer that works through its queries in chunks is measured chunk by chunk, as `name`, `name#2`, ...
+A module that computes several attentions in one call (chunks of queries, windows or sequences in a loop) is measured
+call by call, as `name`, `name#2`, ...; from the second on `coverage` says that it is a part.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor
+from attnmonitor.alerts import Rule, Threshold
 
 WIDTH, HEADS, LENGTH = 32, 4, 12
 SCALE = 8**-0.5
@@ -72,6 +74,12 @@ def rows_as_sequences(attend: Attend, *qkv: Tensor) -> None:
     attend(*(y.flatten(0, 1).transpose(1, 2) for y in qkv))
 
 
+def two_heads_at_once(attend: Attend, *qkv: Tensor) -> None:
+    """Slices of two of (B·H, L, d): sliced attention."""
+    for parts in zip(*(y.transpose(1, 2).flatten(0, 1).split(2) for y in qkv), strict=True):
+        attend(*parts)
+
+
 FLAT, WITH_ROWS = (2, LENGTH, WIDTH), (2, 4, LENGTH, WIDTH)
 
 
@@ -101,6 +109,21 @@ def test_heads_are_the_axis_of_features(layout: Callable[..., None], shape: tupl
             expected = layer_statistics(*(y.double() for y in model["mixer"].kept), SCALE, None, None)
             for metric in ("energy_rms", "energy_effective_rank", "key_incoherence"):
                 assert torch.allclose(sample.values[metric]["mixer"].double(), expected[metric].mean(0), rtol=1e-4)
+
+
+def test_slice_of_heads_is_a_part_and_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"mixer": Mixer(two_heads_at_once, by_hand)}), torch.randn(FLAT)
+    with AttentionMonitor(model, x, forward=lambda model, x: model["mixer"](x), record=None, alerts=False) as monitor:
+        values = monitor.sample(1).values["energy_rms"]
+        q, k = (y.double() for y in model["mixer"].kept)
+        for part, (name, coverage) in enumerate(monitor.coverage.items()):
+            assert name == ("mixer" if part == 0 else f"mixer#{part + 1}")
+            assert bool(coverage.remarks) == (part > 0)
+            row, heads = part // 2, slice(part % 2 * 2, part % 2 * 2 + 2)
+            expected = layer_statistics(q[row : row + 1, heads], k[row : row + 1, heads], SCALE, None, None)
+            assert torch.allclose(values[name].double(), expected["energy_rms"][0], rtol=1e-4)
+        assert part == 3
 
 
 class Attention(nn.Module):
@@ -296,6 +319,14 @@ def test_channels_that_attend_to_channels_are_named() -> None:
             q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, 8).permute(2, 0, 3, 4, 1)  # (B, H, d, L)
             ((nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT).softmax(-1) @ v).sum()
 
+    takeover = Rule(
+        "any", "key_sink", "kv_head", Threshold("key_leverage_max", "value", fire_above=-9.0, clear_below=-9.5)
+    )
+    dead = Rule("dead", "dead_head", "query_head", Threshold("energy_rms", "value", fire_below=9.0, clear_above=9.5))
+    rules = [replace(rule, grace=0, patience=1) for rule in (takeover, dead)]
     model = nn.Sequential(CrossCovariance())
-    with AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None, alerts=False) as monitor:
+    with AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None, alerts=rules) as monitor:
         assert (monitor.coverage["0"].sees, monitor.coverage["0"].num_keys) == ("channels", 8)
+        sample = monitor.sample(1)
+        assert sample.values["key_leverage_max"]["0"].isfinite().all()
+        assert {event.rule for event in sample.firing} == {"dead"}
