@@ -68,10 +68,13 @@ class Documents:
         return Documents(self.index.to(device), self.valid.to(device))
 
 
-def documents_at(spans: list[tuple[int, int]], device: torch.device) -> Documents:
-    """Return documents from their first and past-the-last positions in ``(B·L)``."""
-    index = pad_sequence([torch.arange(*span) for span in spans], batch_first=True)
-    lengths = torch.tensor([end - start for start, end in spans])
+def documents_at(spans: list[tuple[int, int]], device: torch.device, tokens: Tensor | None = None) -> Documents:
+    """Return documents from their first and past-the-last positions in ``(B·L)``, without what is no token."""
+    positions = [torch.arange(*span) for span in spans]
+    if tokens is not None:
+        positions = [own[tokens[own]] for own in positions]
+    index = pad_sequence(positions, batch_first=True)
+    lengths = torch.tensor([len(own) for own in positions])
     return Documents(index.to(device), (torch.arange(index.shape[1]) < lengths[:, None]).to(device))
 
 
@@ -79,7 +82,8 @@ def blocks_in(pattern: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
     """Return the blocks on the diagonal of each sequence's pattern, as first and past-the-last positions.
 
     A block begins at a position that sees nothing before itself; no later position may see past the beginning, and none
-    past the end. A sliding window has no such beginnings, so it is one block.
+    past the end. A sliding window has no such beginnings, so it is one block; padding that is wider than the distance
+    at which any position sees another may be a gap in a window, and parts nothing.
 
     Args:
         pattern: ``(B, L, L)`` bool, True where a query sees a key.
@@ -92,7 +96,9 @@ def blocks_in(pattern: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
     blocks = []
     for first, last, tokens in zip(firsts, lasts, valid.tolist(), strict=True):
         positions = [position for position in range(length) if tokens[position]]
-        starts = [position for position in positions if first[position] == position]
+        reach = max((max(i - first[i], last[i] - i) for i in positions), default=0)
+        before = dict(zip(positions[1:], positions, strict=False))
+        starts = [i for i in positions if first[i] == i and i - before.get(i, i) <= max(reach, 1)]
         ends = [*starts[1:], positions[-1] + 1] if starts else []
         spans = list(zip(starts, ends, strict=True))
         holds = all(start <= first[i] and last[i] < end for start, end in spans for i in positions if start <= i < end)

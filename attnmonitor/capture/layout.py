@@ -312,4 +312,4 @@ def _documents(pattern: Tensor, valid: Tensor | None, *, by_inputs: bool) -> Doc
         for start, end in found
         if end - start > 1  # one token alone has no attention to measure
     ]
-    return documents_at(spans, pattern.device)
+    return documents_at(spans, pattern.device, tokens.flatten().cpu())

@@ -330,3 +330,32 @@ def test_channels_that_attend_to_channels_are_named() -> None:
         sample = monitor.sample(1)
         assert sample.values["key_leverage_max"]["0"].isfinite().all()
         assert {event.rule for event in sample.firing} == {"dead"}
+
+
+def test_window_with_gaps_of_padding_is_no_document() -> None:
+    """Padding that is wider than the window separates tokens without being the end of a document."""
+    torch.manual_seed(0)
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[:, [3, 7]] = False
+    apart = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs()
+    model = Masked(lambda valid: (apart < 2) & valid[:, None, None])
+    with AttentionMonitor(model, (torch.randn(2, LENGTH, WIDTH), valid), record=None, alerts=False) as monitor:
+        assert monitor.coverage["attn"].documents == 0
+        expect(monitor, "attn", model.attn.kept, valid, valid)
+
+
+def test_padding_inside_a_document_is_not_measured() -> None:
+    torch.manual_seed(0)
+    ids, valid = torch.tensor([[1] * 5 + [2] * 7] * 2), torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[:, [2, 8]] = False
+    model = Masked(lambda ids: same_document(ids) & valid[:, None, None])
+    with AttentionMonitor(model, (torch.randn(2, LENGTH, WIDTH), ids), record=None, alerts=False) as monitor:
+        assert monitor.coverage["attn"].documents == 4
+        q, k = (y.detach().double() for y in model.attn.kept)
+        fields = [
+            layer_statistics(q[row : row + 1, :, at], k[row : row + 1, :, at], SCALE, None, None)
+            for row in range(2)
+            for at in (valid[row] & (ids[row] == 1), valid[row] & (ids[row] == 2))
+        ]
+        expected = torch.cat([field["energy_rms"] for field in fields]).mean(0)
+        assert torch.allclose(monitor.sample(1).values["energy_rms"]["attn"].double(), expected, rtol=1e-4)
