@@ -28,11 +28,17 @@ __all__ = ["NoMeasurement", "RankMeasurement"]
 
 
 class NoMeasurement:
-    """The measurement of a monitor that is a copy: no process takes it."""
+    """The measurement of a monitor that is a copy: no process takes it.
+
+    Args:
+        after_last_attention: Of the original.
+    """
 
     is_main = measures = False
     route = RouteChoice("cpu")
-    after_last_attention = ""
+
+    def __init__(self, after_last_attention: str) -> None:
+        self.after_last_attention = after_last_attention
 
     def follow_model(self) -> None:
         """Do nothing."""

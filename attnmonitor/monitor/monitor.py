@@ -349,7 +349,7 @@ class AttentionMonitor(MonitorSampling):
         nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name, log=self._log)
         results |= {
             "_schedule": never,
-            "_measurement": NoMeasurement(),
+            "_measurement": NoMeasurement(self._measurement.after_last_attention),
             "_actions": {},
             "_delivery": nowhere,
             "_late": None,

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
+from attnmonitor.measurement.distributed import DistributedMeasurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.parallel.exchange import TIME_LIMIT
 from attnmonitor.record import RunRecord
@@ -255,7 +256,7 @@ def run(case: Case, *, watched: bool = True) -> End:
 
 
 def inject(case: Case, monitor: AttentionMonitor, patch: pytest.MonkeyPatch) -> None:
-    delays = {"late": (monitor, "sample", LATE), "slow": (Probe, "run", 0.5)}
+    delays = {"late": (DistributedMeasurement, "take", LATE), "slow": (Probe, "run", 0.5)}
     if case.fault in delays:
         where, name, seconds = delays[case.fault]
         in_time = getattr(where, name)
