@@ -5,7 +5,7 @@
 >>> with attnmonitor.AttentionMonitor(layer, torch.randn(2, 12, 16), record=None) as monitor:
 ...     sample = monitor.sample(global_step=0)
 >>> sorted(sample.values)[0]
-'energy_delocalization'
+'attention_tau'
 """
 
 from attnmonitor._version import __version__

@@ -73,6 +73,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         ),
         patience=1,
         grace=0,
+        optional=True,
     ),
     Rule(
         "silent_value",
@@ -80,6 +81,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "kv_head",
         Threshold("value_rms", "peers", fire_below=-1.8, clear_above=-1.4),
         grace=0,
+        optional=True,
     ),
     Rule(
         "silent_output",
@@ -87,6 +89,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "query_head",
         Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
         grace=0,
+        optional=True,
     ),
     Rule("non_finite", "non_finite", "query_head", NON_FINITE, patience=1, grace=0, hold=0, source_only=True),
     # When every head is hit at once, the source is unknown.
@@ -168,6 +171,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
             Threshold("attention_tau", "value", "identity", fire_above=6.0, clear_below=4.0, quantile=0.75),
         ),
         grace=0,
+        optional=True,
     ),
     # The tokens of deep layers become one vector: whatever a head attends to, it reads the same. The keys show it too,
     # but not under rotary positions, which turn one key into many.
@@ -177,6 +181,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "layer",
         Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=1.0),
         grace=0,
+        optional=True,
     ),
     # Healthy heads become sharp late, while they learn. The levels below are beyond what they reach in the best
     # high-rate runs, so the rule may fire at any time and at any sampling rate.
@@ -196,6 +201,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "run",
         Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=0.25),
         grace=0,
+        optional=True,
     ),
     # Sharp before anything was learned: only in the first two samples.
     Rule(

@@ -187,7 +187,7 @@ class AttentionMode(TorchFunctionMode):
         """Return which leading axes of a layer's operands count heads; None where that is unclear."""
         known = self._layouts.get(self._name_of_next(layer))
         if known is not None and known.lead is not None:
-            return known.lead.resized(sizes, heads=False)
+            return known.lead.resized(sizes, heads=False) or known.lead.resized(sizes, heads=True)
         return lead_of(sizes, made_of) or lead_by_shape(sizes, frame, num_rows)
 
     def _found_traced(self, trace: Trace, output: Tensor, row_axis: int, by_head: Callable[[Lead], ByHead]) -> None:

@@ -93,7 +93,7 @@ class HeadScalars:
         self._with_layers = False
         self._allowed_heads = 0
         self._chosen: dict[str, set[tuple[str, int]]] = {}
-        self._without_heads: set[str] = set()
+        self._only_charted: set[str] = set()
 
     def __call__(self, sample: Sample) -> dict[str, float]:
         """Return the scalars of one sample."""
@@ -101,13 +101,15 @@ class HeadScalars:
             self._plan(sample)
         scalars: dict[str, float] = {}
         for metric, layers in sample.values.items():
+            if metric in self._only_charted:
+                continue
             chosen = self._choose(metric, layers)
             for layer, values in layers.items():
                 stem = f"{key_prefix(sample)}/{metric}/{self._layer_keys[layer]}"
                 if self._with_layers:
                     quantiles = _quantiles(values, _LAYER_SUMMARIES)
                     scalars.update({f"{stem}/{name}": value for name, value in quantiles.items()})
-                for head, value in enumerate([] if metric in self._without_heads else values.tolist()):
+                for head, value in enumerate(values.tolist()):
                     if self.every_head or (layer, head) in chosen:
                         scalars[f"{stem}/head_{head:02d}"] = value
         return scalars
@@ -118,17 +120,16 @@ class HeadScalars:
         num_metrics = len(first.values)
         num_fixed = _NUM_MODEL_KEYS * num_metrics + _NUM_OTHER_KEYS
         num_heads = {metric: sum(map(torch.numel, layers.values())) for metric, layers in first.values.items()}
-        num_layer_keys = len(_LAYER_SUMMARIES) * sum(map(len, first.values.values()))
         charted = {metric for metric in first.values if metric in METRICS and not METRICS[metric].head_curves}
         if num_fixed + sum(num_heads.values()) > self._max_keys:
-            self._without_heads = charted
-        num_curves = sum(number for metric, number in num_heads.items() if metric not in self._without_heads)
+            self._only_charted = charted
+        with_keys = [metric for metric in first.values if metric not in self._only_charted]
+        num_curves = sum(num_heads[metric] for metric in with_keys)
         self.every_head = num_fixed + num_curves <= self._max_keys
-        if not self.every_head:
-            self._without_heads = set()
+        num_layer_keys = len(_LAYER_SUMMARIES) * sum(len(first.values[metric]) for metric in with_keys)
         self._with_layers = not self.every_head and num_fixed + num_layer_keys <= self._max_keys
         left = self._max_keys - num_fixed - (num_layer_keys if self._with_layers else 0)
-        self._allowed_heads = left // num_metrics
+        self._allowed_heads = left // max(len(with_keys), 1)
         self.num_keys = num_fixed + num_curves if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:

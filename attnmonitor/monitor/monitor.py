@@ -225,7 +225,7 @@ class AttentionMonitor(MonitorSampling):
             return self._no_sample(step) if distributed.is_initialized() else delivered
         return with_requests_of(delivered, self._sample(step, may_be_late=True))
 
-    def log(self, /, *, step: int | None = None, **values: Any) -> None:
+    def log(self, *, step: int | None = None, **values: Any) -> None:
         """Keep what training logs, to be shown beside the heads: ``monitor.log(loss=loss, lr=1e-3)``.
 
         Args:

@@ -27,7 +27,7 @@ from attnmonitor.summary.outliers import range_without_outliers
 
 __all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts", "unpacked"]
 
-MOST_VALUES = 1_000_000
+MOST_VALUES = 1_300_000
 MOST_BAND_SAMPLES = 1000
 
 _SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")

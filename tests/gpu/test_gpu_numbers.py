@@ -165,7 +165,7 @@ def test_forward_of_a_sample_never_waits(kind: str) -> None:
         metrics=[*DEFAULT_METRICS, "attention_entropy", "max_logit", "sink_mass"],
     )
     samples = [monitor.sample(step) for step in range(3)]
-    assert forward.calls == 4
+    assert forward.calls == 5  # two of them at attach
     for sample in samples:
         assert all(layer.measured for layer in sample.coverage.values())
         for layers in sample.values.values():

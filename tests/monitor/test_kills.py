@@ -251,6 +251,14 @@ def test_killed_and_resumed_run_ends_like_an_unkilled_one(
     assert ends["whole"]["state"]["history"]["steps"] == records["whole"].steps.tolist() == steps
     assert records["whole"].events[0].global_step == steps[7]
     assert ends["whole"]["firing"] == 1
+    # A framework may log a step after its checkpoint is written: a curve then lacks that step of a killed run.
+    curves = [
+        ends[name]["state"].pop("logged").get("loss", {"steps": [], "values": []}) for name in ("killed", "whole")
+    ]
+    killed, whole = (dict(zip(list(curve["steps"]), list(curve["values"]), strict=True)) for curve in curves)
+    killed, whole = ({int(step): float(value) for step, value in curve.items()} for curve in (killed, whole))
+    assert killed.items() <= whole.items()
+    assert len(killed) >= len(whole) - num_kills
     assert same(ends["killed"], ends["whole"])
     assert records["killed"].steps.tolist() == steps
     assert records["killed"].events == records["whole"].events

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from synthetic_runs import SyntheticRun, followed
 
+from attnmonitor import METRICS
 from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.report import write_report
 from attnmonitor.report.charts import model_chart
@@ -283,7 +284,7 @@ def test_click_on_a_cell_shows_that_heads_curves(sized: Path, show: Callable[[Pa
     np.testing.assert_allclose(shown, expected, rtol=1e-6)
     group = record.coverage[layers[0]].num_query_heads // record.coverage[layers[0]].num_kv_heads
     in_every_metric = curve(browser, "grid-0", CHOSEN)
-    num_key_metrics = 6
+    num_key_metrics = sum(METRICS[metric].scope == "kv_head" for metric in record.metrics)
     assert len(in_every_metric) == num_key_metrics + (len(record.metrics) - num_key_metrics) * group
     np.testing.assert_allclose(
         in_every_metric[0], record.trajectories(record.metrics[0])[layers[0]][:, group], rtol=1e-6
