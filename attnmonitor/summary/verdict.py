@@ -88,7 +88,7 @@ def _few_heads_text(counts: RunCounts) -> str:
     scope, least = next((scope, least) for scope, least in counts.least_heads.items() if number[scope] < least)
     noun = "KV head" if scope == "kv_head" and number["kv_head"] != number["query_head"] else "head"
     have = f"{count_text(number[scope], noun)} {'is' if number[scope] == 1 else 'are'} too few to compare"
-    return f"{have} with each other, which needs about {least} heads: only each head's own past is watched"
+    return f"{have}, which needs about {least} heads"
 
 
 _DOUBTS: Mapping[Doubt, Callable[[RunCounts], str]] = {
@@ -119,7 +119,7 @@ def _alarm_parts(
     number = count_text(len(others), nouns.pop() if len(nouns) == 1 else "place")
     heads = [f"{head_name(events[0], short, coverage)} ({fault_names(events)})" for events in others]
     if of_run:
-        line = f"the run needs a look ({fault_names(of_run[0])})"
+        line = f"the run needs a look ({fault_names(of_run[0], courses=False)})"
         return f"{line}, and so {'does' if len(others) == 1 else 'do'} {number}" if others else line, heads
     return f"{number} {'needs' if len(others) == 1 else 'need'} a look", heads
 
