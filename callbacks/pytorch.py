@@ -74,7 +74,7 @@ def attach(
         [0, 1]
         >>> monitor.close()  # doctest: +ELLIPSIS
         <BLANKLINE>
-        attnmonitor: unknown: 2 heads in 1 layer watched over 2 samples: no alarm, but some rules first wait for ...
+        attnmonitor: unknown: 2 heads in 1 layer watched over 2 samples: no alarm, but
         ...
     """
     if probe is None:

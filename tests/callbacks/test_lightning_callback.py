@@ -236,7 +236,7 @@ def test_no_progress_bar_below_the_final_report(
     before, marker, after = terminal.getvalue().rpartition("attnmonitor: ")
     assert "Epoch" in before, "a bar was drawn"
     assert marker, "the final report was printed"
-    assert after.startswith("8 heads in 2 layers watched over")
+    assert after.startswith("unknown: 8 heads in 2 layers watched over")
     assert "of the time since attach" in after
     assert "Epoch" not in after
 

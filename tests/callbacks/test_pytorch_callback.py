@@ -59,7 +59,7 @@ def test_final_report_is_printed_once_at_exit(end: str, code: int, tmp_path: Pat
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == code
-    assert done.stdout.count("attnmonitor: 8 heads") == 1
+    assert done.stdout.count("attnmonitor: unknown: 8 heads") == 1
     assert REPORT in done.stdout
     (record,) = (tmp_path / "attnmonitor_runs").glob("*.sqlite")
     assert f"{sys.executable} -m attnmonitor report attnmonitor_runs/{record.name}" in done.stdout
