@@ -180,10 +180,17 @@ def _write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write one self-contained HTML file about a recorded run, or about two side by side."
+    parser.description = "Write one self-contained HTML file about a recorded run, or about up to four together."
     parser.add_argument("record", type=Path, metavar="RUN.sqlite", help="the run's record")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: beside the record, ending in .html)")
-    parser.add_argument("--compare", type=Path, metavar="OTHER.sqlite", help="a second run, beside the first")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="OTHER.sqlite",
+        help="up to three other runs, on the same scales",
+    )
     parser.set_defaults(run=_run_report)
 
 

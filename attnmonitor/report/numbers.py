@@ -8,9 +8,7 @@ them), the same for all heads; bands are quantiles over all heads at up to 1,000
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,48 +17,21 @@ from numpy.typing import NDArray
 from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.metrics.catalog import METRICS, head_noun, is_log, metric_scope, metric_title
 from attnmonitor.record import RunRecord
+from attnmonitor.report.alarms import AlarmSpan, alarm_metric, alarm_spans
 from attnmonitor.report.curves import thinned
 from attnmonitor.report.traces import QUANTILES
-from attnmonitor.sample import AlarmKey, AlertEvent, Scope, head_name, heads_concerned, scoped_head_name
-from attnmonitor.summary.names import short_layer_names
+from attnmonitor.report.training import shown_curves
+from attnmonitor.sample import Scope, head_name, heads_concerned, scoped_head_name
+from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 
-__all__ = ["AlarmSpan", "alarm_spans", "run_numbers", "segment_starts", "unpacked"]
+__all__ = ["run_numbers", "segment_starts", "unpacked"]
 
-MOST_VALUES = 1_300_000
-MOST_BAND_SAMPLES = 1000
+MOST_VALUES = 1_250_000
+MOST_BAND_SAMPLES = 400
+MOST_LOGGED_POINTS = 2000
 
 _SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")
-
-
-@dataclass(frozen=True)
-class AlarmSpan:
-    """An alarm from its first step to its last: ``ended`` is None while it fires."""
-
-    event: AlertEvent
-    began: int
-    ended: int | None
-
-
-def alarm_spans(events: Sequence[AlertEvent]) -> list[AlarmSpan]:
-    """Join the events of each alarm, in the order in which the alarms began."""
-    spans: list[AlarmSpan] = []
-    running: dict[AlarmKey, int] = {}
-    for event in events:
-        key = event.key
-        if key in running:
-            at = running[key]
-            ended = event.global_step if event.state == "cleared" else None
-            before = spans[at].event
-            shown = replace(event if ended is None else before, value=before.value, now=event.now, worst=event.worst)
-            spans[at] = AlarmSpan(shown, spans[at].began, ended)
-            if ended is not None:
-                del running[key]
-        else:
-            if event.state == "firing":
-                running[key] = len(spans)
-            spans.append(AlarmSpan(event, event.began, None if event.state == "firing" else event.global_step))
-    return spans
 
 
 def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[str, Any]:
@@ -71,13 +42,14 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
         most_values: Values of single heads in the whole report of this run.
 
     Returns:
-        ``steps``; ``layers``, their ``short`` names, the ``names`` of their heads per scope, and ``kv_heads``, those
-        that their query heads read; ``metrics`` (per metric ``frames``, indices into ``steps``, and the values at
-        them, ``(num_frames, num_heads of all layers)``); ``alarms``; ``seconds``; ``segments``; and ``first_look``: the
+        ``name`` of the file; ``steps``; ``layers``, their ``short`` names, the ``reasons`` why those without numbers
+        have none, the ``names`` of their heads per scope, and ``kv_heads``, those that their query heads read;
+        ``metrics`` (per metric ``frames``, indices into ``steps``, and the values at them, ``(num_frames, num_heads of
+        all layers)``); ``logged``, what training logged; ``alarms``; ``seconds``; ``segments``; and ``first_look``: the
         layer, head and scope to open the page with, and the metric that the alarm there names.
     """
-    spans, steps = alarm_spans(record.events), record.steps
-    trajectories = {name: record.trajectories(name) for name in record.metrics}
+    spans, steps, names = alarm_spans(record.events), record.steps, record.metrics
+    trajectories = {name: record.trajectories(name) for name in names}
     nothing = {
         name: np.empty((len(steps), 0), np.float32) for name, layer in record.coverage.items() if not layer.measured
     }
@@ -89,9 +61,11 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
     )
     share = most_values // max(1, len(trajectories))
     return {
+        "name": record.path.name,
         "steps": steps.tolist(),
         "layers": layers,
         "short": [short[layer] for layer in layers],
+        "reasons": [record.coverage[layer].reason if layer in record.coverage else "" for layer in layers],
         "names": {
             scope: [
                 [
@@ -107,8 +81,9 @@ def run_numbers(record: RunRecord, *, most_values: int = MOST_VALUES) -> dict[st
             name: {**_metric_numbers(name, shown, layers, keep, share), "noun": head_noun(name, record.coverage)}
             for name, shown in trajectories.items()
         },
-        "alarms": [_alarm(span, record, layers, short) for span in spans],
-        "first_look": _first_look(record, layers),
+        "logged": {name: _logged(curve) for name, curve in shown_curves(record.logged).items()},
+        "alarms": [_alarm(span, record, layers, short, names) for span in spans],
+        "first_look": _first_look(record, layers, names),
         "seconds": packed(record.seconds),
         "segments": segment_starts(record),
     }
@@ -175,20 +150,28 @@ def _kv_heads(record: RunRecord, layer: str) -> list[int]:
     return [] if entry is None else [entry.kv_head_of(head) for head in range(entry.num_query_heads)]
 
 
-def _first_look(record: RunRecord, layers: Sequence[str]) -> dict[str, Any] | None:
+def _logged(curve: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Steps and values of a curve that training logged."""
+    kept = thinned(np.arange(len(curve)), MOST_LOGGED_POINTS)
+    values = np.array([curve[at][1] for at in kept], dtype=np.float64)
+    return {"steps": [curve[at][0] for at in kept], "values": packed(values)}
+
+
+def _first_look(record: RunRecord, layers: Sequence[str], metrics: Sequence[str]) -> dict[str, Any] | None:
     for event, *_ in most_severe_first(record.firing, record.coverage):
         if event.layer in layers and event.head is not None:
-            named = (metric for metric in record.metrics if re.search(rf"\b{metric}\b", event.message))
             return {
                 "layer": layers.index(event.layer),
                 "head": event.head,
                 "scope": event.scope,
-                "metric": event.metric if event.metric in record.metrics else next(named, None),
+                "metric": alarm_metric(event, metrics),
             }
     return None
 
 
-def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str], short: Mapping[str, str]) -> dict[str, Any]:
+def _alarm(
+    span: AlarmSpan, record: RunRecord, layers: Sequence[str], short: Mapping[str, str], metrics: Sequence[str]
+) -> dict[str, Any]:
     event = span.event
     return {
         "layer": layers.index(event.layer) if event.layer in layers else None,
@@ -198,6 +181,8 @@ def _alarm(span: AlarmSpan, record: RunRecord, layers: Sequence[str], short: Map
         "head": event.head,
         "rule": event.rule,
         "kind": event.kind,
+        "fault": fault_text(event.kind),
+        "metric": alarm_metric(event, metrics),
         "severity": event.severity,
         "message": event.message,
         "began": span.began,

@@ -1,187 +1,252 @@
-"use strict";
-// Draws the figures that Python made, and puts in the numbers that they name in `meta`, for the chosen metric, step and
-// head. What is drawn and how it looks is decided in Python.
+// The reader's choice, and what changes it: controls, clicks, keys and the page's address.
 
-const { runs } = JSON.parse(document.getElementById("numbers").textContent);
-const state = { metric: null, step: 0, layer: null, head: null, scope: "query_head" };
+let page = null;  // runs, the figures of all runs, and colors
 let stops = [];  // steps at which the slider stops
+const state = { metric: null, step: 0, slot: null, head: null, scope: "query_head" };
 
-const CONFIG = { displayModeBar: false, responsive: true };
-const NARROW = 480, LEGEND_ROW = 19;  // pixels
-const floats = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
-const finite = value => Number.isFinite(value) ? value : null;
-const grouped = step => step.toLocaleString("en-US");
-const plainText = name => name.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly reads markup in every text
-const divOf = (name, index) => document.getElementById(`${name}-${index}`);
-
-function unpack(run) {
-  for (const metric of Object.values(run.metrics)) {
-    metric.values = floats(metric.values);  // (frames, columns): a column for each head of each layer
-    metric.bands = floats(metric.bands);
-    metric.columns = metric.rows.flatMap(([layer, heads]) => Array.from({ length: heads }, (_, head) => ({ layer, head })));
-    metric.columnOf = new Map(metric.columns.map(({ layer, head }, column) => [`${layer}/${head}`, column]));
-    metric.rowOf = new Map(metric.rows.map(([layer], row) => [layer, row]));
-    metric.frameSteps = metric.frames.map(at => run.steps[at]);
-    metric.bandSteps = metric.band_samples.map(at => run.steps[at]);
-  }
-}
-
-const nameOf = (run, metric, column) => run.names[metric.scope][metric.columns[column].layer][metric.columns[column].head];
-const valueAt = (metric, frame, column) => finite(metric.values[frame * metric.columns.length + column]);
-
-function frameAt(metric, step) {  // the last frame that is not after the step
-  return Math.max(0, metric.frameSteps.findLastIndex(frameStep => frameStep <= step));
-}
-
-function columnsOf(metric, layer, heads) {  // where these heads are among the metric's values
-  return heads.map(head => metric.columnOf.get(`${layer}/${head}`)).filter(column => column !== undefined);
-}
-
-function chosenColumns(run, metric) {  // a KV head is chosen with the query heads that read it, and the other way round
-  if (state.layer === null) return [];
-  const kvHeads = run.kv_heads[state.layer] ?? [];  // by query head
-  let heads = [state.head];
-  if (state.scope === "query_head" && metric.scope === "kv_head") heads = [kvHeads[state.head] ?? state.head];
-  if (state.scope === "kv_head" && metric.scope === "query_head") heads = kvHeads.flatMap((kvHead, head) => kvHead === state.head ? [head] : []);
-  return columnsOf(metric, state.layer, heads);
-}
-
-function alarmedColumns(run, metric, step) {
-  const firing = run.alarms.filter(alarm => alarm.began <= step && (alarm.ended === null || step < alarm.ended));
-  return [...new Set(firing.flatMap(alarm => columnsOf(metric, alarm.layer, alarm.heads[metric.scope])))];
-}
-
-function filled(run, trace) {  // the trace with the numbers that its meta names
-  if (!trace.meta) return trace;
-  const metric = run.metrics[trace.meta.metric], { band, columns } = trace.meta;
-  if (band !== undefined) {
-    const size = metric.bandSteps.length;
-    return { ...trace, x: metric.bandSteps, y: Array.from(metric.bands.subarray(band * size, (band + 1) * size), finite) };
-  }
-  // Several heads are one line with gaps: browsers draw few traces with many points faster than many traces.
-  const joined = make => columns.flatMap((column, at) => at ? [null, ...make(column)] : make(column));
-  return {
-    ...trace,
-    x: joined(() => metric.frameSteps),
-    y: joined(column => metric.frames.map((_, frame) => valueAt(metric, frame, column))),
-    text: joined(column => Array(metric.frames.length).fill(plainText(nameOf(run, metric, column)))),
-  };
-}
-
-function chosenTraces(run, template) {
-  const metric = run.metrics[template.meta.metric];
-  return chosenColumns(run, metric).map(column =>
-    ({ ...template, name: plainText(nameOf(run, metric, column)), meta: { ...template.meta, columns: [column] } }));
-}
-
-function draw(run, div, traces, layout, onClick) {
-  const shown = traces.map(trace => filled(run, trace)), figure = structuredClone(layout);
-  // On a narrow page every entry of a legend has a row of its own: the figure grows, so that the plot keeps its height.
-  const entries = traces.filter(({ showlegend }) => showlegend !== false).length;
-  if (figure.showlegend && div.clientWidth < NARROW) figure.height += LEGEND_ROW * entries;
-  Plotly.react(div, shown, figure, CONFIG).then(() => {
-    div.removeAllListeners("plotly_click");
-    if (onClick) div.on("plotly_click", event => onClick(event.points[0]));
-  });
-}
-
-function drawComplete(name, onClick) {
-  return (run, index) => {
-    const div = divOf(name, index), figure = run.charts[name];
-    if (figure) draw(run, div, figure.data, figure.layout, onClick);
-    else div.style.display = "none";
-  };
-}
-const drawTimeline = drawComplete("timeline", point => point.customdata && choose(...point.customdata));
-const drawCost = drawComplete("cost");
-
-function drawHeatmap(run, index) {
-  const div = divOf("heatmap", index), metric = run.metrics[state.metric], figure = run.charts.metrics[state.metric]?.heatmap;
-  if (!figure) { Plotly.purge(div); return; }
-  const frame = frameAt(metric, state.step), step = metric.frameSteps[frame], most = Math.max(...metric.rows.map(([, heads]) => heads));
-  const table = cell => metric.rows.map(([layer]) => Array.from({ length: most }, (_, head) => {
-    const [column] = columnsOf(metric, layer, [head]);
-    return column === undefined ? null : cell(column);
-  }));
-  const [trace] = figure.data, values = table(column => valueAt(metric, frame, column));
-  const shade = value => value === null || !trace.meta.log ? value : Math.log10(Math.max(value, 1e-30));
-  const framed = (columns, frames) => frames.flatMap(shape => columns.map(column => {
-    const { layer, head } = metric.columns[column], row = metric.rowOf.get(layer);
-    return { ...shape, x0: shape.x0 + head, x1: shape.x1 + head, y0: shape.y0 + row, y1: shape.y1 + row };
-  }));
-  // Layers without a number keep their row, hatched.
-  const gaps = values.flatMap((row, at) => row.every(value => value === null) ? [at] : []), [, hatched] = figure.data;
-  const corners = (left, right) => gaps.flatMap(at => [at - left, at - left, at + right, at + right, at - left, null]);
-  const notMeasured = gaps.map(at => plainText(`${run.short[metric.rows[at][0]]}: not measured`));
-  const { alarm, chosen } = run.charts.frames, title = figure.layout.title;
-  const cells = { ...trace, z: values.map(row => row.map(shade)), customdata: values, text: table(column => plainText(nameOf(run, metric, column))) };
-  const gapTrace = { ...hatched, x: gaps.flatMap(() => [-0.5, most - 0.5, most - 0.5, -0.5, -0.5, null]), y: corners(0.45, 0.45), text: notMeasured.join("<br>") };
-  Plotly.react(div, [cells, gapTrace], {
-    ...structuredClone(figure.layout),
-    title: { ...title, text: title.text.replace("{step}", grouped(step)) },
-    shapes: [...framed(alarmedColumns(run, metric, step), alarm), ...framed(chosenColumns(run, metric), chosen)],
-  }, CONFIG).then(() => {
-    div.removeAllListeners("plotly_click");
-    div.on("plotly_click", ({ points: [{ data, x, y }] }) => data.type === "heatmap" && choose(metric.rows[y][0], x, metric.scope));
-  });
-}
-
-function drawCurves(run, index) {
-  const div = divOf("curves", index), metric = run.metrics[state.metric], charts = run.charts.metrics[state.metric];
-  if (!charts) { Plotly.purge(div); return; }
-  const { data, layout } = charts.curves, now = metric.frameSteps[frameAt(metric, state.step)];
-  const shown = data.filter(({ meta }) => meta?.layer === undefined || meta.layer === state.layer);
-  const [nowLine, ...otherShapes] = layout.shapes;
-  draw(run, div, [...shown, ...chosenTraces(run, charts.chosen)], { ...layout, shapes: [{ ...nowLine, x0: now, x1: now }, ...otherShapes] }, point => {
-    const column = point.data.meta?.columns?.[Math.floor(point.pointIndex / (metric.frames.length + 1))];
-    if (column !== undefined) choose(metric.columns[column].layer, metric.columns[column].head, metric.scope);
-  });
-}
-
-function drawGrid(run, index) {
-  const div = divOf("grid", index), { data, chosen, layouts } = run.charts.grid;
-  const fitting = layouts.find(({ least_width }) => div.clientWidth >= least_width);
-  if (fitting) draw(run, div, [...data, ...chosen.flatMap(template => chosenTraces(run, template))], fitting.layout);
-}
-
-const drawAll = parts => runs.forEach((run, index) => parts.forEach(part => part(run, index)));
+const byId = id => document.getElementById(id);
+const drawAll = parts => page.runs.forEach((run, index) => parts.forEach(part => part(run, index)));
 const setText = (selector, text) => document.querySelectorAll(selector).forEach(element => { element.textContent = text; });
+const anyRun = look => page.runs.map(look).find(found => found !== undefined && found !== null);
 
-function choose(layer, head, scope) {
-  Object.assign(state, { layer, head, scope });
-  setText("#chosen, .head-name", runs.map(run => run.names[scope][layer]?.[head]).find(name => name) ?? "");
-  drawAll([drawHeatmap, drawCurves, drawGrid]);
+// ---- the choice
+
+function show(changes, { keepsAddress = false } = {}) {
+  const before = { ...state };
+  Object.assign(state, changes);
+  const isNew = (...names) => names.some(name => state[name] !== before[name]);
+  if (isNew("metric")) takeMetric();
+  if (isNew("metric", "step")) takeStep();
+  if (isNew("slot", "head", "scope")) drawGrid();
+  if (isNew("metric", "step", "slot", "head", "scope")) {
+    drawAll([drawHeatmap, drawCurves]);
+    drawCompared();
+  }
+  nameChoice();
+  if (!keepsAddress) writeAddress();
 }
 
-function setMetric(name) {
-  state.metric = name;
-  const metric = runs.map(run => run.metrics[name]).find(found => found);
-  setText(".metric-name", metric.title);
-  setText(".metric-meaning", metric.meaning);
-  stops = [...new Set(runs.flatMap(run => run.metrics[name]?.frameSteps ?? []))].sort((a, b) => a - b);
-  const slider = document.getElementById("step");
-  slider.max = Math.max(0, stops.length - 1);
-  slider.value = Math.max(0, stops.findLastIndex(step => step <= state.step));
-  setStep(slider.value);
+function takeMetric() {
+  const { title, meaning } = anyRun(run => run.metrics[state.metric]);
+  byId("metric").value = state.metric;
+  setText(".metric-name", title);
+  setText(".metric-meaning", meaning);
+  stops = [...new Set(page.runs.flatMap(run => run.metrics[state.metric]?.frameSteps ?? []))].sort((a, b) => a - b);
+  byId("step").max = Math.max(0, stops.length - 1);
 }
 
-function setStep(at) {
+function takeStep() {  // at the last stop that is not after the wanted step
+  const at = Math.max(0, stops.findLastIndex(step => step <= state.step)), slider = byId("step");
   state.step = stops[at] ?? 0;
+  slider.value = at;
+  slider.setAttribute("aria-valuetext", `step ${grouped(state.step)}`);
   setText("#step-shown", grouped(state.step));
-  drawAll([drawHeatmap, drawCurves]);
 }
 
-runs.forEach(unpack);
-const names = [...new Set(runs.flatMap(run => Object.keys(run.metrics)))], picker = document.getElementById("metric");
-names.forEach(name => picker.add(new Option(runs.map(run => run.metrics[name]).find(found => found).title, name)));
-picker.addEventListener("change", () => setMetric(picker.value));
-document.getElementById("step").addEventListener("input", event => setStep(event.target.value));
+function nameChoice() {
+  const names = [...new Set(page.runs.map(chosenName).filter(name => name))];
+  setText("#chosen, .head-name", names.join(" / "));
+  const layer = anyRun(run => run.layers[run.layerOfSlot.get(state.slot)]);
+  if (document.activeElement !== byId("layer")) byId("layer").value = layer ?? "";
+  if (document.activeElement !== byId("head")) byId("head").value = state.head ?? "";
+  const alarms = page.runs.flatMap(run => run.alarms.filter(alarm => isOfChoice(run, alarm) && isFiring(alarm, state.step)));
+  setText("#alarm-shown", alarms.map(({ fault, began }) => `▲ ${fault} since step ${grouped(began)}`).join("; "));
+}
+
+function isOfChoice(run, alarm) {
+  const layer = run.layerOfSlot.get(state.slot);
+  if (layer === undefined || alarm.layer !== layer) return false;
+  return state.head === null || chosenHeads(run, layer, state.scope).some(head => (alarm.heads[state.scope] ?? []).includes(head));
+}
+
+// ---- the address: #layer=…&head=…&metric=…&step=…
+
+function writeAddress() {
+  const run = page.runs.find(({ layerOfSlot }) => layerOfSlot.has(state.slot)), metric = anyRun(({ metrics }) => metrics[state.metric]);
+  const parts = {
+    layer: run?.layers[run.layerOfSlot.get(state.slot)],
+    head: state.head,
+    scope: state.head !== null && state.scope !== metric?.scope ? state.scope : null,
+    metric: state.metric,
+    step: state.step,
+    run: run?.index || null,
+  };
+  const given = Object.entries(parts).filter(([, value]) => value !== undefined && value !== null);
+  const address = "#" + given.map(([key, value]) => `${key}=${encodeURIComponent(value)}`).join("&");
+  try {
+    history.replaceState(null, "", address);
+  } catch {}  // a page inside another one may have no address of its own
+}
+
+function readings(text) {  // what a part of an address may stand for: programs write a space as %20 or as +
+  const decoded = part => { try { return decodeURIComponent(part); } catch { return part; } };
+  return [decoded(text), decoded(text.replace(/\+/g, " "))];
+}
+
+function readAddress() {
+  const parts = new Map(location.hash.slice(1).split("&").map(part => [part.split("=")[0], part.slice(part.indexOf("=") + 1)]));
+  const words = [], changes = {}, given = key => parts.has(key) ? readings(parts.get(key)) : null;
+  const ignored = (key, why) => words.push(`${key}=${readings(parts.get(key))[0]} ${why}`);
+  const metric = given("metric")?.find(name => hasNumbers(name));
+  if (metric) changes.metric = metric;
+  else if (parts.has("metric")) ignored("metric", "is no metric of this page");
+  if (parts.has("layer")) {
+    const found = layerNamed(given("layer"), Number(given("run")?.[0] ?? -1));
+    found ? Object.assign(changes, found, headNamed(found, changes.metric ?? state.metric)) : ignored("layer", "is no layer of this page");
+  }
+  if (parts.has("step")) {
+    const step = given("step")[0].trim() === "" ? NaN : Number(given("step")[0]);
+    const first = Math.min(...page.runs.map(run => run.steps[0] ?? 0)), last = Math.max(...page.runs.map(run => run.steps.at(-1) ?? 0));
+    step >= first && step <= last ? changes.step = step : ignored("step", "is no step of this page");
+  }
+  setText("#word", words.length ? `Ignored in the address: ${words.join("; ")}.` : "");
+  if (Object.keys(changes).length) show(changes, { keepsAddress: true });
+
+  function headNamed({ slot }, ofMetric) {
+    if (!parts.has("head")) return { head: null };
+    const scope = given("scope")?.find(name => name in page.runs[0].names) ?? anyRun(run => run.metrics[ofMetric])?.scope ?? "query_head";
+    const text = given("head")[0], head = /^\d+$/.test(text) ? Number(text) : -1;
+    const exists = page.runs.some(run => run.names[scope][run.layerOfSlot.get(slot)]?.[head] !== undefined);
+    if (!exists) ignored("head", "is no head of this layer");
+    return { head: exists ? head : null, scope };
+  }
+}
+
+function layerNamed(names, preferred = -1) {
+  const runs = [...page.runs].sort((a, b) => (b.index === preferred) - (a.index === preferred));
+  for (const run of runs) {
+    const layer = names.map(name => run.layers.indexOf(name)).find(at => at >= 0);
+    if (layer !== undefined) return { slot: run.slots[layer] };
+  }
+  return null;
+}
+
+const hasNumbers = name => page.runs.some(run => run.charts.metrics[name]);
+
+// ---- alarms
+
+function showAlarm(run, alarm) {
+  const changes = { step: alarm.began };
+  if (alarm.metric !== null && run.charts.metrics[alarm.metric]) changes.metric = alarm.metric;
+  if (alarm.layer !== null) Object.assign(changes, { slot: run.slots[alarm.layer], head: alarm.head, scope: alarm.head === null ? state.scope : alarm.scope });
+  show(changes);
+}
+
+function goToAlarm(direction) {  // in the order in which alarms began
+  const alarms = page.runs.flatMap(run => run.alarms.map(alarm => [run, alarm])).sort(([, a], [, b]) => a.began - b.began);
+  let at = alarms.findIndex(([, alarm]) => alarm === goToAlarm.last);
+  if (at < 0) at = direction > 0 ? alarms.findLastIndex(([, { began }]) => began < state.step) : alarms.findIndex(([, { began }]) => began >= state.step);
+  const next = alarms[(at + direction + alarms.length) % alarms.length];
+  goToAlarm.last = next[1];
+  showAlarm(...next);
+  setText("#word", `Alarm ${alarms.indexOf(next) + 1} of ${alarms.length}: ${next[1].where}, ${next[1].fault}`);
+}
+
+// ---- controls and keys
+
+function searchLayer() {
+  const wanted = byId("layer").value.trim();
+  if (!wanted) return;
+  const contains = name => name.toLowerCase().includes(wanted.toLowerCase());
+  const found = layerNamed([wanted]) ?? anyRun(run => {
+    const layer = [run.short.indexOf(wanted), run.layers.findIndex(contains)].find(at => at >= 0);
+    return layer === undefined ? undefined : { slot: run.slots[layer] };
+  });
+  setText("#word", found ? "" : `No layer is called ${wanted}.`);
+  if (found) show({ ...found, head: headThere(found.slot, state.head ?? 0) });
+}
+
+function headThere(slot, head) {  // the head of this number in a layer, or its last one; null where it has none
+  const most = Math.max(...page.runs.map(run => run.names[state.scope][run.layerOfSlot.get(slot)]?.length ?? 0));
+  return most ? Math.min(Math.max(head, 0), most - 1) : null;
+}
+
+function searchHead() {
+  const text = byId("head").value;
+  if (state.slot === null) return;
+  show({ head: text === "" ? null : headThere(state.slot, Number(text)) });
+}
+
+function moveInHeatmap(event) {
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+  const run = page.runs[Number(event.currentTarget.id.split("-")[1])], metric = run.metrics[state.metric];
+  if (!moves || !metric) return;
+  event.preventDefault();
+  const row = metric.rowOf.get(run.layerOfSlot.get(state.slot)), [column] = chosenColumns(run, metric);
+  const nextRow = row === undefined ? 0 : Math.min(Math.max(row + moves[0], 0), metric.rows.length - 1), [layer, heads] = metric.rows[nextRow];
+  const head = (column === undefined ? state.head ?? 0 : metric.columns[column].head) + (row === undefined ? 0 : moves[1]);
+  show({ slot: run.slots[layer], head: heads ? Math.min(Math.max(head, 0), heads - 1) : state.head ?? 0, scope: metric.scope });
+}
+
+function listenToControls() {
+  byId("metric").addEventListener("change", event => show({ metric: event.target.value }));
+  byId("step").addEventListener("input", event => show({ step: stops[event.target.value] ?? 0 }));
+  byId("layer").addEventListener("change", searchLayer);
+  byId("head").addEventListener("change", searchHead);
+  byId("previous-alarm").addEventListener("click", () => goToAlarm(-1));
+  byId("next-alarm").addEventListener("click", () => goToAlarm(1));
+  document.addEventListener("click", ({ target }) => {
+    const row = target.closest(".alarms tbody tr"), button = target.closest("button[data-save]");
+    if (row && !target.closest("a")) row.querySelector("a").click();
+    if (target.closest(".alarms a")) document.querySelector(".heads h2")?.scrollIntoView();
+    if (button) save(byId(button.dataset.chart), button.dataset.save);
+  });
+  window.addEventListener("hashchange", readAddress);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawEverything);
+  for (const [name, isPrinting] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(name, () => { document.body.classList.toggle("printing", isPrinting); drawEverything(); });
+  }
+}
+
+// ---- drawing all of it, and again
+
+function drawEverything() {
+  drawAll([drawTimeline, drawCost, drawHeatmap, drawCurves]);
+  drawGrid();
+  drawCompared();
+}
+
+function takeNumbers(numbers) {
+  page = numbers;
+  page.runs.forEach(unpack);
+  const picker = byId("metric"), names = [...new Set(page.runs.flatMap(run => Object.keys(run.charts.metrics)))];
+  picker.replaceChildren(...names.map(name => new Option(anyRun(run => run.metrics[name]).title, name)));
+  byId("layers").replaceChildren(...[...new Set(page.runs.flatMap(run => run.layers))].map(name => new Option(name)));
+  byId("controls").hidden = byId("hint").hidden = !names.length;
+  for (const id of ["previous-alarm", "next-alarm"]) byId(id).disabled = !page.runs.some(run => run.alarms.length);
+  document.querySelectorAll("[id^=heatmap-]").forEach(div => div.addEventListener("keydown", moveInHeatmap));
+  return names;
+}
+
+function firstChoice(names) {  // the worst alarm, at the last step
+  const worst = anyRun(run => run.first_look), run = page.runs.find(({ first_look }) => first_look === worst);
+  const metric = [worst?.metric, "key_incoherence", names[0]].find(name => names.includes(name));
+  const choice = worst ? { ...choiceOf(run, worst), scope: worst.scope } : {};
+  return { metric, step: lastStep(), ...choice };
+}
+
+const lastStep = () => Math.max(...page.runs.map(run => run.steps.at(-1) ?? 0));
+
+// Puts newer parts of the same runs into the open page. What the reader chose stays; who looked at the last step sees the new one.
+function refreshPage({ main, numbers }) {
+  const isLast = state.step === stops.at(-1), opened = [...document.querySelectorAll("details")].map(({ open }) => open);
+  const layer = anyRun(run => run.layers[run.layerOfSlot.get(state.slot)]);
+  document.querySelector("main").innerHTML = main;
+  document.querySelectorAll("details").forEach((details, at) => { details.open = opened[at] ?? details.open; });
+  const names = takeNumbers(numbers), wanted = names.includes(state.metric) ? {} : firstChoice(names);
+  Object.assign(state, layer === undefined ? {} : layerNamed([layer]), wanted, isLast ? { step: lastStep() } : {});
+  if (names.length) { takeMetric(); takeStep(); nameChoice(); }
+  drawEverything();
+}
+
+listenToControls();
+const names = takeNumbers(JSON.parse(byId("numbers").textContent));
 drawAll([drawTimeline, drawCost]);
 if (names.length) {
-  const first = runs.map(run => run.first_look).find(found => found);
-  state.step = Math.max(...runs.map(run => run.steps.at(-1) ?? 0));
-  picker.value = [first?.metric, "key_incoherence", names[0]].find(name => names.includes(name));
-  setMetric(picker.value);
-  first ? choose(first.layer, first.head, first.scope) : drawAll([drawGrid]);
+  show(firstChoice(names), { keepsAddress: true });
+  if (state.slot === null) drawGrid();
+} else {
+  drawAll([drawCurves]);
 }
+if (location.hash.length > 1 && names.length) readAddress();
 document.body.dataset.ready = "yes";

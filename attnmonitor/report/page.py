@@ -5,40 +5,58 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from attnmonitor.alerts.firing import number_text
-from attnmonitor.alerts.notifications import ADVICE
 from attnmonitor.messages import needed
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record import RunRecord
-from attnmonitor.report.numbers import alarm_spans, run_numbers, segment_starts
-from attnmonitor.report.page_charts import page_charts, shared_scales
-from attnmonitor.sample import head_name
-from attnmonitor.summary.names import count_text, fault_text, short_layer_names
+from attnmonitor.report.alarm_table import alarm_table
+from attnmonitor.report.compared_charts import compared_curves, metric_grid
+from attnmonitor.report.numbers import MOST_VALUES, run_numbers, segment_starts
+from attnmonitor.report.page_charts import page_charts
+from attnmonitor.report.page_layout import Numbers, shared_scales
+from attnmonitor.report.pairs import paired_layers
+from attnmonitor.report.tables import table
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
-from attnmonitor.summary.style import BAND_COLOR, FAINT_INK, INK
+from attnmonitor.summary.style import BAND_COLOR, DARK_COLORS, FAINT_INK, INK, RUN_COLORS
 from attnmonitor.summary.verdict import verdict
 
-__all__ = ["write_report"]
+__all__ = ["PageParts", "page_parts", "page_text", "write_report"]
 
-MOST_ALARM_ROWS = 200
+MOST_RUNS = 4
+_SCRIPTS = ("page_numbers.js", "page_charts.js", "page.js")
+_SIGNS = {"alarm": "▲ alarm", "healthy": "✓ healthy", "unknown": "? unknown"}
 
 
-def write_report(record_path: str | Path, out: str | Path | None = None, compare: str | Path | None = None) -> Path:
-    """Write one self-contained HTML file about a run, or about two side by side.
+@dataclass(frozen=True)
+class PageParts:
+    """What of a page changes while its runs go on.
+
+    Attributes:
+        main: HTML of all that is shown below the controls.
+        numbers: What the page's script draws from; ready for JSON.
+    """
+
+    main: str
+    numbers: Mapping[str, Any]
+
+
+def write_report(
+    record_path: str | Path, out: str | Path | None = None, compare: str | Path | Sequence[str | Path] | None = None
+) -> Path:
+    """Write one self-contained HTML file about a run, or about up to four beside each other.
 
     Args:
         record_path: The run record.
         out: The file to write; by default beside the record, with the suffix ``.html``.
-        compare: A second run record, shown to the right of the first on the same scales.
+        compare: One other run record or up to three, shown on the same scales.
 
     Returns:
         The file that was written.
@@ -46,31 +64,69 @@ def write_report(record_path: str | Path, out: str | Path | None = None, compare
     Raises:
         FileNotFoundError: There is no such record.
         RecordError: A file is not a record that this version reads.
+        ValueError: More than four runs.
         ModuleNotFoundError: plotly is not installed.
     """
+    others = [] if compare is None else [compare] if isinstance(compare, (str, Path)) else list(compare)
+    paths = [Path(path) for path in (record_path, *others)]
+    if len(paths) > MOST_RUNS:
+        raise ValueError(f"compare={[*map(str, others)]} are {len(others)} runs; compare with {MOST_RUNS - 1} at most")
     with needed(by="write_report", extra="report"), first_import("plotly.offline"):
-        from plotly.offline import get_plotlyjs
-    paths = [Path(record_path)] if compare is None else [Path(record_path), Path(compare)]
-    records = [RunRecord.open(path) for path in paths]
-    numbers = [run_numbers(record) for record in records]
-    scales = shared_scales(numbers)
-    runs = [{**run, "charts": page_charts(record, run, scales)} for record, run in zip(records, numbers, strict=True)]
-    page = Template(_source("page.html")).substitute(
-        title=escape(" and ".join(path.stem for path in paths)),
-        runs="".join(
-            _run_section(record, at, run) for at, (record, run) in enumerate(zip(records, numbers, strict=True))
-        ),
-        layout="two" if compare is not None else "one",
-        palette=f"--ink: {INK}; --faint: {FAINT_INK}; --band: {BAND_COLOR};",
-        style=_source("page.css"),
-        numbers=_json_in_html({"runs": runs}),
-        plotly=get_plotlyjs(),
-        script=_source("page.js"),
-    )
+        import plotly.offline  # noqa: F401  # before a record is read: without it there is no page
+    page = page_text(page_parts(paths), " and ".join(path.stem for path in paths))
     target = paths[0].with_suffix(".html") if out is None else Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def page_parts(paths: Sequence[Path]) -> PageParts:
+    """Read the records, and make the parts of their page.
+
+    A page that is open takes newer parts of the same runs, with the reader's choice kept: its script has
+    ``refreshPage({main, numbers})`` for it.
+    """
+    records = [RunRecord.open(path) for path in paths]
+    runs = [run_numbers(record, most_values=MOST_VALUES // len(records)) for record in records]
+    scales = shared_scales(runs)
+    slots, pairing = paired_layers(runs)
+    numbers = {
+        "runs": [
+            {**run, "slots": of_run, "charts": page_charts(record, run, scales)}
+            for record, run, of_run in zip(records, runs, slots, strict=True)
+        ],
+        "grid": metric_grid(runs, scales),
+        "compared": compared_curves(runs, scales) if len(runs) > 1 else None,
+        "dark": {light.lower(): dark for light, dark in DARK_COLORS.items()},
+    }
+    shown = list(enumerate(zip(records, runs, strict=True)))
+    if len(runs) == 1:
+        main = _run_section(records[0], 0, runs[0], _grid_section(runs))
+    else:
+        columns = "".join(_run_section(record, at, run, "") for at, (record, run) in shown)
+        main = f"{_compared_section(runs, pairing)}<div class='runs'>{columns}</div>"
+    return PageParts(main, numbers)
+
+
+def page_text(parts: PageParts, title: str, more_script: str = "") -> str:
+    """The whole page, in one file.
+
+    Args:
+        parts: What is shown.
+        title: Title of the page, after which the package is named.
+        more_script: JavaScript that runs after that of the page.
+    """
+    with first_import("plotly.offline"):
+        from plotly.offline import get_plotlyjs
+    return Template(_source("page.html")).substitute(
+        title=escape(title),
+        main=parts.main,
+        palette=f"--ink: {INK}; --faint: {FAINT_INK}; --band: {BAND_COLOR};",
+        style=_source("page.css"),
+        numbers=_json_in_html(parts.numbers),
+        plotly=get_plotlyjs(),
+        script="\n".join(map(_source, _SCRIPTS)) + more_script,
+    )
 
 
 def _source(name: str) -> str:
@@ -82,32 +138,25 @@ def _json_in_html(numbers: Any) -> str:
     return json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
+def _run_section(record: RunRecord, index: int, numbers: Numbers, grid: str) -> str:
     summary = RunSummary.of_record(record)
     configuration = escape(json.dumps(dict(record.config), indent=2))
     model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
     return f"""
-<section class="run" id="run-{index}">
+<section class="run" id="run-{index}" aria-label="{escape(record.path.name)}">
   <div>
     <p class="name">{escape(record.path.name)} · {escape(model)}</p>
+    <p class="state {summary.state}">{_SIGNS[summary.state]}</p>
     <h1 class="{summary.state}" data-state="{summary.state}">{escape(verdict(summary))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>
   <div>
     <h2>Alarms</h2>
-    <div class="chart" id="timeline-{index}"></div>
-    {_alarm_table(record)}
+    {_chart("timeline", index, "Alarms over optimizer steps") if numbers["alarms"] else ""}
+    {alarm_table(record, index)}
   </div>
-  <div>
-    <h2>Heads <small class="metric-name"></small></h2>
-    <p class="note metric-meaning"></p>
-    <div class="pair"><div class="chart" id="heatmap-{index}"></div><div class="chart" id="curves-{index}"></div></div>
-  </div>
-  <div>
-    <h2>Every metric <small class="head-name"></small></h2>
-    <p class="note">Band: range and quartiles of all heads; dark line: median.</p>
-    <div class="chart" id="grid-{index}"></div>
-  </div>
+  {_heads(index, numbers)}
+  {grid}
   <div>
     <h2>Coverage</h2>
     {_coverage_table(record)}
@@ -115,10 +164,72 @@ def _run_section(record: RunRecord, index: int, numbers: dict[str, Any]) -> str:
   <div>
     <h2>Cost</h2>
     {_cost(record)}
-    <div class="chart" id="cost-{index}"></div>
-    <details><summary>Configuration of the run</summary><pre>{configuration}</pre></details>
+    {_chart("cost", index, "Seconds per sample over optimizer steps") if record.samples else ""}
+    <details><summary>Configuration of the run</summary><pre tabindex="0">{configuration}</pre></details>
   </div>
 </section>"""
+
+
+def _heads(index: int, numbers: Numbers) -> str:
+    """The heatmap and the curves; of a run without numbers only what training logged, if it did."""
+    curves = _chart("curves", index, "Curves of the chosen metric, and what training logged, over optimizer steps")
+    if not _has_numbers(numbers):
+        logged = f"<h2>Logged by training</h2>{curves}" if numbers["logged"] else ""
+        return f"<div><h2>Heads</h2><p class='note'>No head has a number in this run.</p>{logged}</div>"
+    heatmap = _chart("heatmap", index, "Heatmap of all heads: arrow keys choose a head", 'tabindex="0"')
+    return f"""<div class="heads">
+    <h2>Heads <small class="metric-name"></small></h2>
+    <p class="note metric-meaning"></p>
+    <div class="pair"><div>{heatmap}
+      <p class="note">Frame: alarm (vermilion), chosen head (black). ▲ above the color scale, ▼ below it.
+      Hatched: not measured.</p></div><div>{curves}</div></div>
+  </div>"""
+
+
+def _has_numbers(numbers: Numbers) -> bool:
+    return any(metric["frames"] for metric in numbers["metrics"].values())
+
+
+def _grid_section(runs: Sequence[Numbers]) -> str:
+    if not any(map(_has_numbers, runs)):
+        return ""
+    note = (
+        "Band: range and quartiles of all heads; dark line: median." if len(runs) == 1 else "Dotted: median of a run."
+    )
+    grid = _chart("grid", 0, "Every metric over optimizer steps: all heads and the chosen one")
+    return f"""<div>
+    <h2>Every metric <small class="head-name"></small></h2>
+    <p class="note">{note}</p>
+    {grid}
+  </div>"""
+
+
+def _compared_section(runs: Sequence[Numbers], pairing: Sequence[str]) -> str:
+    keys = "".join(
+        f"<li><span class='swatch' style='background: {color}'></span>{escape(run['name'])}</li>"
+        for run, color in zip(runs, RUN_COLORS, strict=False)
+    )
+    notes = "".join(f"<p class='note pairing'>{escape(note)}</p>" for note in pairing)
+    curves = ""
+    if any(map(_has_numbers, runs)):
+        chart = _chart("compared", 0, "The chosen head in all runs over optimizer steps")
+        curves = f"<h2>The chosen head in all runs <small class='head-name'></small></h2>{chart}"
+    return f"""
+<section class="compared" aria-label="All runs">
+  <ul class="keys">{keys}</ul>
+  {notes}{curves}{_grid_section(runs)}
+</section>"""
+
+
+def _chart(name: str, index: int, label: str, more: str = "") -> str:
+    """Room for a figure, with buttons that save it."""
+    saved = "".join(
+        f"<button type='button' data-save='{kind}' data-chart='{name}-{index}' "
+        f"aria-label='Save as {kind.upper()}: {escape(label)}'>{kind.upper()}</button>"
+        for kind in ("png", "svg")
+    )
+    figure = f'<div class="chart" id="{name}-{index}" role="group" aria-label="{escape(label)}" {more}></div>'
+    return f'<figure>{figure}<div class="save">{saved}</div></figure>'
 
 
 def _segment_note(record: RunRecord) -> str:
@@ -129,52 +240,12 @@ def _segment_note(record: RunRecord) -> str:
     return f"<p class='note'>{note}</p>"
 
 
-def _thinned_note(record: RunRecord, numbers: dict[str, Any]) -> str:
+def _thinned_note(record: RunRecord, numbers: Numbers) -> str:
     fewest = min((len(metric["frames"]) for metric in numbers["metrics"].values() if metric["thinned"]), default=None)
     if fewest is None:
         return ""
     note = f"To keep this page light, heatmaps and curves show {fewest} of {len(record.steps):,} samples."
     return f"<p class='note'>{note} The record has them all.</p>"
-
-
-def _alarm_table(record: RunRecord) -> str:
-    """The alarms that fire, worst first, then those that are over, the latest first."""
-    spans = {(span.event.key, span.ended): span for span in alarm_spans(record.events)}
-    if not spans:
-        return "<p class='note'>No alarm has begun in this run.</p>"
-    firing = [replace(spans.pop((alarm.key, None)), event=alarm) for alarm in record.firing]
-    ordered = [*firing, *sorted(spans.values(), key=lambda span: -(span.ended or 0))]
-    short = short_layer_names(record.coverage)
-    rows = []
-    for span in ordered[:MOST_ALARM_ROWS]:
-        event = span.event
-        rows.append(
-            (
-                head_name(event, short, record.coverage),
-                fault_text(event.kind) + (" (critical)" if event.severity == "critical" else ""),
-                f"{span.began:,}",
-                "still firing" if span.ended is None else f"{span.ended:,}",
-                event.metric,
-                *("" if math.isnan(value) else number_text(value) for value in (event.value, event.now, event.worst)),
-                event.message,
-            )
-        )
-    header = ("where", "what", "since step", "until step", "metric", "at alarm", "now or at end", "worst", "message")
-    left_out = len(ordered) - len(rows)
-    note = f"<p class='note'>{left_out} earlier alarms are not listed.</p>" if left_out else ""
-    opened = " open" if len(rows) <= 12 else ""
-    table = f"<details{opened}><summary>{count_text(len(rows), 'alarm')}</summary>{_table(header, rows)}</details>"
-    return f"{note}{table}{_advice(span.event.kind for span in ordered)}"
-
-
-def _advice(kinds: Iterable[str]) -> str:
-    """For each kind of fault, what it usually means and what to try."""
-    known = [(kind, ADVICE[kind]) for kind in dict.fromkeys(kinds) if kind in ADVICE]
-    entries = "".join(
-        f"<dt>{escape(fault_text(kind))}</dt><dd>{escape(advice.meaning)} {escape(advice.remedy)}</dd>"
-        for kind, advice in known
-    )
-    return f"<dl>{entries}</dl>" if entries else ""
 
 
 def _coverage_table(record: RunRecord) -> str:
@@ -210,7 +281,7 @@ def _coverage_table(record: RunRecord) -> str:
     )
     opened = " open" if measured < len(rows) or notes else ""
     summary = f"{measured} of {len(rows)} attention layers measured"
-    return f"<details{opened}><summary>{summary}</summary>{_table(header, rows)}</details>"
+    return f"<details{opened}><summary>{summary}</summary>{table('Coverage', header, rows)}</details>"
 
 
 def _cost(record: RunRecord) -> str:
@@ -229,12 +300,6 @@ def _cost(record: RunRecord) -> str:
     if failed:
         notes.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
     return f"<p>{'; '.join(notes) or 'No sample yet.'}</p>"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _number(value: float) -> str:

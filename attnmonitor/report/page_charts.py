@@ -1,4 +1,4 @@
-"""The page's figures: alarms over time, the heatmap, a metric's curves, all metrics in small charts, and the cost.
+"""The figures of one run on the page: alarms over time, the heatmap, a metric's curves, and the cost.
 
 They are complete but for numbers: `traces.packed` names those that the page's script puts in, again for each step and
 each head that a reader chooses.
@@ -7,83 +7,54 @@ each head that a reader chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from attnmonitor.metrics.catalog import is_log, metric_title, metric_unit
 from attnmonitor.record import RunRecord
+from attnmonitor.report.alarms import alarm_spans, spans_worst_first
 from attnmonitor.report.charts import alarm_lines, model_layout, model_traces
 from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
-from attnmonitor.report.numbers import alarm_spans, unpacked
+from attnmonitor.report.numbers import unpacked
+from attnmonitor.report.page_layout import (
+    Numbers,
+    Scales,
+    alarm_marks,
+    chosen_lines,
+    fixed_value_axis,
+    step_layout,
+)
 from attnmonitor.report.traces import (
     QUANTILES,
     Chart,
     axis,
-    bands,
-    base_layout,
-    heading,
     line,
     log_axis_ticks,
     other_heads,
     packed,
     points,
-    small_charts,
     upright_line,
-    value_axis,
 )
-from attnmonitor.summary.names import fault_text
+from attnmonitor.report.training import with_training_panels
+from attnmonitor.sample import head_name
+from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.style import (
     ALARM_COLOR,
-    ALARM_SHADES,
     BAND_COLOR,
     CHOSEN_COLOR,
     FAINT_INK,
     OTHER_HEADS_COLOR,
     PAPER_GRAY,
+    kind_color,
 )
 
-__all__ = ["Scales", "page_charts", "shared_scales"]
-
-Numbers = Mapping[str, Any]  # what `run_numbers` returns
+__all__ = ["page_charts"]
 
 _MOST_CURVES = 256  # of other heads; with more, those of the chosen layer
 _MOST_TIMELINE_ROWS = 40
-_GRID_COLUMNS = ((880, 4), (420, 2), (0, 1))  # least width in pixels, small charts in a row
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Axes and color scales that all runs of a page share.
-
-    Attributes:
-        steps: Range of the axis of optimizer steps.
-        ends: Least and greatest value drawn, by metric.
-        limits: Ends of the color scale, by metric.
-    """
-
-    steps: tuple[float, float]
-    ends: Mapping[str, tuple[float, float]]
-    limits: Mapping[str, tuple[float, float]]
-
-
-def shared_scales(runs: Sequence[Numbers]) -> Scales:
-    """Scales on which every run of the page has room, so that two runs can be compared by eye."""
-    steps = [step for run in runs for step in (run["steps"][:1] + run["steps"][-1:])] or [0, 1]
-    margin = 0.015 * (max(steps) - min(steps)) or 1
-
-    def widest(key: str) -> dict[str, tuple[float, float]]:
-        found: dict[str, tuple[float, float]] = {}
-        for run in runs:
-            for name, metric in run["metrics"].items():
-                if metric[key] is not None:
-                    low, high = found.get(name, metric[key])
-                    found[name] = (min(low, metric[key][0]), max(high, metric[key][1]))
-        return found
-
-    return Scales((min(steps) - margin, max(steps) + margin), widest("ends"), widest("limits"))
+_LEAST_BAR = 0.006  # of the axis: a shorter alarm could not be seen
 
 
 def page_charts(record: RunRecord, run: Numbers, scales: Scales) -> dict[str, Any]:
@@ -91,22 +62,24 @@ def page_charts(record: RunRecord, run: Numbers, scales: Scales) -> dict[str, An
 
     Returns:
         ``timeline`` and ``cost``, None where there is nothing to draw; ``metrics``: per metric ``heatmap``, ``curves``
-        and the trace of the ``chosen`` head; ``grid``: the small charts of all metrics, with a layout for each width of
-        the page; ``frames``: how cells of the heatmap are framed.
+        and the lines of the ``chosen`` head; ``training``: what was logged, where no metric has curves; ``marks`` of
+        alarms; ``frames``: how cells of the heatmap are framed.
     """
     drawn = {name: metric for name, metric in run["metrics"].items() if metric["frames"]}
+    logged_only = with_training_panels({"data": [], "layout": step_layout("", 0, scales, run["segments"])}, [run])
     return {
-        "timeline": _timeline(run, scales) if run["alarms"] else None,
+        "timeline": _timeline(record, run, scales) if run["alarms"] else None,
         "cost": _cost(run, scales),
         "metrics": {
             name: {
                 "heatmap": _heatmap(name, run, scales),
                 "curves": _curves(record, name, run, scales),
-                "chosen": _chosen(name, metric, width=3),
+                "chosen": chosen_lines(name, metric, width=3),
             }
             for name, metric in drawn.items()
         },
-        "grid": _grid(drawn, run, scales),
+        "training": logged_only if logged_only["data"] and not drawn else None,
+        "marks": alarm_marks(9),
         "frames": {
             "alarm": [_frame(ALARM_COLOR, 3, 0.5)],
             "chosen": [_frame("#ffffff", 4, 0.36), _frame(CHOSEN_COLOR, 2, 0.36)],
@@ -114,48 +87,61 @@ def page_charts(record: RunRecord, run: Numbers, scales: Scales) -> dict[str, An
     }
 
 
-def _timeline(run: Numbers, scales: Scales) -> Chart:
-    """A bar for each alarm from its first step to its last, in one row per head, layer or run."""
-    places = list(dict.fromkeys(plain_text(alarm["where"]) for alarm in run["alarms"]))
-    shown = places[-_MOST_TIMELINE_ROWS:]
-    kinds = list(dict.fromkeys(alarm["kind"] for alarm in run["alarms"]))
+def _timeline(record: RunRecord, run: Numbers, scales: Scales) -> Chart:
+    """A bar for each alarm, in one row per head, layer or run, the worst on top."""
+    short = short_layer_names(run["layers"])
+    spans = spans_worst_first(record)
+    wheres = [plain_text(head_name(span.event, short, record.coverage)) for span in spans]
+    places = list(dict.fromkeys(wheres))
+    shown = {where: row for row, where in enumerate(places[:_MOST_TIMELINE_ROWS])}
+    kinds_of: dict[str, list[str]] = {}  # in each row, a lane for each kind
+    for span, where in zip(spans, wheres, strict=True):
+        if span.event.kind not in kinds_of.setdefault(where, []):
+            kinds_of[where].append(span.event.kind)
+    index_of = {(span.event.key, span.began): at for at, span in enumerate(alarm_spans(record.events))}
     traces = []
-    for kind, color in zip(kinds, ALARM_SHADES * len(kinds), strict=False):
-        bars = [a for a in run["alarms"] if a["kind"] == kind and plain_text(a["where"]) in shown]
-        traces.append(_alarm_bars(plain_text(fault_text(kind)), bars, run["steps"][-1], color))
+    for kind in dict.fromkeys(span.event.kind for span in spans):
+        bars: Chart = {"x": [], "base": [], "y": [], "width": [], "offset": [], "text": [], "customdata": []}
+        for span, where in zip(spans, wheres, strict=True):
+            if span.event.kind == kind and where in shown:
+                lanes = kinds_of[where]
+                height = 0.76 / len(lanes)
+                end = run["steps"][-1] if span.ended is None else span.ended
+                bars["x"].append(max(end - span.began, _LEAST_BAR * (scales.steps[1] - scales.steps[0])))
+                bars["base"].append(span.began)
+                bars["y"].append(shown[where])
+                bars["width"].append(0.94 * height)
+                bars["offset"].append(lanes.index(kind) * height - 0.38)
+                bars["text"].append(_bar_text(span.event.message, where, kind, span.began, span.ended))
+                bars["customdata"].append(index_of[span.event.key, span.began])
+        if bars["x"]:
+            traces.append(_alarm_bars(kind, bars))
     num_hidden = len(places) - len(shown)
-    title = f"{num_hidden} places with earlier alarms are left out" if num_hidden else ""
-    layout = _layout(title, 96 + 22 * len(shown), scales, run["segments"])
-    every_row = {"tickmode": "linear", "tick0": 0, "dtick": 1}
-    layout["yaxis"] = axis(autorange="reversed", type="category", categoryarray=shown, **every_row)
-    layout |= {"margin": {"l": 10, "r": 20, "t": 36, "b": 44}, "showlegend": True}
+    title = f"{num_hidden} more places are in the table below" if num_hidden else ""
+    layout = step_layout(title, 96 + 24 * len(shown), scales, run["segments"])
+    ends = [len(shown) - 0.5, -0.5]
+    layout["yaxis"] = axis(range=ends, tickvals=[*shown.values()], ticktext=[*shown], showgrid=False)
+    layout |= {"margin": {"l": 10, "r": 20, "t": 36, "b": 44}, "showlegend": True, "barmode": "overlay"}
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     return {"data": traces, "layout": layout}
 
 
-def _alarm_bars(kind: str, alarms: Sequence[Mapping[str, Any]], last_step: int, color: str) -> Chart:
-    bars: Chart = {"x": [], "y": [], "text": [], "customdata": [], "symbols": []}
-    for alarm in alarms:
-        where, ended = plain_text(alarm["where"]), alarm["ended"]
-        until = ", still firing" if ended is None else f", until {ended:,}"
-        message = f"<br>{plain_text(alarm['message'])}" if alarm["message"] else ""
-        head = None
-        if alarm["layer"] is not None:
-            head = [alarm["layer"], alarm["head"] or 0, "kv_head" if alarm["scope"] == "kv_head" else "query_head"]
-        bars["x"] += [alarm["began"], last_step if ended is None else ended, None]
-        bars["y"] += [where, where, None]
-        bars["text"] += 2 * [f"{where}: {kind}<br>since step {alarm['began']:,}{until}{message}"] + [""]
-        bars["customdata"] += [head, head, None]
-        bars["symbols"] += ["line-ns", "triangle-right" if ended is None else "line-ns", "circle"]
-    symbols = bars.pop("symbols")
+def _bar_text(message: str, where: str, kind: str, began: int, ended: int | None) -> str:
+    until = ", still firing" if ended is None else f", until {ended:,}"
+    more = f"<br>{plain_text(message)}" if message else ""
+    return f"{where}: {plain_text(fault_text(kind))}<br>since step {began:,}{until}{more}"
+
+
+def _alarm_bars(kind: str, bars: Chart) -> Chart:
     return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": kind,
+        "type": "bar",
+        "orientation": "h",
+        "name": plain_text(fault_text(kind)),
         **bars,
+        "textposition": "none",
         "hovertemplate": "%{text}<extra></extra>",
-        "line": {"width": 9, "color": color},
-        "marker": {"size": 11, "symbol": symbols, "color": color},
+        "marker": {"color": kind_color(kind)},
+        "showlegend": True,
     }
 
 
@@ -186,7 +172,7 @@ def _heatmap(name: str, run: Numbers, scales: Scales) -> Chart:
         "hovertemplate": "%{text}<br>%{customdata:.4g}<extra></extra>",
         "colorbar": {"thickness": 12, "outlinewidth": 0, "title": unit, **(tick_texts if log_scale else {})},
     }
-    not_measured = {
+    hatched = {
         "type": "scatter",
         "mode": "lines",
         "fill": "toself",
@@ -196,14 +182,18 @@ def _heatmap(name: str, run: Numbers, scales: Scales) -> Chart:
         "hoverinfo": "text",
         "showlegend": False,
     }
+    mark = {"size": 7 if most <= 40 else 4, "line": {"width": 0}}
+    marks = {"type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False}
+    above = {**marks, "marker": {**mark, "symbol": "triangle-up", "color": CHOSEN_COLOR}}
+    below = {**marks, "marker": {**mark, "symbol": "triangle-down", "color": "#ffffff"}}
     named, numbered = range(0, len(rows), -(-len(rows) // 26)), range(0, most, -(-most // 16))
-    layout = _layout(f"{metric_title(name)} at step {{step}}", 110 + _row_height(len(rows)) * len(rows), scales)
-    layout["xaxis"] = axis(
-        title={"text": run["metrics"][name]["noun"]}, showgrid=False, constrain="domain", tickvals=[*numbered]
-    )
+    layout = step_layout(f"{metric_title(name)} at step {{step}}", 110 + _row_height(len(rows)) * len(rows), scales)
+    columns = {"range": [-0.5, most - 0.5], "tickvals": [*numbered]}
+    layout["xaxis"] = axis(title={"text": run["metrics"][name]["noun"]}, showgrid=False, constrain="domain", **columns)
     row_names = [plain_text(rows[row][0]) for row in named]
-    layout["yaxis"] = axis(autorange="reversed", tickvals=[*named], ticktext=row_names, showgrid=False)
-    return {"data": [trace, not_measured], "layout": layout}
+    ends = [len(rows) - 0.5, -0.5]
+    layout["yaxis"] = axis(range=ends, tickvals=[*named], ticktext=row_names, showgrid=False)
+    return {"cells": trace, "hatched": hatched, "above": above, "below": below, "layout": layout}
 
 
 def _row_height(num_rows: int) -> float:
@@ -239,13 +229,13 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
         others=_other_curves(curves, run),
     )
     still_firing = [span.event for span in spans if span.ended is None]
-    layout = _layout(model_layout(name, None)["title"]["text"], 500, scales, run["segments"])
-    now = upright_line(0, OTHER_HEADS_COLOR, yref="y domain", dash="solid")
+    layout = step_layout(model_layout(name, None)["title"]["text"], 500, scales, run["segments"])
+    now = upright_line(0, OTHER_HEADS_COLOR, dash="solid")
     layout["shapes"] = [now, *layout["shapes"], *alarm_lines(still_firing)]
-    layout["yaxis"] = _value_axis(name, scales)
+    layout["yaxis"] = fixed_value_axis(name, scales)
     layout["xaxis"] = axis(tickformat=",d", range=scales.steps)
     layout["showlegend"] = True
-    return {"data": traces, "layout": layout}
+    return with_training_panels({"data": traces, "layout": layout}, [run])
 
 
 def _other_curves(curves: HeadCurves, run: Numbers) -> list[Chart]:
@@ -268,75 +258,11 @@ def _other_curves(curves: HeadCurves, run: Numbers) -> list[Chart]:
     return [*traces, other_heads(numbers, color=ALARM_COLOR, width=1.2)]
 
 
-def _chosen(name: str, metric: Mapping[str, Any], *, width: float, **more: Any) -> Chart:
-    """The line of the chosen head; the script puts in which it is."""
-    return line("", CHOSEN_COLOR, packed(name, len(metric["frames"])), width=width, **more)
-
-
-def _grid(metrics: Mapping[str, Mapping[str, Any]], run: Numbers, scales: Scales) -> Chart:
-    """Bands of every metric in a small chart each, with room for the chosen head."""
-    traces, chosen, shapes, axes, headings = [], [], [], [], []
-    for index, (name, metric) in enumerate(metrics.items()):
-        number = str(index + 1) if index else ""
-        place = {"xaxis": f"x{number}", "yaxis": f"y{number}", "showlegend": False}
-        numbers = [packed(name, len(metric["band_samples"]), band=band) for band in range(len(QUANTILES))]
-        traces += [{**trace, **place} for trace in bands(numbers, BAND_COLOR)]
-        chosen.append(_chosen(name, metric, width=2.2, **place))
-        shapes += [_segment_line(step, f"x{number}", f"y{number} domain") for step in run["segments"]]
-        axes.append(
-            (
-                axis(tickformat=",d", range=scales.steps, nticks=4),
-                _value_axis(name, scales, automargin=False, nticks=4),
-            )
-        )
-        headings.append(heading(metric_title(name), note=metric_unit(name), size=12))
-    layouts = []
-    for least_width, columns in _GRID_COLUMNS if metrics else ():
-        rows = -(-len(axes) // columns)
-        layout = _layout("", 60 + 190 * rows, scales) | {"margin": {"l": 46, "r": 20, "t": 30, "b": 40}}
-        del layout["xaxis"]
-        gaps = {"xgap": 0.16 if columns > 1 else 0, "ygap": 0.38}
-        layout |= small_charts(headings, axes, columns, gaps) | {"shapes": shapes}
-        layouts.append({"least_width": least_width, "layout": layout})
-    return {"data": traces, "chosen": chosen, "layouts": layouts}
-
-
 def _cost(run: Numbers, scales: Scales) -> Chart | None:
     seconds = unpacked(run["seconds"]).astype(np.float64)
     if not np.isfinite(seconds).any():
         return None
     trace = line("seconds per sample", BAND_COLOR, points(np.array(run["steps"]), seconds), width=1.4)
-    layout = _layout("", 190, scales)
+    layout = step_layout("", 190, scales)
     layout["yaxis"] = axis(title={"text": "seconds per sample"}, rangemode="tozero")
     return {"data": [trace], "layout": layout}
-
-
-def _layout(title: str, height: float, scales: Scales, segments: Sequence[int] = ()) -> Chart:
-    """Layout of a figure of the page over optimizer steps, with a line at the first step of each segment."""
-    layout = base_layout(title)
-    layout["title"]["font"]["size"] = 13
-    return {
-        **layout,
-        "height": height,
-        "margin": {"l": 60, "r": 20, "t": 34 if title else 12, "b": 44},
-        "font": {"family": "system-ui, sans-serif", "size": 12},
-        "showlegend": False,
-        "hovermode": "closest",
-        "hoverlabel": {"align": "left"},
-        "xaxis": axis(tickformat=",d", range=scales.steps, title={"text": "optimizer step"}),
-        "shapes": [_segment_line(step) for step in segments],
-    }
-
-
-def _segment_line(step: int, xref: str = "x", yref: str = "y domain") -> Chart:
-    return upright_line(step, FAINT_INK, xref=xref, yref=yref)
-
-
-def _value_axis(name: str, scales: Scales, **more: Any) -> Chart:
-    """The axis of a metric, fixed on the range that all runs of the page share."""
-    ends = scales.ends.get(name)
-    if ends is None:
-        return value_axis(name, None, **more)
-    low, high = (math.log10(end) for end in ends) if is_log(name) else ends
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.1
-    return value_axis(name, ends, range=[low - margin, high + margin], **more)

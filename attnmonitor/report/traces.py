@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnmonitor.metrics.catalog import is_log
-from attnmonitor.summary.style import ALARM_COLOR, AXIS_INK, FAINT_INK, INK, OTHER_HEADS_COLOR, log_ticks
+from attnmonitor.summary.style import (
+    ALARM_COLOR,
+    AXIS_INK,
+    FAINT_INK,
+    GRID_COLOR,
+    INK,
+    OTHER_HEADS_COLOR,
+    log_ticks,
+)
 
 __all__ = [
     "QUANTILES",
@@ -116,7 +124,7 @@ def base_layout(title: str) -> Chart:
 
 def axis(**more: Any) -> Chart:
     """An axis with a faint grid and few ticks."""
-    return {"gridcolor": "#eceef0", "linecolor": AXIS_INK, "zeroline": False, "automargin": True, "nticks": 5, **more}
+    return {"gridcolor": GRID_COLOR, "linecolor": AXIS_INK, "zeroline": False, "automargin": True, "nticks": 5, **more}
 
 
 def value_axis(metric: str, ends: tuple[float, float] | None, **more: Any) -> Chart:

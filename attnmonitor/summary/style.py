@@ -8,33 +8,64 @@ that a reader has chosen, and vermilion only alarms.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable
 
 __all__ = [
     "ALARM_COLOR",
-    "ALARM_SHADES",
     "AXIS_INK",
     "BAND_COLOR",
     "CHOSEN_COLOR",
+    "DARK_COLORS",
     "FAINT_INK",
+    "GRID_COLOR",
     "HEAD_COLORS",
     "INK",
     "OTHER_HEADS_COLOR",
     "PAPER_GRAY",
+    "RUN_COLORS",
     "STATE_COLORS",
     "color_heads",
     "head_color",
+    "kind_color",
     "log_ticks",
 ]
 
 ALARM_COLOR = "#D55E00"
-ALARM_SHADES = (ALARM_COLOR, "#8C3D00", "#F2A46B", "#B5472F", "#5C2600", "#D98B8B")  # kinds of faults side by side
+# One for each kind of fault, so that a kind has one color in every run.
+_KIND_SHADES = {
+    "logit_blowup": ALARM_COLOR,
+    "key_sink": "#8C3D00",
+    "dead_head": "#F2A46B",
+    "rank_collapse": "#B5472F",
+    "non_finite": "#5C2600",
+    "broken_start": "#D98B8B",
+    "mass": "#A8174E",
+    "twin_heads": "#E08A2E",
+    "silent_head": "#C75B7A",
+}
+RUN_COLORS = ("#0072B2", "#CC79A7", "#009E73", "#6A5ACD")  # runs drawn in one chart
 HEAD_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CHOSEN_COLOR = "#000000"  # the head that a reader has chosen
 OTHER_HEADS_COLOR = "#8a929c"
 BAND_COLOR = "#35608d"
 STATE_COLORS = {"alarm": ALARM_COLOR, "healthy": "#1F6F4A", "unknown": "#7A5600"}
 INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
+GRID_COLOR = "#eceef0"
+DARK_COLORS = {
+    "white": "#15181c",
+    INK: "#e4e7eb",
+    FAINT_INK: "#9aa2ac",
+    AXIS_INK: "#4c535c",
+    PAPER_GRAY: "#2b3037",
+    GRID_COLOR: "#262b31",
+    OTHER_HEADS_COLOR: "#747c87",
+    CHOSEN_COLOR: "#ffffff",
+    BAND_COLOR: "#7fb0e0",
+    "#8C3D00": "#c06a2c",
+    "#5C2600": "#9a5a30",
+}
+"""What takes the place of a color on a dark page; colors of heads, runs and alarms stay what they are."""
 
 
 def head_color(head: int) -> str:
@@ -43,6 +74,15 @@ def head_color(head: int) -> str:
     So it is the same in the charts of all metrics, at every sample and in every run of the model.
     """
     return HEAD_COLORS[head % len(HEAD_COLORS)]
+
+
+def kind_color(kind: str) -> str:
+    """Color of a kind of fault where several stand side by side, the same in every run.
+
+    Kinds of a user's own rules share the shades of the others.
+    """
+    shades = list(_KIND_SHADES.values())
+    return _KIND_SHADES.get(kind, shades[zlib.crc32(kind.encode()) % len(shades)])
 
 
 def color_heads(order: Iterable[int], most: int) -> dict[int, str]:

@@ -19,9 +19,11 @@ from synthetic_runs import SyntheticRun, followed
 from attnmonitor import METRICS
 from attnmonitor.record import RecordError, RecordWriter, RunRecord
 from attnmonitor.report import write_report
+from attnmonitor.report.alarms import alarm_spans
 from attnmonitor.report.charts import model_chart
-from attnmonitor.report.numbers import alarm_spans, run_numbers
-from attnmonitor.report.page_charts import page_charts, shared_scales
+from attnmonitor.report.numbers import run_numbers
+from attnmonitor.report.page_charts import page_charts
+from attnmonitor.report.page_layout import shared_scales
 from attnmonitor.sample import AlertEvent, LayerCoverage
 from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR
 
@@ -90,7 +92,7 @@ def test_thinning_is_even_and_keeps_ends_and_alarms(tmp_path: Path) -> None:
 
 
 def test_page_says_how_much_was_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnmonitor.report.page.run_numbers", lambda record: run_numbers(record, most_values=2000))
+    monkeypatch.setattr("attnmonitor.report.page.MOST_VALUES", 2000)
     page = write_report(written(tmp_path / "run.sqlite", SyntheticRun(2, 4, 60))).read_text()
     assert re.search(r"heatmaps and curves show \d+ of 60 samples. The record has them all", page.replace(",", ""))
 
