@@ -1,4 +1,4 @@
-"""The command line: ``attnmonitor scan``, ``report``, ``replay`` and ``demo``."""
+"""The command line: ``attnmonitor scan``, ``report``, ``watch``, ``replay`` and ``demo``."""
 
 from attnmonitor.cli.commands import main
 

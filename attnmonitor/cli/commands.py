@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         way_out = "; pip install 'attnmonitor[all]'" if is_bare else ""
         return _fail(arguments, f"{error}{way_out}")
     except _CONTENT_ERRORS as error:
-        if arguments.command not in ("report", "replay"):
+        if arguments.command not in ("report", "watch", "replay"):
             raise
         return _fail(arguments, f"the record's content is not that of a record ({type(error).__name__}: {error})")
     except KeyboardInterrupt:
@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attnmonitor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_scan(commands.add_parser("scan", help="audit every attention head of a checkpoint"))
-    _add_report(commands.add_parser("report", help="write the HTML report of a recorded run"))
+    _add_report(
+        commands.add_parser("report", help="write the HTML report of a recorded run, or serve it while it trains")
+    )
+    _add_watch(commands.add_parser("watch", help="show the state of a run in the terminal while it trains"))
     _add_replay(
         commands.add_parser("replay", help="show which alerts a set of rules would have raised in a recorded run")
     )
@@ -176,7 +179,7 @@ def _write_scans(scans: Sequence[Scan], arguments: argparse.Namespace) -> None:
         print(printable(scan_text(scans[0]) if len(scans) == 1 else scans_text(scans)))
 
 
-# report, replay, demo
+# report, watch, replay, demo
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +205,23 @@ def _run_report(arguments: argparse.Namespace) -> int:
         write_report(arguments.record, unfinished, arguments.compare)
     print(printable(str(target), one_line=True))
     return 0
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show the state of a run until Ctrl-C: before it begins, while it trains, past its end and into a resume. In a "
+        "terminal as a screen, else in a line for each sample."
+    )
+    parser.add_argument(
+        "record", type=Path, metavar="RUN.sqlite", help="the run's record, or a folder, for the newest record in it"
+    )
+    parser.set_defaults(run=_run_watch)
+
+
+def _run_watch(arguments: argparse.Namespace) -> int:
+    from attnmonitor.cli.live import watch
+
+    return watch(arguments.record)
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
 from attnmonitor.summary.names import fault_text
 from attnmonitor.summary.tables import print_layer_table
+from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import last_words
 
 __all__ = ["print_final_report"]
@@ -44,6 +45,8 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
         kinds = Counter(fault_text(kind) for kind, *_ in places)
         faults = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
         print(printable(textwrap.fill(faults, _WIDTH, initial_indent="  ", subsequent_indent="  ")))
+    for line in _timeline(monitor):
+        print(f"  {line}")
     _print_layers(monitor, sample)
     share = clock.share(monitor.seconds, clock.passed(monitor.attached_at, clock.now()))
     of_run = "" if math.isnan(share) else f", {100 * share:.1f} % of the time since attach"
@@ -52,6 +55,12 @@ def _print(monitor: AttentionMonitor, sample: Sample) -> None:
         command = "attnmonitor" if shutil.which("attnmonitor") else f"{sys.executable} -m attnmonitor"
         path = str(monitor.record_path_from_here)
         print(printable(f"  record: {path}\n  charts: {command} report {shlex.quote(path)}"))
+
+
+def _timeline(monitor: AttentionMonitor) -> list[str]:
+    history, summary = monitor.history, monitor.summary
+    alarmed = {event.metric: history[event.metric] for event in summary.firing if event.metric in history}
+    return run_timeline(monitor.logged, summary.firing, summary.coverage, alarmed, history.steps, width=_WIDTH - 2)
 
 
 def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:

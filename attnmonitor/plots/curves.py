@@ -22,7 +22,7 @@ from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
 from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, OTHER_HEADS_COLOR, color_heads, head_color
 
-__all__ = ["bands", "measured_samples", "trajectories"]
+__all__ = ["bands", "label_ends", "mark_events", "measured_samples", "over_steps", "trajectories"]
 
 Events = Sequence[AlertEvent]
 Coverage = Mapping[str, LayerCoverage]
@@ -118,11 +118,17 @@ def _time_axes(ax: Axes | None, metric: str | None) -> Axes:
     if is_log(metric):
         ax.set_yscale("log", nonpositive="mask")
     title(ax, metric_title(metric))
-    ax.set(xlabel="optimizer step", ylabel=metric_unit(metric) or metric_title(metric))
+    ax.set(ylabel=metric_unit(metric) or metric_title(metric))
+    over_steps(ax)
+    return ax
+
+
+def over_steps(ax: Axes) -> None:
+    """Make the horizontal axis one of optimizer steps."""
+    ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     strip(ax)
-    return ax
 
 
 def measured_samples(
@@ -146,8 +152,7 @@ def _name_heads(
     num_named: int,
 ) -> None:
     """Draw heads with alarms and the furthest ones over the others, and mark where alarms began and (hollow) ended."""
-    for event in events:
-        _mark_event(ax, event)
+    mark_events(ax, events)
     scope = metric_scope(metric)
     alarmed = list(dict.fromkeys(_alarmed_heads(values, scope, events, coverage)))
     last = {layer: heads[-1] for layer, heads in values.items()} if len(steps) else {}
@@ -168,19 +173,21 @@ def _name_heads(
             name = scoped_head_name(short[layer], head, scope, (coverage or {}).get(layer))
             ends.append((float(curve[np.isfinite(curve)][-1]), name, color))
     fix_y_axis(ax)
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
 
 
-def _mark_event(ax: Axes, event: AlertEvent) -> None:
-    ax.plot(
-        event.global_step,
-        1.0,
-        "v",
-        markerfacecolor=ALARM_COLOR if event.state == "firing" else "white",
-        markeredgecolor=ALARM_COLOR,
-        transform=ax.get_xaxis_transform(),
-        clip_on=False,
-    )
+def mark_events(ax: Axes, events: Events) -> None:
+    """Put a triangle above the step of each event, hollow where an alarm ended."""
+    for event in events:
+        ax.plot(
+            event.global_step,
+            1.0,
+            "v",
+            markerfacecolor=ALARM_COLOR if event.state == "firing" else "white",
+            markeredgecolor=ALARM_COLOR,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+        )
 
 
 def _alarmed_heads(
@@ -193,8 +200,13 @@ def _alarmed_heads(
                     yield event.layer, head
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write names at the right edge, moved apart so that they do not overlap."""
+def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write names in their colors at the right edge, moved apart so that they do not overlap.
+
+    Args:
+        ax: The axes.
+        ends: Last value, name and color of each curve.
+    """
     ends = sorted(ends)
     points = ax.transData.transform([(0.0, value) for value, _, _ in ends]) if ends else np.empty((0, 2))
     heights = ax.transAxes.inverted().transform(points)[:, 1] if ends else points[:, 1]

@@ -25,7 +25,7 @@ from attnmonitor.record.schema import (
     is_older,
 )
 
-__all__ = ["open_for_writing", "reading", "transaction"]
+__all__ = ["lock_file", "open_for_writing", "reading", "transaction"]
 
 # Rows of a 1,024-head model take about 6 KB: two of SQLite's default pages of 4 KB each, a third of them unused.
 _PAGE_SIZE_BYTES = 32768
@@ -107,9 +107,14 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     raise reason
 
 
+def lock_file(path: Path) -> Path:
+    """Return the file that is there while a record is open for writing, and stays where its writer was killed."""
+    return path.with_name(f"{path.name}-lock")
+
+
 def _lock(path: Path, held: contextlib.ExitStack) -> None:
     """Lock ``path`` against other writers until ``held`` is closed or the process ends."""
-    lock_path = path.with_name(f"{path.name}-lock")
+    lock_path = lock_file(path)
     try:
         lock = _locked(lock_path)
     except sqlite3.OperationalError as busy:

@@ -96,9 +96,9 @@ class RunRecord:
         (2, 2)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, search_damage: bool = True) -> None:
         self.path = Path(path)
-        with reading(self.path, search_damage=True) as db:
+        with reading(self.path, search_damage=search_damage) as db:
             firing = "firing" if "firing" in columns_of(db, "segment") else "'[]'"
             segments = db.execute(f"SELECT id, started_at, run, coverage, {firing} FROM segment ORDER BY id").fetchall()
             rows = db.execute(

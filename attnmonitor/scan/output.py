@@ -20,12 +20,11 @@ from attnmonitor.scan.files import whole_file
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
 from attnmonitor.summary.tables import layer_table
+from attnmonitor.summary.timeline import bars_text
 
 __all__ = ["csv_text", "json_text", "plot_scans", "problem_lines", "scan_text", "scans_text"]
 
 _TABLE_METRICS = ("energy_effective_rank", "interaction_effective_rank", "spectral_gap", "key_incoherence")
-
-_BARS = "▁▂▃▄▅▆▇█"
 
 _OUTLIER_DISTANCE = 3.0  # robust standard deviations from which a head is listed as unlike the others
 
@@ -169,10 +168,7 @@ def _courses(scans: Sequence[Scan]) -> str:
     lines = []
     for metric in _shown_metrics(scans[0]):
         medians = [found.summary().get(metric, {}).get("median", math.nan) for found in scans]
-        known = [value for value in medians if not math.isnan(value)]
-        low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
-        bars = ["·" if math.isnan(x) else _BARS[round((x - low) / (span or 1.0) * (len(_BARS) - 1))] for x in medians]
-        lines.append(f"{metric}  {''.join(bars)}  median {medians[0]:.3g} → {medians[-1]:.3g}")
+        lines.append(f"{metric}  {bars_text(medians)}  median {medians[0]:.3g} → {medians[-1]:.3g}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +16,7 @@ from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names, tail_of
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
-__all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table"]
+__all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table", "rich_layer_table"]
 
 _MAX_LAYER = 24  # characters
 
@@ -96,14 +97,31 @@ def print_layer_table(
 ) -> None:
     """Print `layer_table`, with lines and color where ``rich`` is installed."""
     try:
-        with first_import("rich.box", "rich.console", "rich.table", "rich.text"):
-            from rich.box import SIMPLE_HEAD
+        with first_import("rich.console"):
             from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
+        table = rich_layer_table(values, firing=firing, coverage=coverage, metrics=metrics)
     except ImportError:
         print(layer_table(values, firing=firing, coverage=coverage, metrics=metrics))
         return
+    Console().print(table)
+
+
+def rich_layer_table(
+    values: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    firing: Sequence[AlertEvent] = (),
+    coverage: Mapping[str, LayerCoverage] | None = None,
+    metrics: Sequence[str] = TABLE_METRICS,
+) -> Any:
+    """`layer_table` as a ``rich.table.Table``.
+
+    Raises:
+        ModuleNotFoundError: ``rich`` is not installed.
+    """
+    with first_import("rich.box", "rich.table", "rich.text"):
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
     header, rows = _table(values, firing, coverage or {}, metrics)
     table = Table(box=SIMPLE_HEAD)
     table.add_column(header[0], overflow="fold")
@@ -112,7 +130,7 @@ def print_layer_table(
     table.add_column(header[-1], min_width=12, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
-    Console().print(table)
+    return table
 
 
 def _table(
