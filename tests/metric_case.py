@@ -17,7 +17,7 @@ import torch
 from drawn_layers import Shape, draw
 from reference import Layer
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from attnmonitor import METRICS, AttentionMonitor
 from attnmonitor.functional.summaries import FROM_ATTENTION
@@ -68,7 +68,7 @@ class MetricCase:
     @property
     def inputs(self) -> set[str]:
         """Tensors that its class is updated with."""
-        given = {"query", "key", "value", "w_q", "w_k"}
+        given = {"query", "key", "value", "projection", "w_q", "w_k"}
         return set(inspect.signature(METRIC_CLASSES[self.name].update).parameters) & given
 
     @property
@@ -104,6 +104,7 @@ class MetricCase:
         """What its class is updated with; the twin's scale is the default one."""
         assert layer.scale == layer.query.shape[-1] ** -0.5
         given = {"query": layer.query, "key": layer.key, "value": layer.value, "mask": layer.key_mask}
+        given |= {"projection": layer.projection}
         given |= {"causal": layer.visible is not None}
         if layer.w_q is not None and layer.w_k is not None:
             group = len(layer.w_q) // len(layer.w_k)
@@ -151,7 +152,9 @@ def causal_layer(
     )
     visible = torch.ones(length, length, dtype=torch.bool).tril().expand(len(query), -1, -1)
     value = torch.randn(key.shape, generator=generator).to(dtype)
-    return Layer(query, key, head_dim**-0.5, mask, mask, visible, w_q.to(dtype), w_k.to(dtype), value)
+    projection = torch.randn(3 * head_dim, num_query_heads * head_dim, generator=generator).to(dtype)
+    scale = head_dim**-0.5
+    return Layer(query, key, scale, mask, mask, visible, w_q.to(dtype), w_k.to(dtype), value, projection=projection)
 
 
 # Models for the monitor.
@@ -171,7 +174,10 @@ class GivenHeads(nn.Module):
 
     def forward(self, visible: Tensor) -> Tensor:
         assert self.layer.value is not None
-        return attend(self.layer.query, self.layer.key, self.layer.value, visible, self.layer.scale)
+        mixed = attend(self.layer.query, self.layer.key, self.layer.value, visible, self.layer.scale)
+        return (
+            mixed if self.layer.projection is None else linear(mixed.transpose(1, 2).flatten(2), self.layer.projection)
+        )
 
 
 def sample_of_heads(layer: Layer, metrics: Iterable[str]) -> Sample:
@@ -222,7 +228,8 @@ class Attention(nn.Module):
             query, key, value = self.heads(x)
         w_q, w_k = (each.weight.detach().unflatten(0, (-1, self.head_dim)) for each in (self.q_proj, self.k_proj))
         visible, checked = self.visible(x, valid), reference.checked_rows(x.shape[1])
-        return Layer(query, key, self.head_dim**-0.5, valid, valid, visible, w_q, w_k, value, checked)
+        scale, projection = self.head_dim**-0.5, self.o_proj.weight.detach()
+        return Layer(query, key, scale, valid, valid, visible, w_q, w_k, value, checked, projection)
 
 
 class TwoLayers(nn.Module):

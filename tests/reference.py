@@ -91,6 +91,7 @@ class Layer:
         w_k: ``(Hkv, d, D)``.
         value: ``(B, Hkv, Lk, dv)``; zeros where none is given.
         checked: Indices of the rows that verification rebuilds; None for all rows.
+        projection: ``(D, Hq * dv)``, the output projection; None where no metric reads what is written through it.
     """
 
     query: Tensor
@@ -103,6 +104,7 @@ class Layer:
     w_k: Tensor | None = None
     value: Tensor | None = None
     checked: Tensor | None = None
+    projection: Tensor | None = None
 
     @cached_property
     def heads(self) -> list[list[Head]]:
@@ -232,7 +234,17 @@ def output_rms(head: Head) -> float:
 
 
 def output_share(layer: Layer) -> Tensor:
-    energy = TWINS["output_rms"](layer) ** 2
+    assert layer.projection is not None
+    columns = layer.projection.double().tensor_split(layer.query.shape[1], 1)
+    energy = torch.tensor(
+        [
+            [
+                float(((head.written @ weight.T) ** 2).sum(-1).mean())
+                for head, weight in zip(heads, columns, strict=True)
+            ]
+            for heads in layer.heads
+        ]
+    ).double()
     return energy / energy.nansum(1, keepdim=True)
 
 

@@ -87,7 +87,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "silent_output",
         "silent_head",
         "query_head",
-        Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
+        AnyOf(
+            # A share is of squares. In a trained model of 135 million parameters the least head is 3.1 below its peers.
+            Threshold("output_share", "peers", fire_below=-4.4, clear_above=-3.4),
+            Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
+        ),
         grace=0,
         optional=True,
     ),

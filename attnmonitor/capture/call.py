@@ -46,6 +46,9 @@ class AttentionCall:
         layout: What was found out of the layer at its first forward.
         gained_bias: 0-dim bool: whether a bias acts that did not at the first forward, as one that is learned from zero
             does. None where none can.
+        when_written: Functions to add inside ``emit``. They are called with what each head writes through the output
+            projection, ``(B, Hq, R, n)`` in ``rows``, each time a further part or scale of it has acted, and with None
+            while only a part is known. The last call counts; none comes where no projection can be read.
     """
 
     layer: str
@@ -65,6 +68,7 @@ class AttentionCall:
     rows: RebuiltRows
     layout: Layout
     gained_bias: Tensor | None = None
+    when_written: list[Callable[[Tensor | None], None]] = field(default_factory=list)
 
 
 def by_document(

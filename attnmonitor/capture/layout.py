@@ -19,12 +19,27 @@ from attnmonitor.capture.head_facts import NO_POSITION, head_facts
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.verify import Attention, checked_rows
 
-__all__ = ["Layout", "Layouts", "Surroundings", "examined", "is_padding_argument"]
+__all__ = ["Layout", "Layouts", "OutputPlace", "Surroundings", "examined", "fitting_mask", "is_padding_argument"]
 
 _VALID_NAME = re.compile(r"(^|_)attention_mask$")
 _PADDING_NAME = re.compile(r"(^|_)padding_mask$")
 _NUM_ROWS = 64  # rows on which masses of attention are measured
 _CHUNK = 64
+
+
+@dataclass(frozen=True)
+class OutputPlace:
+    """Where the output of an attention meets a weight, and how it is laid out there.
+
+    Attributes:
+        number: How many weights were applied to something of its size before; -1 where it meets none.
+        rows_first: Whether positions come before sequences.
+        heads_last: Whether the head is the inner factor of a feature's index.
+    """
+
+    number: int
+    rows_first: bool = False
+    heads_last: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +61,7 @@ class Layout:
         reach_ahead: The same of later positions.
         remarks: What stands out in its queries, keys and weights.
         positions: Sequences and keys of the forward in which this was found.
+        output_at: Where its output meets a weight; None where that was not looked for.
     """
 
     lead: Lead | None = None
@@ -62,6 +78,7 @@ class Layout:
     reach_ahead: int | None = None
     remarks: tuple[str, ...] = ()
     positions: tuple[int, int] = (0, 0)
+    output_at: OutputPlace | None = None
 
     def fits(self, attention: Attention) -> bool:
         """Return whether what was kept of the positions is of a forward of the same sequences."""
@@ -289,6 +306,14 @@ def _given_padding(attention: Attention, around: Surroundings) -> Tensor | None:
                 if reading.shape == (len(attention.key), attention.key.shape[-2]):
                     return reading.to(attention.key.device)
     return None
+
+
+def fitting_mask(mask: Tensor | None, attention: Attention, *, may_append: bool) -> Tensor | None:
+    """Return the mask of an attention's query positions, None where there is none that fits."""
+    num_sequences, _, num_rows, _ = attention.query.shape
+    if mask is not None and may_append:
+        mask = mask[:, :num_rows]  # nn.MultiheadAttention appends its learned and its zero key
+    return mask if mask is not None and mask.shape == (num_sequences, num_rows) else None
 
 
 # Documents.

@@ -23,13 +23,14 @@ from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
 from attnmonitor.capture.heads import Lead, MadeOf, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.kernels import read_kernel_call
-from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, is_padding_argument
+from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
 from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tracing.repeats import Repeats
 from attnmonitor.capture.tracing.trace import ByHead, Trace, as_attention
 from attnmonitor.capture.tracing.tracer import Tracer
-from attnmonitor.capture.verify import Attention
+from attnmonitor.capture.verify import Attention, RebuiltRows
+from attnmonitor.capture.written import WrittenOutputs
 
 __all__ = ["AttentionMode"]
 
@@ -60,6 +61,7 @@ class AttentionMode(TorchFunctionMode):
         self._emitting = False
         self._repeats = Repeats()
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, self._found_traced, self._missed)
+        self._written = WrittenOutputs(layouts)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -67,7 +69,7 @@ class AttentionMode(TorchFunctionMode):
             "linear": self._observe_projection,
             "addmm": self._observe_projection,
         }
-        for observers in (self._repeats.observers, self._tracer.observers, own):
+        for observers in (self._repeats.observers, self._tracer.observers, self._written.observers, own):
             for name, observer in observers.items():
                 self._observers.setdefault(name, []).append(observer)
         self._known: dict[Any, tuple[str, list[Observer]]] = {}
@@ -289,10 +291,12 @@ class AttentionMode(TorchFunctionMode):
         layer = self._next_name(name)
         self._paused = True
         try:
-            call = self._verified(layer, frame, attention, how, output if attention.exact else None, row_axis, made_of)
+            exact = output if attention.exact else None
+            call, rows = self._verified(layer, frame, attention, how, exact, row_axis, made_of)
             self._emitting = True
             self._emit(call)
             self._emitting = False
+            self._written.expect(layer, call.when_written, call.rows.output, rows, attention.query.shape[-2])
         except Exception as error:
             if self._emitting:
                 raise
@@ -309,13 +313,14 @@ class AttentionMode(TorchFunctionMode):
         output: Tensor | None,
         row_axis: int,
         made_of: MadeOf | None,
-    ) -> AttentionCall:
+    ) -> tuple[AttentionCall, RebuiltRows]:
+        """Return the record of an attention, and its rebuilt rows as they are before documents are cut."""
         layout = self._layouts.get(layer)
         if layout is None or not layout.fits(attention):
             layout = self._layouts[layer] = self._examined(layer, frame, attention, made_of)
         key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
         query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
-        query_mask = _fitting(query_mask, attention, may_append=self._inside_mha and layout.is_self)
+        query_mask = fitting_mask(query_mask, attention, may_append=self._inside_mha and layout.is_self)
         if layout.is_self:
             self._positions[layer] = (None if made_of is None else made_of.query, key_mask)
         types = [attention.query.dtype, *([] if output is None else [output.dtype])]
@@ -339,9 +344,9 @@ class AttentionMode(TorchFunctionMode):
             layout=layout,
             gained_bias=attention.is_biased() if attention.has_added and "bias" not in layout.outside else None,
         )
-        if layout.documents is None:
-            return call
-        return by_document(call, layout.documents, attention.output_rows(output, row_axis))
+        if layout.documents is not None:
+            call = by_document(call, layout.documents, attention.output_rows(output, row_axis))
+        return call, rows
 
     def _examined(self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
         """Find out what an attention does beside ``s q kᵀ``."""
@@ -351,7 +356,7 @@ class AttentionMode(TorchFunctionMode):
             is_self = frame.is_self_attention(num_rows, num_keys) if frame is not None else num_rows == num_keys
         channels = made_of is not None and made_of.between_channels
         rows_of = "" if is_self else self._layer_on(made_of)
-        query_mask = _fitting(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
+        query_mask = fitting_mask(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
         remarks = []
         if not attention.exact and frame is not None and not frame.module.training:
             remarks.append("dropout acts on its attention in evaluation mode")
@@ -389,11 +394,3 @@ class AttentionMode(TorchFunctionMode):
         found = unrecorded(self.frames, self._calls, reasons, all_seen=self._ancestries is not None)
         for name, reason in found:
             self.report.missed.setdefault(name, reason)
-
-
-def _fitting(mask: Tensor | None, attention: Attention, *, may_append: bool) -> Tensor | None:
-    """Return the mask of an attention's query positions, None where there is none that fits."""
-    num_sequences, _, num_rows, _ = attention.query.shape
-    if mask is not None and may_append:
-        mask = mask[:, :num_rows]  # nn.MultiheadAttention appends its learned and its zero key
-    return mask if mask is not None and mask.shape == (num_sequences, num_rows) else None

@@ -25,7 +25,16 @@ from torch import Tensor
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.heads import Lead
 
-__all__ = ["HIDDEN", "Attention", "RebuiltRows", "Step", "checked_rows", "grouped_product", "visible_keys"]
+__all__ = [
+    "HIDDEN",
+    "Attention",
+    "RebuiltRows",
+    "Step",
+    "checked_rows",
+    "full_precision",
+    "grouped_product",
+    "visible_keys",
+]
 
 HIDDEN = -9e3
 """A logit at or below this hides its key: exp of it is 0 in every floating type. To hide a key, code adds a value from
@@ -170,7 +179,7 @@ class Attention:
 
     def logit_rows(self, rows: Tensor) -> Tensor:
         """Return rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where hidden."""
-        with _full_precision(self.query):
+        with full_precision(self.query):
             logits = self.restore(self._softmax_argument(self._product(rows), rows)).float()
             return logits.masked_fill(logits <= HIDDEN, -torch.inf)
 
@@ -182,7 +191,7 @@ class Attention:
             row_axis: The axis of ``output`` that counts query positions.
         """
         rows = checked_rows(self.query)
-        with _full_precision(self.query):
+        with full_precision(self.query):
             product = self._product(rows)
             # Code in half precision rounds its logits: one of 100 in bfloat16 is off by 0.25, which changes a sharp
             # softmax by as much. So the check rounds where the code did.
@@ -228,7 +237,7 @@ class Attention:
         layer's logits are still small. A window hides part of the past (also chunks and packed documents).
         """
         rows = checked_rows(self.query)
-        with _full_precision(self.query):
+        with full_precision(self.query):
             product, bias = self._with_bias(self._product(rows), rows)
             large = 1e3 / product.abs().amax().clamp_min(1e-30)
             at_zero, logits, half, far = (
@@ -281,7 +290,7 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast: the probe may run under the user's, the check must not be rounded by it."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -12,8 +12,9 @@ Letters: B sequences, Hq query heads, Lq queries, Lk keys, R rows, dv size of a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class CheckedRows:
     Attributes:
         logits: s q kᵀ, before masks, biases and soft-caps, ``(B, Hq, R, Lk)``.
         seen: Keys that a row attends to, ``(B or 1, Hq or 1, R, Lk)`` bool.
-        output: What the heads write in these rows, ``(B, Hq, R, dv)``; None where that is not known.
+        output: What the heads write in these rows, ``(B, Hq, R, n)``, before or after the output projection; None where
+            that is not known.
         query_mask: ``(B, R)`` bool, True where the row is not padding; None where none is.
         key_mask: ``(B, Lk)`` bool, likewise.
     """
@@ -257,6 +259,7 @@ def output_share(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    projection: Tensor,
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -264,12 +267,17 @@ def output_share(
     causal: bool = True,
     num_rows: int = NUM_ROWS,
 ) -> Tensor:
-    r"""Share of a head in what the heads of its layer write: its squared `output_rms` over the sum of theirs.
+    r"""Share of each head in what the heads of its layer write through the output projection.
+
+    .. math:: \frac{\operatorname{mean}_i \|W_h o_{ih}\|^2}{\sum_g \operatorname{mean}_i \|W_g o_{ig}\|^2}
+
+    with the columns W_h of the output projection that the output o of head h goes through.
 
     Args:
         query: ``(B, Hq, Lq, d)``.
         key: ``(B, Hkv, Lk, d)``.
         value: ``(B, Hkv, Lk, dv)``.
+        projection: ``(D, Hq * dv)``, as the weight of a linear layer.
         scale: Softmax scale; ``d ** -0.5`` by default.
         mask: ``(B, Lk)`` bool, True where the position is not padding.
         query_mask: ``(B, Lq)`` bool, where the queries' padding is not the keys'.
@@ -282,10 +290,25 @@ def output_share(
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.
     """
-    rows = checked_rows(
-        query, key, value, scale=scale, mask=mask, query_mask=query_mask, causal=causal, num_rows=num_rows
+    rows = projected_rows(
+        query, key, value, projection, scale=scale, mask=mask, query_mask=query_mask, causal=causal, num_rows=num_rows
     )
     return CHECKED_STATISTICS["output_share"](rows)
+
+
+def projected_rows(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **settings: Any) -> CheckedRows:
+    """Compute rows as `checked_rows` does, with the output of each head after the output projection."""
+    rows = checked_rows(query, key, value, **settings)
+    assert rows.output is not None
+    _, num_heads, _, head_dim = rows.output.shape
+    if projection.dim() != 2 or projection.shape[1] != num_heads * head_dim:
+        raise ValueError(
+            f"projection {tuple(projection.shape)}: expected (D, {num_heads * head_dim}), the weight of a linear layer "
+            f"on {num_heads} heads of size {head_dim}"
+        )
+    with full_precision(rows.output.device):
+        by_head = projection.to(rows.output.dtype).unflatten(1, (num_heads, head_dim))
+        return replace(rows, output=torch.einsum("bhrc,nhc->bhrn", rows.output, by_head))
 
 
 def head_similarity(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from attnmonitor.metrics.catalog import METRICS
 __all__ = ["AttentionValues", "attention_values"]
 
 _NEED_OUTPUT = ("output_rms", "output_share")
+_UNKNOWN_PROJECTION = (
+    "its output projection is not known, so output_share is not: no weight that can be read is applied to its output "
+    "as it is"
+)
+_OTHER_OUTPUT = (
+    "the input of its output projection is not its output as at attach, or what it writes is zero or not finite"
+)
 _UNKNOWN_OUTPUT = "its output by head is not known: dropout acts on its weights, or its layout could not be read"
 
 
@@ -29,11 +37,23 @@ class AttentionValues:
         values: ``(B, H)`` float32, query heads in the model's order.
         counted: For some metrics, the sequences that have a value, ``(B, H)`` bool; all have one of the others.
         reason: Why metrics of the values or of the output are NaN; ``""`` where they are not.
+        has_written: Whether what the heads write is known; it is not before the output projection has run.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     counted: dict[str, Tensor] = field(default_factory=dict)
     reason: str = ""
+    has_written: bool = False
+
+    def why_unknown(self, share: Tensor | None) -> str:
+        """Why metrics of the values or of the output are NaN; ``""`` where they are not.
+
+        Args:
+            share: `output_share` as it is shown, ``(Hq,)``; None where it is not measured.
+        """
+        if self.reason or share is None or not bool(share.isnan().all()):
+            return self.reason
+        return _OTHER_OUTPUT if self.has_written else _UNKNOWN_PROJECTION
 
 
 def attention_values(call: AttentionCall, metrics: Sequence[str]) -> AttentionValues:
@@ -91,9 +111,20 @@ def _add_checked_rows(found: AttentionValues, call: AttentionCall, metrics: Sequ
         call.key_mask,
     )
     for name in metrics:
-        if name in _NEED_OUTPUT and rows.output is None:
-            found.reason = found.reason or _UNKNOWN_OUTPUT
+        if name in _NEED_OUTPUT and (rows.output is None or name == "output_share"):
             found.values[name] = torch.full(call.query.shape[:2], torch.nan, device=call.query.device)
         else:
             found.values[name] = CHECKED_STATISTICS[name](rows)
-            found.counted[name] = CHECKED_STATISTICS[name].counted(rows)
+        found.counted[name] = CHECKED_STATISTICS[name].counted(rows)
+    if rows.output is None and not set(_NEED_OUTPUT).isdisjoint(metrics):
+        found.reason = found.reason or _UNKNOWN_OUTPUT
+    elif "output_share" in metrics:
+        call.when_written.append(partial(_add_written, found, replace(rows, output=None)))
+
+
+def _add_written(found: AttentionValues, rows: CheckedRows, written: Tensor | None) -> None:
+    """Add the share of each head in what the layer writes; NaN while only a part of that is known."""
+    share = CHECKED_STATISTICS["output_share"]
+    unknown = torch.full_like(found.values["output_share"], torch.nan)
+    found.values["output_share"] = unknown if written is None else share(replace(rows, output=written))
+    found.has_written = written is not None

@@ -273,6 +273,8 @@ class DistributedMeasurement(Measurement):
                 for metric, by_layer in table.items():
                     if METRICS[metric].scope == "query_head" or splits_keys:
                         by_layer[name] = torch.cat([part["tables"][which][metric][name] for part in parts])
+                    if metric == "output_share":  # each process has its share in its own heads
+                        by_layer[name] = torch.full_like(by_layer[name], torch.nan)
         return _joined_diagnostics([part["diagnostics"] for part in parts])
 
 
@@ -360,6 +362,7 @@ def _joined_coverage(parts: Sequence[LayerCoverage], splits_keys: bool) -> Layer
         num_kv_heads=sum(part.num_kv_heads for part in parts) if splits_keys else parts[0].num_kv_heads,
         error=max(errors, default=None),
         remarks=(),  # each slice counts its own heads
+        values_reason=parts[0].values_reason or "output_share needs the heads of all processes in one",
         weights_reason=next((part.weights_reason for part in parts if part.weights_reason), ""),
     )
 

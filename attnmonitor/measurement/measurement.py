@@ -373,7 +373,12 @@ class Measurement:
         expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
         if layer is None:
             return replace(expected, reason=failure or expected.reason or "its attention did not run this time")
-        found = replace(layer.coverage, weights_reason=expected.weights_reason, weights_note=expected.weights_note)
+        found = replace(
+            layer.coverage,
+            values_reason=layer.at_once.why_unknown(on_host.get(("mean", "output_share", name))),
+            weights_reason=expected.weights_reason,
+            weights_note=expected.weights_note,
+        )
         if expected.heads != found.heads:
             was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
             return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")

@@ -184,7 +184,6 @@ class Reduction:
             outside=call.outside,
             num_keys=call.key.shape[2],
             tiled=call.tiled,
-            values_reason=at_once.reason,
             sees=call.layout.sees,
             future_mass=call.layout.future_mass,
             padding_mass=call.layout.padding_mass,

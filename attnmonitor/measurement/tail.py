@@ -1,9 +1,10 @@
 """What a forward does after its last attention: recorded at attach, then skipped, because no number depends on it.
 
-The output projection of the last layer, its MLP, the head and the loss are a large part of a forward. In the forward of
-attach every call of a torch function after the last attention is recorded. In a sample each of these calls returns what
-it returned then, a tensor as zeros of the same shape, type and device, and nothing is computed. The code of the model
-runs to its end as always: an exception instead would leave its counters half-way.
+The MLP of the last layer, the head and the loss are a large part of a forward; so is its output projection, where no
+metric reads what the heads write. In the forward of attach every call of a torch function after the last attention is
+recorded. In a sample each of these calls returns what it returned then, a tensor as zeros of the same shape, type and
+device, and nothing is computed. The code of the model runs to its end as always: an exception instead would leave its
+counters half-way.
 
 Nobody may notice the zeros, so they are used only where
 
@@ -60,7 +61,7 @@ class Tail:
     def __init__(self, obstacle: str) -> None:
         self.obstacle = obstacle
         self.route = _in_full(obstacle)
-        self._layers: Sequence[str] = ()
+        self._seen: Sequence[str] = ()
         self._calls: Sequence[Any] = ()
         self._parts: object = None
 
@@ -85,7 +86,7 @@ class Tail:
                     numbers = attempt(recording)
                     tail.obstacle = recording.obstacle() or _difference(model, recording, numbers, attempt)
         tail.route = _in_full(tail.obstacle) if tail.obstacle else SKIPPED
-        tail._layers, tail._calls, tail._parts = recording.layers, recording.calls, _parts(model)
+        tail._seen, tail._calls, tail._parts = recording.seen, recording.calls, _parts(model)
         return tail
 
     def run(self, model: nn.Module, forward: Callable[[Skipping | None], T], in_full: str = "") -> T:
@@ -102,7 +103,7 @@ class Tail:
         if obstacle:
             self.route = _in_full(obstacle)
             return forward(None)
-        skipping = Skipping(self._layers, self._calls)
+        skipping = Skipping(self._seen, self._calls)
         try:
             result = forward(skipping)
         except Exception:

@@ -1,13 +1,15 @@
 """The calls of torch functions that a forward makes after its last attention: recorded in one forward, then skipped.
 
-A call that is skipped returns what it returned when it was recorded, a tensor as zeros of the same shape, type and
-device. Every call is compared with the recorded one. From the first that differs on, one that gets such zeros raises.
+Where the output projection of an attention is read, it is a part of that attention, and not skipped. A call that is
+skipped returns what it returned when it was recorded, a tensor as zeros of the same shape, type and device. Every call
+is compared with the recorded one. From the first that differs on, one that gets such zeros raises.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,14 +100,14 @@ class Recording(TorchFunctionMode):
         model: The model.
 
     Attributes:
-        layers: The layers whose attention was seen, in order.
+        seen: The attentions, and what is known of the output of each, in order: all that numbers depend on.
         calls: The calls after it.
         statistics: The model's statistics when the forward had ended.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.layers: list[str] = []
+        self.seen: list[str] = []
         self.calls: list[_Call] = []
         self.statistics: Mapping[str, bytes] = {}
         self._model = model
@@ -115,23 +117,29 @@ class Recording(TorchFunctionMode):
         self._results: list[tuple[str, Callable[[], bool]]] = []  # name of a call; is its result still there?
 
     def following(self, emit: Emit) -> Emit:
-        """Return ``emit``, watched: each attention may be the last, so the record begins anew."""
+        """Return ``emit``, watched: each attention and each output may be the last, so the record begins anew."""
 
         def emit_and_begin(call: AttentionCall) -> None:
             emit(call)
-            self.layers.append(call.layer)
+            self._begin(call.layer)
             self._explicit = self._explicit or (call.layer if call.how == "explicit" else "")
-            self.calls, self._results, self._obstacle = [], [], ""
-            self._random_state = random_state()
+            if call.when_written:
+                output = _output_of(call.layer)
+                call.when_written.append(lambda _: self._begin(output))
 
         return emit_and_begin
 
+    def _begin(self, seen: str) -> None:
+        self.seen.append(seen)
+        self.calls, self._results, self._obstacle = [], [], ""
+        self._random_state = random_state()
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        num_layers = len(self.layers)
-        before = versions_of(_tensors(args, kwargs)) if num_layers else []
+        num_seen = len(self.seen)
+        before = versions_of(_tensors(args, kwargs)) if num_seen else []
         output = func(*args, **kwargs)
-        if before and len(self.layers) == num_layers:
+        if before and len(self.seen) == num_seen:
             try:
                 self._record(func, kwargs, before, output)
             except Exception as error:
@@ -185,36 +193,42 @@ class Skipping(TorchFunctionMode):
     """Skips the recorded calls of a forward after its last attention.
 
     Args:
-        layers: The layers whose attention has to be seen before.
+        seen: What has to be seen before: `Recording.seen`.
         calls: The calls.
 
     Attributes:
-        begun: Whether all attention has been seen.
+        begun: Whether all of it has been seen.
         departure: How the forward differed from the recorded one; ``""`` if it did not.
         in_call: Whether a call that the mode sees is running.
     """
 
-    def __init__(self, layers: Iterable[str], calls: Sequence[_Call]) -> None:
+    def __init__(self, seen: Iterable[str], calls: Sequence[_Call]) -> None:
         super().__init__()
         self.begun = self.in_call = False
         self.departure = ""
-        self._due = set(layers)
+        self._due = Counter(seen)
         self._zeros = Notes[bool]()
         self._calls = calls
         self._position = 0
 
     def following(self, emit: Emit) -> Emit:
-        """Return ``emit``, watched: after the last attention that is due the calls are skipped."""
+        """Return ``emit``, watched: after the last attention and output that are due the calls are skipped."""
 
         def emit_and_follow(call: AttentionCall) -> None:
             if self.begun:
                 self._depart(f"{call.layer} computes attention")
                 return
             emit(call)
-            self._due.discard(call.layer)
-            self.begun = not self._due
+            self._saw(call.layer)
+            if call.when_written:
+                output = _output_of(call.layer)
+                call.when_written.append(lambda _: self._saw(output))
 
         return emit_and_follow
+
+    def _saw(self, seen: str) -> None:
+        self._due -= Counter([seen])
+        self.begun = not self._due
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -265,7 +279,7 @@ class Trial(Skipping):
     """Skips the calls of a recorded forward, and finds out what else is done after its last attention."""
 
     def __init__(self, model: nn.Module, recording: Recording) -> None:
-        super().__init__(recording.layers, recording.calls)
+        super().__init__(recording.seen, recording.calls)
         self._model = model
         self._operations = _Operations(self)
         self.statistics: Mapping[str, bytes] = {}
@@ -325,6 +339,10 @@ def _described(output: Any, tensors: Sequence[Tensor]) -> Any:
         return _Made(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     return tree_map_only(Tensor, described, output)
+
+
+def _output_of(layer: str) -> str:
+    return f"the output of {layer}"
 
 
 def _name(function: Any) -> str:

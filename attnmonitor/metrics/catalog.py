@@ -215,6 +215,16 @@ _TABLE = (
         head_curves=False,
     ),
     MetricInfo(
+        "output_share",
+        "query_head",
+        "share",
+        "Share of the head in what its layer writes through the output projection; 1/H where all H write as much.",
+        "checked_rows",
+        CHECKED_STATISTICS["output_share"],
+        log_scale=True,
+        head_curves=False,
+    ),
+    MetricInfo(
         "head_similarity",
         "query_head",
         "cosine",
@@ -244,16 +254,6 @@ _TABLE = (
         log_scale=True,
         opt_in=True,
         scale_free=True,
-    ),
-    MetricInfo(
-        "output_share",
-        "query_head",
-        "share",
-        "Share of the head in what the heads of its layer write: 1 over their number where all write as much.",
-        "checked_rows",
-        CHECKED_STATISTICS["output_share"],
-        log_scale=True,
-        opt_in=True,
     ),
     MetricInfo(
         "attention_entropy",

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, NUM_ROWS, CheckedRows, checked_rows
+from attnmonitor.functional.checked_rows import (
+    CHECKED_STATISTICS,
+    NUM_ROWS,
+    CheckedRows,
+    checked_rows,
+    projected_rows,
+)
 from attnmonitor.metrics.base import HeadMetric
 
 __all__ = ["AttentionTau", "HeadSimilarity", "OutputRMS", "OutputShare"]
@@ -37,7 +43,11 @@ class _FieldMetric(_CheckedMetric):
         self._add(checked_rows(query, key, scale=self.scale, mask=mask, causal=causal, num_rows=self.num_rows))
 
 
-class _OutputMetric(_CheckedMetric):
+class OutputRMS(_CheckedMetric):
+    """Root mean square entry of what each head writes, before the output projection."""
+
+    name = "output_rms"
+
     def update(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = True
     ) -> None:
@@ -45,16 +55,23 @@ class _OutputMetric(_CheckedMetric):
         self._add(checked_rows(query, key, value, scale=self.scale, mask=mask, causal=causal, num_rows=self.num_rows))
 
 
-class OutputRMS(_OutputMetric):
-    """Root mean square entry of what each head writes, before the output projection."""
-
-    name = "output_rms"
-
-
-class OutputShare(_OutputMetric):
-    """Share of each head in what the heads of its layer write."""
+class OutputShare(_CheckedMetric):
+    """Share of each head in what the heads of its layer write through the output projection."""
 
     name = "output_share"
+
+    def update(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        projection: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = True,
+    ) -> None:
+        """Add the heads of one layer: as for `OutputRMS`, and projection ``(D, Hq * dv)``, a linear layer's weight."""
+        settings = {"scale": self.scale, "mask": mask, "causal": causal, "num_rows": self.num_rows}
+        self._add(projected_rows(query, key, value, projection, **settings))
 
 
 class HeadSimilarity(_FieldMetric):

@@ -29,8 +29,29 @@ from benchmarks.detection.recording import Recording, Setting
 from benchmarks.detection.runs import recordings
 from benchmarks.detection.score import Alarm, Detector, cached, heads_at_fault, rule_detector, samples_between
 
-SEEDS = {"dev": (11, 12, 13), "report": (5011, 5012, 5013)}
-SHAPES = {"dev": Shape(4, 4, 16, length=96), "report": Shape(4, 6, 12, length=80)}
+
+@dataclass(frozen=True)
+class Extent:
+    """Seeds and sizes of one set, in optimizer steps."""
+
+    seeds: tuple[int, ...]
+    control_seeds: tuple[int, ...]  # taken in turn
+    shape: Shape
+    healthy: int  # of the runs that faults branch from
+    at_birth: int
+    late: int  # after onset
+    deep: tuple[int, int]  # of 12 layers without skips, and with them
+    broken: int  # of a start at too high a rate
+    control: int
+    change_at: int
+
+
+SETS = {
+    "dev": Extent((11, 12, 13), (11,), Shape(4, 4, 16, length=96), 400, 150, 100, (200, 200), 200, 500, 300),
+    "report": Extent(
+        (5011, 5012, 5013), (5011, 5012, 5013), Shape(3, 6, 8, length=64), 300, 60, 40, (60, 120), 100, 350, 200
+    ),
+}
 SAMPLE_EVERY = 5
 LATE = 250
 BROKEN_WITHIN = 10  # samples, for what is wrong from the first step
@@ -51,15 +72,16 @@ class Failure:
 
 def failures(name: str) -> Iterator[Failure]:
     """Yield every failure of a set."""
-    for seed in SEEDS[name]:
+    for seed in SETS[name].seeds:
         for family in (*FAMILIES, "vit"):
-            yield from _failures_of(family, seed, SHAPES[name])
+            yield from _failures_of(family, seed, SETS[name])
 
 
-def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
+def _failures_of(family: str, seed: int, extent: Extent) -> Iterator[Failure]:
+    shape = extent.shape
     if family == "vit":
         shape = replace(shape, length=64, vocabulary=8)
-    healthy = Setting(family, seed, 2e-3, shape, num_steps=400, sample_every=SAMPLE_EVERY)
+    healthy = Setting(family, seed, 2e-3, shape, num_steps=extent.healthy, sample_every=SAMPLE_EVERY)
     layer, head = seed % shape.num_layers, (seed // 7) % shape.num_heads
     for title, kind, kinds in (
         ("queries and keys of a head zero from the start", "dead", ("dead_head",)),
@@ -67,13 +89,13 @@ def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
         ("values of a head at 4 %", "value", ("silent_head",)),
         ("output of a head at 4 %", "output", ("silent_head",)),
     ):
-        at_birth = Fault(kind, layer, head, 1.0, onset=0, num_steps=150)
+        at_birth = Fault(kind, layer, head, 1.0, onset=0, num_steps=extent.at_birth)
         if kind == "dead" or kind == "twin":
             yield Failure(title, kinds, healthy, at_birth, healthy)
         if kind != "dead":
-            late = replace(at_birth, onset=LATE, num_steps=100)
+            late = replace(at_birth, onset=LATE, num_steps=extent.late)
             yield Failure(f"{title}, from step {LATE} on", kinds, healthy, late, healthy)
-    rolled = Fault("rolled_keys", layer, head, 1.0, onset=LATE, num_steps=100)
+    rolled = Fault("rolled_keys", layer, head, 1.0, onset=LATE, num_steps=extent.late)
     yield Failure("keys of a layer rolled by one head", ("mass", "layer_changed"), healthy, rolled, healthy, None)
     untamed = replace(healthy, warmup_steps=0, num_steps=200)
     if family in ("gpt2", "llama"):
@@ -82,31 +104,42 @@ def _failures_of(family: str, seed: int, shape: Shape) -> Iterator[Failure]:
         no_norm = replace(untamed, layout="no_norm", learning_rate=1e-2 if family == "gpt2" else 3e-2)
         yield Failure("no norms", ("logit_blowup", "broken_start"), no_norm, None, healthy, None)
     if family != "vit":
+        without_skips, with_skips = extent.deep
         deep = replace(untamed, shape=replace(shape, num_layers=12), layout="no_skips", learning_rate=1e-3)
-        sound = replace(deep, layout="pre_norm", num_steps=200, warmup_steps=60)
+        deep = replace(deep, num_steps=without_skips)
+        sound = replace(deep, layout="pre_norm", num_steps=with_skips, warmup_steps=60)
         yield Failure("12 layers without skips", ("rank_collapse",), deep, None, sound, BROKEN_WITHIN)
     if family != "qknorm":
-        post = replace(untamed, layout="post_norm", learning_rate=2e-2)
+        post = replace(untamed, layout="post_norm", learning_rate=2e-2, num_steps=extent.broken)
         yield Failure("post-norm, high rate, no warm-up", ("broken_start",), post, None, healthy, BROKEN_WITHIN)
     if family == "vit":
-        fast = replace(untamed, learning_rate=3e-2)
+        fast = replace(untamed, learning_rate=3e-2, num_steps=extent.broken)
         yield Failure("high rate, no warm-up", ("broken_start", "logit_blowup"), fast, None, healthy, BROKEN_WITHIN)
 
 
 def controls(name: str) -> Iterator[tuple[str, Setting]]:
     """Yield runs without a fault, each with what is unusual about it."""
-    for seed in SEEDS[name]:
-        for number, family in enumerate(FAMILIES):
-            shape = SHAPES[name]
-            usual = Setting(family, seed + 100 * (number + 1), 2e-3, shape, num_steps=500, sample_every=SAMPLE_EVERY)
-            for change in CHANGES:
-                yield change, replace(usual, change=change)
-            yield "fast learning", replace(usual, learning_rate=8e-3)
-            yield "other text", replace(usual, new_text_at=300)
-            yield "long", replace(usual, num_steps=1500)
-            yield "heads of size 2", replace(usual, shape=Shape(2, 4, 2, length=20), num_steps=300)
-            yield "12 tokens", replace(usual, shape=Shape(2, 4, 16, length=12), num_steps=300)
-            yield "noise", replace(usual, data="noise", shape=Shape(3, 4, 4, length=24), num_steps=300)
+    extent = SETS[name]
+    shape, seeds = extent.shape, extent.control_seeds
+    for number, family in enumerate(FAMILIES):
+        usual = Setting(family, 0, 2e-3, shape, num_steps=extent.control, sample_every=SAMPLE_EVERY)
+        unusual = {change: replace(usual, change=change, change_at=extent.change_at) for change in CHANGES}
+        unusual |= {
+            "fast learning": replace(usual, learning_rate=8e-3),
+            "slow learning": replace(usual, learning_rate=7e-4),
+            "other text": replace(usual, new_text_at=extent.change_at),
+            "long": replace(usual, num_steps=1500),
+            "more heads": replace(usual, shape=replace(shape, num_layers=3, num_heads=8)),
+            "larger heads": replace(usual, shape=replace(shape, num_layers=3, head_dim=2 * shape.head_dim)),
+            "longer sequences": replace(usual, shape=replace(shape, num_layers=2, length=2 * shape.length)),
+            "heads of size 2": replace(usual, shape=Shape(2, 4, 2, length=20), num_steps=300),
+            "12 tokens": replace(usual, shape=Shape(2, 4, 16, length=12), num_steps=300),
+            "noise": replace(usual, data="noise", shape=Shape(3, 4, 4, length=24), num_steps=300),
+        }
+        if family == "llama":
+            unusual["2,000 samples"] = replace(usual, num_steps=2000, sample_every=1)
+        for place, (title, setting) in enumerate(unusual.items()):
+            yield title, replace(setting, seed=seeds[place % len(seeds)] + 100 * (number + 1))
 
 
 def loss_alarm(recording: Recording) -> int | None:
@@ -300,7 +333,7 @@ def measured_section(name: str, cache: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=sorted(SEEDS), default="report", dest="name")
+    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "natural")
     parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
     arguments = parser.parse_args()

@@ -26,21 +26,7 @@ from benchmarks.detection.recording import Recording, SampleValues, Setting, cac
 
 SAMPLE_EVERY = 10
 WEIGHT_METRIC = "interaction_participation_ratio"
-METRICS = tuple(
-    dict.fromkeys(
-        (
-            *DEFAULT_METRICS,
-            "value_rms",
-            "value_spread",
-            "output_rms",
-            "head_similarity",
-            "output_share",
-            "attention_tau",
-            "max_logit",
-            "attention_entropy",
-        )
-    )
-)
+METRICS = (*DEFAULT_METRICS, "max_logit", "attention_entropy")
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from reference import TWINS, Layer, checked_rows
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor, Sample
 from attnmonitor.capture import capture
@@ -26,8 +27,12 @@ class Heads(nn.Module):
         self.q, self.k, self.v = (
             torch.randn(3, heads, 40, 8, generator=generator) for heads in (4, num_kv_heads, num_kv_heads)
         )
+        self.projection = torch.randn(12, 32, generator=generator)
 
     def forward(self, valid: Tensor) -> Tensor:
+        return linear(self.mixed(valid).transpose(1, 2).flatten(2), self.projection)
+
+    def mixed(self, valid: Tensor) -> Tensor:
         mask = valid[:, None, None] & torch.ones(40, 40, dtype=torch.bool).tril()
         if self.way.startswith("explicit"):
             with torch._C.DisableTorchFunction():
@@ -53,7 +58,8 @@ def sample_of(model: Heads, valid: Tensor | None = None, metrics: tuple[str, ...
 
 def layer_of(model: Heads, valid: Tensor | None = None) -> Layer:
     visible = torch.ones(3, 40, 40, dtype=torch.bool).tril()
-    return Layer(model.q, model.k, 8**-0.5, valid, valid, visible, value=model.v, checked=checked_rows(40))
+    given = {"value": model.v, "checked": checked_rows(40), "projection": model.projection}
+    return Layer(model.q, model.k, 8**-0.5, valid, valid, visible, **given)
 
 
 @pytest.mark.parametrize("way", ["fused", "written", "tiled", "explicit"])
@@ -63,9 +69,8 @@ def test_every_way_of_attention_gives_the_twins(way: str) -> None:
     layer = layer_of(model)
     order = [0, 2, 1, 3] if way == "tiled" else [0, 1, 2, 3]  # heads that share a key head side by side, and back
     if way == "tiled":
-        layer = Layer(
-            model.q[:, order], model.k, 8**-0.5, visible=layer.visible, value=model.v, checked=checked_rows(40)
-        )
+        columns = model.projection.unflatten(1, (4, 8))[:, order].flatten(1)
+        layer = replace(layer, query=model.q[:, order], projection=columns)
     for metric in NEW:
         expected = TWINS[metric](layer).mean(0)
         found = sample.values[metric]["Heads"].double()

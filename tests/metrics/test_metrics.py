@@ -172,6 +172,7 @@ def test_heads_and_sequences_do_not_mix(case: MetricCase) -> None:
     whole = case.per_sequence(layer)
     assert layer.w_q is not None
     assert layer.w_k is not None
+    assert layer.projection is not None
     heads_per_group = case.num_heads(layer) // 2
     for group in range(2):
         queries = slice(2 * group, 2 * group + 2)
@@ -182,6 +183,7 @@ def test_heads_and_sequences_do_not_mix(case: MetricCase) -> None:
             value=None if layer.value is None else layer.value[:, group : group + 1],
             w_q=layer.w_q[queries],
             w_k=layer.w_k[group : group + 1],
+            projection=layer.projection.tensor_split(2, 1)[group],
         )
         part = whole[:, group * heads_per_group : (group + 1) * heads_per_group]
         torch.testing.assert_close(case.updated(alone).compute(), case.per_sequence(alone).mean(0))

@@ -55,7 +55,9 @@ def test_default_metrics_equal_the_dense_float64_field(
         query, key, value = (each.detach() for each in model.get_submodule(name).heads(x))
         length, scale = query.shape[2], query.shape[-1] ** -0.5
         visible = torch.ones(length, length, dtype=torch.bool).tril().expand(len(query), -1, -1)
-        layer = reference.Layer(query, key, scale, visible=visible, value=value, checked=reference.checked_rows(length))
+        given = {"value": value, "checked": reference.checked_rows(length)}
+        given["projection"] = model.get_submodule(name).o_proj.weight.detach()
+        layer = reference.Layer(query, key, scale, visible=visible, **given)
         for metric in DEFAULT_METRICS:
             per_sequence = reference.TWINS[metric](layer)
             found, spread = sample.values[metric][name], sample.spread[metric][name]
@@ -113,7 +115,7 @@ class Overwriting(nn.Module):
 
     def __init__(self, *, overwrites: bool) -> None:
         super().__init__()
-        self.qkv = nn.Linear(16, 48)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.overwrites = overwrites
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ class Overwriting(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         if self.overwrites:
             query.zero_(), key.fill_(torch.nan)
-        return mixed
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def test_model_may_overwrite_q_and_k_after_attention() -> None:

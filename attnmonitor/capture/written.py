@@ -1,0 +1,293 @@
+"""What each head writes: the output of an attention through the weight that it meets next, its output projection.
+
+Which call that is, and how its input holds the heads, is found in the first forward by entries, not by shapes: some
+rows of the input must be the layer's output. Later forwards compare the same call again, without a wait. From there on
+the part of each head is followed: a learned scale multiplies it, an adapter beside the weight is added to it, and a sum
+with anything else ends it.
+
+Letters: B sequences, L positions, H query heads, R rows, dv size of a value, n features after a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from attnmonitor.capture.layout import Layouts, OutputPlace
+from attnmonitor.capture.tensor_notes import Notes
+from attnmonitor.capture.tracing.products import labeled, ordered
+from attnmonitor.capture.verify import RebuiltRows, full_precision
+
+__all__ = ["Listener", "WrittenOutputs"]
+
+Listener = Callable[[Tensor | None], None]
+"""Called with what each head writes, ``(B, H, R, n)`` in the rows of its call, again whenever more acts on it; with
+None where only a part of the weights is known. The last call counts."""
+
+_WEIGHTS = ("linear", "addmm", "matmul", "mm", "einsum")
+_KEEPING = (
+    *("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout"),
+    *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
+)
+_SCALING = ("mul", "multiply", "div", "true_divide")
+
+_NOWHERE = OutputPlace(-1)
+
+
+@dataclass(eq=False)
+class _Output:
+    """The output of one attention.
+
+    Attributes:
+        layer: The name of its call.
+        listeners: Who wants what its heads write.
+        rows: What it computed in some rows, ``(B, H, R, dv)``; by document where its rows hold several.
+        whole: The rows of whole sequences that its projection's input is compared with.
+        length: L.
+        place: Where it met a weight in the first forward; None in that one.
+        num_fitting: Weights that were applied to something of its size since.
+        num_weights: Weights that were applied to it.
+    """
+
+    layer: str
+    listeners: Sequence[Listener]
+    rows: Tensor
+    whole: RebuiltRows
+    length: int
+    place: OutputPlace | None
+    num_fitting: int = 0
+    num_weights: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A tensor that is a sum over heads, and the part of each head.
+
+    Attributes:
+        output: The attention.
+        by_head: ``(B, H, R, n)``.
+        place: Where the heads are, for the output itself; None after a weight.
+        weights: Which of the weights that were applied to the output it has been through.
+        is_inner: Whether it has been through two or more, one after the other.
+    """
+
+    output: _Output
+    by_head: Tensor
+    place: OutputPlace | None = None
+    weights: frozenset[int] = field(default_factory=frozenset)
+    is_inner: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Applied:
+    """A weight that was applied: ``x`` of ``given``, ``(..., m)``, times ``matrix``, ``(m, n)``."""
+
+    given: Tensor
+    x: Tensor
+    matrix: Tensor
+
+
+class WrittenOutputs:
+    """Follows the output of each attention of a forward through its output projection.
+
+    Args:
+        layouts: What is known of each layer; where its output meets a weight is added.
+    """
+
+    def __init__(self, layouts: Layouts) -> None:
+        self._layouts = layouts
+        self._expected: _Output | None = None
+        self._parts = Notes[_Part | None]()
+        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_WEIGHTS, self._observe_weight)
+        self.observers |= dict.fromkeys(_KEEPING, self._observe_keeping)
+        self.observers |= dict.fromkeys(_SCALING, self._observe_scale) | {"add": self._observe_sum}
+
+    def expect(
+        self, layer: str, listeners: Sequence[Listener], rows: Tensor | None, whole: RebuiltRows, length: int
+    ) -> None:
+        """Look for the weight that the output of an attention meets, in place of that of the attention before."""
+        self._expected = None
+        if not listeners or rows is None or whole.output is None:
+            return
+        layout = self._layouts[layer]
+        self._expected = _Output(layer, listeners, rows, whole, length, layout.output_at)
+        if layout.output_at is None:
+            self._layouts[layer] = replace(layout, output_at=_NOWHERE)
+
+    def _observe_weight(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        if self._expected is None and not self._parts:
+            return
+        applied = _applied(name, args, kwargs)
+        if applied is None or not isinstance(output, Tensor):
+            return
+        part = self._parts.get(applied.given) or self._met(applied)
+        if part is None:
+            return
+        number = part.output.num_weights
+        if part.place is not None:
+            part.output.num_weights += 1
+        with full_precision(part.by_head):
+            through = replace(
+                part,
+                by_head=_through(part.by_head, applied.matrix, part.place),
+                place=None,
+                weights=part.weights if part.place is None else frozenset({number}),
+                is_inner=part.place is None,
+            )
+        self._note(output, through)
+
+    def _met(self, applied: _Applied) -> _Part | None:
+        """Return the expected output if the weight was applied to it."""
+        expected = self._expected
+        if expected is None or not _is_plain(applied.x):
+            return None
+        num_sequences, num_heads, _, head_dim = expected.whole.output.shape  # type: ignore[union-attr]
+        features = num_heads * head_dim
+        if applied.x.shape[-1] != features or applied.x.numel() != num_sequences * expected.length * features:
+            return None
+        known, number = expected.place, expected.num_fitting
+        expected.num_fitting += 1
+        if known is not None and known.number != number:
+            return None
+        for place in _places(number) if known is None else (known,):
+            same = _holds(applied.x, expected, place)
+            if known is not None or bool(same):
+                self._expected = None
+                self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place)
+                part = _Part(expected, torch.where(same, expected.rows, torch.nan), place)
+                self._parts.put(applied.given, part)
+                return part
+        return None
+
+    def _observe_keeping(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        part = self._parts.get(args[0]) if args and self._parts else None
+        if part is None or not isinstance(output, Tensor) or output is args[0]:
+            return
+        training = kwargs.get("training", args[2] if len(args) > 2 else True)
+        features = output.shape[-1:] == args[0].shape[-1:] and output.stride(-1) == args[0].stride(-1)
+        if features and not (name == "dropout" and training):
+            self._parts.put(output, part)
+
+    def _observe_scale(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        for part, other in self._operands(args, output):
+            factor = _feature_scale(other, output)
+            is_first = self._parts.get(args[0]) is part
+            if factor is None or part.place is not None or kwargs or not (is_first or name.startswith("mul")):
+                self._parts.put(output, None)
+            else:
+                scaled = part.by_head * factor if name.startswith("mul") else part.by_head / factor
+                self._note(output, replace(part, by_head=scaled))
+            return
+
+    def _observe_sum(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        for part, other in self._operands(args, output):
+            added = self._parts.get(other)
+            if kwargs or part.place is not None:
+                self._parts.put(output, None)
+            elif added is not None and added.output is part.output and added.place is None:
+                weights, is_inner = part.weights | added.weights, part.is_inner and added.is_inner
+                by_head = part.by_head + added.by_head
+                self._note(output, replace(part, by_head=by_head, weights=weights, is_inner=is_inner))
+            else:  # a bias belongs to no head
+                self._parts.put(output, part if _feature_scale(other, output) is not None else None)
+            return
+
+    def _operands(self, args: Sequence[Any], output: Any) -> Iterator[tuple[_Part, Any]]:
+        """Yield each operand of an operation on two that has parts, with the other operand."""
+        if self._parts and isinstance(output, Tensor) and len(args) == 2:
+            for one, other in (args, args[::-1]):
+                part = self._parts.get(one)
+                if part is not None:
+                    yield part, other
+
+    def _note(self, x: Tensor, part: _Part) -> None:
+        self._parts.put(x, part)
+        if not part.is_inner:
+            is_whole = len(part.weights) == part.output.num_weights
+            for listen in part.output.listeners:
+                listen(part.by_head if is_whole else None)
+
+
+def _applied(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Applied | None:
+    """Return the weight that a call applies to the last axes of a tensor; None for another call."""
+    if name in ("linear", "addmm"):
+        names = ("input", "weight") if name == "linear" else ("input", "mat1", "mat2")
+        operands = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight = (operands.get(each) for each in names[-2:])
+        if not _is_plain(weight) or weight.dim() != 2 or not isinstance(x, Tensor) or kwargs.get("alpha", 1) != 1:
+            return None
+        return _Applied(x, x, weight.mT if name == "linear" else weight)
+    found = labeled(name, args, kwargs)
+    if found is None or not _is_plain(found.right) or not _is_plain(found.left):
+        return None
+    contracted = [axis for axis in found.left_axes if axis in found.contracted]
+    rest = [axis for axis in found.left_axes if axis not in contracted]
+    features = [axis for axis in found.right_axes if axis not in contracted]
+    if not contracted or len(features) != 1 or features[0] in rest or found.out_axes[-1:] != features[0]:
+        return None
+    x = ordered(found.left, found.left_axes, [*rest, *contracted])
+    matrix = ordered(found.right, found.right_axes, [*contracted, *features])
+    return _Applied(found.left, x.flatten(len(rest)), matrix.flatten(0, -2))
+
+
+def _is_plain(x: Any) -> TypeGuard[Tensor]:
+    """Return whether a tensor's entries can be read here: it is not quantized, nor divided among processes."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout is torch.strided
+
+
+def _places(number: int) -> Iterator[OutputPlace]:
+    yield from (OutputPlace(number, *order) for order in product((False, True), repeat=2))
+
+
+def _holds(x: Tensor, expected: _Output, place: OutputPlace) -> Tensor:
+    """Return whether a tensor holds the output of an attention in that order, a 0-dim bool; made without a wait."""
+    output = expected.whole.output
+    assert output is not None
+    num_sequences, num_heads, _, head_dim = output.shape
+    if place.rows_first:
+        rows = x.reshape(expected.length, num_sequences, -1).index_select(0, expected.whole.rows).transpose(0, 1)
+    else:
+        rows = x.reshape(num_sequences, expected.length, -1).index_select(1, expected.whole.rows)
+    by_head = (
+        rows.unflatten(-1, (head_dim, num_heads)).permute(0, 3, 1, 2)
+        if place.heads_last
+        else rows.unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
+    )
+    output = output.to(by_head.dtype)
+    same: Tensor = ((by_head == output) | (by_head.isnan() & output.isnan())).all()
+    return same
+
+
+def _through(by_head: Tensor, matrix: Tensor, place: OutputPlace | None) -> Tensor:
+    """Return parts ``(B, H, R, m)`` times a matrix; of the output itself each head times its own rows."""
+    dtype = torch.promote_types(torch.promote_types(by_head.dtype, matrix.dtype), torch.float32)
+    by_head, matrix = by_head.to(dtype), matrix.to(dtype)
+    if place is None:
+        after: Tensor = by_head @ matrix
+        return after
+    num_sequences, num_heads, num_rows, head_dim = by_head.shape
+    if place.heads_last:
+        matrix = matrix.unflatten(0, (head_dim, num_heads)).transpose(0, 1)
+    else:
+        matrix = matrix.unflatten(0, (num_heads, head_dim))
+    through: Tensor = (by_head.transpose(0, 1).flatten(1, 2) @ matrix).unflatten(1, (num_sequences, num_rows))
+    return through.transpose(0, 1)
+
+
+def _feature_scale(x: Any, output: Tensor) -> Tensor | float | None:
+    """Return a number, or one per feature, ``(n,)``; None for anything else."""
+    if isinstance(x, int | float):
+        return x
+    if not _is_plain(x) or not (x.numel() == 1 or x.numel() == x.shape[-1] == output.shape[-1]):
+        return None
+    factors: Tensor = x.flatten().float()
+    return factors
