@@ -194,10 +194,25 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER.sqlite",
         help="up to three other runs, on the same scales",
     )
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="instead of a file: serve the page, on this machine only, with each new sample until Ctrl-C; the record "
+        "need not be there yet, and may be a folder, for the newest record in it",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="port of --live (default: 8421, or one that is free)")
     parser.set_defaults(run=_run_report)
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    if arguments.live:
+        if arguments.out is not None or arguments.compare is not None:
+            raise ValueError("--live serves the page of one run: leave out --out and --compare")
+        from attnmonitor.cli.live import serve
+
+        return serve(arguments.record, arguments.port)
+    if arguments.port is not None:
+        raise ValueError(f"--port {arguments.port} is for --live")
     from attnmonitor.report import write_report
 
     target = arguments.out or arguments.record.parent / f"{arguments.record.stem}.html"

@@ -23,11 +23,26 @@ from attnmonitor.summary.tables import TABLE_METRICS, rich_layer_table
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
 
-__all__ = ["watch"]
+__all__ = ["serve", "watch"]
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_REST = 4.0  # times what reading the record took: a big one leaves training its cores
+_REST = 4.0  # times the computing that one look took, before the next: training keeps its cores
 _LINES_BESIDE_TABLE = 16  # verdict, bars, heading and progress
+
+
+def serve(record_path: Path, port: int | None) -> int:
+    """Serve the page of a run until Ctrl-C."""
+    with first_import("attnmonitor.report"):
+        from attnmonitor.report import LiveReport
+
+    with LiveReport(record_path, port) as server:
+        _yield_to_training()
+        print(f"{server.url}\nserved on this machine only, until Ctrl-C", flush=True)
+        _say(server.newest()["progress"])
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+    print("\nstopped serving; the run goes on")
+    return 0
 
 
 def watch(record_path: Path) -> int:
@@ -99,15 +114,15 @@ def _screen_of(record: RunRecord, width: int, height: int) -> list[Any]:
 def _snapshots(followed: FollowedRecord) -> Iterator[RunRecord | None]:
     """Yield the record again and again, as it is then; slowly where reading and showing it takes long."""
     while True:
-        started = time.monotonic()
+        started = time.thread_time()
         yield followed.read()
-        time.sleep(max(_SECONDS_BETWEEN_LOOKS, _REST * (time.monotonic() - started)))
+        time.sleep(max(_SECONDS_BETWEEN_LOOKS, _REST * (time.thread_time() - started)))
 
 
 def _yield_to_training() -> None:
     """Let a run on the same machine go first."""
     with suppress(OSError, AttributeError):  # not on Windows
-        os.nice(10)
+        os.nice(5)
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ text (`page`), the numbers (`numbers`) and the figures (`charts`, `page_charts`)
 the chosen step and head into the figures. A content security policy forbids the browser to load anything else.
 """
 
+from attnmonitor.report.live import LiveReport
 from attnmonitor.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["LiveReport", "write_report"]

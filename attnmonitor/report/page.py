@@ -28,7 +28,7 @@ from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 from attnmonitor.summary.style import BAND_COLOR, DARK_COLORS, FAINT_INK, INK, RUN_COLORS
 from attnmonitor.summary.verdict import verdict
 
-__all__ = ["PageParts", "page_parts", "page_text", "write_report"]
+__all__ = ["PageParts", "check_plotly", "live_page", "page_parts", "page_text", "write_report"]
 
 MOST_RUNS = 4
 _SCRIPTS = ("page_numbers.js", "page_charts.js", "page.js")
@@ -71,22 +71,29 @@ def write_report(
     paths = [Path(path) for path in (record_path, *others)]
     if len(paths) > MOST_RUNS:
         raise ValueError(f"compare={[*map(str, others)]} are {len(others)} runs; compare with {MOST_RUNS - 1} at most")
-    with needed(by="write_report", extra="report"), first_import("plotly.offline"):
-        import plotly.offline  # noqa: F401  # before a record is read: without it there is no page
-    page = page_text(page_parts(paths), " and ".join(path.stem for path in paths))
+    check_plotly("write_report")
+    page = page_text(
+        page_parts([RunRecord.open(path) for path in paths]),
+        f"{' and '.join(path.stem for path in paths)} · attnmonitor",
+    )
     target = paths[0].with_suffix(".html") if out is None else Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target
 
 
-def page_parts(paths: Sequence[Path]) -> PageParts:
-    """Read the records, and make the parts of their page.
+def check_plotly(by: str) -> None:
+    """Raise ModuleNotFoundError where plotly is missing, before a record is read: without it there is no page."""
+    with needed(by=by, extra="report"), first_import("plotly.offline"):
+        import plotly.offline  # noqa: F401
+
+
+def page_parts(records: Sequence[RunRecord]) -> PageParts:
+    """Make the parts of the page of one record, or of several.
 
     A page that is open takes newer parts of the same runs, with the reader's choice kept: its script has
     ``refreshPage({main, numbers})`` for it.
     """
-    records = [RunRecord.open(path) for path in paths]
     runs = [run_numbers(record, most_values=MOST_VALUES // len(records)) for record in records]
     scales = shared_scales(runs)
     slots, pairing = paired_layers(runs)
@@ -113,13 +120,14 @@ def page_text(parts: PageParts, title: str, more_script: str = "") -> str:
 
     Args:
         parts: What is shown.
-        title: Title of the page, after which the package is named.
-        more_script: JavaScript that runs after that of the page.
+        title: Title of the page.
+        more_script: JavaScript that runs after that of the page, and may ask the page's own server.
     """
     with first_import("plotly.offline"):
         from plotly.offline import get_plotlyjs
     return Template(_source("page.html")).substitute(
         title=escape(title),
+        connect="'self'" if more_script else "'none'",
         main=parts.main,
         palette=f"--ink: {INK}; --faint: {FAINT_INK}; --band: {BAND_COLOR};",
         style=_source("page.css"),
@@ -127,6 +135,13 @@ def page_text(parts: PageParts, title: str, more_script: str = "") -> str:
         plotly=get_plotlyjs(),
         script="\n".join(map(_source, _SCRIPTS)) + more_script,
     )
+
+
+def live_page(parts: Mapping[str, Any]) -> str:
+    """The page that follows a run: ``parts`` are what `attnmonitor.report.live.LiveReport.parts` returns."""
+    follow = f"{_source('live.js')}\nfollowRun({_json_in_html(parts['version'])});"
+    icon = '<link rel="icon" href="data:,">'  # else a browser asks for one
+    return page_text(PageParts(icon + parts["main"], parts["numbers"]), parts["title"], follow)
 
 
 def _source(name: str) -> str:
