@@ -1,4 +1,4 @@
-"""The page of a run that still trains: made again whenever its record has grown, and served on this machine only.
+"""The page of a run that still trains: made again when its record has grown, served to this machine only.
 
 The server has the page, its newer parts, and the version of the record. It makes the parts when a browser asks for
 them, so it costs nothing while nobody looks. The page's script asks for the version twice a second, and puts in the
