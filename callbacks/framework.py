@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.measurement.loader import CannotCopyError, EmptyLoaderError, draw_first_batch
-from attnmonitor.measurement.probe import ForwardFunction, RejectedBatchError, default_forward
+from attnmonitor.measurement.probe import (
+    ForwardFunction,
+    RejectedBatchError,
+    UnseenAttentionError,
+    default_forward,
+)
 from attnmonitor.messages import warn
 from attnmonitor.metrics.catalog import check_metric_names
 from attnmonitor.monitor.schedules import Schedule, one_schedule
@@ -83,7 +88,7 @@ class FrameworkCallback:
     def _attach(
         self, model: nn.Module, probes: Iterable[Any], *, loggers: Any, folder: str | Path, forward: ForwardFunction
     ) -> AttentionMonitor | None:
-        """Make a monitor with the first probe that the model takes; by default its record is in the framework's folder.
+        """Make a monitor with the first probe that shows attention; by default its record is in the framework's folder.
 
         Returns:
             The monitor, also in `monitor`; None where no probe was given by the user and the model takes none, here or
@@ -105,7 +110,7 @@ class FrameworkCallback:
                     name=self._name,
                     **self._settings,
                 )
-            except RejectedBatchError as error:
+            except (RejectedBatchError, UnseenAttentionError) as error:
                 if self._probe is not None:
                     raise
                 self._rejections.append(str(error))

@@ -45,6 +45,7 @@ _PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum"}
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 _REDUCTIONS = {"amax", "amin", "max", "min", "mean", "sum"}
 _PICKS = {"gather", "take_along_dim", "index_select"}
+_PUTS = {"index_add", "index_copy", "index_put", "scatter", "scatter_add"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Ancestries:
         self._unseen = unseen
         self._notes = Notes[Ancestry]()
         self._count = 0
+        self._picked_from: dict[int, frozenset[int]] = {}
         self._constants = {id(x) for x in chain(model.parameters(), model.buffers())}
 
     def add_inputs(self, tensors: Iterable[Tensor]) -> None:
@@ -113,6 +115,10 @@ class Ancestries:
             note = Ancestry(frozenset({-self._new() if is_constant else _UNKNOWN}), axes=_default_axes(x))
             self._notes.put(x, note)
         return note
+
+    def is_unseen(self, x: Any) -> bool:
+        """Return whether ``x`` is a tensor that no seen function made."""
+        return isinstance(x, Tensor) and self.of(x).sources == {_UNKNOWN}
 
     def attend(self, output: Tensor, query: Ancestry) -> None:
         """Note that ``output`` is what an attention gave for queries made of ``query``."""
@@ -189,7 +195,11 @@ class Ancestries:
         if len(sources) > 1:
             sources -= {_UNKNOWN}
         if self._picks_positions(name, args):
-            sources = frozenset({self._new() if any(source > 0 for source in sources) else -self._new()})
+            picked = self._new() if any(source > 0 for source in sources) else -self._new()
+            self._picked_from[picked] = sources
+            sources = frozenset({picked})
+        elif name in _PUTS:  # back to their places, as experts do with the tokens they were given
+            sources = frozenset().union(*(self._picked_from.get(source, {source}) for source in sources))
         attended = frozenset().union(*(note.attended for note in notes))
         return Ancestry(sources, attended, None, projects or any(note.projected for note in notes))
 
@@ -201,6 +211,8 @@ class Ancestries:
         if name in ("where", "masked_fill") and not any(self.of(x).inputs for x in kinds):
             kinds = operands  # a mask written into constants
         kinds = kinds or operands
+        if name in _PUTS:
+            return kinds
         full = [x for x in kinds if x.numel() == output.numel()]
         if name in ("mul", "multiply") and full:
             return full[:1]  # a gate, or the angles of a rotary embedding, that another sequence may share
@@ -232,6 +244,8 @@ class Ancestries:
             return unknown
         axes = self.of(first).axes
         if name in ("linear", "addmm", "embedding"):
+            if name != "embedding" and not self.of(first).projected:  # an image whose last axis passed for features
+                axes = tuple(_axis(False, size) for size in first.shape)
             lead = (
                 (axes or _default_axes(first))[: len(shape) - 1]
                 if axes is None or len(axes) >= len(shape) - 1

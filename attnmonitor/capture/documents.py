@@ -78,24 +78,21 @@ def documents_at(spans: list[tuple[int, int]], device: torch.device, tokens: Ten
     return Documents(index.to(device), (torch.arange(index.shape[1]) < lengths[:, None]).to(device))
 
 
-def blocks_in(pattern: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
-    """Return the blocks on the diagonal of each sequence's pattern, as first and past-the-last positions.
+def blocks_in(firsts: Tensor, lasts: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
+    """Return the blocks on the diagonal of what each sequence sees, as first and past-the-last positions.
 
     A block begins at a position that sees nothing before itself; no later position may see past the beginning, and none
     past the end. A sliding window has no such beginnings, so it is one block; padding that is wider than the distance
     at which any position sees another may be a gap in a window, and parts nothing.
 
     Args:
-        pattern: ``(B, L, L)`` bool, True where a query sees a key.
+        firsts: ``(B, L)``, the first token that each position sees.
+        lasts: ``(B, L)``, the last one.
         valid: ``(B, L)`` bool, True for a token.
     """
-    length = pattern.shape[-1]
-    pattern = pattern & valid[:, None, :]
-    firsts = pattern.int().argmax(-1).tolist()
-    lasts = (length - 1 - pattern.flip(-1).int().argmax(-1)).tolist()
     blocks = []
-    for first, last, tokens in zip(firsts, lasts, valid.tolist(), strict=True):
-        positions = [position for position in range(length) if tokens[position]]
+    for first, last, tokens in zip(firsts.tolist(), lasts.tolist(), valid.tolist(), strict=True):
+        positions = [position for position, is_token in enumerate(tokens) if is_token]
         reach = max((max(i - first[i], last[i] - i) for i in positions), default=0)
         before = dict(zip(positions[1:], positions, strict=False))
         starts = [i for i in positions if first[i] == i and i - before.get(i, i) <= max(reach, 1)]

@@ -16,7 +16,11 @@ from torch import Tensor
 from attnmonitor.capture.ancestry import Ancestry, Axis, Factor
 from attnmonitor.capture.modules import Frame
 
-__all__ = ["Lead", "MadeOf", "lead_by_shape", "lead_of", "usual_lead"]
+__all__ = ["Lead", "MadeOf", "common_lead_axes", "lead_by_shape", "lead_of", "usual_lead"]
+
+
+Axes = tuple[Axis | None, ...]
+"""Factors of all axes of a tensor, None for an axis of which they are unknown."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,28 @@ class MadeOf:
             return len({is_feature for is_feature, _ in axis or ()}) == 2
 
         return is_mixed(self.axes[-2]) and any(map(is_mixed, (self.key.axes or ())[-2:]))
+
+
+def common_lead_axes(of_query: Axes, of_key: Axes | None) -> Axes:
+    """Return the queries' axes, corrected where those of the keys say that a leading axis counts heads alone.
+
+    A leading axis that counts sequences of queries counts sequences of keys as well. Where experts project the queries,
+    the choices of a token would pass for sequences.
+    """
+    if of_key is None or len(of_key) != len(of_query):
+        return of_query
+
+    def is_of_heads(axis: Axis | None) -> bool:
+        return bool(axis) and all(is_head for is_head, _ in axis or ())
+
+    def size(axis: Axis | None) -> int:
+        return math.prod(size for _, size in axis or ())
+
+    lead = [
+        other if is_of_heads(other) and not is_of_heads(own) and size(own) == size(other) else own
+        for own, other in zip(of_query[:-2], of_key[:-2], strict=True)
+    ]
+    return (*lead, *of_query[-2:])
 
 
 def lead_of(sizes: Sequence[int], made_of: MadeOf | None) -> Lead | None:

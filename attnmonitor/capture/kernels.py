@@ -157,6 +157,10 @@ def _first(named: Mapping[str, Any], *names: str) -> Any:
 
 def _operands(named: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     qkv, kv = named.get("qkv"), named.get("kv")
+    if qkv is not None and named.get("num_heads_q") is not None and qkv.dim() == 4:  # heads of all three side by side
+        num_heads = named["num_heads_q"]
+        query, key, value = qkv.tensor_split((num_heads, (qkv.shape[-2] + num_heads) // 2), -2)
+        return query, key, value
     if qkv is not None:
         query, key, value = qkv.unbind(-3)
         return query, key, value

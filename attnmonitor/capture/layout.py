@@ -17,6 +17,7 @@ from torch import Tensor
 from attnmonitor.capture.documents import Documents, blocks_in, documents_at
 from attnmonitor.capture.head_facts import NO_POSITION, head_facts
 from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.pattern import Pattern, pattern_of, row_blocks, spans_of
 from attnmonitor.capture.verify import Attention, checked_rows
 
 __all__ = ["Layout", "Layouts", "OutputPlace", "Surroundings", "examined", "fitting_mask", "is_padding_argument"]
@@ -24,7 +25,6 @@ __all__ = ["Layout", "Layouts", "OutputPlace", "Surroundings", "examined", "fitt
 _VALID_NAME = re.compile(r"(^|_)attention_mask$")
 _PADDING_NAME = re.compile(r"(^|_)padding_mask$")
 _NUM_ROWS = 64  # rows on which masses of attention are measured
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
     if square:
         given = _given_padding(attention, around)
         if attention.documents is None and _hides_tokens(attention, arrived):
-            pattern = _pattern(attention)
-            valid = _valid_keys(pattern, arrived, around.arguments)
+            pattern = pattern_of(attention, _candidates(attention, around.arguments))
+            valid = _valid_keys(pattern, arrived)
         if given is not None and (valid is None or bool((valid & ~given).any())):
             valid = given if valid is None else valid & given
         query_mask = valid
@@ -135,7 +135,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
         if attention.documents is not None:
             found = replace(found, documents=attention.documents())
         elif pattern is not None:
-            found = replace(found, documents=_documents(pattern, valid, by_inputs=around.masked_by_inputs))
+            found = replace(found, documents=_documents(attention, valid, by_inputs=around.masked_by_inputs))
     outside = attention.outside_effects(query_mask, valid, is_self=square)
     if found.documents is not None:
         outside = tuple(name for name in outside if name != "window")
@@ -160,24 +160,28 @@ def _with_masses(
     num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
     step = max(1, num_rows // _NUM_ROWS)
     rows = torch.arange(num_rows - 1, -1, -step, device=attention.query.device)
-    logits = attention.logit_rows(rows)
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    counted = (logits > -torch.inf).any(-1)  # (B, H, R): a row that sees nothing has no attention
-    if query_mask is not None and query_mask.shape[-1] == num_rows:
-        counted = counted & query_mask.index_select(-1, rows)[:, None, :]
-    later = torch.arange(num_keys, device=rows.device) > rows[:, None]
-
-    def mass(where: Tensor) -> float:
-        each = weights.masked_fill(~where, 0.0).sum(-1)
-        return float(each.masked_fill(~counted, 0.0).sum() / counted.sum())
-
     padded = key_mask is not None and not bool(key_mask.all())
-    padding_mass = mass(~key_mask[:, None, None, :]) if padded and key_mask is not None else math.nan
-    future_mass = mass(later) if square else math.nan
-    seen = (logits > -torch.inf) & counted[..., None]
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None, :]
-    back, ahead = _reach(seen, rows, key_mask) if square else (None, None)
+    sums = torch.zeros(3, device=rows.device)  # rows that see something, mass later, on padding
+    reached = []
+    for part in row_blocks(attention, rows):
+        logits = attention.logit_rows(part)
+        weights = logits.softmax(-1).nan_to_num(0.0)
+        counted = (logits > -torch.inf).any(-1)  # (B, H, R): a row that sees nothing has no attention
+        if query_mask is not None and query_mask.shape[-1] == num_rows:
+            counted = counted & query_mask.index_select(-1, part)[:, None, :]
+        weights = weights.masked_fill(~counted[..., None], 0.0)
+        later = torch.arange(num_keys, device=rows.device) > part[:, None]
+        hides = None if key_mask is None else key_mask[:, None, None, :]
+        on_padding = weights.new_zeros(()) if hides is None else weights.masked_fill(hides, 0.0).sum()
+        sums += torch.stack([counted.sum(), weights.masked_fill(~later, 0.0).sum(), on_padding])
+        seen = (logits > -torch.inf) & counted[..., None]
+        if key_mask is not None:
+            seen = seen & key_mask[:, None, None, :]
+        reached.append(_reached(seen, part, key_mask))
+    count, later_mass, mass_on_padding = sums.tolist()
+    padding_mass = mass_on_padding / count if padded and count else math.nan
+    future_mass = later_mass / count if square and count else math.nan
+    back, ahead = _reach(torch.stack(reached).amax(0)) if square else (None, None)
     if layout.between_channels:
         sees = "channels"
     elif not layout.is_self:
@@ -198,8 +202,8 @@ def _with_masses(
     )
 
 
-def _reach(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> tuple[int | None, int | None]:
-    """Return how many earlier and later positions the rows see at most, None where some row sees all there are.
+def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Return how many positions the rows see at most before and after their own, and how many there are, ``(4,)``.
 
     Args:
         seen: ``(B, H, R, Lk)``, which keys a row sees.
@@ -210,8 +214,12 @@ def _reach(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> tuple[int | N
     there = seen.any(-1, keepdim=True)
     if key_mask is not None:
         there = there & key_mask[:, None, None, :]
-    reached = [int((sign * ahead).where(which, 0).amax()) for sign in (-1, 1) for which in (seen, there)]
-    back, all_back, later, all_later = reached
+    return torch.stack([(sign * ahead).where(which, 0).amax() for sign in (-1, 1) for which in (seen, there)])
+
+
+def _reach(reached: Tensor) -> tuple[int | None, int | None]:
+    """Return how many earlier and later positions the rows see at most, None where some row sees all there are."""
+    back, all_back, later, all_later = reached.tolist()
     # A query that sees one position after it differs from one that sees all of one position.
     return (None if back == all_back else back), (None if later == all_later > 0 else later)
 
@@ -233,41 +241,35 @@ def _hides_tokens(attention: Attention, key_mask: Tensor | None) -> bool:
     return bool(hidden.any())
 
 
-def _pattern(attention: Attention) -> Tensor:
-    """Return which keys a query sees in any head, ``(B, Lq, Lk)`` bool."""
-    bias = attention.without_product()
-    rows = torch.arange(attention.query.shape[-2], device=attention.query.device)
-    return torch.cat([(bias.logit_rows(part) > -torch.inf).any(1) for part in rows.split(_CHUNK)], dim=1)
+def _candidates(attention: Attention, arguments: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return what arguments of the model may say of which positions are tokens, ``(B, L)`` bool each."""
+    shape = (len(attention.key), attention.key.shape[-2])
+    readings = [valid for name, argument in arguments.items() for valid in _readings(name, argument)]
+    return [valid.to(attention.key.device) for valid in readings if valid.shape == shape]
 
 
-def _valid_keys(pattern: Tensor, arrived: Tensor | None, arguments: Mapping[str, Tensor]) -> Tensor | None:
+def _valid_keys(pattern: Pattern, arrived: Tensor | None) -> Tensor | None:
     """Return the keys that are tokens where padding may see itself or everything; ``arrived`` where all is plain."""
-    for name, argument in arguments.items():
-        for valid in _readings(name, argument):
-            if valid.shape == pattern[:, 0].shape and _explains(pattern, valid.to(pattern.device)):
-                return valid.to(pattern.device) if arrived is None else arrived & valid.to(pattern.device)
+    if pattern.explained_by is not None:
+        return pattern.explained_by if arrived is None else arrived & pattern.explained_by
     padding = _self_seeing(pattern)
     if not bool(padding.any()):
         return arrived
     return ~padding if arrived is None else arrived & ~padding
 
 
-def _self_seeing(pattern: Tensor) -> Tensor:
+def _self_seeing(pattern: Pattern) -> Tensor:
     """Return the keys that only their own position sees although others could, ``(B, L)`` bool.
 
     Under a causal mask the last token of a row, or of a document, is also seen by itself alone. Padding is known by the
     later positions that see what is before it, or by seeing nothing else itself.
     """
-    length = pattern.shape[-1]
-    itself = torch.eye(length, dtype=torch.bool, device=pattern.device)
-    others = pattern & ~itself
-    alone = ~others.any(1)
-    looks_ahead = (others & itself.new_ones(length, length).triu(1)).any((1, 2))
-    first = pattern.int().argmax(-1)  # the first key of each row; of the later rows:
-    earliest = first.flip(-1).cummin(-1).values.flip(-1).roll(-1, -1)
+    length = pattern.first.shape[-1]
+    alone = ~pattern.seen_by_others
+    earliest = pattern.first.flip(-1).cummin(-1).values.flip(-1).roll(-1, -1)  # that a later row sees
     earliest[:, -1] = length
-    passed_over = earliest < torch.arange(length, device=pattern.device)
-    padding = alone & (passed_over | ~others.any(2) | looks_ahead[:, None])
+    passed_over = earliest < torch.arange(length, device=earliest.device)
+    padding = alone & (passed_over | ~pattern.sees_others | pattern.looks_ahead[:, None])
     if length > 1:
         padding[:, -1] |= alone[:, -1] & padding[:, -2]
     return padding & ~alone.all(-1, keepdim=True)
@@ -281,14 +283,6 @@ def _readings(name: str, argument: Tensor) -> list[Tensor]:
     if _VALID_NAME.search(name):
         return [valid]
     return [~valid] if _PADDING_NAME.search(name) else [valid, ~valid]
-
-
-def _explains(pattern: Tensor, valid: Tensor) -> bool:
-    """Return whether the tokens see no padding, all of them themselves, and some position is padding."""
-    sees_padding = pattern & valid[:, :, None] & ~valid[:, None, :]
-    sees_itself = pattern.diagonal(dim1=-2, dim2=-1) | ~valid
-    holds = ~sees_padding.any() & sees_itself.all() & (~valid).any() & valid.any(-1).all()
-    return bool(holds)
 
 
 def is_padding_argument(name: str) -> bool:
@@ -319,10 +313,11 @@ def fitting_mask(mask: Tensor | None, attention: Attention, *, may_append: bool)
 # Documents.
 
 
-def _documents(pattern: Tensor, valid: Tensor | None, *, by_inputs: bool) -> Documents | None:
+def _documents(attention: Attention, valid: Tensor | None, *, by_inputs: bool) -> Documents | None:
     """Return the documents of rows that hold several; None where blocks are a part of the architecture."""
-    tokens = torch.ones_like(pattern[:, 0]) if valid is None else valid
-    blocks = blocks_in(pattern.cpu(), tokens.cpu())
+    shape, device = (len(attention.key), attention.key.shape[-2]), attention.key.device
+    tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    blocks = blocks_in(*spans_of(attention, tokens), tokens)
     if all(len(spans) < 2 for spans in blocks) or max(end - start for spans in blocks for start, end in spans) < 2:
         return None
     sizes = {end - start for spans in blocks for start, end in spans[:-1]}
@@ -330,11 +325,11 @@ def _documents(pattern: Tensor, valid: Tensor | None, *, by_inputs: bool) -> Doc
     in_step = len(sizes) == 1 and last <= max(sizes)
     if in_step and not by_inputs:
         return None
-    length = pattern.shape[-1]
+    length = shape[1]
     spans = [
         (row * length + start, row * length + end)
         for row, found in enumerate(blocks)
         for start, end in found
         if end - start > 1  # one token alone has no attention to measure
     ]
-    return documents_at(spans, pattern.device, tokens.flatten().cpu())
+    return documents_at(spans, device, tokens.flatten().cpu())

@@ -13,18 +13,18 @@ from attnmonitor.capture.modules import Frames, is_graph_attention
 
 __all__ = ["suspect", "unrecorded"]
 
-_PAIRWISE = {"matmul", "bmm", "baddbmm", "einsum", "softmax", "log_softmax", "logsumexp"}
+_SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "logsumexp", "softmin"}
 _READS_OUTSIDE = {"numpy", "data_ptr", "tolist", "__array__", "__dlpack__"}
 
 
-def suspect(frames: Frames, ancestries: Ancestries, name: str, func: Any, args: Sequence[Any], output: Any) -> None:
-    """Note where a function may be attention: numbers per pair of positions, or an operation of another library."""
+def suspect(frames: Frames, ancestries: Ancestries, name: str, func: Any, args: Sequence[Any]) -> None:
+    """Note where a function may be attention: a softmax of numbers per pair of positions, or of another library."""
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) or name in _READS_OUTSIDE:
         frames.suspect()
-    elif name in _PAIRWISE:
-        x = args[0] if "softmax" in name and args else output
-        if isinstance(x, Tensor) and ancestries.may_be_logits(x, frames.num_tokens()):
-            frames.suspect()
+        return
+    x = args[0] if name in _SOFTMAXES and args else None
+    if isinstance(x, Tensor) and (frames.heads_were_mixed() or ancestries.may_be_logits(x, frames.num_tokens())):
+        frames.suspect()
 
 
 def unrecorded(

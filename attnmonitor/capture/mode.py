@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from attnmonitor.capture.ancestry import Ancestries, Ancestry, same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
-from attnmonitor.capture.heads import Lead, MadeOf, lead_by_shape, lead_of, usual_lead
+from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.kernels import read_kernel_call
 from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
@@ -87,7 +87,7 @@ class AttentionMode(TorchFunctionMode):
         output = func(*args, **kwargs)
         if self._ancestries is not None:
             self._attempt(name, self._ancestries.observe, name, func, args, kwargs, output)
-            self._attempt(name, suspect, self.frames, self._ancestries, name, func, args, output)
+            self._attempt(name, suspect, self.frames, self._ancestries, name, func, args)
         if name not in self._tracer.observers:
             self._attempt(name, self._tracer.observe_other, name, args, kwargs, output)
         for observe in observers:
@@ -180,8 +180,8 @@ class AttentionMode(TorchFunctionMode):
     def _made_of(self, query: Tensor, key: Tensor) -> MadeOf | None:
         if self._ancestries is None:
             return None
-        of_query = self._ancestries.of(query)
-        return MadeOf(of_query, self._ancestries.of(key), of_query.axes or (None,) * query.dim())
+        of_query, of_key = self._ancestries.of(query), self._ancestries.of(key)
+        return MadeOf(of_query, of_key, common_lead_axes(of_query.axes or (None,) * query.dim(), of_key.axes))
 
     def _lead(
         self, layer: str, sizes: Sequence[int], frame: Frame | None, num_rows: int, made_of: MadeOf | None

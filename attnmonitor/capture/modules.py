@@ -3,15 +3,19 @@
 Hooks keep the stack while the context is open. A softmax is often in a small child without parameters
 (``attn.softmax``, ``attend``); the layer is the nearest enclosing module that has parameters. Each call also keeps its
 input tensors: from them follow self or cross attention, and the number of sequences in a flattened ``(B·H, L, d)``.
+
+Code that calls ``child.forward(x)``, another method of a child, or a Keras layer runs no hooks; there the running
+module is the ``self`` of the innermost function on Python's own stack.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ class Frame:
         self.projected: list[Tensor] = []
         self.recorded_by = ""
         self.num_found = 0
+        self.mixes_heads = False
 
     def note_projection(self, source: Tensor) -> None:
         """Note that a weight was applied to one of this call's own inputs, or to a learned sequence."""
@@ -93,6 +98,7 @@ class Frames:
         self._stack: list[Frame] = []
         self._handles: list[RemovableHandle] = []
         self._flattened: dict[nn.Module, int] = {}  # what FSDP1 shows no parameters of
+        self._names: dict[nn.Module, str] = {}
         self.arguments: dict[str, Tensor] = {}
         self.called: set[str] = set()
         self.scripted: set[str] = set()
@@ -105,6 +111,7 @@ class Frames:
                 if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks, and its operations cannot be seen
                     self.scripted.add(name)
                     continue
+                self._names[module] = name
                 enter = partial(self._enter_module, name)
                 self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
@@ -120,6 +127,7 @@ class Frames:
             handle.remove()
         self._handles.clear()
         self._stack.clear()
+        self._names.clear()
 
     def _enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called.add(name)
@@ -141,6 +149,12 @@ class Frames:
     def suspect(self) -> None:
         """Note that the running modules did something that may be attention."""
         self.suspected.update(frame.name for frame in self._stack)
+        if (hidden := self._without_hooks()) is not None:
+            self.suspected.add(self._names[hidden])
+
+    def heads_were_mixed(self) -> bool:
+        """Return whether a running module has mixed the heads of its logits."""
+        return any(frame.mixes_heads for frame in self._stack)
 
     def num_tokens(self) -> int:
         """Return how many positions the running layer's first input has; 0 where it has none."""
@@ -160,10 +174,31 @@ class Frames:
 
     def current_layer(self) -> tuple[str, Frame | None]:
         """Return name and call of the running layer: the innermost module that has parameters, also in its children."""
+        hidden = self._without_hooks()
+        if hidden is not None:
+            self.called.add(self._names[hidden])
+            return self._names[hidden], Frame(self._names[hidden], hidden, ())
         for frame in reversed(self._stack):
             if self._has_parameters(frame.module):
                 return frame.name, frame
         return whole_name(self._model), None
+
+    def _without_hooks(self) -> nn.Module | None:
+        """Return the innermost module that runs although no hook of it ran; None if there is none."""
+        top = self._stack[-1] if self._stack else None
+        around = "" if top is None or top.module is self._model else f"{top.name}."
+        running: FrameType | None = sys._getframe(1)
+        while running is not None:
+            code = running.f_code
+            module = running.f_locals.get("self") if code.co_argcount and code.co_varnames[0] == "self" else None
+            if isinstance(module, nn.Module) and module in self._names:
+                if top is not None and module is top.module:
+                    return None
+                is_inside = self._names[module].startswith(around) and module is not self._model
+                if is_inside and self._has_parameters(module):
+                    return module
+            running = running.f_back
+        return None
 
     def _has_parameters(self, module: nn.Module) -> bool:
         if next(module.parameters(), None) is not None:

@@ -26,7 +26,7 @@ from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
 from attnmonitor.measurement.measured import LayerValues, Measured
 from attnmonitor.measurement.modules_run import modules_run
-from attnmonitor.measurement.probe import Probe, RejectedBatchError
+from attnmonitor.measurement.probe import Probe, RejectedBatchError, UnseenAttentionError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import ReducedLayer, Reduction
 from attnmonitor.measurement.shares import Share
@@ -151,7 +151,7 @@ class Measurement:
         if not forward.layers:
             ran = modules_run(lambda: self._forward(self._probe))
             seen = "".join(f"; {layer}: {reason}" for layer, reason in forward.failures.items())
-            raise ValueError(
+            raise UnseenAttentionError(
                 f"model={model}: no attention was seen in its forward{seen}; {ran}; a layer "
                 "that computes its attention in a "
                 "way that cannot be followed can hand its tensors over with attnmonitor.capture.capture(...)"
@@ -167,7 +167,7 @@ class Measurement:
         self.layers = measured.coverage
         if not any(layer.measured for layer in self.layers.values()):
             reasons = dict.fromkeys(f"{layer.layer}: {layer.reason}" for layer in self.layers.values())
-            raise ValueError(
+            raise UnseenAttentionError(
                 f"model={model}: attention was seen in its forward, but none of it can be measured; "
                 f"{'; '.join(list(reasons)[:3])}; a layer can hand its tensors over with "
                 "attnmonitor.capture.capture(...)"

@@ -25,7 +25,14 @@ from attnmonitor.messages import error_text
 from attnmonitor.parallel.fsdp import through_wrapper
 from attnmonitor.parallel.wrappers import data_parallel_left_out
 
-__all__ = ["ForwardFunction", "HookFilter", "Probe", "RejectedBatchError", "default_forward"]
+__all__ = [
+    "ForwardFunction",
+    "HookFilter",
+    "Probe",
+    "RejectedBatchError",
+    "UnseenAttentionError",
+    "default_forward",
+]
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 HookFilter = Callable[[Callable[..., Any]], bool]
@@ -35,6 +42,10 @@ _MOST_SAVED_BYTES = 2**24  # of a probe in a checkpoint
 
 class RejectedBatchError(ValueError):
     """The batch does not fit the model."""
+
+
+class UnseenAttentionError(ValueError):
+    """No attention can be measured in the model's forward on the batch."""
 
 
 _WANDB_WATCH = "wandb.integration.torch.wandb_torch"

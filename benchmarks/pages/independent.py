@@ -90,7 +90,7 @@ class _Products(TorchDispatchMode):
         return output
 
 
-def _plain_attention(
+def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -116,7 +116,7 @@ def _recorded_products() -> Iterator[_Products]:
     """Record the products of forwards in float64, without fused kernels and fast paths."""
     fused, fast_path = nn.functional.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
     dtype = torch.get_default_dtype()
-    nn.functional.scaled_dot_product_attention = _plain_attention
+    nn.functional.scaled_dot_product_attention = plain_attention
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.compiler.set_stance("force_eager")

@@ -231,7 +231,7 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextmanager
-def _torchvision_optional() -> Iterator[None]:
+def torchvision_optional() -> Iterator[None]:
     """Let timm be imported without torchvision, whose image transforms its models do not call."""
     if importlib.util.find_spec("torchvision"):
         yield
@@ -249,7 +249,7 @@ def _torchvision_optional() -> Iterator[None]:
 
 def _timm(name: str, *, fused: bool = True, **options: Any) -> Callable[[str], nn.Module]:
     def build(_: str) -> nn.Module:
-        with _torchvision_optional():
+        with torchvision_optional():
             timm = importlib.import_module("timm")
         model = sharpen(timm.create_model(name, pretrained=False, **options))
         for module in model.modules():

@@ -219,3 +219,46 @@ def test_resumed_run_keeps_a_probe_that_was_read(tmp_path: Path) -> None:
     fit(Module(), second, train=stream(4), max_steps=8, ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(second.monitor.probe.batch, torch.stack(PLAIN[:2]))
     assert second.monitor.history.steps == [0, 2, 4, 6, 8]
+
+
+class Table(Module):
+    """Its forward shows no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.table(token_ids)
+
+
+class TableForTrainer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.table(input_ids)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("adapter", [AttentionMonitorCallback, TrainerCallback])
+def test_default_probe_without_attention_is_a_message(
+    adapter: Any, strict: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = adapter(every_n_steps=2, record=None, strict=strict)
+
+    def train() -> None:
+        if adapter is TrainerCallback:
+            trainer_of(tmp_path, callback, model=TableForTrainer()).train()
+        else:
+            fit(Table(), callback, train=DataLoader(TRAIN, 4), max_steps=STEPS)
+
+    if strict:
+        with pytest.raises(ValueError, match="not watched, no default probe fits"):
+            train()
+        return
+    train()
+    assert callback.monitor is None
+    assert "no attention was seen" in caplog.text

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestries, Axis
-from attnmonitor.capture.heads import Lead, MadeOf
+from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
+from attnmonitor.capture.tracing.numbers import Numbers
+from attnmonitor.capture.tracing.operands import made_of
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, is_weight, labeled, pairwise_product
 from attnmonitor.capture.tracing.repeats import Repeated
+from attnmonitor.capture.tracing.split import Split
 from attnmonitor.capture.tracing.trace import (
     ByHead,
     Origin,
@@ -51,9 +54,11 @@ __all__ = ["Tracer"]
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
 ADDITIONS = {"add", "sub", "subtract"}
+IN_PLACE = {"add_", "__iadd__"}
 NONLINEAR = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__"}
 PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
 MIXING = {"linear", "conv1d", "conv2d", "einsum", "matmul", "bmm"}
+EXPONENTIALS = {"exp", "exp2"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 
 _Follow = Callable[[Trace, TracedCall], Trace | None]
@@ -87,8 +92,10 @@ class Tracer:
         self._found = found
         self._missed = missed
         self._traces = Notes[Trace]()
-        self._constants = Notes[float]()
+        self._numbers = Numbers()
         self._normalizers = Notes[Origin]()
+        self._mixed = Notes[Origin]()
+        self._untraced = Notes[bool]()
         self.ended: dict[str, str] = {}
         follow: dict[str, _Follow] = dict.fromkeys(SCALINGS, self._scale)
         follow |= dict.fromkeys(ADDITIONS, self._add)
@@ -101,16 +108,22 @@ class Tracer:
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self._follow["baddbmm"] = self._add_input
-        self.observers |= dict.fromkeys(("full", "tensor", "scalar_tensor"), self._observe_constant)
+        self.observers |= self._numbers.observers
         self.observers |= {"logsumexp": self._observe_normalizer, "__setitem__": self._observe_write}
 
     # Observers of torch functions.
 
     def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        if name in SOFTMAXES and args and self._traces.get(args[0]) is None:
+            self._note_untraced(args[0], output)
+        elif args and self._untraced.get(args[0]) and (name in CASTS or name == "dropout"):
+            self._untraced.put(output, True)
         if not self._traces or not isinstance(output, Tensor):
             return
         call = TracedCall(name, func, args, kwargs, output)
         slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
+        if name in ADDITIONS:  # one that is broadcast is a bias: a product with a table of relative positions
+            slots = [slot for slot in slots if call.operands[slot].shape == output.shape] or slots
         if name in CASTS:  # the other operand only names a type
             slots = [slot for slot in slots if slot == 0]
         if not slots:
@@ -129,6 +142,15 @@ class Tracer:
         else:
             # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
             self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
+            if moved.split is not None and getattr(func, "__name__", "") in IN_PLACE:
+                self._write_through(moved.split)
+
+    def _note_untraced(self, logits: Any, weights: Tensor) -> None:
+        """Note weights of logits that were not followed: their product with values begins no attention."""
+        self._untraced.put(weights, True)
+        if self._ancestries is not None and self._ancestries.is_unseen(logits):
+            layer = self._frames.current_layer()[0]
+            self.ended[layer] = "its logits come out of a function that cannot be seen: a scripted one, or no torch's"
 
     def _observe_product(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -173,6 +195,8 @@ class Tracer:
             trace = self._traces.get(x)
             if trace is not None and output.numel() >= x.numel():
                 self._end(trace, name)
+                if name in MIXING and trace.stage != "after":
+                    self._mixed.put(output, trace.origin)
 
     def _end(self, trace: Trace, name: str) -> None:
         """Note why the attention of a layer cannot be measured, if no other use of the same product is."""
@@ -184,6 +208,10 @@ class Tracer:
             )
         if not trace.origin.values_reached:
             self.ended.setdefault(trace.origin.layer, reason)
+            if name in MIXING and trace.stage != "after" and trace.origin.frame is not None:
+                trace.origin.frame.mixes_heads = True
+            if name in EXPONENTIALS and trace.stage != "after":  # a softmax by hand; other products are no attention
+                self._frames.suspect()
 
     def _observe_normalizer(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -196,35 +224,30 @@ class Tracer:
         """Follow a bias on a part of the logits that is written back into them."""
         target, index, value = args
         trace, part = self._traces.get(target), self._traces.get(value)
-        if trace is None or part is None or part.split is None or part.origin is not trace.origin:
+        if trace is None or part is None or part.origin is not trace.origin:
             return
-        if repr(part.split.part) == repr(index if isinstance(index, tuple) else (index,)):
+        if part.split is None:
+            if value.shape == target.shape:
+                self._traces.put(target, part)
+        elif repr(part.split.part) == repr(index if isinstance(index, tuple) else (index,)):
             self._traces.put(target, with_bias(trace, part.split.bias(target), target))
+
+    def _write_through(self, split: Split) -> None:
+        """Follow a bias that is added to a view of the logits in place."""
+        trace = self._traces.get(split.source)
+        if trace is not None:
+            self._traces.put(split.source, with_bias(trace, split.latest().bias(split.source), split.source))
 
     def _start(
         self, product: LabeledProduct, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
     ) -> Trace | None:
         pair = pairwise_product(product, keys_first=keys_first)
-        if pair is None:
+        if pair is None or self._untraced.get(product.left) or self._untraced.get(product.right):
             return None
         repeated = self._key_before_repetition(product, pair, keys_first)
-        origin = Origin(product, pair, repeated, layer, frame, dtype, self._made_of(product, pair))
+        origin = Origin(product, pair, repeated, layer, frame, dtype, made_of(self._ancestries, product, pair))
         num_axes = len(pair.batch) + 2
         return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
-
-    def _made_of(self, product: LabeledProduct, pair: PairwiseProduct) -> MadeOf | None:
-        if self._ancestries is None:
-            return None
-        left, right = self._ancestries.of(product.left), self._ancestries.of(product.right)
-        sides = [(left, product.left_axes, product.left), (right, product.right_axes, product.right)]
-        if not pair.left_is_query:
-            sides.reverse()
-        axes: dict[str, Axis | None] = {}
-        for note, labels, operand in reversed(sides):
-            for position, label in enumerate(labels):
-                if label not in axes or operand.shape[position] > 1:
-                    axes[label] = None if note.axes is None else note.axes[position]
-        return MadeOf(sides[0][0], sides[1][0], tuple(axes[label] for label in pair.labels))
 
     def _with_keys_first(self, trace: Trace) -> Trace | None:
         """Return the same trace with queries and keys exchanged, as for ``k qᵀ`` with a softmax over its rows."""
@@ -248,13 +271,6 @@ class Tracer:
                 return replace(before, source=own.key)
         return None
 
-    def _observe_constant(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        value = args[1] if name == "full" and len(args) > 1 else kwargs.get("fill_value", args[0] if args else None)
-        if isinstance(output, Tensor) and output.dim() == 0 and isinstance(value, int | float):
-            self._constants.put(output, float(value))
-
     # Operations on a trace: each returns the trace of its output, None where the trace ends.
 
     def _pass_through(self, trace: Trace, call: TracedCall) -> Trace:
@@ -267,7 +283,7 @@ class Tracer:
             return None
         apply = call.replay(trace)
         other = call.operands[1 - call.slot]
-        number = self._number(other)
+        number = self._numbers.of(other)
         if trace.stage == "nonlinear" and trace.capped and number is not None:
             return as_soft_cap(trace, number).then(apply)
         if trace.stage != "affine":
@@ -281,6 +297,8 @@ class Tracer:
 
     def _add(self, trace: Trace, call: TracedCall) -> Trace | None:
         other = call.operands[1 - call.slot]
+        if self._mixed.get(other) is trace.origin:
+            return None
         if self._normalizers.get(other) is trace.origin and call.name != "add" and call.slot == 0:
             axes = (trace.query_axis, trace.key_axis, trace.first_column)
             over = _softmax_over(trace.key_axis, logged=True)
@@ -310,7 +328,7 @@ class Tracer:
         else:
             blocked, fill = call.condition, call.operands[1 - call.slot]
             hides_where = call.slot == 1
-        value = self._number(fill)
+        value = self._numbers.of(fill)
         if value is not None and value <= HIDDEN:
             trace = with_mask(trace, blocked, call.output, true_hides=hides_where)
         return trace.then(call.replay(trace))
@@ -351,20 +369,6 @@ class Tracer:
         p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
         active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
         return replace(trace, exact=trace.exact and not active)
-
-    # Masks and numbers.
-
-    def _number(self, x: Any) -> float | None:
-        """Return ``x`` as a number if it is one or holds one on the host; None on a device."""
-        if isinstance(x, int | float) and not isinstance(x, bool):
-            return float(x)
-        if not isinstance(x, Tensor) or x.numel() != 1:
-            return None
-        noted = self._constants.get(x)
-        if noted is not None:
-            return noted
-        on_host = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        return float(x.numpy().reshape(())) if on_host and not x.requires_grad else None
 
     # The end of a trace.
 

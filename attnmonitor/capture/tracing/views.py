@@ -43,7 +43,7 @@ def reshaped(trace: Trace, call: TracedCall) -> Trace | None:
     if {trace.query_axis, trace.key_axis} != {-1, -2}:
         return None
     if shape[-2:] != before[-2:]:
-        return None if trace.stage == "after" else replace(trace, split=Split(tuple(before)))
+        return None if trace.stage == "after" else replace(trace, split=Split(call.operands[0]))
     lead = shape[:-2]
     return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), rearranges=True)
 
@@ -58,7 +58,7 @@ def sliced(trace: Trace, call: TracedCall) -> Trace | None:
         return reshaped(trace, call) if math.prod(before) == math.prod(after) else None
     axis = trace.key_axis
     if any(a != b for i, (a, b) in enumerate(zip(before, after, strict=True)) if i - len(before) != axis):
-        return None if trace.stage == "after" else replace(trace, split=Split(tuple(before), index))
+        return None if trace.stage == "after" else replace(trace, split=Split(call.operands[0], index))
     start = index[-1].start or 0 if isinstance(index[-1], slice) and axis == -1 else 0
     return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, first_column=trace.first_column - start)
 

@@ -1,0 +1,223 @@
+"""Forms in which libraries write attention: each is measured as what it is, or named with the true reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnmonitor import AttentionMonitor
+from attnmonitor.capture import pattern
+from attnmonitor.capture.fused import read_sdpa
+from benchmarks.pages.third_party_models import captured, sharpen
+
+WIDTH, LENGTH = 32, 16
+
+
+def hidden(length: int = LENGTH) -> Tensor:
+    return torch.randn(2, length, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Layer(nn.Module):
+    """Projections, tables and mixers, and a body that uses them."""
+
+    def __init__(self, body: Callable[[Layer, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.rows = nn.Parameter(torch.randn(4, 4, 8))
+        self.mixer = nn.Conv2d(4, 4, 1, bias=False)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return self.body(self, q, k, v)
+
+
+def relative(layer: Layer, q: Tensor) -> Tensor:
+    """A term per row of the image: queries times a learned table, (B, H, h, w, h)."""
+    return torch.einsum("bhijc,ikc->bhijk", q[:, :, -LENGTH:].unflatten(2, (4, 4)), layer.rows)
+
+
+def added_in_a_view(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = (q * 0.3) @ k.mT
+    by_place = logits.view(2, 4, 4, 4, 4, 4) + relative(layer, q)[..., None]
+    return by_place.view(logits.shape).softmax(-1) @ v
+
+
+def written_back(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = (q * 0.3) @ k.mT
+    by_place = logits[:, :, 0:, 0:].view(2, 4, 4, 4, 4, 4) + relative(layer, q).unsqueeze(-1)
+    logits[:, :, 0:, 0:] = by_place.view(logits.shape)
+    return logits.softmax(-1) @ v
+
+
+def in_place_of_a_view(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = (q * 0.3) @ k.mT
+    first = q.shape[2] - LENGTH  # a class token
+    logits[:, :, first:, first:].view(2, 4, 4, 4, 4, 4).add_(relative(layer, q)[..., None])
+    return logits.softmax(-1) @ v
+
+
+def on_all_of_a_view(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = (q * 0.3) @ k.mT
+    logits.view(2, 4, 4, 4, 4, 4).add_(relative(layer, q)[..., None])
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("body", "length"),
+    [
+        (added_in_a_view, LENGTH),
+        (written_back, LENGTH),
+        (in_place_of_a_view, LENGTH + 1),
+        (on_all_of_a_view, LENGTH),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_relative_positions_are_a_bias_however_added(body: Callable[..., Tensor], length: int) -> None:
+    model = sharpen(Layer(body))
+    (call,) = captured(model, x=hidden(length)).calls
+    q, k, _ = model.qkv(hidden(length)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    assert torch.allclose(call.scale * call.query, 0.3 * q, atol=1e-6)
+    assert torch.equal(call.key, k)
+    assert call.outside == ("bias",)
+    assert call.error < 1e-6
+
+
+def mixed_and_added(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT
+    return (logits + layer.mixer(logits)).softmax(-1) @ v
+
+
+@torch.jit.script
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    return (x / cap).tanh() * cap
+
+
+def capped_by_a_script(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return soft_cap(q @ k.mT, 5.0).softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize(("body", "reason"), [(mixed_and_added, "talking heads"), (capped_by_a_script, "scripted")])
+def test_reason_is_where_the_logits_went(body: Callable[..., Tensor], reason: str) -> None:
+    result = captured(sharpen(Layer(body)), x=hidden())
+    assert result.calls == []
+    assert reason in result.missed["Layer"]
+
+
+class ChosenByExperts(nn.Module):
+    """Queries are projected by two of four experts per token, which gives twice as many heads (JetMoE)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.kv = nn.Parameter(torch.randn(4, WIDTH, 2 * 8)), nn.Linear(WIDTH, 2 * 2 * 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        choice = torch.arange(2 * len(tokens)) * 7 % 4
+        queries = tokens.new_zeros(2 * len(tokens), 16)
+        for expert in range(4):
+            chosen = (choice == expert).nonzero()[:, 0]
+            queries = queries.index_add(0, chosen, nn.functional.linear(tokens[chosen // 2], self.experts[expert].T))
+        q = queries.view(*x.shape[:-1], 2, -1).view(*x.shape[:-1], -1, 8).transpose(1, 2)
+        k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2).repeat(1, 2, 1, 1) for y in self.kv(x).chunk(2, -1))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_queries_that_experts_project_have_their_heads() -> None:
+    (call,) = captured(sharpen(ChosenByExperts()), x=hidden()).calls
+    assert (call.query.shape, call.key.shape, call.kind) == ((2, 4, LENGTH, 8), (2, 2, LENGTH, 8), "self")
+    assert call.tiled
+    assert call.error < 1e-6
+
+
+class OverFrames(nn.Module):
+    """Pixels as sequences of frames, straight from an input whose last axis is a width (diffusers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.permute(0, 3, 4, 1, 2).reshape(-1, x.shape[1], x.shape[2])
+        q, k, v = self.qkv(frames).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_axes_of_an_input_are_sequences_after_a_projection() -> None:
+    (call,) = captured(sharpen(OverFrames()), x=torch.randn(2, 5, WIDTH, 3, 4)).calls
+    assert call.query.shape == (2 * 3 * 4, 4, 5, 8)
+
+
+class Called(nn.Module):
+    """Two blocks whose attention is called past its hooks."""
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor], body: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Layer(body), "mlp": nn.Linear(8, 8)}) for _ in range(2))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["mlp"](self.call(block["attn"], x)).transpose(1, 2).flatten(2)
+        return x
+
+
+def plain(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def by_exp(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("call", [lambda child, x: child.forward(x), lambda child, x: type(child).forward(child, x)])
+def test_modules_called_past_their_hooks_have_their_names(call: Callable[..., Tensor]) -> None:
+    result = captured(Called(call, plain), x=hidden())
+    assert [each.layer for each in result.calls] == ["blocks.0.attn", "blocks.1.attn"]
+    assert result.missed == {}
+    result = captured(Called(call, by_exp), x=hidden())
+    assert result.calls == []
+    assert set(result.missed) == {"blocks.0.attn", "blocks.1.attn"}
+    assert all("exp" in reason for reason in result.missed.values())
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.untyped_storage().nbytes():
+            self.size = max(self.size, output.numel())
+        return output
+
+
+def test_pattern_of_a_long_mask_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    length = 512
+    places = torch.arange(length)
+    mask = (places[:, None] >= places) & (places[:, None] // 200 == places // 200)
+    q, k, v = torch.randn(3, 1, 2, length, 8)
+    attention = read_sdpa(q, k, v, mask)
+    whole = pattern.pattern_of(attention, []), *pattern.spans_of(attention, torch.ones(1, length, dtype=torch.bool))
+    monkeypatch.setattr(pattern, "BLOCK_NUMBERS", 2**14)
+    with Largest() as largest:
+        parts = pattern.pattern_of(attention, []), *pattern.spans_of(attention, torch.ones(1, length, dtype=torch.bool))
+    assert largest.size <= 2**14
+    for name in ("itself", "sees_others", "seen_by_others", "looks_ahead", "first"):
+        assert torch.equal(getattr(whole[0], name), getattr(parts[0], name))
+    assert torch.equal(whole[1], parts[1])
+    assert torch.equal(whole[2], parts[2])
+    monkeypatch.undo()
+    model = sharpen(Layer(lambda layer, q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, mask)))
+    with AttentionMonitor(model, hidden(length), record=None, alerts=False) as monitor:
+        assert monitor.coverage["Layer"].measured
