@@ -127,7 +127,8 @@ def rich_layer_table(
     table.add_column(header[0], overflow="fold")
     for name in header[1:-1]:
         table.add_column(name, no_wrap=True)
-    table.add_column(header[-1], min_width=12, overflow="fold")
+    # With nothing to show it leaves its room to the names of layers.
+    table.add_column(header[-1], min_width=12 if any(row[-1] for row in rows) else None, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row), style="bold red" if row[-1] else None)
     return table
