@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from attnmonitor.loggers.keys import summary_scalars
 from attnmonitor.loggers.scalars import MetricsLogger
+from attnmonitor.loggers.tensorboard import is_summary_writer
 from attnmonitor.loggers.wandb import WandbLogger
 from attnmonitor.sample import Sample
 
@@ -29,7 +30,7 @@ def as_logger(logger: Any) -> SampleLogger:
 
     An object with ``log_sample`` is returned unchanged; a Weights & Biases run, or a Lightning logger with one, is
     wrapped in `WandbLogger`; any other object with ``log_metrics(dict, step)`` gets the scalars, and the heatmaps
-    where it holds a TensorBoard or MLflow experiment.
+    where it holds a TensorBoard or MLflow experiment; so does a ``SummaryWriter`` of TensorBoard.
 
     Raises:
         ValueError: ``logger`` is none of these.
@@ -41,9 +42,10 @@ def as_logger(logger: Any) -> SampleLogger:
         return WandbLogger(logger.experiment)
     if callable(getattr(logger, "define_metric", None)):
         return WandbLogger(logger)
-    if callable(getattr(logger, "log_metrics", None)):
+    if callable(getattr(logger, "log_metrics", None)) or is_summary_writer(logger):
         return MetricsLogger(logger)
     raise ValueError(
         f"loggers: {type(logger).__name__} has neither log_sample(sample) nor log_metrics(dict, step); "
-        "give a Lightning logger, a W&B run, attnmonitor.loggers.WandbLogger() or an object with one of these methods"
+        "give a Lightning logger, a W&B run, a SummaryWriter, attnmonitor.loggers.WandbLogger() or an object with "
+        "one of these methods"
     )

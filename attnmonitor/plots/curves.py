@@ -20,7 +20,7 @@ from attnmonitor.plots.style import figure_of, fix_y_axis, new_axes, strip, titl
 from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, heads_concerned, scoped_head_name
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
-from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, OTHER_HEADS_COLOR, color_heads, head_color
+from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, OTHER_HEADS_COLOR, color_heads, head_color, spread_apart
 
 __all__ = ["bands", "label_ends", "mark_events", "measured_samples", "over_steps", "trajectories"]
 
@@ -210,7 +210,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     ends = sorted(ends)
     points = ax.transData.transform([(0.0, value) for value, _, _ in ends]) if ends else np.empty((0, 2))
     heights = ax.transAxes.inverted().transform(points)[:, 1] if ends else points[:, 1]
-    for (_, text, color), height, label_height in zip(ends, heights, _spread(heights, 0.07), strict=True):
+    for (_, text, color), height, label_height in zip(ends, heights, spread_apart(heights, 0.07), strict=True):
         ax.annotate(
             text,
             xy=(1.0, height),
@@ -230,16 +230,3 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=8,
             va="center",
         )
-
-
-def _spread(heights: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
-    """Ascending heights moved as little as needed to lie ``gap`` apart and, while they fit, between 0 and 1.
-
-    Example:
-        >>> _spread(np.array([0.0, 0.01, 0.75]), 0.125).tolist()
-        [0.0, 0.125, 0.75]
-    """
-    order = np.arange(len(heights)) * gap
-    upwards = np.maximum.accumulate(heights - order) + order
-    ceiling = 1 - order[::-1]
-    return np.asarray(np.minimum(upwards, np.maximum(ceiling, order)))

@@ -24,7 +24,9 @@ from attnmonitor.metrics.null import NULL_METRICS, null_statistics
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.history import History
 from attnmonitor.report.curves import HeadCurves, head_curves, plain_text, thinned
+from attnmonitor.report.line_ends import labeled_layout
 from attnmonitor.report.traces import (
+    MEDIAN,
     QUANTILES,
     Chart,
     axis,
@@ -40,7 +42,7 @@ from attnmonitor.report.traces import (
     value_axis,
 )
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
-from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, FAINT_INK, HEAD_COLORS, OTHER_HEADS_COLOR
+from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, FAINT_INK, OTHER_HEADS_COLOR, RUN_COLORS
 
 __all__ = [
     "Chart",
@@ -55,9 +57,12 @@ __all__ = [
 
 _MOST_POINTS, _MOST_LAYER_POINTS = 64, 32
 _MOST_LAYERS = 48  # small charts on one page
+_MOST_TICKED = 5  # small charts in a row that all have room for their steps
 _MOST_SINGLE_CURVES = 320  # of all layers; a page with more is slow, and large to send
+_BANDS_NOTE = "band: all heads; darker: half of them; ▲ alarm"
+_RANKS_NOTE = "lines: median head; bands: half of the heads"
 _RANKS = {
-    "learned rank": ("interaction_effective_rank", HEAD_COLORS[3]),
+    "learned rank": ("interaction_effective_rank", RUN_COLORS[3]),
     "energy rank": ("energy_effective_rank", BAND_COLOR),
 }
 
@@ -85,7 +90,13 @@ def model_chart(history: History, sample: Sample, metric: str) -> Chart:
         lambda column: points(curves.steps, curves.values[:, column]),
         sample.coverage,
     )
-    return {"data": traces, "layout": {**model_layout(metric, _ends(curves)), "shapes": alarm_lines(sample.firing)}}
+    labels = {curves.names[at]: curves.labels[at] for at in curves.colors}
+    labels |= {
+        MEDIAN: "median",
+        **{trace["name"]: "random q, k" for trace in traces if trace["line"]["dash"] == "dash"},
+    }
+    layout = labeled_layout(_title(metric), _BANDS_NOTE, traces, labels, value_axis(metric, _ends(curves)))
+    return {"data": traces, "layout": {**layout, "xaxis": axis(tickformat=",d"), "shapes": alarm_lines(sample.firing)}}
 
 
 def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
@@ -105,8 +116,8 @@ def layers_chart(history: History, sample: Sample, metric: str) -> Chart:
         axes = {"xaxis": f"x{index + 1}", "yaxis": f"y{index + 1}", "showlegend": False}
         traces += [{**trace, **axes} for trace in _layer_traces(curves, curves.layers[layer], samples)]
     layout = model_layout(metric, _ends(curves))
-    if len(shown) < len(curves.layers):
-        layout["title"]["text"] += f": {len(shown)} of {len(curves.layers)} layers"
+    left_out = f": {len(shown)} of {len(curves.layers)} layers" if len(shown) < len(curves.layers) else ""
+    layout["title"] |= {"text": f"{_title(metric)}{left_out}", "font": {"size": 12}}
     return {"data": traces, "layout": _common_axes(layout, curves, shown)}
 
 
@@ -119,9 +130,10 @@ def rank_chart(history: History) -> Chart:
             if len(curves.steps):
                 _, _, low, high, median = bands(_quantile_points(curves.steps, curves.values), color)
                 traces += [low, {**high, "name": f"{name}, half of the heads"}, {**median, "name": f"{name}, median"}]
-    layout = model_layout("energy_effective_rank", None)
-    layout["title"]["text"] = "learned rank and energy rank [components] over optimizer steps"
-    return {"data": traces, "layout": layout} if traces else {}
+    labels = {f"{name}, median": name for name in _RANKS}
+    shown_axis = value_axis("energy_effective_rank", None)
+    layout = labeled_layout("learned rank and energy rank [components]", _RANKS_NOTE, traces, labels, shown_axis)
+    return {"data": traces, "layout": {**layout, "xaxis": axis(tickformat=",d")}} if traces else {}
 
 
 def model_traces(
@@ -147,9 +159,12 @@ def model_traces(
 
 def model_layout(metric: str, ends: tuple[float, float] | None) -> Chart:
     """Layout of a metric's curves, whose least and greatest values are ``ends``."""
-    unit = f" [{metric_unit(metric)}]" if metric_unit(metric) else ""
-    layout = base_layout(f"{metric_title(metric)}{unit} over optimizer steps")
+    layout = base_layout(f"{_title(metric)} over optimizer steps")
     return {**layout, "xaxis": axis(tickformat=",d"), "yaxis": value_axis(metric, ends)}
+
+
+def _title(metric: str) -> str:
+    return f"{metric_title(metric)}{f' [{metric_unit(metric)}]' if metric_unit(metric) else ''}"
 
 
 def alarm_lines(firing: Sequence[AlertEvent]) -> list[Chart]:
@@ -196,7 +211,7 @@ def _layer_traces(curves: HeadCurves, columns: Sequence[int], samples: NDArray[n
     else:
         plain = [at for at in columns if at not in curves.colors]
         names = [curves.names[at] for at in plain]
-        below = [other_heads(other_points(names, steps, values[:, plain]))]
+        below = [other_heads(other_points(names, steps, values[:, plain]))] if plain else []
     colored = [
         line(curves.names[at], curves.colors[at], points(steps, values[:, at]), width=1.6)
         for at in columns
@@ -216,7 +231,12 @@ def _common_axes(layout: Chart, curves: HeadCurves, layers: Sequence[str]) -> Ch
         x, y = ({"matches": name} if index else {} for name in "xy")
         axes.append(
             (
-                {**first["xaxis"], "nticks": 3, **x, "showticklabels": lowest},
+                {
+                    **first["xaxis"],
+                    "nticks": 3,
+                    **x,
+                    "showticklabels": lowest and (leftmost or columns <= _MOST_TICKED),
+                },
                 {**first["yaxis"], **y, "showticklabels": leftmost},
             )
         )

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.metrics.catalog import metric_scope
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned, scoped_head_name
-from attnmonitor.summary.names import fault_text, short_layer_names
+from attnmonitor.summary.names import fault_text, short_layer_names, tail_of
 from attnmonitor.summary.outliers import movement
 from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS, color_heads
 
@@ -20,6 +20,7 @@ __all__ = ["Head", "HeadCurves", "head_curves", "plain_text", "thinned"]
 Head = tuple[str, int]
 
 MOST_COLORED_HEADS = 10
+_MAX_LABEL = 18  # characters
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class HeadCurves:
         heads: Layer name and index of each head, ``num_heads`` of them.
         short: Short name of each layer.
         names: Name of each head as charts show it, with the kind of fault where it has an alarm.
+        labels: The same, short enough to stand at the end of a line: no kind of fault, long names from their end.
         faults: Kind of fault by column of ``values``, for heads with an alarm.
     """
 
@@ -42,6 +44,7 @@ class HeadCurves:
     heads: list[Head]
     short: Mapping[str, str]
     names: list[str]
+    labels: list[str]
     faults: dict[int, str]
 
     @cached_property
@@ -102,11 +105,13 @@ def head_curves(
     }
     short = short_layer_names([*(coverage or ()), *tables])
     seen = coverage or {}
-    names = [plain_text(scoped_head_name(short[layer], head, scope, seen.get(layer))) for layer, head in heads]
+    own = [scoped_head_name(short[layer], head, scope, seen.get(layer)) for layer, head in heads]
+    names, labels = [plain_text(name) for name in own], [plain_text(tail_of(name, _MAX_LABEL)) for name in own]
     for column, fault in faults.items():
         names[column] += f" ▲ {plain_text(fault)}"
+        labels[column] += " ▲"
     values = np.where(np.isfinite(values), values, np.nan)[kept]
-    return HeadCurves(metric, np.asarray(steps, dtype=np.int64)[kept], values, heads, short, names, faults)
+    return HeadCurves(metric, np.asarray(steps, dtype=np.int64)[kept], values, heads, short, names, labels, faults)
 
 
 def thinned(candidates: NDArray[np.intp], most: int, keep: ArrayLike = ()) -> NDArray[np.intp]:

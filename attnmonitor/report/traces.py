@@ -25,6 +25,7 @@ from attnmonitor.summary.style import (
 )
 
 __all__ = [
+    "MEDIAN",
     "QUANTILES",
     "Chart",
     "axis",
@@ -44,6 +45,7 @@ __all__ = [
 
 Chart = dict[str, Any]
 
+MEDIAN = "median head"
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STEP_HOVER = "%{y:.5~g}<br>step %{x:,}<extra></extra>"
 
@@ -101,7 +103,7 @@ def bands(numbers: Sequence[Chart], color: str) -> list[Chart]:
         edge("all heads", most, **fill(0.13)),
         edge("lower quartile", low, showlegend=False),
         edge("half of the heads", high, **fill(0.3)),
-        line("median head", color, median, width=1.6),
+        line(MEDIAN, color, median, width=1.6),
     ]
 
 

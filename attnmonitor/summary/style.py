@@ -11,6 +11,9 @@ import math
 import zlib
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = [
     "ALARM_COLOR",
     "AXIS_INK",
@@ -29,6 +32,7 @@ __all__ = [
     "head_color",
     "kind_color",
     "log_ticks",
+    "spread_apart",
 ]
 
 ALARM_COLOR = "#D55E00"
@@ -120,3 +124,16 @@ def log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             break
     return ticks
+
+
+def spread_apart(heights: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
+    """Return ascending heights moved as little as needed to lie ``gap`` apart and, while they fit, between 0 and 1.
+
+    Example:
+        >>> spread_apart(np.array([0.0, 0.01, 0.75]), 0.125).tolist()
+        [0.0, 0.125, 0.75]
+    """
+    order = np.arange(len(heights)) * gap
+    upwards = np.maximum.accumulate(heights - order) + order
+    ceiling = 1 - order[::-1]
+    return np.asarray(np.minimum(upwards, np.maximum(ceiling, order)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,47 @@ def test_no_values_make_no_chart() -> None:
 
     history, sample = followed(SyntheticRun(2, 4, 5, metrics=("energy_rms",)), change)
     assert model_chart(history, sample, "energy_rms") == layers_chart(history, sample, "energy_rms") == {}
+
+
+TEXT_BOXES = """
+    const [data, layout] = arguments, panel = document.body.appendChild(document.createElement("div"));
+    Object.assign(panel.style, { width: "420px", height: "300px" });
+    return Plotly.newPlot(panel, data, layout).then(() => {
+      const { left, top } = panel.getBoundingClientRect();
+      const texts = [...panel.querySelectorAll(".annotation-text, .gtitle")].filter(text => text.textContent);
+      const boxes = texts.map(text => text.getBoundingClientRect());
+      const plot = panel.querySelector(".nsewdrag").getBoundingClientRect();
+      panel.remove();
+      const placed = boxes.map(box => [box.left - left, box.top - top, box.right - left, box.bottom - top]);
+      return [plot.width * plot.height / 420 / 300, placed];
+    });
+"""
+
+
+def test_names_at_line_ends_fit_a_panel_of_a_tracker(tmp_path: Path, browser: Any) -> None:
+    """At 420 × 300 pixels: every name inside, none on another one, and most of the panel is the plot."""
+    from plotly.offline import get_plotlyjs
+
+    (tmp_path / "empty.html").write_text(f"<meta charset='utf-8'><body><script>{get_plotlyjs()}</script>")
+    browser.get((tmp_path / "empty.html").as_uri())
+    long_name = "base_model.model.decoder.block.{}.layer.0.SelfAttention"
+    metrics = ("energy_effective_rank", "energy_rms", "key_incoherence", *WEIGHT_METRICS)
+    for run in (
+        SyntheticRun(12, 12, 40, faulty=(3, 5), layer_name=long_name, metrics=metrics),
+        SyntheticRun(1, 4, 40, metrics=metrics),
+        SyntheticRun(32, 32, 40, group=4, faulty=(1, 5), metrics=metrics),
+    ):
+        history, sample = followed(run)
+        for chart in (*(model_chart(history, sample, metric) for metric in metrics[:3]), rank_chart(history)):
+            if not chart:
+                continue
+            share, boxes = browser.execute_script(TEXT_BOXES, chart["data"], chart["layout"])
+            assert share > 0.4
+            assert len(boxes) >= 3
+            for left, top, right, bottom in boxes:
+                assert 0 <= left < right <= 420
+                assert 0 <= top < bottom <= 300
+            for at, (left, top, right, bottom) in enumerate(boxes):
+                for other_left, other_top, other_right, other_bottom in boxes[:at]:
+                    width = min(right, other_right) - max(left, other_left)
+                    assert width < 1 or min(bottom, other_bottom) - max(top, other_top) < 2

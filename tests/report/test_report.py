@@ -173,7 +173,8 @@ def test_page_and_tracker_draw_the_same_lines(tmp_path: Path) -> None:
         assert [[trace.get(key) for key in look] for trace in page] == [
             [trace.get(key) for key in look] for trace in tracker["data"]
         ]
-        assert charts["metrics"][metric]["curves"]["layout"]["title"]["text"] == tracker["layout"]["title"]["text"]
+        title = tracker["layout"]["title"]["text"].partition("<br>")[0]
+        assert charts["metrics"][metric]["curves"]["layout"]["title"]["text"] == f"{title} over optimizer steps"
 
 
 def test_page_loads_nothing_external(tmp_path: Path) -> None:
