@@ -1,4 +1,4 @@
-"""What TensorBoard gets of a sample: a group of curves for each metric, one chart of all its heads, verdict and alarms.
+"""What TensorBoard gets of a sample: curves and one chart of all heads per metric, verdict and alarms.
 
 TensorBoard groups curves by the part of their name before the first slash. With the names of other trackers every curve
 of a run would be a card of one group, hundreds of them; so here the group is ``attention.<metric>``.
@@ -89,7 +89,7 @@ class Board:
 
 
 def _tag(key: str) -> str:
-    """Return a key with its first parts joined by dots, so that a metric, and not the whole monitor, is a group.
+    """Return a key with its first parts joined by dots, so that each metric is a group.
 
     Example:
         >>> _tag("attention/energy_rms/layer_03/head_07"), _tag("attention/short/energy_rms/median")
