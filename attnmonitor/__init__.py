@@ -11,7 +11,7 @@
 from attnmonitor._version import __version__
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS, OPT_IN_METRICS, WEIGHT_METRICS
 from attnmonitor.monitor import AttentionMonitor
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, Sample
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -20,6 +20,7 @@ __all__ = [
     "WEIGHT_METRICS",
     "AlertEvent",
     "AttentionMonitor",
+    "HeadEvidence",
     "LayerCoverage",
     "Sample",
     "__version__",

@@ -16,7 +16,7 @@ from typing import Literal
 
 from attnmonitor.alerts.firing import course_text
 from attnmonitor.messages import printable
-from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
+from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, head_name
 
 __all__ = ["ADVICE", "Advice", "Notification", "log_events", "notifications_of"]
 
@@ -26,6 +26,8 @@ Level = Literal["info", "warning", "error"]
 
 LOGGING_LEVELS: dict[Level, int] = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _Place = tuple[str | None, str, int | None]
+
+_THOSE = "those positions"  # advice that is about the key positions which the evidence names
 
 MAX_TITLE = 63
 MAX_LINES = 8
@@ -112,6 +114,7 @@ def notifications_of(
     events: Sequence[AlertEvent],
     firing: Sequence[AlertEvent] = (),
     coverage: Mapping[str, LayerCoverage] | None = None,
+    evidence: Sequence[HeadEvidence] = (),
 ) -> list[Notification]:
     """Return one notification per fault, the run at fault first.
 
@@ -123,6 +126,7 @@ def notifications_of(
         events: Events of one sample.
         firing: All alarms that fire, which rules saw a fault before.
         coverage: How each layer was captured, so that query heads and the KV head they read are one head.
+        evidence: Of the heads whose alarms began, so that advice about key positions names them.
     """
     is_mass = any(event.kind == "mass" and event.scope == "run" and event.state == "firing" for event in events)
     symptoms = [event for event in events if is_mass and _is_new_head_alarm(event)]
@@ -137,7 +141,9 @@ def notifications_of(
             by_rule.setdefault(first_of[_place_of(event, coverage)].rule, []).append(told)
     kinds = {alarm.rule: alarm.kind for alarm in first_of.values()}
     return [
-        _notification(rule, kinds[rule], group, coverage, symptoms=len(symptoms) if kinds[rule] == "mass" else 0)
+        _notification(
+            rule, kinds[rule], group, coverage, evidence, symptoms=len(symptoms) if kinds[rule] == "mass" else 0
+        )
         for rule, group in by_rule.items()
     ]
 
@@ -146,9 +152,10 @@ def log_events(
     events: Sequence[AlertEvent],
     firing: Sequence[AlertEvent] = (),
     coverage: Mapping[str, LayerCoverage] | None = None,
+    evidence: Sequence[HeadEvidence] = (),
 ) -> None:
     """Log each notification with Python's logging, which by default shows warnings and errors."""
-    for notification in notifications_of(events, firing, coverage):
+    for notification in notifications_of(events, firing, coverage, evidence):
         title, text = printable(notification.title, one_line=True), printable(notification.text)
         _logger.log(LOGGING_LEVELS[notification.level], "%s\n%s", title, text)
 
@@ -170,6 +177,7 @@ def _notification(
     kind: str,
     events: Sequence[AlertEvent],
     coverage: Mapping[str, LayerCoverage] | None,
+    evidence: Sequence[HeadEvidence],
     *,
     symptoms: int,
 ) -> Notification:
@@ -181,6 +189,8 @@ def _notification(
         lines.append(f"Head alarms that began with it: {symptoms}.")
     if began and advice is not None:
         lines += [f"Usually: {advice.meaning}", f"Try: {advice.remedy}"]
+        if _THOSE in advice.remedy:
+            lines += _positions_lines(began, evidence)
     is_error = any(event.severity == "critical" or event.scope == "run" for event in began)
     title = f"{advice.name if advice is not None else kind} ({rule})"
     return Notification(
@@ -189,6 +199,21 @@ def _notification(
         text="\n".join(lines),
         level="error" if is_error else "warning" if began else "info",
     )
+
+
+def _positions_lines(events: Sequence[AlertEvent], evidence: Sequence[HeadEvidence]) -> list[str]:
+    """The leading key positions of each head, in the words of the advice."""
+    found = {(each.rule, each.layer, each.scope, each.head): each for each in evidence}
+    heads = [found[event.key] for event in events if event.key in found and found[event.key].positions]
+    return [
+        printable(
+            f"Those {each.positions_text()}"
+            if len(heads) == 1
+            else f"{each.layer} {each.noun} {each.head}, {each.positions_text()}",
+            one_line=True,
+        )
+        for each in heads[:MAX_LINES]
+    ]
 
 
 def _lines(events: Sequence[AlertEvent], coverage: Mapping[str, LayerCoverage] | None, *, rest: str) -> list[str]:

@@ -16,6 +16,7 @@ from attnmonitor.alerts.older_states import with_present_names
 from attnmonitor.alerts.past import RunPast
 from attnmonitor.alerts.rule_tracker import RuleTracker
 from attnmonitor.alerts.rules import FiringShare, Rule, check_rules, leaves
+from attnmonitor.alerts.states import PENDING
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import AlertEvent, worst_first
@@ -77,6 +78,15 @@ class Alerts:
     def firing(self) -> list[AlertEvent]:
         """Every firing alarm, worst first: its latest event, with its values when it fired, now and at its worst."""
         return worst_first(event for tracker in self._trackers for event in tracker.firing.values())
+
+    @property
+    def pending(self) -> set[tuple[str, str | None, int | None]]:
+        """What an alarm may begin about in the next samples: scope, layer and head of each condition that holds."""
+        return {
+            (tracker.rule.scope, *self._past.units(tracker.rule.scope)[unit])
+            for tracker in self._trackers
+            for unit in (tracker.states.phase == PENDING).nonzero().flatten().tolist()
+        }
 
     def observe(self, values: Mapping[str, Mapping[str, Tensor]], global_step: int) -> list[AlertEvent]:
         """Add one sample and return the events of alarms that began, became critical, grew or cleared.

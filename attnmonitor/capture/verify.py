@@ -79,11 +79,21 @@ class RebuiltRows:
     error: Tensor | None
     _argument: Tensor
     _restore: Callable[[Tensor], Tensor] = _identity
+    _key_axis: int = -1
 
     @cached_property
     def seen(self) -> Tensor:
         """Return the keys that each row attends to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen."""
         return (self._restore(self._argument) <= HIDDEN).logical_not()
+
+    def attention_logits(self) -> tuple[Tensor, bool]:
+        """Return what the softmax of each row is taken of, ``(B, Hq, R, Lk)``, and whether it was taken already.
+
+        Where a row has entries that are no key (learned sinks), its logarithm of the softmax is returned.
+        """
+        if self._argument.shape[self._key_axis] == self.logits.shape[-1]:
+            return self._restore(self._argument), False
+        return self._restore(self._argument.log_softmax(self._key_axis)), True
 
 
 @dataclass
@@ -198,11 +208,11 @@ class Attention:
             rounds = self.logits_in is not None or self.operands_in not in (None, self.query.dtype)
             argument = self._softmax_argument(self._product(rows, as_rounded=True) if rounds else product, rows)
             if output is None:
-                return RebuiltRows(rows, product, None, None, argument, self.restore)
+                return RebuiltRows(rows, product, None, None, argument, self.restore, self.key_axis)
             actual = output.index_select(row_axis, rows)
             error = self._deviation(argument, rows, actual)
             by_head = None if self.heads_of is None else self.heads_of(actual)
-            return RebuiltRows(rows, product, by_head, error, argument, self.restore)
+            return RebuiltRows(rows, product, by_head, error, argument, self.restore, self.key_axis)
 
     def output_rows(self, output: Tensor | None, row_axis: int) -> Callable[[Tensor], Tensor] | None:
         """Return the function from rows to what the layer computed in them by head; None where that is not known."""

@@ -97,7 +97,7 @@ class WandbLogger:
         drawn = self._drawn(sample, self._num_samples >= self._layers_due) if self._budget.allows(sample) else {}
         self._rows.add(step_key(sample), scalars, drawn)
         self._run.summary[f"{key_prefix(sample)}/verdict"] = sample.verdict
-        for notification in notifications_of(sample.events, sample.firing, sample.coverage):
+        for notification in notifications_of(sample.events, sample.firing, sample.coverage, sample.evidence):
             level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[notification.level]
             self._run.alert(title=notification.title, text=notification.text, level=level)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from attnmonitor.measurement import LayerValues, Measured, Measurement
+from attnmonitor.measurement.kept import Keeper
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.measurement.shares import Part, Share, joined_shares
@@ -55,13 +56,21 @@ class DistributedMeasurement(Measurement):
         metrics: Names of the metrics, in table order.
         strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
         ranks: The processes that share the model.
+        keeper: As for `Measurement`; what this process keeps is of the heads it holds.
     """
 
     def __init__(
-        self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False, ranks: Sequence[int]
+        self,
+        model: nn.Module,
+        probe: Probe,
+        metrics: Sequence[str],
+        *,
+        strict: bool = False,
+        ranks: Sequence[int],
+        keeper: Keeper | None = None,
     ) -> None:
         super().__init__(model, probe, metrics, strict=strict, with_others=True)
-        self._own = Measurement(model, probe, metrics, strict=strict, with_others=True)
+        self._own = Measurement(model, probe, metrics, strict=strict, with_others=True, keeper=keeper)
         self._ranks = tuple(ranks)
         self._exchange = Exchange(ranks)
         self._slice_exchanges: dict[distributed.ProcessGroup, Exchange] = {}

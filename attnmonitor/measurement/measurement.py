@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,18 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture import Layouts, capture_attention
+from attnmonitor.capture import AttentionCall, Layouts, capture_attention
 from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
+from attnmonitor.measurement.kept import Keeper, KeptLayer, kept_once
 from attnmonitor.measurement.measured import LayerValues, Measured
 from attnmonitor.measurement.modules_run import modules_run
 from attnmonitor.measurement.probe import Probe, RejectedBatchError, UnseenAttentionError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
-from attnmonitor.measurement.reduction import ReducedLayer, Reduction
+from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.measurement.shares import Share
 from attnmonitor.measurement.tail import Tail, obstacle_now
 from attnmonitor.measurement.tail_calls import Recording, Skipping
+from attnmonitor.measurement.trust import judged_layer
 from attnmonitor.measurement.unfinished import Key, Unfinished, averaged
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
@@ -43,11 +45,6 @@ from attnmonitor.sample import LayerCoverage
 __all__ = ["Measurement"]
 
 
-# Allowed deviation of attention rebuilt in float32 from the layer's own output, by the type of the layer's tensors.
-# Rounding alone stays an order of magnitude below; a wrong scale or mask lies orders of magnitude above.
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
-
 class Measurement:
     """Measures all heads of a model on a probe.
 
@@ -57,6 +54,7 @@ class Measurement:
         metrics: Names of the metrics, in table order.
         strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
         with_others: Whether the processes that share the model measure at the same time, so that it may communicate.
+        keeper: Keeps layers until the sample was judged; None keeps nothing.
 
     Attributes:
         layers: Coverage at attach: the layers and head counts that every measurement reports.
@@ -74,9 +72,11 @@ class Measurement:
         *,
         strict: bool = False,
         with_others: bool = False,
+        keeper: Keeper | None = None,
     ) -> None:
         self._model = model
         self._with_others = with_others
+        self._keeper = Keeper() if keeper is None else keeper
         self._probe = probe
         self._half: Probe | None = None
         self._metrics = tuple(name for name in metrics if name not in WEIGHT_METRICS)
@@ -280,11 +280,24 @@ class Measurement:
 
     def _forward(self, probe: Probe, follower: Recording | Skipping | None = None) -> Reduction:
         """Run the probe and reduce its attention; the follower decides what is done after the last attention."""
-        on_host = self.route.route == "host"
+        self._keeper.drop()  # what an earlier forward kept, which failed and is run again
         reduction = Reduction(
-            self._metrics, self._target_ranks, strict=self._strict, on_host=on_host, takes=self.share.takes
+            self._metrics,
+            self._target_ranks,
+            strict=self._strict,
+            on_host=self.route.route == "host",
+            takes=self.share.takes,
+            keep=self._keeper.take,
         )
         emit = reduction.take if follower is None else follower.following(reduction.take)
+        missed = self._run(probe, emit, follower)
+        reduction.failures = {**missed, **reduction.failures}
+        return reduction
+
+    def _run(
+        self, probe: Probe, emit: Callable[[AttentionCall], None], follower: Recording | Skipping | None = None
+    ) -> Mapping[str, str]:
+        """Run the probe, and give each attention of it to ``emit``; return the reason for each that was missed."""
         with (
             quiet(self._model),
             nullcontext() if self._with_others else no_collectives(self._model),
@@ -292,8 +305,16 @@ class Measurement:
             follower or nullcontext(),
         ):
             probe.run(self._model)
-        reduction.failures = {**report.missed, **reduction.failures}
-        return reduction
+        return report.missed
+
+    def look(self, layer: str) -> KeptLayer:
+        """Run the probe once for the attention of one layer.
+
+        Raises:
+            RuntimeError: The layer's attention did not run, could not be captured, or does not give its output.
+        """
+        with self._probe.without_hooks(self._model):
+            return kept_once(layer, partial(self._run, self._probe))
 
     def _unfinished(self, forward: Reduction) -> Unfinished[Measured]:
         how = self._tail.route  # of this forward: the next may run before its numbers have arrived
@@ -323,7 +344,12 @@ class Measurement:
     def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor], after_last_attention: str) -> Measured:
         """Decide what may be shown of the numbers that have arrived."""
         coverage = {
-            name: self._judged(name, forward.layers.get(name), forward.failures.get(name, ""), on_host)
+            name: judged_layer(
+                self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again")),
+                forward.layers.get(name),
+                forward.failures.get(name, ""),
+                on_host,
+            )
             for name in dict.fromkeys([*self.layers, *forward.layers])
             if self.share.takes(name)
         }
@@ -365,35 +391,3 @@ class Measurement:
             }
             for metric in self._metrics
         }
-
-    def _judged(
-        self, name: str, layer: ReducedLayer | None, failure: str, on_host: Mapping[Key, Tensor]
-    ) -> LayerCoverage:
-        """How a layer was measured, or why its numbers may not be shown."""
-        expected = self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again"))
-        if layer is None:
-            return replace(expected, reason=failure or expected.reason or "its attention did not run this time")
-        found = replace(
-            layer.coverage,
-            values_reason=layer.at_once.why_unknown(on_host.get(("mean", "output_share", name))),
-            weights_reason=expected.weights_reason,
-            weights_note=expected.weights_note,
-        )
-        if expected.heads != found.heads:
-            was = f"was {expected.heads} at attach" if any(expected.heads) else "was not there at attach"
-            return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
-        if ("bias", name) in on_host and bool(on_host["bias", name]):
-            found = replace(found, outside=tuple(sorted({*found.outside, "bias"})))
-        if float(on_host["keys", name]) < 2:
-            return replace(found, reason="its queries see a single key, so there is nothing to choose from")
-        if layer.error is None:
-            return found
-        error = float(on_host["error", name])
-        tolerance = _TOLERANCE.get(layer.precision, 0.0)
-        reason = ""
-        if not error <= tolerance:
-            reason = (
-                f"attention rebuilt from what was captured differs from the layer's output by {error:.1e} "
-                f"(tolerance {tolerance:.0e})"
-            )
-        return replace(found, error=error, reason=reason)

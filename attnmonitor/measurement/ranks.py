@@ -15,6 +15,7 @@ from torch import distributed, nn
 from attnmonitor.functional.routes import RouteChoice
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
+from attnmonitor.measurement.kept import Keeper, KeptLayer
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
@@ -43,6 +44,10 @@ class NoMeasurement:
     def follow_model(self) -> None:
         """Do nothing."""
 
+    def look(self, layer: str) -> KeptLayer:
+        """Raise RuntimeError: a copy has no model."""
+        raise RuntimeError(f"{layer}: this monitor is a copy, without a model; ask the one that was attached")
+
 
 class RankMeasurement:
     """The measurement of a model, as this process takes part in it.
@@ -52,16 +57,20 @@ class RankMeasurement:
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
         strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
+
+    Attributes:
+        keeper: Keeps layers of this process's forward until the sample was judged.
     """
 
     def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+        self.keeper = Keeper()
         self._group = model_group(model)
         self._model = model
         self._arguments = probe, metrics
         self._strict = strict
         self._num_looks = 0
         self._parts: list[object] = []  # of the model when it was last looked at
-        self._measurement = Measurement(model, probe, metrics, strict=strict)
+        self._measurement = Measurement(model, probe, metrics, strict=strict, keeper=self.keeper)
         self._attached = False
         self._refusal: ValueError | None = None
 
@@ -114,7 +123,7 @@ class RankMeasurement:
         except LoneCollectiveError as error:
             if is_point_to_point(error.collective):
                 check_joinable(self._model, f"{why_not_joinable(error.collective)}, in {error.place}")
-        self._use(DistributedMeasurement(self._model, *self._arguments, strict=self._strict, ranks=self._group.ranks))
+        self._use_together(self._model, self._group)
         return self._attach()
 
     def _attach(self) -> Measured:
@@ -169,6 +178,20 @@ class RankMeasurement:
             return self.take(with_weights=with_weights)
         return self._measurement.begin(with_weights=with_weights)
 
+    def look(self, layer: str) -> KeptLayer:
+        """Run the probe once for the attention of one layer, on this process alone; see `Measurement.look`.
+
+        Raises:
+            RuntimeError: As there; or the forward needs other processes, which would have to take part.
+        """
+        self.follow_model()
+        if isinstance(self._measurement, DistributedMeasurement) or self._refusal is not None:
+            raise RuntimeError(
+                f"{layer}: the forward of this model needs all processes, and one process alone would wait for the "
+                "others for ever; the evidence of alarms is taken with the samples: RunRecord.open(path).evidence"
+            )
+        return self._measurement.look(layer)
+
     def nothing(self, reason: str) -> Measured:
         """The result of a measurement that failed as a whole: NaN for every head."""
         return self._measurement.nothing(reason)
@@ -180,9 +203,14 @@ class RankMeasurement:
         was_together = isinstance(self._measurement, DistributedMeasurement)
         if is_sharded(model) or was_together:
             if is_new_model or is_new_group or not was_together:
-                self._use(DistributedMeasurement(model, *self._arguments, strict=self._strict, ranks=group.ranks))
+                self._use_together(model, group)
         elif is_new_model:
-            self._use(Measurement(model, *self._arguments, strict=self._strict))
+            self._use(Measurement(model, *self._arguments, strict=self._strict, keeper=self.keeper))
+
+    def _use_together(self, model: nn.Module, group: ModelGroup) -> None:
+        """Measure with the other processes of the group from now on."""
+        arguments = (model, *self._arguments)
+        self._use(DistributedMeasurement(*arguments, strict=self._strict, ranks=group.ranks, keeper=self.keeper))
 
     def _use(self, measurement: Measurement) -> None:
         measurement.layers = self._measurement.layers  # until it is attached

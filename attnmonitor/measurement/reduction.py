@@ -8,7 +8,7 @@ computed then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction"]
+__all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction", "layer_heads"]
 
 LARGEST_BATCH = 2**27
 """Pending layers are finished once they hold this many bytes."""
@@ -79,6 +79,7 @@ class Reduction:
         strict: Raise an error in one layer; otherwise only that layer fails.
         on_host: Have the eigenproblems of tensors on a GPU solved by the host's cores.
         takes: Whether a layer, by its name, is reduced here; other processes reduce the others.
+        keep: Called with each attention, and with the copy of its queries and keys where it is reduced here.
 
     Attributes:
         layers: What is known of each layer.
@@ -94,6 +95,7 @@ class Reduction:
         strict: bool = False,
         on_host: bool = False,
         takes: Callable[[str], bool] = lambda layer: True,
+        keep: Callable[[AttentionCall, LayerHeads | None], None] = lambda call, heads: None,
     ) -> None:
         self._metrics = metrics
         self._summaries = summaries_of(metrics)
@@ -101,6 +103,7 @@ class Reduction:
         self._strict = strict
         self._on_host = on_host
         self._takes = takes
+        self._keep = keep
         self._solver: HostSolver[None] | None = None
         self._pending: dict[str, LayerHeads] = {}
         self.layers: dict[str, ReducedLayer] = {}
@@ -109,10 +112,12 @@ class Reduction:
 
     def take(self, call: AttentionCall) -> None:
         """Reduce one layer's attention; its queries and keys can be freed afterwards."""
-        if not self._takes(call.layer):
-            return
-        with self._contained(call.layer):
-            self.layers[call.layer], self._pending[call.layer] = self._reduced(call), self._heads(call)
+        heads = None
+        if self._takes(call.layer):
+            with self._contained(call.layer):
+                self.layers[call.layer], heads = self._reduced(call), layer_heads(call, self._summaries)
+                self._pending[call.layer] = heads
+        self._keep(call, heads)
         if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
             self._start()
 
@@ -195,16 +200,17 @@ class Reduction:
         num_keys = num_positions(call.key, call.key_mask)
         return ReducedLayer(coverage, call.precision, call.error, num_keys, at_once, call.gained_bias)
 
-    def _heads(self, call: AttentionCall) -> LayerHeads:
-        """A copy of a layer's queries and keys; only of those that a metric needs.
 
-        A copy, because the model may overwrite them after its attention.
-        """
-        query: Tensor | QueryGram | None = None
-        if not FROM_QUERIES.isdisjoint(self._summaries):
-            # The cores need the query heads that share a key head side by side.
-            query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
-            # On a GPU the Gram matrix is in float64, and the queries are not read again.
-            query = query.clone() if query.device.type == "cpu" else query_gram(query, call.query_mask)
-        key = None if FROM_KEYS.isdisjoint(self._summaries) else call.key.clone()
-        return LayerHeads(query, key, call.scale, call.key_mask, call.query_mask)
+def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:
+    """A copy of a layer's queries and keys; only of those that one of the summaries needs.
+
+    A copy, because the model may overwrite them after its attention.
+    """
+    query: Tensor | QueryGram | None = None
+    if not FROM_QUERIES.isdisjoint(summaries):
+        # The cores need the query heads that share a key head side by side.
+        query = _regrouped(call.query, call.query.shape[1] // call.key.shape[1]) if call.tiled else call.query
+        # On a GPU the Gram matrix is in float64, and the queries are not read again.
+        query = query.clone() if query.device.type == "cpu" else query_gram(query, call.query_mask)
+    key = None if FROM_KEYS.isdisjoint(summaries) else call.key.clone()
+    return LayerHeads(query, key, call.scale, call.key_mask, call.query_mask)

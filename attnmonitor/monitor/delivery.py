@@ -116,7 +116,7 @@ class Delivery:
         with self._failures.contained("record"):
             self._write(sample, describe)
         with self._failures.contained("logging of alerts"):
-            log_events(sample.events, sample.firing, sample.coverage)
+            log_events(sample.events, sample.firing, sample.coverage, sample.evidence)
         for logger in self._loggers:
             with self._failures.contained(type(logger).__name__):
                 logger.log_sample(sample)

@@ -20,8 +20,10 @@ from attnmonitor.alerts.actions import Action, check_actions
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import NoMeasurement, RankMeasurement
+from attnmonitor.measurement.tokens import ProbeTokens, checked_decode
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
+from attnmonitor.monitor.evidence import EvidenceTaker
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_requests_of
 from attnmonitor.monitor.sampling import MonitorSampling
@@ -71,6 +73,8 @@ class AttentionMonitor(MonitorSampling):
         actions: What to do when an alert begins or becomes critical: maps a rule's name, a fault kind or
             ``"critical"`` to ``"stop"``, ``"checkpoint"`` or a function ``action(event, sample)``, or several of
             them. Requests reach the training loop in ``sample.requests``; the adapters carry them out.
+        decode: A tokenizer, or a function from a token id to its text: names the tokens at the key positions that
+            stand out when a head alarms, where the probe holds token ids.
 
     A copy of a monitor, as EMA or pickle of what holds it makes one, is closed: it has the results, but no model,
     record or loggers, and takes no samples.
@@ -118,6 +122,7 @@ class AttentionMonitor(MonitorSampling):
         packed: str = "documents",
         weights_every: int = 10,
         actions: Mapping[str, Action | Sequence[Action]] | None = None,
+        decode: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model={type(model).__name__} is not a torch.nn.Module")
@@ -132,10 +137,12 @@ class AttentionMonitor(MonitorSampling):
         with default_torch_state():
             self._alerts = alerts_on(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
+        tokens = ProbeTokens(checked_decode(decode))
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks, packed=packed)
         self._measurement = RankMeasurement(self.model, self.probe, self._metrics, strict=strict)
         self._failures = Failures(name, strict=strict, silent=not self._measurement.is_main)
+        self._evidence = EvidenceTaker(self.probe, tokens, self._failures.contained)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
         self._late: LateSample | None = None
         self._log = TrainingLog()
@@ -292,6 +299,7 @@ class AttentionMonitor(MonitorSampling):
             "history": self.history.state_dict(),
             "logged": self._log.state_dict(),
             "alerts": self._alerts.state_dict(),
+            "evidence": self._evidence.num_taken,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,6 +327,7 @@ class AttentionMonitor(MonitorSampling):
             return
         self._failures.count = state["failures"]
         self.summary.load_state_dict(state.get("summary", state))  # older states hold the counts themselves
+        self._evidence.num_taken = state.get("evidence", 0)
         self._delivery.continue_record(state["record"])
         changed = [
             f"{what} was {state[key]}, is {self._identity[key]}"
@@ -355,6 +364,7 @@ class AttentionMonitor(MonitorSampling):
             "_late": None,
         }
         results["probe"] = self.probe.batch_only()
+        results["_evidence"] = self._evidence.without_decoder(results["probe"])
         return object.__new__, (type(self),), results
 
     def __enter__(self) -> Self:

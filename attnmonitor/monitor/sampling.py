@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from attnmonitor.alerts.actions import Actions, requests_of
 from attnmonitor.alerts.channels import judged_values
 from attnmonitor.measurement import Measured
-from attnmonitor.measurement.quiet import default_torch_state
+from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import RankMeasurement
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
+from attnmonitor.monitor.evidence import EvidenceTaker, check_head
 from attnmonitor.monitor.late import LateSample
 from attnmonitor.monitor.schedules import whole_number
 from attnmonitor.monitor.views import MonitorViews
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.record.history import History
-from attnmonitor.sample import AlertEvent, ByLayer, LayerCoverage, Sample
+from attnmonitor.sample import AlertEvent, ByLayer, HeadEvidence, LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.verdict import verdict
 
@@ -42,6 +43,7 @@ class MonitorSampling(MonitorViews):
     last_sample: Sample | None
     describe: Callable[[], dict[str, Any]]
     _actions: Actions
+    _evidence: EvidenceTaker
     _begin_with: Callable[[Mapping[str, LayerCoverage]], None]
     _last_sample_ended: float
     _late: LateSample | None
@@ -75,7 +77,7 @@ class MonitorSampling(MonitorViews):
         started = clock.now()
         with_weights = self.summary.num_samples % self._weights_every == 0
         measure = self._measurement.begin if may_be_late else self._measurement.take
-        begun, failure = self._or_nothing(lambda: measure(with_weights=with_weights))
+        begun, failure = self._or_nothing(lambda: self._kept(lambda: measure(with_weights=with_weights)))
         seconds = clock.passed(started, clock.now())
         if isinstance(begun, Unfinished):
             self._late = LateSample(global_step, begun, seconds)
@@ -106,9 +108,16 @@ class MonitorSampling(MonitorViews):
             self.summary.add(sample)
             return sample
         events: list[AlertEvent] = []
+        fired_before = {alarm.key for alarm in self._alerts.firing}
         with self._failures.contained("alerts"), default_torch_state():
             judged = judged_values(measured.trusted_values(), measured.coverage)
             events = self._alerts.observe(judged, global_step)
+        began = [event for event in events if event.state == "firing" and event.key not in fired_before]
+        evidence: list[HeadEvidence] = []
+        with self._failures.contained("evidence"), default_torch_state():
+            keeper = self._measurement.keeper
+            evidence = self._evidence.take(keeper, self._alerts, began, measured.coverage, global_step)
+        self._measurement.keeper.drop()
         ended = clock.now()
         seconds += clock.passed(started, ended)
         overhead = clock.share(seconds, clock.passed(self._last_sample_ended, ended))
@@ -126,6 +135,7 @@ class MonitorSampling(MonitorViews):
             failure=failure,
             requests=requests_of(events, self._actions),
             name=self.name,
+            evidence=evidence,
         )
         return self._hand_out(sample)
 
@@ -140,11 +150,38 @@ class MonitorSampling(MonitorViews):
         self._delivery.deliver(sample, self.history, self.describe)
         return sample
 
+    def _kept(self, measure: Callable[[], T]) -> T:
+        """Measure, and keep what the evidence of an alarm would be taken from."""
+        wanted = self._evidence.wanted(self._alerts, self._measurement.layers) if self._measurement.is_main else None
+        if wanted is None:
+            return measure()
+        with self._measurement.keeper.keeping(wanted):
+            return measure()
+
+    @not_compiled
+    def inspect(self, layer: str, head: int, *, scope: Literal["query_head", "kv_head"] = "query_head") -> HeadEvidence:
+        """Return what a head does now, as it is kept for every alarm: runs the probe once, on this process.
+
+        Args:
+            layer: Name of the layer.
+            head: Index of the head.
+            scope: Whether ``head`` counts query heads or KV heads.
+
+        Raises:
+            ValueError: There is no such layer or head, or the layer is not measured.
+            RuntimeError: Another process measures, the forward needs several processes, or it fails.
+        """
+        check_head(self.coverage, layer, head, scope)
+        with default_torch_state():
+            kept = self._measurement.look(layer)
+            return self._evidence.look(kept, layer, scope, head, self.coverage, max(0, self.global_step))
+
     def _or_nothing(self, measure: Callable[[], T]) -> tuple[T | Measured, str | None]:
         """Measure; return NaN for every head and the reason if that fails."""
         try:
             return measure(), None
         except Exception as error:
+            self._measurement.keeper.drop()
             if self.strict:
                 raise
             if isinstance(error, MissingProcessError):

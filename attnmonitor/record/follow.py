@@ -15,8 +15,8 @@ from typing import Any
 
 from attnmonitor.record.connections import lock_file, reading
 from attnmonitor.record.reader import RunRecord
-from attnmonitor.record.rows import typed
 from attnmonitor.record.schema import RecordError
+from attnmonitor.record.texts import typed
 
 __all__ = ["FollowedRecord"]
 

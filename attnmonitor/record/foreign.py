@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attnmonitor.record.schema import ADDED, LOG_TABLE, TABLES, RecordError, check_pages, is_older
+from attnmonitor.record.schema import (
+    ADDED,
+    EVIDENCE_TABLE,
+    LOG_TABLE,
+    OPTIONAL_TABLES,
+    TABLES,
+    RecordError,
+    check_pages,
+    is_older,
+)
 
 __all__ = ["check_tables", "check_undamaged", "content_checked", "restrict", "time_limit"]
 
@@ -81,7 +90,7 @@ def check_tables(db: sqlite3.Connection, path: Path) -> None:
     lacks = ADDED if is_older(db) else {}
     for table, columns in _EXPECTED_COLUMNS.items():
         present = columns - set(lacks.get(table, ()))
-        if found.get(table, present if table == "logged" else None) != present:
+        if found.get(table, present if table in OPTIONAL_TABLES else None) != present:
             raise RecordError(
                 f"{path}: not a record: its table {table!r} is missing or has other columns than a record has"
             )
@@ -134,7 +143,7 @@ def _columns(db: sqlite3.Connection) -> dict[str, set[str]]:
 def _columns_of_a_record() -> dict[str, set[str]]:
     db = sqlite3.connect(":memory:")
     try:
-        db.executescript(TABLES + LOG_TABLE)
+        db.executescript(TABLES + LOG_TABLE + EVIDENCE_TABLE)
         return _columns(db)
     finally:
         db.close()

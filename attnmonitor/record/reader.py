@@ -19,20 +19,20 @@ from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
 from attnmonitor.record.counts import RunCounts, RunState
+from attnmonitor.record.evidence import decode_evidence, evidence_rows
 from attnmonitor.record.foreign import content_checked
 from attnmonitor.record.rows import (
     add_heads,
     decode_coverage,
     decode_event,
     decode_firing,
-    decode_json,
     decode_layout,
     decode_values,
-    typed,
 )
 from attnmonitor.record.schema import columns_of
+from attnmonitor.record.texts import decode_json, typed
 from attnmonitor.record.training_log import Curve, curves_of
-from attnmonitor.sample import AlertEvent, LayerCoverage, still_firing, worst_first
+from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, still_firing, worst_first
 
 if TYPE_CHECKING:
     import pandas
@@ -174,6 +174,12 @@ class RunRecord:
         A record of version 0.2 or before does not have the values now and at the worst: there they are NaN.
         """
         return worst_first(replace(alarm, **self._courses.get(alarm.key, {})) for alarm in still_firing(self.events))
+
+    @property
+    def evidence(self) -> list[HeadEvidence]:
+        """What the heads did whose alarms began, in order of time: the first 200; empty in records without it."""
+        with reading(self.path) as db:
+            return [decode_evidence(row) for row in evidence_rows(db)]
 
     @property
     def counts(self) -> RunCounts:

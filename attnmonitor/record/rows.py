@@ -6,7 +6,6 @@ as a *layout*, not per sample. Spreads matter to two digits only, so they are ke
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnmonitor.record.evidence import EncodedEvidence, encode_evidence, insert_evidence
 from attnmonitor.record.schema import ALARM_FIELDS, EVENT_COLUMNS
-from attnmonitor.record.texts import json_of, plain, storable
+from attnmonitor.record.texts import decode_json, json_of, plain, storable, typed
 from attnmonitor.sample import AlarmKey, AlertEvent, LayerCoverage, Sample
 
 __all__ = [
@@ -29,13 +29,11 @@ __all__ = [
     "decode_coverage",
     "decode_event",
     "decode_firing",
-    "decode_json",
     "decode_layout",
     "decode_values",
     "encode",
     "insert",
     "insert_logged",
-    "typed",
     "utc_now",
 ]
 
@@ -65,6 +63,7 @@ class EncodedSample:
     events: list[tuple[Any, ...]]
     firing: str
     coverage: str
+    evidence: list[EncodedEvidence]
 
 
 def encode(sample: Sample) -> EncodedSample:
@@ -90,6 +89,7 @@ def encode(sample: Sample) -> EncodedSample:
         events=[tuple(map(_stored, astuple(event))) for event in sample.events],
         firing=json_of([[getattr(alarm, name) for name in ALARM_FIELDS] for alarm in sample.firing]),
         coverage=json_of([vars(entry) for entry in sample.coverage.values()]),
+        evidence=[encode_evidence(evidence) for evidence in sample.evidence],
     )
 
 
@@ -110,6 +110,7 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
     names, slots = ", ".join(EVENT_COLUMNS), ", ".join("?" * len(EVENT_COLUMNS))
     events = [(sample_id, *event) for event in sample.events]
     db.executemany(f"INSERT INTO event (sample_id, {names}) VALUES (?, {slots})", events)
+    insert_evidence(db, sample_id, sample.evidence)
     db.execute("UPDATE segment SET firing = ?1 WHERE id = ?2 AND firing <> ?1", (sample.firing, segment_id))
     if sample.coverage != "[]":
         db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
@@ -139,11 +140,6 @@ def _blob(tensors: Iterable[Tensor], dtype: torch.dtype) -> bytes:
 def utc_now() -> str:
     """Return the present time in ISO format, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-def decode_json(text: Any) -> Any:
-    """Return what a JSON text holds, `plain`."""
-    return plain(json.loads(typed(text, str)))
 
 
 def decode_coverage(text: Any) -> dict[str, LayerCoverage]:
@@ -209,17 +205,6 @@ def decode_layout(text: Any) -> list[tuple[str, int]]:
     if any(num_heads < 0 for _, num_heads in layout) or sum(num_heads for _, num_heads in layout) > _MAX_COUNT:
         raise ValueError(f"a layout of {sum(num_heads for _, num_heads in layout)} heads")
     return layout
-
-
-def typed(value: Any, *kinds: type) -> Any:
-    """Return ``value`` if it is of one of these types.
-
-    Raises:
-        TypeError: It is not; a bool is no int.
-    """
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeError(f"{value!r:.40} where {' or '.join(kind.__name__ for kind in kinds)} belongs")
-    return value
 
 
 def _checked(entry: _Entry) -> _Entry:

@@ -14,7 +14,9 @@ __all__ = [
     "APPLICATION_ID",
     "BUSY_TIMEOUT_SECONDS",
     "EVENT_COLUMNS",
+    "EVIDENCE_TABLE",
     "LOG_TABLE",
+    "OPTIONAL_TABLES",
     "SCHEMA_VERSION",
     "TABLES",
     "RecordError",
@@ -61,6 +63,15 @@ LOG_TABLE = """
 CREATE TABLE IF NOT EXISTS logged (
     segment_id INTEGER NOT NULL REFERENCES segment, global_step INTEGER NOT NULL, name TEXT NOT NULL, value REAL);
 """
+
+EVIDENCE_TABLE = """
+CREATE TABLE IF NOT EXISTS evidence (
+    sample_id INTEGER NOT NULL REFERENCES sample, rule TEXT NOT NULL, layer TEXT NOT NULL, scope TEXT NOT NULL,
+    head INTEGER NOT NULL, content TEXT NOT NULL);
+"""
+"""Created with the first alarm: most records need none."""
+
+OPTIONAL_TABLES = ("logged", "evidence")
 
 
 class RecordError(ValueError):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["json_of", "plain", "storable"]
+__all__ = ["decode_json", "json_of", "plain", "storable", "typed"]
 
 _MAX_TEXT = 20_000  # characters: a text beyond it is cut in the middle
 _MAX_DEPTH = 12
@@ -52,6 +52,22 @@ def plain(value: Any, depth: int = 0) -> Any:
 def json_of(value: Any) -> str:
     """Return ``value``, made `plain`, as JSON."""
     return json.dumps(plain(value))
+
+
+def decode_json(text: Any) -> Any:
+    """Return what a JSON text holds, `plain`."""
+    return plain(json.loads(typed(text, str)))
+
+
+def typed(value: Any, *kinds: type) -> Any:
+    """Return ``value`` if it is of one of these types.
+
+    Raises:
+        TypeError: It is not; a bool is no int.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{value!r:.40} where {' or '.join(kind.__name__ for kind in kinds)} belongs")
+    return value
 
 
 def _text_of(value: object) -> str:

@@ -133,7 +133,7 @@ def test_what_does_not_exist_is_found(tmp_path: Path) -> None:
     page.write_text(
         "[a](other.md) [b](other.md#memory-of-q-and-k) [c](https://example.org/x) [d](#here)\n## Here\n"
         "[e](gone.md) [f](other.md#gone) [g](#gone)\n```\n[h](gone.py)\n```\n"
-        "`sample.py` `capture/mode.py` `alerts/` `capture/gone.py` `nowhere/`\n"
+        "`messages.py` `capture/mode.py` `alerts/` `capture/gone.py` `nowhere/`\n"
         "attnmonitor.alerts.Rule attnmonitor.alerts.Gone attnmonitor.gone\n"
         "python -m benchmarks.detection and python -m benchmarks.gone and python examples/gone.py\n"
     )

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from attnmonitor.messages import did_you_mean
+from attnmonitor.sample.evidence import HeadEvidence
 
 __all__ = [
     "AlarmKey",
@@ -213,6 +214,7 @@ class Sample:
         requests: What alerts request of the training loop, by the monitor's ``actions``: ``"stop"``, ``"checkpoint"``.
         verdict: State of the run so far, in one line for people.
         name: Name of the monitor, the middle part of its keys ``attention/<name>/…``; None without one.
+        evidence: What the heads did whose alarms began with this sample, the worst first.
     """
 
     global_step: int
@@ -228,6 +230,7 @@ class Sample:
     requests: tuple[str, ...] = ()
     verdict: str = ""
     name: str | None = None
+    evidence: list[HeadEvidence] = field(default_factory=list)
 
 
 def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:

@@ -1,0 +1,36 @@
+"""The plain records of one sample: values, coverage, alert events, and the evidence of a head at its alarm."""
+
+from attnmonitor.sample.evidence import HeadEvidence, Position
+from attnmonitor.sample.records import (
+    AlarmKey,
+    AlertEvent,
+    ByLayer,
+    LayerCoverage,
+    Sample,
+    Scope,
+    head_name,
+    heads_concerned,
+    scope_noun,
+    scoped_head_name,
+    severity_order,
+    still_firing,
+    worst_first,
+)
+
+__all__ = [
+    "AlarmKey",
+    "AlertEvent",
+    "ByLayer",
+    "HeadEvidence",
+    "LayerCoverage",
+    "Position",
+    "Sample",
+    "Scope",
+    "head_name",
+    "heads_concerned",
+    "scope_noun",
+    "scoped_head_name",
+    "severity_order",
+    "still_firing",
+    "worst_first",
+]
