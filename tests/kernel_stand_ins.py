@@ -67,7 +67,17 @@ FLASH_2 = [flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func,
 
 
 def flash_3_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip # noqa: E501
-    return dense(q, k, v, softmax_scale, causal, window_size, softcap, None)
+    chunks = torch.arange(k.shape[1]) // attention_chunk if attention_chunk else torch.zeros(k.shape[1])
+    bias = torch.zeros(k.shape[1], k.shape[1]).masked_fill(chunks[:, None] != chunks, -torch.inf)
+    return dense(q, k, v, softmax_scale, causal, window_size, softcap, None, bias)
+
+
+def flash_3_qkvpacked(qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False):  # fmt: skip # noqa: E501
+    if qkv.dim() == 5:
+        return dense(*qkv.unbind(-3), softmax_scale, causal, window_size, softcap, None)
+    num_kv_heads = (qkv.shape[2] - num_heads_q) // 2
+    sizes = (num_heads_q, num_kv_heads, num_kv_heads)
+    return dense(*qkv.split(sizes, dim=2), softmax_scale, causal, window_size, softcap, None)
 
 
 def flash_3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip # noqa: E501
@@ -104,12 +114,41 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_a
     return packed(query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, 0.0, None)
 
 
+# Operators that libraries register with torch, in both orders of axes.
+
+
+@torch.library.custom_op("attnmonitor_stand_ins::attention", mutates_args=())
+def registered(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    return dense(q, k, v, softmax_scale, causal, (-1, -1), 0.0, None)
+
+
+@torch.library.custom_op("attnmonitor_stand_ins::heads_first_attention", mutates_args=())
+def registered_heads_first(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return dense(q, k, v, None, is_causal, (-1, -1), 0.0, None).transpose(1, 2).contiguous()
+
+
+def heads_last(operator, *operands, **options):
+    """Call an operator of ``(B, H, L, d)`` with operands ``(B, L, H, d)``."""
+    output = operator(*(x.transpose(1, 2) for x in operands), **options)
+    return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+
+@torch.library.custom_op("attnmonitor_stand_ins::linear_attention", mutates_args=())
+def registered_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bihd,bjhd,bjhe->bihe", q, k, v)
+
+
 @contextmanager
 def installed() -> Iterator[None]:
     """Put the stand-ins where the libraries would be."""
     contents = {
         "flash_attn": {each.__name__: each for each in FLASH_2},
-        "flash_attn_interface": {"flash_attn_func": flash_3_func, "flash_attn_varlen_func": flash_3_varlen},
+        "flash_attn_interface": {
+            "flash_attn_func": flash_3_func,
+            "flash_attn_varlen_func": flash_3_varlen,
+            "flash_attn_qkvpacked_func": flash_3_qkvpacked,
+        },
         "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
         "torch.nn.attention.varlen": {"varlen_attn": varlen_attn},
     }

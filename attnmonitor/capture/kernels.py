@@ -26,7 +26,7 @@ from attnmonitor.capture.fused import attend, mask_step, mask_visibility
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
-__all__ = ["KERNELS", "KernelCall", "read_kernel_call", "watched_call", "watched_functions"]
+__all__ = ["KERNELS", "KernelCall", "read_kernel_call", "read_named_call", "watched_call", "watched_functions"]
 
 _FLASH = ("func", "varlen_func", "qkvpacked_func", "kvpacked_func", "varlen_qkvpacked_func", "varlen_kvpacked_func")
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -38,6 +38,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "torch.nn.attention.varlen": ("varlen_attn",),
 }
 """The known functions of each module."""
+
+_UNREAD = ("qv", "seqused_q", "seqused_k", "block_table", "page_table")
+"""Arguments that change what is computed in ways that are not read."""
 
 _watching: dict[int, list[Callable[..., Any]]] = {}
 """The functions that watch kernels, of each thread."""
@@ -126,33 +129,56 @@ def read_kernel_call(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     """
     given = inspect.signature(kernel).bind(*args, **kwargs)
     given.apply_defaults()
-    named = given.arguments
+    return read_named_call(given.arguments)
+
+
+def read_named_call(named: Mapping[str, Any], *, heads_first: bool = False) -> KernelCall:
+    """Return what a kernel computes, from its arguments by name.
+
+    Args:
+        named: The arguments.
+        heads_first: Whether operands of four axes are ``(B, H, L, d)``, not ``(B, L, H, d)``.
+
+    Raises:
+        ValueError: The call has a form that cannot be read; the message says which.
+    """
     query, key, value = _operands(named)
     if query.dim() not in (3, 4):
         raise ValueError(f"queries of shape {tuple(query.shape)}")
+    for name in _UNREAD:
+        if named.get(name) is not None:
+            raise ValueError(f"it was called with {name}")
     is_packed = query.dim() == 3 and _first(named, "cu_seqlens_q", "cu_seqlens", "cu_seq_q") is not None
     new_axis = 0 if is_packed else 2  # (T, H, d) is one row; xformers takes (B, L, d) for one head
 
     def by_head(x: Tensor) -> Tensor:
+        if heads_first:
+            return x
         return (x if x.dim() == 4 else x.unsqueeze(new_axis)).transpose(1, 2)
 
     def as_output(x: Tensor, rows: Tensor) -> Tensor:
+        if heads_first:
+            return x
         x = x.transpose(1, 2)
         return x if query.dim() == 4 else x.squeeze(new_axis)
 
     q, k, v = (by_head(x) for x in (query, key, value))
-    scale = _first(named, "softmax_scale", "scale")
+    scale = _first(named, "softmax_scale", "scale", "sm_scale", "scaling")
     attention = Attention(q, k, q.shape[-1] ** -0.5 if scale is None else scale, value=v, heads_of=by_head)
     attention.exact = not _first(named, "dropout_p", "p")
     places = _places(named, q, k, is_packed=is_packed)
     _add_terms(attention, named, places)
     attention.after += [attend(v), Step(as_output)]
     sources = _first(named, "q", "query", "qkv"), _first(named, "k", "key", "kv", "qkv")
-    return KernelCall(attention, sources, 0 if is_packed else 1)
+    return KernelCall(attention, sources, 2 if heads_first else 0 if is_packed else 1)
 
 
 def _first(named: Mapping[str, Any], *names: str) -> Any:
     return next((named[name] for name in names if named.get(name) is not None), None)
+
+
+def _bias(named: Mapping[str, Any]) -> Any:
+    return _first(named, "attn_bias", "attn_mask", "mask", "bias")
 
 
 def _operands(named: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +214,7 @@ class _Places:
 
 def _places(named: Mapping[str, Any], query: Tensor, key: Tensor, *, is_packed: bool) -> _Places:
     rows, columns = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
-    bias: Any = named.get("attn_bias")
+    bias = _bias(named)
     ours = theirs = None
     if is_packed:
         ours = _first(named, "cu_seqlens_q", "cu_seqlens", "cu_seq_q")
@@ -217,7 +243,7 @@ def _documents(ours: Tensor, theirs: Tensor) -> Documents:
 
 def _add_terms(attention: Attention, named: Mapping[str, Any], places: _Places) -> None:
     """Add what acts on the logits of a call: soft-cap, ALiBi, bias and what is hidden."""
-    softcap, slopes, bias = (named.get(name) for name in ("softcap", "alibi_slopes", "attn_bias"))
+    softcap, slopes, bias = named.get("softcap"), named.get("alibi_slopes"), _bias(named)
     if softcap:
         attention.nonlinear.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
         attention.outside.add("softcap")
@@ -231,6 +257,7 @@ def _add_terms(attention: Attention, named: Mapping[str, Any], places: _Places) 
         attention.visible.extend(mask_visibility(bias, attention.key))
         attention.masked_by, attention.has_added = (bias,), True
     left, right = _window(named, places)
+    chunk = named.get("attention_chunk") or 0
 
     def hide(x: Tensor, rows: Tensor) -> Tensor:
         ahead = places.keys - places.queries[rows][:, None]  # how far a key stands after the query
@@ -239,6 +266,8 @@ def _add_terms(attention: Attention, named: Mapping[str, Any], places: _Places) 
             hidden = hidden | (ahead > right)
         if left is not None:
             hidden = hidden | (ahead < -left)
+        if chunk:
+            hidden = hidden | (places.keys // chunk != places.queries[rows][:, None] // chunk)
         if places.packed is not None:
             hidden = hidden | (places.packed[0][rows][:, None] != places.packed[1])
         return x.masked_fill(hidden, -torch.inf)
@@ -251,9 +280,9 @@ def _add_terms(attention: Attention, named: Mapping[str, Any], places: _Places) 
 def _window(named: Mapping[str, Any], places: _Places) -> tuple[int | None, int | None]:
     """Return how many keys before and after its own position a query sees; None for all."""
     left, right = (None if side is None or side < 0 else int(side) for side in named.get("window_size") or (-1, -1))
-    bias = named.get("attn_bias")
+    bias = _bias(named)
     kind = "" if bias is None or isinstance(bias, Tensor) else type(bias).__name__
-    if named.get("causal") or "Causal" in kind or "LowerTriangular" in kind:
+    if _first(named, "causal", "is_causal") or "Causal" in kind or "LowerTriangular" in kind:
         right = 0
     elif kind and places.packed is None:
         raise ValueError(f"attn_bias is a {kind}")

@@ -60,6 +60,7 @@ class Layout:
         reach_back: How many earlier positions a query sees at most, None for all or where it does not apply.
         reach_ahead: The same of later positions.
         remarks: What stands out in its queries, keys and weights.
+        in_turns: Whether its code loops over its positions, so that its sequences come one after the other.
         positions: Sequences and keys of the forward in which this was found.
         output_at: Where its output meets a weight; None where that was not looked for.
     """
@@ -77,6 +78,7 @@ class Layout:
     reach_back: int | None = None
     reach_ahead: int | None = None
     remarks: tuple[str, ...] = ()
+    in_turns: bool = False
     positions: tuple[int, int] = (0, 0)
     output_at: OutputPlace | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnmonitor.capture.ancestry import Ancestries, Ancestry, same_sequence
+from attnmonitor.capture.ancestry import Ancestries, same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
+from attnmonitor.capture.findings import Findings
 from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
-from attnmonitor.capture.kernels import read_kernel_call
-from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
+from attnmonitor.capture.kernels import KernelCall, read_kernel_call
+from attnmonitor.capture.layout import Layouts
 from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
+from attnmonitor.capture.operators import is_attention_operator, read_operator_call
+from attnmonitor.capture.parts import Turn, is_turn, joined, num_positions
 from attnmonitor.capture.tracing.repeats import Repeats
 from attnmonitor.capture.tracing.trace import ByHead, Trace, as_attention
 from attnmonitor.capture.tracing.tracer import Tracer
@@ -47,15 +51,15 @@ class AttentionMode(TorchFunctionMode):
         self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: Layouts, *, packed: str
     ) -> None:
         super().__init__()
-        self.frames = Frames(model, self._note_inputs)
+        self.frames = Frames(model, self._note_inputs, self._take_turns)
         self._ancestries = None if layouts else Ancestries(model, self.frames.suspect)
         self.report = CaptureReport()
         self._emit = emit
         self._layouts = layouts
-        self._packed = packed
+        self._findings = Findings(layouts, self.frames, self._ancestries, packed)
         self._calls: Counter[str] = Counter()
         self._failures: dict[str, str] = {}
-        self._positions: dict[str, tuple[Ancestry | None, Tensor | None]] = {}
+        self._num_seen = 0
         self._inside_mha = False
         self._paused = False
         self._emitting = False
@@ -118,6 +122,8 @@ class AttentionMode(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", "")
         if name.endswith("_") and not name.startswith("_") and name[:-1] in self._observers:
             name = name[:-1]
+        if name not in self._observers and is_attention_operator(func):
+            return name, [self._observe_operator]
         return name, self._observers.get(name, [])
 
     def _run_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,6 +183,17 @@ class AttentionMode(TorchFunctionMode):
         attention.operands_in = output.dtype
         self._found(layer, frame, attention, "sdpa", output, -2, made_of)
 
+    def _observe_operator(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        result = output[0] if isinstance(output, tuple) else output
+        self._paused = True
+        try:
+            call = read_operator_call(func, args, kwargs, result)
+        finally:
+            self._paused = False
+        self._found_kernel(call, result)
+
     def _made_of(self, query: Tensor, key: Tensor) -> MadeOf | None:
         if self._ancestries is None:
             return None
@@ -220,9 +237,9 @@ class AttentionMode(TorchFunctionMode):
 
     def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an attention function of transformers, and record its arguments if no attention was found inside it."""
-        seen = self._calls.total()
+        seen = self._num_seen
         result = kernel(*args, **kwargs)
-        if self._calls.total() == seen:
+        if self._num_seen == seen:
             self._attempt("an attention kernel", self._record_kernel, result[0], args, kwargs)
         return result
 
@@ -248,14 +265,16 @@ class AttentionMode(TorchFunctionMode):
     def _record_function(
         self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        layer, frame = self.frames.current_layer()
         call = read_kernel_call(kernel, args, kwargs)
+        self._found_kernel(call, result[0] if isinstance(result, tuple) else result)
+
+    def _found_kernel(self, call: KernelCall, output: Tensor) -> None:
+        layer, frame = self.frames.current_layer()
         made_of = None
         if self._ancestries is not None:
             of_query, of_key = (self._ancestries.of(x) for x in call.operands)
             made_of = MadeOf(of_query, of_key, (None,) * 4)
         attention = with_lead(call.attention, usual_lead(call.attention.query.shape[:2]))
-        output = result[0] if isinstance(result, tuple) else result
         self._found(layer, frame, attention, "kernel", output, call.row_axis, made_of)
 
     def _name_of_next(self, name: str) -> str:
@@ -269,6 +288,7 @@ class AttentionMode(TorchFunctionMode):
         return next_name
 
     def _missed(self, name: str, reason: str) -> None:
+        self._num_seen += 1
         self.report.missed[self._next_name(name)] = reason
 
     def _found(
@@ -286,17 +306,53 @@ class AttentionMode(TorchFunctionMode):
             self._ancestries.attend(output, made_of.query)
         if how != "explicit" and self.frames.has_explicit_record():
             return
+        self._num_seen += 1
+        turn = Turn(attention, how, output if attention.exact else None, row_axis, made_of)
+        if frame is not None and self._is_turn(name, turn, frame):
+            frame.turns.append(turn)
+            left = num_positions(frame) - sum(len(x.query) * x.query.shape[-2] for x in frame.attentions())
+            if left <= 0:
+                self._take_turns(frame, complete=left == 0)
+            return
+        self._take(name, frame, [turn])
+
+    def _is_turn(self, name: str, turn: Turn, frame: Frame) -> bool:
+        """Return whether an attention is one of several of a module that are sequences of one layer."""
+        known, made_of = self._layouts.get(self._name_of_next(name)), turn.made_of
+        if known is not None:
+            return known.in_turns and is_turn(turn.attention, frame)
+        if made_of is None or same_sequence(made_of.query, made_of.key) is False or not is_turn(turn.attention, frame):
+            return False
+        return all(x.query.shape[1::2] == turn.attention.query.shape[1::2] for x in frame.attentions())
+
+    def _take_turns(self, frame: Frame, *, complete: bool = False) -> None:
+        """Take what a module computed in turns: as one layer if they have all positions, else each by itself."""
+        turns, frame.turns = frame.turns, []
+        together = complete and len({turn.attention.scale for turn in turns}) == 1
+        for each in [turns] if together else [[turn] for turn in turns]:
+            self._take(frame.name, frame, each)
+
+    def _take(self, name: str, frame: Frame | None, turns: Sequence[Turn]) -> None:
+        """Verify and emit one layer."""
         if frame is not None:
-            frame.recorded_by, frame.num_found = how, frame.num_found + 1
+            frame.recorded_by, frame.num_found = turns[0].how, frame.num_found + 1
         layer = self._next_name(name)
         self._paused = True
         try:
-            exact = output if attention.exact else None
-            call, rows = self._verified(layer, frame, attention, how, exact, row_axis, made_of)
+            found = [self._verified(layer, frame, turn) for turn in turns]
+            call, rows = found[0]
+            if len(turns) > 1:
+                call = joined(
+                    [call for call, _ in found],
+                    [turn.attention.output_rows(turn.output, turn.row_axis) for turn in turns],
+                )
+                self._layouts[layer] = replace(self._layouts[layer], in_turns=True)
             self._emitting = True
             self._emit(call)
             self._emitting = False
-            self._written.expect(layer, call.when_written, call.rows.output, rows, attention.query.shape[-2])
+            if len(turns) == 1:
+                length = turns[0].attention.query.shape[-2]
+                self._written.expect(layer, call.when_written, call.rows.output, rows, length)
         except Exception as error:
             if self._emitting:
                 raise
@@ -304,25 +360,12 @@ class AttentionMode(TorchFunctionMode):
         finally:
             self._paused = False
 
-    def _verified(
-        self,
-        layer: str,
-        frame: Frame | None,
-        attention: Attention,
-        how: str,
-        output: Tensor | None,
-        row_axis: int,
-        made_of: MadeOf | None,
-    ) -> tuple[AttentionCall, RebuiltRows]:
+    def _verified(self, layer: str, frame: Frame | None, turn: Turn) -> tuple[AttentionCall, RebuiltRows]:
         """Return the record of an attention, and its rebuilt rows as they are before documents are cut."""
-        layout = self._layouts.get(layer)
-        if layout is None or not layout.fits(attention):
-            layout = self._layouts[layer] = self._examined(layer, frame, attention, made_of)
-        key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
-        query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
-        query_mask = fitting_mask(query_mask, attention, may_append=self._inside_mha and layout.is_self)
-        if layout.is_self:
-            self._positions[layer] = (None if made_of is None else made_of.query, key_mask)
+        attention, how, output, row_axis = turn.attention, turn.how, turn.output, turn.row_axis
+        layout, query_mask, key_mask = self._findings.layout(
+            layer, frame, attention, turn.made_of, may_append=self._inside_mha
+        )
         types = [attention.query.dtype, *([] if output is None else [output.dtype])]
         rows = attention.rebuilt(output, row_axis)
         call = AttentionCall(
@@ -347,46 +390,6 @@ class AttentionMode(TorchFunctionMode):
         if layout.documents is not None:
             call = by_document(call, layout.documents, attention.output_rows(output, row_axis))
         return call, rows
-
-    def _examined(self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
-        """Find out what an attention does beside ``s q kᵀ``."""
-        num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
-        is_self = None if made_of is None else same_sequence(made_of.query, made_of.key)
-        if is_self is None:
-            is_self = frame.is_self_attention(num_rows, num_keys) if frame is not None else num_rows == num_keys
-        channels = made_of is not None and made_of.between_channels
-        rows_of = "" if is_self else self._layer_on(made_of)
-        query_mask = fitting_mask(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
-        remarks = []
-        if not attention.exact and frame is not None and not frame.module.training:
-            remarks.append("dropout acts on its attention in evaluation mode")
-        if made_of is not None and made_of.mixes_positions:
-            remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
-        if frame is not None and frame.num_found > 1:
-            remarks.append("a part, measured apart: one call of its module computes several attentions")
-        known = Layout(attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks))
-        return examined(known, attention, query_mask, self._surroundings(attention, made_of))
-
-    def _layer_on(self, made_of: MadeOf | None) -> str:
-        """Return the last self-attention on the sequence of a cross attention's queries, ``""`` if there was none."""
-        for layer, (positions, _) in reversed(self._positions.items()):
-            if made_of is None or positions is None or same_sequence(made_of.query, positions):
-                return layer
-        return ""
-
-    def _surroundings(self, attention: Attention, made_of: MadeOf | None) -> Surroundings:
-        arguments, ancestries = self.frames.arguments, self._ancestries
-        if ancestries is None or made_of is None:
-            return Surroundings(arguments, self._packed, on_main_input=False, masked_by_inputs=False)
-        masks = [ancestries.of(mask).inputs for mask in attention.masked_by]
-        plain = [ancestries.of(x).inputs for name, x in arguments.items() if is_padding_argument(name) and x.dim() == 2]
-        main = next((ancestries.of(x).inputs for x in arguments.values()), frozenset())
-        return Surroundings(
-            arguments,
-            self._packed,
-            on_main_input=bool(main & made_of.key.inputs),
-            masked_by_inputs=bool(frozenset().union(*masks) - frozenset().union(*plain)),
-        )
 
     def report_missed(self) -> None:
         """Add every module that looks like attention and gave no record to the report."""

@@ -43,6 +43,11 @@ class Frame:
         self.recorded_by = ""
         self.num_found = 0
         self.mixes_heads = False
+        self.turns: list[Any] = []
+
+    def attentions(self) -> list[Any]:
+        """Return the attention of each turn that waits for others of its module."""
+        return [turn.attention for turn in self.turns]
 
     def note_projection(self, source: Tensor) -> None:
         """Note that a weight was applied to one of this call's own inputs, or to a learned sequence."""
@@ -84,6 +89,7 @@ class Frames:
     Args:
         model: The model.
         entered: Called with the tensors that the model is called with.
+        left: Called with each call that ends.
 
     Attributes:
         arguments: The tensors that the model was called with, by the name of the argument.
@@ -92,9 +98,15 @@ class Frames:
         suspected: Names of modules that did something that may be attention.
     """
 
-    def __init__(self, model: nn.Module, entered: Callable[[Iterable[Tensor]], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        entered: Callable[[Iterable[Tensor]], None] = lambda _: None,
+        left: Callable[[Frame], None] = lambda _: None,
+    ) -> None:
         self._model = model
         self._entered = entered
+        self._left = left
         self._stack: list[Frame] = []
         self._handles: list[RemovableHandle] = []
         self._flattened: dict[nn.Module, int] = {}  # what FSDP1 shows no parameters of
@@ -138,7 +150,9 @@ class Frames:
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._stack and self._stack[-1].module is module:
-            self._stack.pop()
+            frame = self._stack.pop()
+            if frame.turns:
+                self._left(frame)
 
     def note_projection(self, x: Tensor) -> None:
         """Note in every running call that a weight was applied to ``x`` or to a view of it."""

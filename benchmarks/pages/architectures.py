@@ -87,18 +87,22 @@ real run; each row is a tiny random model of that library's own classes, with tw
 Kernels that need a GPU are read from their arguments, wherever a model calls them, and verified by their output.
 **Signature tested**, against stand-ins with the real signatures that compute the same on a CPU: `flash_attn` 2
 (`flash_attn_func`, `flash_attn_varlen_func`, and both packed as qkv and as kv), `flash_attn_interface` 3
-(`flash_attn_func`, `flash_attn_varlen_func`), `xformers.ops.memory_efficient_attention` (a tensor as bias,
+(`flash_attn_func`, `flash_attn_varlen_func`, `flash_attn_qkvpacked_func` with three or with fewer key heads, chunks),
+operators registered with `torch.library` whose arguments are called q, k, v or query, key, value (in either order of
+axes), `xformers.ops.memory_efficient_attention` (a tensor as bias,
 `LowerTriangularMask`, block-diagonal masks) and `torch.nn.attention.varlen.varlen_attn`; with scale, causal mask,
 window, soft-cap, ALiBi and cumulative lengths.
 
-Not captured: a softmax written as `exp / sum`; heads that are mixed before or after the softmax; scripted modules;
-logits that are the sum of two query-key products (Transformer-XL); attention whose softmax does not run over the
-positions its values come from (slot attention); products written as a broadcast multiplication and a sum.
+Not captured: a softmax written as `exp / sum`, or in a scripted function; heads that are mixed before or after the
+softmax; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention whose softmax
+does not run over the positions its values come from (slot attention); products written as a broadcast multiplication
+and a sum.
 A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
 Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).
-A module that computes several attentions in one call (chunks of queries, windows or sequences in a loop) is measured
-call by call, as `name`, `name#2`, ...; from the second on `coverage` says that it is a part.
+A module that loops over windows or sequences of its input (the vision tower of Qwen2.5-VL) is one layer, and these are
+its sequences. One that computes other parts in one call (slices of heads, chunks of queries against all keys) is
+measured call by call, as `name`, `name#2`, ...; from the second on `coverage` says that it is a part.
 """
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import layer_statistics
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -186,6 +187,46 @@ def test_modules_called_past_their_hooks_have_their_names(call: Callable[..., Te
     assert result.calls == []
     assert set(result.missed) == {"blocks.0.attn", "blocks.1.attn"}
     assert all("exp" in reason for reason in result.missed.values())
+
+
+class InTurns(nn.Module):
+    """Sequences packed into one row ``(T, D)``, each attended to in its turn (the vision tower of Qwen2.5-VL)."""
+
+    def __init__(self, lengths: tuple[int, ...], *, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.lengths, self.fused = nn.Linear(WIDTH, 3 * WIDTH), lengths, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, H, T, d) each
+        turns = zip(*(part.split(self.lengths, dim=2) for part in parts), strict=True)
+        attend = nn.functional.scaled_dot_product_attention if self.fused else eager
+        return torch.cat([attend(*turn) for turn in turns], dim=2)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (3, 7, 2)])
+def test_windows_in_a_loop_are_sequences_of_one_layer(lengths: tuple[int, ...], fused: bool) -> None:
+    model, x = sharpen(nn.Sequential(InTurns(lengths, fused=fused), nn.Identity())), hidden(12)[0]
+    q, k, _ = model[0].qkv(x).detach().unflatten(-1, (3, 4, 8)).permute(1, 2, 0, 3)
+    fields = [
+        layer_statistics(a[None].double(), b[None].double(), 8**-0.5, None, None)
+        for a, b in zip(q.split(lengths, 1), k.split(lengths, 1), strict=True)
+    ]
+    with AttentionMonitor(model, x, record=None, alerts=False) as monitor:
+        assert list(monitor.coverage) == ["0"]
+        coverage = monitor.coverage["0"]
+        assert (coverage.heads, coverage.kind, coverage.remarks) == ((4, 4, 8), "self", ())
+        assert coverage.error < 1e-6
+        for step in (1, 2):
+            sample = monitor.sample(step)
+            for metric in ("energy_rms", "energy_effective_rank", "key_incoherence", "key_rms"):
+                expected = torch.cat([field[metric] for field in fields]).mean(0)
+                assert torch.allclose(sample.values[metric]["0"].double(), expected, rtol=1e-4), metric
+            assert sample.values["value_rms"]["0"].isfinite().all()
 
 
 class Largest(TorchDispatchMode):

@@ -72,6 +72,34 @@ CASES = {
         (),
     ),
     "flash 3": (lambda q, k, v: kernels.flash_3_func(q, k, v, None, True), 2, False, ()),
+    "flash 3 chunks": (lambda q, k, v: kernels.flash_3_func(q, k, v, attention_chunk=4), 2, False, ("window",)),
+    "flash 3 qkv": (lambda q, k, v: kernels.flash_3_qkvpacked(torch.stack([q, k, v], 2), causal=True), 4, False, ()),
+    "flash 3 qkv, fewer keys": (
+        lambda q, k, v: kernels.flash_3_qkvpacked(torch.cat([q, k, v], 2), num_heads_q=HEADS),
+        2,
+        False,
+        (),
+    ),
+    "operator": (
+        lambda q, k, v: torch.ops.attnmonitor_stand_ins.attention(q, k, v, 0.3, True),
+        2,
+        False,
+        (),
+    ),
+    "operator, heads first": (
+        lambda q, k, v: kernels.heads_last(
+            torch.ops.attnmonitor_stand_ins.heads_first_attention, q, k, v, is_causal=True
+        ),
+        2,
+        False,
+        (),
+    ),
+    "operator of torch": (
+        lambda q, k, v: kernels.heads_last(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q, k, v),
+        4,
+        False,
+        (),
+    ),
     "flash 3 varlen": (
         lambda q, k, v: kernels.flash_3_varlen(rows(q), rows(k), rows(v), ENDS, ENDS, 7, 7, causal=True),
         2,
@@ -127,6 +155,12 @@ def test_known_kernels_are_read_and_verified(name: str) -> None:
             assert torch.allclose(sample.values[metric]["0"].double(), expected, rtol=1e-4)
         assert sample.values["value_rms"]["0"].isfinite().all()
         assert sample.values["output_rms"]["0"].isfinite().all()
+
+
+def test_operator_that_is_no_softmax_attention_has_no_numbers() -> None:
+    model = nn.Sequential(Layer(torch.ops.attnmonitor_stand_ins.linear_attention, HEADS))
+    with pytest.raises(ValueError, match=r"linear_attention could not be followed: its output is not that of softmax"):
+        AttentionMonitor(model, torch.randn(2, LENGTH, 32), record=None)
 
 
 def test_kernels_are_as_before_after_a_capture() -> None:

@@ -1,0 +1,93 @@
+"""What is found out of the layers of one forward: self or cross, masks, remarks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnmonitor.capture.ancestry import Ancestries, Ancestry, same_sequence
+from attnmonitor.capture.heads import MadeOf
+from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
+from attnmonitor.capture.modules import Frame, Frames
+from attnmonitor.capture.verify import Attention
+
+__all__ = ["Findings"]
+
+
+class Findings:
+    """Layouts of the layers of one forward, and the positions of those that came before.
+
+    Args:
+        layouts: What is known of each layer; a layer that is not there yet is examined.
+        frames: The running module calls.
+        ancestries: What tensors are made of; None where it is not followed.
+        packed: As in `attnmonitor.capture.capture_attention`.
+    """
+
+    def __init__(self, layouts: Layouts, frames: Frames, ancestries: Ancestries | None, packed: str) -> None:
+        self._layouts = layouts
+        self._frames = frames
+        self._ancestries = ancestries
+        self._packed = packed
+        self._positions: dict[str, tuple[Ancestry | None, Tensor | None]] = {}
+
+    def layout(
+        self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None, *, may_append: bool
+    ) -> tuple[Layout, Tensor | None, Tensor | None]:
+        """Return what is known of a layer, with the masks of its queries and keys.
+
+        Args:
+            layer: Its name.
+            frame: The call of its module.
+            attention: Its attention.
+            made_of: What its operands are made of.
+            may_append: Whether the code appends keys that are no positions.
+        """
+        layout = self._layouts.get(layer)
+        if layout is None or not layout.fits(attention):
+            layout = self._layouts[layer] = self._examined(layer, frame, attention, made_of)
+        key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
+        query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
+        query_mask = fitting_mask(query_mask, attention, may_append=may_append and layout.is_self)
+        if layout.is_self:
+            self._positions[layer] = (None if made_of is None else made_of.query, key_mask)
+        return layout, query_mask, key_mask
+
+    def _examined(self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
+        """Find out what an attention does beside ``s q kᵀ``."""
+        num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
+        is_self = None if made_of is None else same_sequence(made_of.query, made_of.key)
+        if is_self is None:
+            is_self = frame.is_self_attention(num_rows, num_keys) if frame is not None else num_rows == num_keys
+        channels = made_of is not None and made_of.between_channels
+        rows_of = "" if is_self else self._layer_on(made_of)
+        query_mask = fitting_mask(self._positions.get(rows_of, (None, None))[1], attention, may_append=False)
+        remarks = []
+        if not attention.exact and frame is not None and not frame.module.training:
+            remarks.append("dropout acts on its attention in evaluation mode")
+        if made_of is not None and made_of.mixes_positions:
+            remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
+        if frame is not None and frame.num_found > 1:
+            remarks.append("a part, measured apart: one call of its module computes several attentions")
+        known = Layout(attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks))
+        return examined(known, attention, query_mask, self._surroundings(attention, made_of))
+
+    def _layer_on(self, made_of: MadeOf | None) -> str:
+        """Return the last self-attention on the sequence of a cross attention's queries, ``""`` if there was none."""
+        for layer, (positions, _) in reversed(self._positions.items()):
+            if made_of is None or positions is None or same_sequence(made_of.query, positions):
+                return layer
+        return ""
+
+    def _surroundings(self, attention: Attention, made_of: MadeOf | None) -> Surroundings:
+        arguments, ancestries = self._frames.arguments, self._ancestries
+        if ancestries is None or made_of is None:
+            return Surroundings(arguments, self._packed, on_main_input=False, masked_by_inputs=False)
+        masks = [ancestries.of(mask).inputs for mask in attention.masked_by]
+        plain = [ancestries.of(x).inputs for name, x in arguments.items() if is_padding_argument(name) and x.dim() == 2]
+        main = next((ancestries.of(x).inputs for x in arguments.values()), frozenset())
+        return Surroundings(
+            arguments,
+            self._packed,
+            on_main_input=bool(main & made_of.key.inputs),
+            masked_by_inputs=bool(frozenset().union(*masks) - frozenset().union(*plain)),
+        )
