@@ -110,7 +110,17 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "query_grown",
         "logit_blowup",
         "query_head",
-        AnyOf(_apart_from_others("query_rms", 0.55, 2.8), _slow_drift("query_rms", 0.8, 4.0)),
+        # Queries that grow while their keys, or their overlap with them, shrink are no blowup: the logits must follow.
+        AnyOf(
+            AllOf(
+                _apart_from_others("query_rms", 0.55, 2.8),
+                Threshold("energy_rms", fire_above=0.25, clear_below=0.1),
+            ),
+            AllOf(
+                _slow_drift("query_rms", 0.8, 4.0),
+                Threshold("energy_rms", fire_above=0.25, clear_below=0.1, window=20, gap=40),
+            ),
+        ),
     ),
     Rule(
         "key_grown",
@@ -222,15 +232,21 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "run",
         AnyOf(
             Threshold("energy_rms", "change", fire_above=0.55, clear_below=0.3, window=5, gap=2, quantile=0.75),
-            Threshold(
-                "key_participation_ratio",
-                "change",
-                "log_excess",
-                fire_below=-0.4,
-                clear_above=-0.2,
-                window=5,
-                gap=2,
-                quantile=0.25,
+            # Near 1 the excess changes by much where the ratio hardly does.
+            AllOf(
+                *(
+                    Threshold(
+                        "key_participation_ratio",
+                        "change",
+                        reading,
+                        fire_below=level,
+                        clear_above=level / 2,
+                        window=5,
+                        gap=2,
+                        quantile=0.25,
+                    )
+                    for reading, level in (("log_excess", -0.4), ("log", -0.25))
+                )
             ),
         ),
     ),

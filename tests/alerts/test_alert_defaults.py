@@ -69,7 +69,8 @@ def test_each_fault_kind_names_only_its_head(metric, faulty, kind):
 def test_long_baseline_finds_slow_drift(metric, rate, rule):
     run = healthy_run(125, noise=0.02)
     for index, sample in enumerate(run):
-        sample[metric]["layers.1"][2] *= math.exp(rate * max(0, index - 40))
+        for moved in {metric, "energy_rms"}:  # the logits follow
+            sample[moved]["layers.1"][2] *= math.exp(rate * max(0, index - 40))
     events = events_of(list(DEFAULT_RULES), run)
     assert {(event.rule, event.layer, event.head) for event in events} == {(rule, "layers.1", 2)}
     assert abs(math.log(events[0].value / events[0].baseline)) > 0.8
@@ -117,7 +118,8 @@ def test_second_fault_is_compared_with_healthy_baseline(length):
     """Queries grow, then fade: the baseline of fading is the healthy size, not that of the first fault."""
     run = healthy_run(60 + length)
     for index, sample in enumerate(run[40:]):
-        sample["query_rms"]["layers.1"][2] *= 4.0 if index < length else 0.25
+        for moved in ("query_rms", "energy_rms"):
+            sample[moved]["layers.1"][2] *= 4.0 if index < length else 0.25
     events = events_of([rule for rule in DEFAULT_RULES if rule.name in ("query_grown", "query_faded")], run)
     began = [event for event in events if (event.state, event.severity) == ("firing", "warning")]
     assert [(event.rule, event.global_step // 10) for event in began] == [
@@ -125,6 +127,24 @@ def test_second_fault_is_compared_with_healthy_baseline(length):
         ("query_faded", 41 + length),
     ]
     assert began[1].baseline == pytest.approx(began[0].baseline, rel=0.2)
+
+
+@pytest.mark.parametrize(("follows", "rules"), [(True, ["query_grown"]), (False, [])])
+def test_queries_that_grow_without_their_logits_are_healthy(follows, rules):
+    run = healthy_run(60)
+    for sample in run[40:]:
+        sample["query_rms"]["layers.1"][2] *= 2.0
+        sample["energy_rms"]["layers.1"][2] *= 2.0 if follows else 1.0
+    assert [event.rule for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"] == rules
+
+
+def test_key_ratio_near_one_is_no_shift_of_the_run():
+    """From 1.16 to 1.04 the excess falls to a quarter, the ratio by a tenth."""
+    run = healthy_run(60)
+    for index, sample in enumerate(run):
+        for heads in sample["key_participation_ratio"].values():
+            heads[:] = [1.16 if index < 40 else 1.04] * len(heads)
+    assert events_of([rule for rule in DEFAULT_RULES if rule.name == "mass_shift"], run) == []
 
 
 def test_level_alarm_excludes_nothing_from_baselines():
@@ -136,7 +156,9 @@ def test_level_alarm_excludes_nothing_from_baselines():
     assert together == events_of(contrast_rule(), run) != []
 
 
-@pytest.mark.parametrize(("fault", "rules"), [(1.0, []), (4.0, ["query_grown"]), (0.25, ["query_faded"])])
+@pytest.mark.parametrize(
+    ("fault", "rules"), [(1.0, []), (4.0, ["query_grown", "energy_hot"]), (0.25, ["query_faded", "energy_cold"])]
+)
 def test_fast_learner_is_healthy_while_all_heads_grow(fault, rules):
     """The growth of all is 5 % per sample, that of one head 9 %: 0.6 more over a baseline, six times their spread."""
     run = healthy_run(50)
@@ -144,7 +166,8 @@ def test_fast_learner_is_healthy_while_all_heads_grow(fault, rules):
         for layer, heads in sample["query_rms"].items():
             sample["query_rms"][layer] = [value * math.exp(0.05 * index) for value in heads]
         sample["query_rms"]["layers.0"][1] *= math.exp(0.04 * index)
-        sample["query_rms"]["layers.1"][2] *= fault if index >= 40 else 1.0
+        for moved in ("query_rms", "energy_rms"):
+            sample[moved]["layers.1"][2] *= fault if index >= 40 else 1.0
     began = [event for event in events_of(list(DEFAULT_RULES), run) if event.severity == "warning"]
     assert [(event.rule, event.layer, event.head) for event in began] == [(rule, "layers.1", 2) for rule in rules]
 
