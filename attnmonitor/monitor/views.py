@@ -8,9 +8,13 @@ from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.record.counts import RunState
+from attnmonitor.record.history import History
 from attnmonitor.record.training_log import Curve, TrainingLog
-from attnmonitor.sample import AlertEvent
+from attnmonitor.sample import AlertEvent, Sample
+from attnmonitor.summary.notebook import report_way, run_html
 from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.timeline import run_timeline
+from attnmonitor.summary.verdict import verdict
 
 __all__ = ["MonitorViews"]
 
@@ -22,6 +26,8 @@ class MonitorViews:
     _delivery: Delivery
     _failures: Failures
     _log: TrainingLog
+    history: History
+    last_sample: Sample | None
     summary: RunSummary
 
     @property
@@ -53,6 +59,21 @@ class MonitorViews:
     def record_path(self) -> Path | None:
         """File of this run's record; None without one."""
         return self._delivery.record_path
+
+    def _repr_html_(self) -> str:
+        sample, summary, history = self.last_sample, self.summary, self.history
+        alarmed = {event.metric: history[event.metric] for event in self.firing[:1] if event.metric in history}
+        path = self.record_path_from_here
+        return run_html(
+            verdict(summary),
+            self.state,
+            values={} if sample is None else sample.values,
+            firing=self.firing,
+            coverage=summary.coverage,
+            step=None if sample is None else sample.global_step,
+            bars=run_timeline(self.logged, self.firing, summary.coverage, alarmed, history.steps),
+            way_on="This monitor writes no record." if path is None else report_way(path),
+        )
 
     @property
     def record_path_from_here(self) -> Path | None:

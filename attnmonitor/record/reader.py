@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnmonitor.messages import printable
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
@@ -32,7 +33,7 @@ from attnmonitor.record.rows import (
 from attnmonitor.record.schema import columns_of
 from attnmonitor.record.texts import decode_json, typed
 from attnmonitor.record.training_log import Curve, curves_of
-from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, still_firing, worst_first
+from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, head_name, html_of, still_firing, worst_first
 
 if TYPE_CHECKING:
     import pandas
@@ -123,6 +124,20 @@ class RunRecord:
             RecordError: The file is damaged, not a run record, or of another schema version.
         """
         return cls(path)
+
+    def __repr__(self) -> str:
+        """One line: which file, of what, how far, and in what state."""
+        counts, steps = self.counts, self.steps
+        reach = f" at steps {steps[0]:,} to {steps[-1]:,}" if len(steps) else ""
+        what = (
+            f"{self.config.get('model', 'no run yet')}, {counts.num_heads['query_head']:,} heads in "
+            f"{len(counts.measured):,} of {len(counts.coverage):,} layers, {len(steps):,} samples{reach}"
+        )
+        worst = f", worst {head_name(self.firing[0], coverage=self.coverage)}" if counts.firing else ""
+        return printable(f"<RunRecord {self.path}: {what}; {counts.state}{worst}>", one_line=True)
+
+    def _repr_html_(self) -> str | None:
+        return html_of(self)
 
     @property
     def steps(self) -> NDArray[np.int64]:

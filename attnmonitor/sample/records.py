@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import singledispatch
 from typing import Literal, TypeVar
 
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "head_name",
     "heads_concerned",
+    "html_of",
     "scope_noun",
     "scoped_head_name",
     "severity_order",
@@ -47,6 +49,12 @@ class ByLayer(dict[str, _Value]):
 
     def __missing__(self, layer: str) -> _Value:
         raise KeyError(f"no layer {layer!r}; {did_you_mean(layer, self, otherwise='there are')}")
+
+
+@singledispatch
+def html_of(shown: object) -> str | None:
+    """Return what a notebook shows of an object; `attnmonitor.summary.notebook` says how for those of a run."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,9 @@ class Sample:
     verdict: str = ""
     name: str | None = None
     evidence: list[HeadEvidence] = field(default_factory=list)
+
+    def _repr_html_(self) -> str | None:
+        return html_of(self)
 
 
 def still_firing(events: Iterable[AlertEvent]) -> list[AlertEvent]:
