@@ -44,6 +44,12 @@ def _slow_drift(metric: str, contrast: float, robust_z: float) -> AllOf:
     return _apart_from_others(metric, contrast, robust_z, window=20, gap=40)
 
 
+def _sudden_fall(reading: Reading, level: float) -> Threshold:
+    """The keys of three quarters of the heads have fewer directions than some samples ago."""
+    metric = "key_participation_ratio"
+    return Threshold(metric, "change", reading, fire_below=level, clear_above=level / 2, window=5, gap=2, quantile=0.25)
+
+
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
 """A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
 
@@ -233,21 +239,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         AnyOf(
             Threshold("energy_rms", "change", fire_above=0.55, clear_below=0.3, window=5, gap=2, quantile=0.75),
             # Near 1 the excess changes by much where the ratio hardly does.
-            AllOf(
-                *(
-                    Threshold(
-                        "key_participation_ratio",
-                        "change",
-                        reading,
-                        fire_below=level,
-                        clear_above=level / 2,
-                        window=5,
-                        gap=2,
-                        quantile=0.25,
-                    )
-                    for reading, level in (("log_excess", -0.4), ("log", -0.25))
-                )
-            ),
+            AllOf(_sudden_fall("log_excess", -0.4), _sudden_fall("log", -0.25)),
         ),
     ),
     # Head alarms have had their patience and grace already.
