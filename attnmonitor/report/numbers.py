@@ -21,14 +21,14 @@ from attnmonitor.report.alarms import AlarmSpan, alarm_metric, alarm_spans
 from attnmonitor.report.curves import thinned
 from attnmonitor.report.traces import QUANTILES
 from attnmonitor.report.training import shown_curves
-from attnmonitor.sample import Scope, head_name, heads_concerned, scoped_head_name
+from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, head_name, heads_concerned, scoped_head_name
 from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 
 __all__ = ["run_numbers", "segment_starts", "unpacked"]
 
-MOST_VALUES = 1_250_000
-MOST_BAND_SAMPLES = 400
+MOST_VALUES = 1_225_000
+MOST_BAND_SAMPLES = 250
 MOST_LOGGED_POINTS = 2000
 
 _SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")
@@ -125,7 +125,10 @@ def _metric_numbers(
     shown = [layer for layer in layers if layer in trajectories]
     heads = np.concatenate([trajectories[layer] for layer in shown], axis=1)  # (num_samples, num_heads of all layers)
     measured = np.flatnonzero(np.isfinite(heads).any(axis=1))
-    frames = thinned(measured, most_values // max(1, heads.shape[1]), keep)
+    most = most_values // max(1, heads.shape[1])
+    kept = thinned(np.intersect1d(keep, measured), max(2, most // 4))  # many alarms do not make the page larger
+    frames = thinned(measured, max(2, most - len(kept)), kept)
+    frames = np.union1d(frames, _after_the_last(measured, len(heads)))
     band_samples = thinned(measured, MOST_BAND_SAMPLES, keep)
     bands = np.nanquantile(heads[band_samples], QUANTILES, axis=1) if len(band_samples) else np.empty((5, 0))
     drawn = bands[np.isfinite(bands) & ((bands > 0) | (not is_log(name)))]
@@ -135,13 +138,20 @@ def _metric_numbers(
         "scope": metric_scope(name) or "query_head",
         "rows": [[layers.index(layer), trajectories[layer].shape[1]] for layer in shown],
         "frames": frames.tolist(),
-        "thinned": len(frames) < len(measured),
+        "thinned": len(measured) > most,
         "values": packed(heads[frames]),
         "band_samples": band_samples.tolist(),
         "bands": packed(bands),
         "ends": (float(drawn.min()), float(drawn.max())) if drawn.size else None,
         "limits": range_without_outliers(heads[frames], name, (0.01, 0.99)),
     }
+
+
+def _after_the_last(measured: NDArray[np.intp], num_samples: int) -> NDArray[np.intp]:
+    """The first and the last sample without a number at the end of a run that had numbers more often before."""
+    if not len(measured) or num_samples - 1 - measured[-1] < max(1, *np.diff(measured, prepend=-1)):
+        return np.empty(0, dtype=np.intp)
+    return np.array([measured[-1] + 1, num_samples - 1])
 
 
 def _kv_heads(record: RunRecord, layer: str) -> list[int]:
@@ -158,14 +168,16 @@ def _logged(curve: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 
 def _first_look(record: RunRecord, layers: Sequence[str], metrics: Sequence[str]) -> dict[str, Any] | None:
-    for event, *_ in most_severe_first(record.firing, record.coverage):
-        if event.layer in layers and event.head is not None:
-            return {
-                "layer": layers.index(event.layer),
-                "head": event.head,
-                "scope": event.scope,
-                "metric": alarm_metric(event, metrics),
-            }
+    """What the worst alarm of a head is about; where there is none, the worst of all."""
+    worst = [events[0] for events in most_severe_first(record.firing, record.coverage)]
+    of_heads = [event for event in worst if event.layer in layers and event.head is not None]
+    for event in of_heads or worst:
+        return {
+            "layer": layers.index(event.layer) if event.layer in layers else None,
+            "head": event.head,
+            "scope": event.scope,
+            "metric": alarm_metric(event, metrics),
+        }
     return None
 
 
@@ -175,7 +187,7 @@ def _alarm(
     event = span.event
     return {
         "layer": layers.index(event.layer) if event.layer in layers else None,
-        "heads": {scope: heads_concerned(event, scope, record.coverage) for scope in _SCOPES},
+        "heads": {scope: _heads_of(event, scope, record.coverage) for scope in _SCOPES},
         "where": head_name(event, short, record.coverage),
         "scope": event.scope,
         "head": event.head,
@@ -188,3 +200,11 @@ def _alarm(
         "began": span.began,
         "ended": span.ended,
     }
+
+
+def _heads_of(event: AlertEvent, scope: Scope, coverage: Mapping[str, LayerCoverage]) -> tuple[int, ...]:
+    """The heads that an alarm is about; all of them where it is about a layer."""
+    layer = coverage.get(event.layer or "")
+    if event.head is None and layer is not None:
+        return tuple(range(layer.num_query_heads if scope == "query_head" else layer.num_kv_heads))
+    return heads_concerned(event, scope, coverage)

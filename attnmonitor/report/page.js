@@ -50,7 +50,8 @@ function nameChoice() {
   if (document.activeElement !== byId("layer")) byId("layer").value = layer ?? "";
   if (document.activeElement !== byId("head")) byId("head").value = state.head ?? "";
   const alarms = page.runs.flatMap(run => run.alarms.filter(alarm => isOfChoice(run, alarm) && isFiring(alarm, state.step)));
-  setText("#alarm-shown", alarms.map(({ fault, began }) => `▲ ${fault} since step ${grouped(began)}`).join("; "));
+  const since = new Map([...alarms].sort((a, b) => b.began - a.began).map(({ fault, began }) => [fault, began]));
+  setText("#alarm-shown", [...since].map(([fault, began]) => `▲ ${fault} since step ${grouped(began)}`).join("; "));
 }
 
 function isOfChoice(run, alarm) {
@@ -221,7 +222,7 @@ function takeNumbers(numbers) {
 function firstChoice(names) {  // the worst alarm, at the last step
   const worst = anyRun(run => run.first_look), run = page.runs.find(({ first_look }) => first_look === worst);
   const metric = [worst?.metric, "key_incoherence", names[0]].find(name => names.includes(name));
-  const choice = worst ? { ...choiceOf(run, worst), scope: worst.scope } : {};
+  const choice = worst && worst.layer !== null ? { ...choiceOf(run, worst), scope: worst.head === null ? state.scope : worst.scope } : {};
   return { metric, step: lastStep(), ...choice };
 }
 

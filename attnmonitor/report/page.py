@@ -108,10 +108,15 @@ def page_parts(records: Sequence[RunRecord]) -> PageParts:
     }
     shown = list(enumerate(zip(records, runs, strict=True)))
     if len(runs) == 1:
-        main = _run_section(records[0], 0, runs[0], _grid_section(runs))
+        main = _run_section(records[0], 0, runs[0], _headline(records[0], runs[0]), _grid_section(runs))
     else:
-        columns = "".join(_run_section(record, at, run, "") for at, (record, run) in shown)
-        main = f"{_compared_section(runs, pairing)}<div class='runs'>{columns}</div>"
+        swatches = [f"<span class='swatch' style='background: {color}'></span>" for color in RUN_COLORS]
+        headlines = "".join(_headline(record, run, swatches[at]) for at, (record, run) in shown)
+        columns = "".join(
+            _run_section(record, at, run, f"<p class='name'>{swatches[at]}{escape(run['name'])}</p>")
+            for at, (record, run) in shown
+        )
+        main = f"{_compared_section(runs, headlines, pairing)}<div class='runs'>{columns}</div>"
     return PageParts(main, numbers)
 
 
@@ -153,18 +158,23 @@ def _json_in_html(numbers: Any) -> str:
     return json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _run_section(record: RunRecord, index: int, numbers: Numbers, grid: str) -> str:
+def _headline(record: RunRecord, numbers: Numbers, swatch: str = "") -> str:
+    """The run's name, its state and its verdict."""
     summary = RunSummary.of_record(record)
-    configuration = escape(json.dumps(dict(record.config), indent=2))
     model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
-    return f"""
-<section class="run" id="run-{index}" aria-label="{escape(record.path.name)}">
-  <div>
-    <p class="name">{escape(record.path.name)} · {escape(model)}</p>
+    return f"""<div>
+    <p class="name">{swatch}{escape(record.path.name)} · {escape(model)}</p>
     <p class="state {summary.state}">{_SIGNS[summary.state]}</p>
     <h1 class="{summary.state}" data-state="{summary.state}">{escape(verdict(summary))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
-  </div>
+  </div>"""
+
+
+def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, grid: str = "") -> str:
+    configuration = escape(json.dumps(dict(record.config), indent=2))
+    return f"""
+<section class="run" id="run-{index}" aria-label="{escape(record.path.name)}">
+  {heading}
   <div>
     <h2>Alarms</h2>
     {_chart("timeline", index, "Alarms over optimizer steps") if numbers["alarms"] else ""}
@@ -197,7 +207,7 @@ def _heads(index: int, numbers: Numbers) -> str:
     <p class="note metric-meaning"></p>
     <div class="pair"><div>{heatmap}
       <p class="note">Frame: alarm (vermilion), chosen head (black). ▲ above the color scale, ▼ below it.
-      Hatched: not measured.</p></div><div>{curves}</div></div>
+      Hatched: not measured, or no number at this step.</p></div><div>{curves}</div></div>
   </div>"""
 
 
@@ -219,11 +229,7 @@ def _grid_section(runs: Sequence[Numbers]) -> str:
   </div>"""
 
 
-def _compared_section(runs: Sequence[Numbers], pairing: Sequence[str]) -> str:
-    keys = "".join(
-        f"<li><span class='swatch' style='background: {color}'></span>{escape(run['name'])}</li>"
-        for run, color in zip(runs, RUN_COLORS, strict=False)
-    )
+def _compared_section(runs: Sequence[Numbers], headlines: str, pairing: Sequence[str]) -> str:
     notes = "".join(f"<p class='note pairing'>{escape(note)}</p>" for note in pairing)
     curves = ""
     if any(map(_has_numbers, runs)):
@@ -231,7 +237,7 @@ def _compared_section(runs: Sequence[Numbers], pairing: Sequence[str]) -> str:
         curves = f"<h2>The chosen head in all runs <small class='head-name'></small></h2>{chart}"
     return f"""
 <section class="compared" aria-label="All runs">
-  <ul class="keys">{keys}</ul>
+  <div class="headlines">{headlines}</div>
   {notes}{curves}{_grid_section(runs)}
 </section>"""
 

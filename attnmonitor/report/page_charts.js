@@ -9,7 +9,7 @@ const isDark = () => !document.body.classList.contains("printing") && matchMedia
 
 function themed(part) {  // a part of a figure in the colors of the page
   if (!isDark()) return part;
-  if (typeof part === "string") return page.dark[part.toLowerCase()] ?? part.replace(/#[0-9a-f]{6}/gi, color => page.dark[color.toLowerCase()] ?? color);
+  if (typeof part === "string") return page.dark[part.toLowerCase()] ?? part.replace(/#[0-9a-f]{6}|rgba\([\d,]+,/gi, color => page.dark[color.toLowerCase()] ?? color);
   if (Array.isArray(part)) return part.map(themed);
   return part && typeof part === "object" ? Object.fromEntries(Object.entries(part).map(([key, value]) => [key, themed(value)])) : part;
 }
@@ -38,7 +38,8 @@ function filled(run, trace) {  // the trace with the numbers that its meta names
 function chosenTraces(run, lines) {  // in the color of the alarm where the head has one
   const metric = run.metrics[lines.healthy.meta.metric];
   return chosenColumns(run, metric).map(column => {
-    const [alarm] = metric.alarms.get(column) ?? [], template = alarm ? lines.sick : lines.healthy;
+    const alarms = metric.alarms.get(column) ?? [], alarm = alarms.find(({ ended }) => ended === null) ?? alarms.at(-1);
+    const template = alarm ? lines.sick : lines.healthy;
     const name = nameOf(run, metric, column) + (alarm ? ` ▲ ${alarm.fault}` : "") + (page.runs.length > 1 ? `, ${run.name}` : "");
     return { ...template, name: plainText(name), meta: { ...template.meta, columns: [column], run: run.index } };
   });
@@ -59,8 +60,13 @@ function alarmMarks(run, metric, columns, place) {  // on the curves of these he
 }
 
 function alarmShades(run, metric, columns, place = {}) {  // behind the curves of these heads, from an alarm's first step to its last
-  const alarms = [...new Set(columns.flatMap(column => metric.alarms.get(column) ?? []))];
-  return alarms.map(({ began, ended }) => ({ ...run.charts.marks.shade, ...place, x0: began, x1: ended ?? run.steps.at(-1) }));
+  const alarms = columns.flatMap(column => metric.alarms.get(column) ?? []).sort((a, b) => a.began - b.began), spans = [];
+  for (const { began, ended } of alarms) {  // joined where they overlap
+    const end = ended ?? run.steps.at(-1), last = spans.at(-1);
+    if (last && began <= last[1]) last[1] = Math.max(last[1], end);
+    else spans.push([began, end]);
+  }
+  return spans.map(([began, end]) => ({ ...run.charts.marks.shade, ...place, x0: began, x1: end }));
 }
 
 // ---- figures
@@ -170,13 +176,20 @@ function drawCurves(run, index) {
   }
   const columns = chosenColumns(run, metric), { data, layout } = charts.curves, layer = run.layerOfSlot.get(state.slot);
   const isChosen = ({ meta, name }) => name && columns.length === 1 && meta?.columns?.[0] === columns[0];
-  const shown = data.filter(trace => (trace.meta?.layer === undefined || trace.meta.layer === layer) && !isChosen(trace));
+  const shown = data.filter(trace => !isChosen(trace)).map(trace => ofChosenLayer(metric, layer, trace));
   const marks = alarmMarks(run, metric, [...metric.alarms.keys()], {});
   const shapes = [...nowAt(metric, layout), ...alarmShades(run, metric, columns)];
   draw(run, div, [...shown, ...chosenTraces(run, charts.chosen), ...marks], { ...layout, shapes }, point => {
     const column = point.data.meta?.columns?.[Math.floor(point.pointIndex / (metric.frames.length + 1))];
     if (column !== undefined) show({ ...choiceOf(run, metric.columns[column]), scope: metric.scope });
   });
+}
+
+function ofChosenLayer(metric, layer, trace) {  // of a model with many heads, gray lines are those of the chosen layer
+  const without = trace.meta?.chosen_layer_without;
+  if (!without) return trace;
+  const columns = metric.columns.flatMap((column, at) => column.layer === layer && !without.includes(at) ? [at] : []);
+  return { ...trace, meta: { ...trace.meta, columns } };
 }
 
 function nowAt(metric, { shapes: [nowLine, ...others] }) {  // the shapes of a figure, its first at the chosen step

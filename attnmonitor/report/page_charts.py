@@ -7,7 +7,6 @@ each head that a reader chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ from attnmonitor.summary.style import (
 
 __all__ = ["page_charts"]
 
-_MOST_CURVES = 256  # of other heads; with more, those of the chosen layer
+_MOST_CURVES = 160  # of other heads; with more, those of the chosen layer
 _MOST_TIMELINE_ROWS = 40
 _LEAST_BAR = 0.006  # of the axis: a shorter alarm could not be seen
 
@@ -184,7 +183,7 @@ def _heatmap(name: str, run: Numbers, scales: Scales) -> Chart:
     }
     mark = {"size": 7 if most <= 40 else 4, "line": {"width": 0}}
     marks = {"type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False}
-    above = {**marks, "marker": {**mark, "symbol": "triangle-up", "color": CHOSEN_COLOR}}
+    above = {**marks, "marker": {**mark, "symbol": "triangle-up", "color": "#111111"}}
     below = {**marks, "marker": {**mark, "symbol": "triangle-down", "color": "#ffffff"}}
     named, numbered = range(0, len(rows), -(-len(rows) // 26)), range(0, most, -(-most // 16))
     layout = step_layout(f"{metric_title(name)} at step {{step}}", 110 + _row_height(len(rows)) * len(rows), scales)
@@ -226,36 +225,33 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
         band_numbers,
         lambda column: packed(name, len(frames), columns=[column]),
         coverage,
-        others=_other_curves(curves, run),
+        others=_other_curves(curves),
     )
     still_firing = [span.event for span in spans if span.ended is None]
     layout = step_layout(model_layout(name, None)["title"]["text"], 500, scales, run["segments"])
     now = upright_line(0, OTHER_HEADS_COLOR, dash="solid")
-    layout["shapes"] = [now, *layout["shapes"], *alarm_lines(still_firing)]
+    of_run = {
+        step for span in spans if span.event.layer is None for step in (span.began, span.ended) if step is not None
+    }
+    edges = [upright_line(step, ALARM_COLOR, dash="dash") for step in sorted(of_run)]
+    layout["shapes"] = [now, *layout["shapes"], *alarm_lines(still_firing), *edges]
     layout["yaxis"] = fixed_value_axis(name, scales)
     layout["xaxis"] = axis(tickformat=",d", range=scales.steps)
     layout["showlegend"] = True
     return with_training_panels({"data": traces, "layout": layout}, [run])
 
 
-def _other_curves(curves: HeadCurves, run: Numbers) -> list[Chart]:
-    """The heads without a color: all in gray, or those of the chosen layer; then other alarms."""
-
-    def gray(columns: Sequence[int], **where: Any) -> Chart:
-        opacity = 0.45 if len(columns) > 40 else 0.8
-        return other_heads(packed(curves.metric, len(curves.steps), columns=columns, **where), opacity=opacity)
-
-    plain = {
-        layer: [at for at in columns if at not in curves.colors and at not in curves.faults]
-        for layer, columns in curves.layers.items()
-    }
+def _other_curves(curves: HeadCurves) -> list[Chart]:
+    """The heads without a color: all in gray, or of many those of the chosen layer; then other alarms."""
+    apart = sorted(curves.colors.keys() | curves.faults.keys())
     if len(curves.heads) <= _MOST_CURVES:
-        traces = [gray([at for columns in plain.values() for at in columns])]
+        which: Chart = {"columns": [at for at in range(len(curves.heads)) if at not in apart]}
     else:
-        traces = [gray(columns, layer=run["layers"].index(layer)) for layer, columns in plain.items()]
-    more_alarms = [at for at in curves.faults if at not in curves.colors]
-    numbers = packed(curves.metric, len(curves.steps), columns=more_alarms)
-    return [*traces, other_heads(numbers, color=ALARM_COLOR, width=1.2)]
+        which = {"chosen_layer_without": apart}  # the script puts in its columns
+    gray = packed(curves.metric, len(curves.steps), **which)
+    opacity = 0.8 if len(curves.heads) <= 40 else 0.45
+    alarms = packed(curves.metric, len(curves.steps), columns=[at for at in curves.faults if at not in curves.colors])
+    return [other_heads(gray, opacity=opacity), other_heads(alarms, color=ALARM_COLOR, width=1.2)]
 
 
 def _cost(run: Numbers, scales: Scales) -> Chart | None:

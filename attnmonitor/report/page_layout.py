@@ -62,6 +62,7 @@ def step_layout(title: str, height: float, scales: Scales, segments: Sequence[in
     """Layout of a figure over optimizer steps, with a line at the first step of each segment."""
     layout = base_layout(title)
     layout["title"]["font"]["size"] = 13
+    layout["legend"]["traceorder"] = "normal"
     return {
         **layout,
         "height": height,

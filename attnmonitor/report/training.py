@@ -22,7 +22,7 @@ _LEARNING_RATE = re.compile(r"(?<![a-z])lr(?![a-z])|learning.?rate", re.IGNORECA
 _TITLES = ("loss", "learning rate", "logged")
 _MOST_OTHERS = 2  # curves of other names, where neither a loss nor a learning rate was logged
 _DASHES = ("solid", "dash", "dot", "dashdot")
-_PANEL, _GAP = 84, 40  # pixels
+_PANEL, _GAP, _LEGEND = 84, 40, 56  # pixels
 
 
 def logged_title(name: str) -> str:
@@ -65,6 +65,7 @@ def with_training_panels(
     own = layout["height"] - margin["t"] - margin["b"] if figure["data"] else 0
     total = own + (_PANEL + _GAP) * len(panels)
     layout |= {"height": total + margin["t"] + margin["b"], "annotations": list(layout.get("annotations", []))}
+    layout["legend"] = {**layout["legend"], "y": -_LEGEND / total}
     if own:
         layout["yaxis"] = {**layout["yaxis"], "domain": [1 - own / total, 1]}
     traces, top = list(figure["data"]), total - own

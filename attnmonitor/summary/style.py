@@ -66,6 +66,7 @@ DARK_COLORS = {
     OTHER_HEADS_COLOR: "#747c87",
     CHOSEN_COLOR: "#ffffff",
     BAND_COLOR: "#7fb0e0",
+    "rgba(53,96,141,": "rgba(127,176,224,",  # the same where it is transparent
     "#8C3D00": "#c06a2c",
     "#5C2600": "#9a5a30",
 }
