@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
+from attnmonitor.record import RecordWriter
 from attnmonitor.record.history import History
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 
@@ -160,6 +163,14 @@ class SyntheticRun:
                         )
                     )
         return events
+
+
+def written(path: Path, run: SyntheticRun, config: dict[str, Any] | None = None) -> Path:
+    """The run, recorded."""
+    with RecordWriter(path, run=config or run.config) as record:
+        for sample in run.samples():
+            record.append(sample)
+    return path
 
 
 Change = Callable[[int, Mapping[str, Mapping[str, Tensor]]], None]

@@ -20,8 +20,8 @@ from attnmonitor.record import RunRecord
 from attnmonitor.report.alarms import AlarmSpan, alarm_metric, alarm_spans
 from attnmonitor.report.curves import thinned
 from attnmonitor.report.traces import QUANTILES
-from attnmonitor.report.training import shown_curves
 from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, head_name, heads_concerned, scoped_head_name
+from attnmonitor.summary.logged import shown_curves
 from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 

@@ -133,14 +133,16 @@ function showAlarm(run, alarm) {
   show(changes);
 }
 
-function goToAlarm(direction) {  // in the order in which alarms began
-  const alarms = page.runs.flatMap(run => run.alarms.map(alarm => [run, alarm])).sort(([, a], [, b]) => a.began - b.began);
-  let at = alarms.findIndex(([, alarm]) => alarm === goToAlarm.last);
-  if (at < 0) at = direction > 0 ? alarms.findLastIndex(([, { began }]) => began < state.step) : alarms.findIndex(([, { began }]) => began >= state.step);
+function goToAlarm(direction) {  // in the order in which alarms began, from the one that is shown or else from the step
+  const alarms = page.runs.flatMap(run => run.alarms.map(alarm => ({ run, alarm }))).sort((a, b) => a.alarm.began - b.alarm.began);
+  const isShown = ({ run, alarm }) => alarm.began === state.step && (alarm.layer === null || isOfChoice(run, alarm));
+  let at = alarms.findIndex(each => each.alarm === goToAlarm.last && isShown(each));
+  if (at < 0) at = alarms.findIndex(each => isShown(each) && each.alarm.metric === state.metric);
+  if (at < 0) at = direction > 0 ? alarms.findLastIndex(({ alarm }) => alarm.began < state.step) : alarms.findIndex(({ alarm }) => alarm.began >= state.step);
   const next = alarms[(at + direction + alarms.length) % alarms.length];
-  goToAlarm.last = next[1];
-  showAlarm(...next);
-  setText("#word", `Alarm ${alarms.indexOf(next) + 1} of ${alarms.length}: ${next[1].where}, ${next[1].fault}`);
+  goToAlarm.last = next.alarm;
+  showAlarm(next.run, next.alarm);
+  setText("#word", `Alarm ${alarms.indexOf(next) + 1} of ${alarms.length}: ${next.alarm.where}, ${next.alarm.fault}`);
 }
 
 // ---- controls and keys

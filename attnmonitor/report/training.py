@@ -5,40 +5,19 @@ The panels share the axis of steps with the curves, so a reader sees whether the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from attnmonitor.report.curves import plain_text
 from attnmonitor.report.traces import Chart, axis, heading, line
+from attnmonitor.summary.logged import logged_title
 from attnmonitor.summary.style import INK
 
-__all__ = ["logged_title", "shown_curves", "with_training_panels"]
+__all__ = ["with_training_panels"]
 
-_Curve = TypeVar("_Curve")
-
-_LOSS = re.compile(r"loss|perplexity|(?<![a-z])(?:ppl|nll)(?![a-z])", re.IGNORECASE)
-_LEARNING_RATE = re.compile(r"(?<![a-z])lr(?![a-z])|learning.?rate", re.IGNORECASE)
 _TITLES = ("loss", "learning rate", "logged")
-_MOST_OTHERS = 2  # curves of other names, where neither a loss nor a learning rate was logged
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _PANEL, _GAP, _LEGEND = 84, 40, 56  # pixels
-
-
-def logged_title(name: str) -> str:
-    """What a logged value is to a reader: ``"loss"``, ``"learning rate"`` or, of any other name, ``"logged"``.
-
-    Example:
-        >>> [logged_title(name) for name in ("train_loss", "lr-AdamW", "flor", "grad_norm")]
-        ['loss', 'learning rate', 'logged', 'logged']
-    """
-    return "loss" if _LOSS.search(name) else "learning rate" if _LEARNING_RATE.search(name) else "logged"
-
-
-def shown_curves(logged: Mapping[str, _Curve]) -> dict[str, _Curve]:
-    """Losses and learning rates among the curves that training logged; where there is neither, the first others."""
-    told = {name: curve for name, curve in logged.items() if logged_title(name) != "logged"}
-    return told or dict(list(logged.items())[:_MOST_OTHERS])
 
 
 def with_training_panels(

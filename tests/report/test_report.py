@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_runs import SyntheticRun, followed
+from pages import click_cell, narrow_screen
+from synthetic_runs import SyntheticRun, followed, written
 
 from attnmonitor import METRICS
 from attnmonitor.record import RecordError, RecordWriter, RunRecord
@@ -29,13 +29,6 @@ from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR
 pytest.importorskip("plotly")
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;{}"
-
-
-def written(path: Path, run: SyntheticRun, config: dict[str, Any] | None = None) -> Path:
-    with RecordWriter(path, run=config or run.config) as record:
-        for sample in run.samples():
-            record.append(sample)
-    return path
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -186,37 +179,6 @@ def test_page_loads_nothing_external(tmp_path: Path) -> None:
 # ---- in a real browser ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def show(browser: Any) -> Iterator[Callable[[Path], Any]]:
-    def open_page(page: Path) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        browser.get(page.as_uri())
-        WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.body.dataset.ready === 'yes'"))
-        return browser
-
-    yield open_page
-    messages = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    assert messages == [], "the console stays empty"
-
-
-CELL_CENTER = """
-    const div = document.getElementById(arguments[0]), axes = div._fullLayout;
-    const plot = div.querySelector('.nsewdrag').getBoundingClientRect();
-    return [plot.left + axes.xaxis.d2p(arguments[1]), plot.top + axes.yaxis.d2p(arguments[2])];
-"""
-
-
-def click_cell(browser: Any, chart: str, head: int, row: int) -> None:
-    from selenium.webdriver import ActionChains
-
-    browser.execute_script("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", chart)
-    x, y = browser.execute_script(CELL_CENTER, chart, head, row)
-    pointer = ActionChains(browser, duration=50)
-    pointer.w3c_actions.pointer_action.move_to_location(int(x), int(y))
-    pointer.pause(0.2).click().pause(0.5).perform()
-
-
 def curve(browser: Any, chart: str, color: str) -> list[list[float]]:
     """y of the traces in a color, as the browser has them."""
     script = """
@@ -332,18 +294,6 @@ def test_two_runs_share_their_scales(tmp_path: Path, show: Callable[[Path], Any]
     for run, path in enumerate((first, second)):
         expected = next(iter(RunRecord.open(path).trajectories("key_incoherence").values()))[:, 3]
         np.testing.assert_allclose(curve(browser, f"curves-{run}", CHOSEN)[0], expected, rtol=1e-6)
-
-
-@contextmanager
-def narrow_screen(browser: Any) -> Iterator[None]:
-    """The screen of a phone, 390 pixels wide."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    )
-    try:
-        yield
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_page_fits_a_narrow_screen(run144: Path, browser: Any, show: Callable[[Path], Any]) -> None:
