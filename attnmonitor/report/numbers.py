@@ -27,8 +27,9 @@ from attnmonitor.summary.outliers import range_without_outliers
 
 __all__ = ["run_numbers", "segment_starts", "unpacked"]
 
-MOST_VALUES = 1_225_000
-MOST_BAND_SAMPLES = 250
+MOST_VALUES = 1_200_000
+_SLACK = 1.1  # a run that is longer by less is not thinned
+MOST_BAND_SAMPLES = 200
 MOST_LOGGED_POINTS = 2000
 
 _SCOPES: tuple[Scope, ...] = ("query_head", "kv_head")
@@ -126,8 +127,9 @@ def _metric_numbers(
     heads = np.concatenate([trajectories[layer] for layer in shown], axis=1)  # (num_samples, num_heads of all layers)
     measured = np.flatnonzero(np.isfinite(heads).any(axis=1))
     most = most_values // max(1, heads.shape[1])
+    is_thinned = len(measured) > _SLACK * most
     kept = thinned(np.intersect1d(keep, measured), max(2, most // 4))  # many alarms do not make the page larger
-    frames = thinned(measured, max(2, most - len(kept)), kept)
+    frames = thinned(measured, max(2, most - len(kept)), kept) if is_thinned else measured
     frames = np.union1d(frames, _after_the_last(measured, len(heads)))
     band_samples = thinned(measured, MOST_BAND_SAMPLES, keep)
     bands = np.nanquantile(heads[band_samples], QUANTILES, axis=1) if len(band_samples) else np.empty((5, 0))
@@ -138,7 +140,7 @@ def _metric_numbers(
         "scope": metric_scope(name) or "query_head",
         "rows": [[layers.index(layer), trajectories[layer].shape[1]] for layer in shown],
         "frames": frames.tolist(),
-        "thinned": len(measured) > most,
+        "thinned": is_thinned,
         "values": packed(heads[frames]),
         "band_samples": band_samples.tolist(),
         "bands": packed(bands),
@@ -148,7 +150,7 @@ def _metric_numbers(
 
 
 def _after_the_last(measured: NDArray[np.intp], num_samples: int) -> NDArray[np.intp]:
-    """The first and the last sample without a number at the end of a run that had numbers more often before."""
+    """First and last sample without a number at the end of a run, where its samples had numbers before."""
     if not len(measured) or num_samples - 1 - measured[-1] < max(1, *np.diff(measured, prepend=-1)):
         return np.empty(0, dtype=np.intp)
     return np.array([measured[-1] + 1, num_samples - 1])

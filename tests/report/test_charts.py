@@ -132,7 +132,7 @@ def points_of_layer(chart: dict[str, Any], number: int) -> dict[str, list[tuple[
     points: dict[str, list[tuple[int, float]]] = {}
     for trace in chart["data"]:
         if trace["xaxis"] == f"x{number}":
-            names = trace.get("text") or [trace["name"]] * len(trace["x"])
+            names = trace["text"] if "text" in trace else [trace["name"]] * len(trace["x"])
             for name, x, y in zip(names, trace["x"], trace["y"], strict=True):
                 if x is not None:
                     points.setdefault(name, []).append((x, y))

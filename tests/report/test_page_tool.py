@@ -266,7 +266,7 @@ def test_a_refreshed_page_keeps_the_choice(tmp_path: Path, browser: Any, show: S
         browser.execute_script("document.querySelectorAll('details').forEach(details => { details.open = true })")
         for sample in samples[20:]:
             record.append(sample)
-    parts = page_parts([tmp_path / "run.sqlite"])
+    parts = page_parts([RunRecord.open(tmp_path / "run.sqlite")])
     browser.execute_script("refreshPage(arguments[0])", {"main": parts.main, "numbers": parts.numbers})
     assert before[0] == "layers.0 head 3"
     assert choice(browser) == (*before[:2], "1,450"), "and the new last step"
@@ -360,6 +360,6 @@ def test_no_texts_overlap(odd_page: Path, browser: Any, show: Show, width: int) 
 
 
 def test_page_of_a_run_without_a_log_says_nothing_of_it(tmp_path: Path) -> None:
-    page = page_parts([written(tmp_path / "run.sqlite", SyntheticRun(2, 2, 4))])
+    page = page_parts([RunRecord.open(written(tmp_path / "run.sqlite", SyntheticRun(2, 2, 4)))])
     assert page.numbers["runs"][0]["logged"] == {}
     assert "loss" not in page.main
