@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -357,6 +360,35 @@ def test_no_texts_overlap(odd_page: Path, browser: Any, show: Show, width: int) 
         assert page_width == room
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+AXE = "const done = arguments[0]; axe.run().then(found => done([found.violations, found.passes.length]))"
+
+
+@pytest.mark.soak
+def test_axe_finds_nothing_serious(odd_page: Path, browser: Any, show: Show, tmp_path: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None or subprocess.run([npm, "pack", "axe-core@4"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("axe-core could not be fetched from npm")
+    [archive] = tmp_path.glob("axe-core-*.tgz")
+    with tarfile.open(archive) as packed:
+        axe = packed.extractfile("package/axe.min.js").read().decode()
+    for scheme in ("light", "dark"):
+        for width in (1280, 390):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            with emulated(browser, "screen", scheme):
+                show(odd_page)
+                settle(browser)
+                browser.execute_script(axe)
+                violations, num_passes = browser.execute_async_script(AXE)
+            assert num_passes > 15
+            assert [
+                (each["id"], each["impact"], [node["html"][:120] for node in each["nodes"][:3]])
+                for each in violations
+                if each["impact"] in ("serious", "critical")
+            ] == [], (scheme, width)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_page_of_a_run_without_a_log_says_nothing_of_it(tmp_path: Path) -> None:
