@@ -71,6 +71,14 @@ class AttentionMonitorCallback(FrameworkCallback, TrainerCallback):
 
     _loaded: dict[str, Any] | None = None
     _seeks_probe = False
+    state_key, on_exception = "attnmonitor", None  # Lightning's Trainer looks for them before and after `setup`
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Refuse Lightning's Trainer, which calls this on its callbacks."""
+        raise TypeError(
+            "attnmonitor.callbacks.transformers.AttentionMonitorCallback is the one for transformers' Trainer; with "
+            "Lightning's Trainer use attnmonitor.callbacks.lightning.AttentionMonitorCallback"
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

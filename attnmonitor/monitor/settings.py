@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterable
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
-from attnmonitor.messages import whole_argument
+from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 
 __all__ = ["alerts_on", "check_metrics", "check_name", "check_weights_every"]
@@ -43,8 +43,13 @@ def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) ->
     if isinstance(alerts, str):
         way_out = "True turns on the default rules, load_rules(path) reads a file of rules, False turns alerts off"
         raise ValueError(f"alerts={alerts!r} is not a list of rules; {way_out}")
-    if not alerts:
-        return Alerts(())
+    alerts = list(alerts or ())
+    if named := [rule for rule in alerts if isinstance(rule, str)]:
+        near = nearest(named[0], [rule.name for rule in DEFAULT_RULES]) or DEFAULT_RULES[0].name
+        raise ValueError(
+            f"alerts: {named[0]!r} is a name, not a rule; the default rule {near!r} is "
+            f"[rule for rule in DEFAULT_RULES if rule.name == {near!r}]"
+        )
     chosen = Alerts(alerts)
     for rule in chosen.rules:
         missing = sorted(rule.metrics - set(metrics))
