@@ -180,3 +180,49 @@ def test_one_line_watches_the_program(program: Callable[[Line], nn.Module], tmp_
             [heads] = expected.sample(0).values["key_rms"].values()
         assert torch.equal(heads, row)
     monitor.close()
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:::(diffusers|huggingface_hub).*")
+def test_one_line_watches_diffusion_training() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="`make soak` installs it")
+    accelerate = pytest.importorskip("accelerate")
+
+    def unet() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
+        down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+        blocks = {"down_block_types": down, "up_block_types": up, "cross_attention_dim": 16, "attention_head_dim": 4}
+        return diffusers.UNet2DConditionModel(**sizes, **blocks)
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        sample, words = (torch.randn(2, *size, generator=generator) for size in ((4, 8, 8), (5, 16)))
+        return {"sample": sample, "timestep": torch.tensor([3, 500]), "encoder_hidden_states": words}
+
+    def trained(watched: bool) -> tuple[nn.Module, AttentionMonitor | None]:
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, schedule = unet(), diffusers.DDPMScheduler(num_train_timesteps=1000)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        monitor = attach(model, probe=inputs(0), every_n_steps=1, record=None) if watched else None
+        for step in range(STEPS):
+            batch = inputs(step + 1)
+            noise = torch.randn(batch["sample"].shape)
+            noisy = schedule.add_noise(batch["sample"], noise, batch["timestep"])
+            predicted = model(noisy, batch["timestep"], batch["encoder_hidden_states"]).sample
+            accelerator.backward((predicted - noise).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        return accelerator.unwrap_model(model), monitor
+
+    (bare, _), (model, monitor) = trained(False), trained(True)
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), model.parameters(), strict=True))
+    assert monitor is not None
+    assert monitor.history.steps == list(range(STEPS + 1))
+    assert {each.kind for each in monitor.coverage.values()} == {"self", "cross"}
+    with AttentionMonitor(bare, inputs(0), record=None) as expected:
+        sample = expected.sample(0)
+    for layer, heads in monitor.last_sample.values["key_rms"].items():
+        assert torch.equal(heads, sample.values["key_rms"][layer])
+    monitor.close()

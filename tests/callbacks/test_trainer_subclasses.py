@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_run import trainer_of
+from trainer_run import VOCABULARY, texts, trainer_of
 from transformers import Trainer
 
+from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.transformers import AttentionMonitorCallback
 
 
@@ -153,3 +154,33 @@ def test_sentence_transformers_are_watched(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert callback.monitor is not None
     assert callback.monitor.history.steps == [0, 1, 2, 3, 4]
+
+
+def test_sequence_to_sequence_training_is_watched(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "max_position_embeddings": 32}
+    rows = [{"input_ids": ids["input_ids"], "labels": ids["labels"][:9]} for ids in texts(0)]
+    weights = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **sizes))
+        callback = AttentionMonitorCallback(every_n_steps=1, record=None, strict=True)
+        settings: dict[str, Any] = {"max_steps": 3, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        Seq2SeqTrainer(
+            model=model,
+            args=Seq2SeqTrainingArguments(output_dir=str(tmp_path), save_strategy="no", **settings),
+            train_dataset=rows,
+            callbacks=[callback] if watched else [],
+        ).train()
+        weights.append([each.detach().clone() for each in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert callback.monitor is not None
+    assert callback.monitor.history.steps == [0, 1, 2, 3]
+    kinds = [each.kind for each in callback.monitor.coverage.values()]
+    assert (kinds.count("self"), kinds.count("cross")) == (4, 2)
+    with AttentionMonitor(model, callback.monitor.probe.batch, record=None) as expected:
+        sample = expected.sample(0)
+    for layer, heads in callback.monitor.last_sample.values["energy_rms"].items():
+        assert torch.equal(heads, sample.values["energy_rms"][layer])
