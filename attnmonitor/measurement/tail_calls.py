@@ -228,7 +228,11 @@ class Skipping(TorchFunctionMode):
 
     def _saw(self, seen: str) -> None:
         self._due -= Counter([seen])
-        self.begun = not self._due
+        if not (self._due or self.begun):
+            self._begin()
+
+    def _begin(self) -> None:
+        self.begun = True
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -284,13 +288,15 @@ class Trial(Skipping):
         self._operations = _Operations(self)
         self.statistics: Mapping[str, bytes] = {}
 
-    def __enter__(self) -> Any:
+    def _begin(self) -> None:
+        # Not before: under a dispatch mode torch solves eigenproblems in another way, with other last digits.
         self._operations.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        super()._begin()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._operations.__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self.begun:
+            self._operations.__exit__(*exception)  # type: ignore[no-untyped-call]
         self.statistics = statistics_of(self._model)
 
 
@@ -304,7 +310,7 @@ class _Operations(TorchDispatchMode):
         self._trial = trial
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if self._trial.begun and not self._trial.in_call:
+        if not self._trial.in_call:
             self._trial.departure = self._trial.departure or f"{func} after the last attention cannot be skipped"
         return func(*args, **(kwargs or {}))
 

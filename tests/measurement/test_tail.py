@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CausalSelfAttention, everything, token_batch
+from models import CausalSelfAttention, TinyGPT, everything, token_batch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from attnmonitor import AttentionMonitor
+from attnmonitor import DEFAULT_METRICS, AttentionMonitor
 from attnmonitor.capture import capture
 from attnmonitor.loggers import summary_scalars
 from attnmonitor.measurement import Measured, Measurement
@@ -406,6 +406,15 @@ def test_tail_is_skipped_or_run_in_full_with_a_reason(name: str) -> None:
     assert all(route.startswith("in full: ") and case.reason in route for route in routes[num_skipped:]), routes
     layers = {name for sample in samples for name, layer in sample.coverage.items() if layer.measured}
     assert "attn" in {layer.partition("#")[0] for layer in layers}
+
+
+def test_layers_finished_in_the_forward_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", 0)
+    torch.manual_seed(0)
+    model = TinyGPT(width=128, max_length=128)
+    measurement = Measurement(model, Probe(model, token_batch(batch=4, length=128)), DEFAULT_METRICS)
+    measurement.attach()
+    assert measurement.after_last_attention == SKIPPED
 
 
 def test_route_is_shown(tmp_path: Path) -> None:
