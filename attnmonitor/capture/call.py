@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.layout import Layout
-from attnmonitor.capture.verify import RebuiltRows, checked_rows, grouped_product
+from attnmonitor.capture.verify import HIDDEN, RebuiltRows, checked_rows, grouped_product
 
 __all__ = ["AttentionCall", "CaptureReport", "by_document"]
 
@@ -36,9 +36,7 @@ class AttentionCall:
         how: ``"sdpa"``, ``"traced"``, ``"interface"``, ``"mha"``, ``"kernel"`` or ``"explicit"``.
         outside: What acts on the logits outside ``s q kᵀ``: any of ``"bias"``, ``"sinks"``, ``"softcap"``,
             ``"window"``.
-        error: 0-dim float32 tensor on the device: largest deviation of a few rebuilt output rows from the layer's
-            output, relative to the largest entry of those rows. None when there was nothing to compare with.
-        precision: The coarsest type the layer computed in, which sets how large ``error`` may be: under autocast
+        precision: The coarsest type the layer computed in, which sets how large `error` may be: under autocast
             queries may be float32 while the attention itself runs in bfloat16.
         logit_rows: Maps row indices ``(R,)`` to the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32,
             -inf where hidden.
@@ -62,13 +60,20 @@ class AttentionCall:
     kind: str
     how: str
     outside: tuple[str, ...]
-    error: Tensor | None
     precision: torch.dtype
     logit_rows: Callable[[Tensor], Tensor]
     rows: RebuiltRows
     layout: Layout
     gained_bias: Tensor | None = None
     when_written: list[Callable[[Tensor | None], None]] = field(default_factory=list)
+
+    @property
+    def error(self) -> Tensor | None:
+        """Largest deviation of a few rebuilt output rows from the layer's output, relative to their largest entry.
+
+        A 0-dim float32 tensor on the device; None when there was nothing to compare with.
+        """
+        return self.rows.error
 
 
 def by_document(
@@ -85,6 +90,7 @@ def by_document(
     query, key = documents.cut(call.query), documents.cut(call.key)
     logit_rows = documents.rows(call.logit_rows, length)
     rows = checked_rows(query)
+    logits = logit_rows(rows)
     whole_keys = key.repeat(1, query.shape[1] // key.shape[1], 1, 1) if call.tiled else key
     return replace(
         call,
@@ -97,9 +103,10 @@ def by_document(
         rows=RebuiltRows(
             rows,
             call.scale * grouped_product(query.index_select(-2, rows), whole_keys),
+            logits <= HIDDEN,
             None if output_rows is None else documents.of_rows(output_rows, length, rows),
-            call.error,
-            logit_rows(rows),
+            call.rows.comparison,
+            logits,
         ),
     )
 

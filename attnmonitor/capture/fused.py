@@ -33,7 +33,7 @@ def read_sdpa(
         attention.masked_by = (attn_mask,)
         attention.has_added = attn_mask.is_floating_point()
     if is_causal:
-        attention.affine.append(Step(hide_future))
+        attention.nonlinear.append(Step(hide_future))
     attention.after.append(attend(value))
     attention.exact = dropout_p == 0
     return attention

@@ -380,7 +380,6 @@ class AttentionMode(TorchFunctionMode):
             kind="self" if layout.is_self else "cross",
             how="mha" if self._inside_mha else how,
             outside=layout.outside,
-            error=rows.error,
             precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
             logit_rows=attention.logit_rows,
             rows=rows,

@@ -14,7 +14,7 @@ Letters: B sequences, Hq query heads, Hkv key heads, Lq query and Lk key positio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,9 +28,11 @@ from attnmonitor.capture.heads import Lead
 __all__ = [
     "HIDDEN",
     "Attention",
+    "Comparison",
     "RebuiltRows",
     "Step",
     "checked_rows",
+    "deviations",
     "full_precision",
     "grouped_product",
     "visible_keys",
@@ -62,29 +64,61 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Rows of a layer's output, to be compared when there is time: the layers of a model in one batch.
+
+    Attributes:
+        expected: As rebuilt, in the code's layout; NaN in a row that sees no key.
+        actual: As the layer computed them, of the same shape.
+    """
+
+    expected: Tensor
+    actual: Tensor
+
+
+def deviations(comparisons: Sequence[Comparison]) -> list[Tensor]:
+    """Return each one's largest deviation relative to its largest actual entry, 0-dim float32; made without a wait."""
+    groups: dict[object, list[int]] = {}
+    for index, each in enumerate(comparisons):
+        kind = each.expected.shape, each.expected.dtype, each.actual.dtype, each.expected.device
+        groups.setdefault(kind, []).append(index)
+    found: dict[int, Tensor] = {}
+    for group in groups.values():
+        expected = torch.stack([comparisons[index].expected for index in group]).flatten(1)
+        actual = torch.stack([comparisons[index].actual for index in group]).flatten(1).to(expected.dtype)
+        left_out = expected.isnan()
+        gap, size = torch.stack([expected - actual, actual]).masked_fill_(left_out, 0.0).abs_().amax(-1).unbind()
+        relative = gap / size.clamp_min(torch.finfo(size.dtype).tiny)
+        found |= zip(group, relative.float().unbind(), strict=True)
+    return [found[index] for index in range(len(comparisons))]
+
+
+@dataclass(frozen=True, eq=False)
 class RebuiltRows:
     """The rows of an attention that verification rebuilds.
 
     Attributes:
         rows: Their indices, ``(R,)``.
         logits: ``s q kᵀ``, before masks, biases and soft-caps, ``(B, Hq, R, Lk)``.
+        hidden: The keys that a row does not attend to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen.
         output: What the layer computed in these rows, ``(B, Hq, R, dv)``; None where that is not known.
-        error: Largest deviation of the rebuilt output from it, relative to its largest entry; None likewise.
+        comparison: The layer's output in these rows as rebuilt and as it is; None where that is not known.
     """
 
     rows: Tensor
     logits: Tensor
+    hidden: Tensor
     output: Tensor | None
-    error: Tensor | None
+    comparison: Comparison | None
     _argument: Tensor
     _restore: Callable[[Tensor], Tensor] = _identity
     _key_axis: int = -1
 
     @cached_property
-    def seen(self) -> Tensor:
-        """Return the keys that each row attends to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen."""
-        return (self._restore(self._argument) <= HIDDEN).logical_not()
+    def error(self) -> Tensor | None:
+        """Largest deviation of the rebuilt output from the layer's, relative to its largest entry; None likewise."""
+        return None if self.comparison is None else deviations([self.comparison])[0]
 
     def attention_logits(self) -> tuple[Tensor, bool]:
         """Return what the softmax of each row is taken of, ``(B, Hq, R, Lk)``, and whether it was taken already.
@@ -184,8 +218,10 @@ class Attention:
         return logits
 
     def _softmax_argument(self, product: Tensor, rows: Tensor) -> Tensor:
-        product, bias = self._with_bias(product, rows)
-        return self._apply_nonlinear(product + bias, rows)
+        if self.affine:
+            product, bias = self._with_bias(product, rows)
+            return self._apply_nonlinear(product + bias, rows)
+        return self._apply_nonlinear(self.arrange(product).clone(), rows)  # a step may write into it
 
     def logit_rows(self, rows: Tensor) -> Tensor:
         """Return rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where hidden."""
@@ -207,12 +243,18 @@ class Attention:
             # softmax by as much. So the check rounds where the code did.
             rounds = self.logits_in is not None or self.operands_in not in (None, self.query.dtype)
             argument = self._softmax_argument(self._product(rows, as_rounded=True) if rounds else product, rows)
+            hidden = argument <= HIDDEN
+            by_head = self.restore(hidden)
             if output is None:
-                return RebuiltRows(rows, product, None, None, argument, self.restore, self.key_axis)
+                return RebuiltRows(rows, product, by_head, None, None, argument, self.restore, self.key_axis)
             actual = output.index_select(row_axis, rows)
-            error = self._deviation(argument, rows, actual)
-            by_head = None if self.heads_of is None else self.heads_of(actual)
-            return RebuiltRows(rows, product, by_head, error, argument, self.restore, self.key_axis)
+            # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
+            expected = argument.masked_fill(hidden.all(self.key_axis, keepdim=True), torch.nan)
+            for step in self.after:
+                expected = step.apply(expected, rows)
+            comparison = Comparison(*torch.broadcast_tensors(expected, actual))
+            written = None if self.heads_of is None else self.heads_of(actual)
+            return RebuiltRows(rows, product, by_head, written, comparison, argument, self.restore, self.key_axis)
 
     def output_rows(self, output: Tensor | None, row_axis: int) -> Callable[[Tensor], Tensor] | None:
         """Return the function from rows to what the layer computed in them by head; None where that is not known."""
@@ -220,18 +262,6 @@ class Attention:
         if output is None or heads_of is None:
             return None
         return lambda rows: heads_of(output.index_select(row_axis, rows))
-
-    def _deviation(self, argument: Tensor, rows: Tensor, actual: Tensor) -> Tensor:
-        """Return the largest deviation of rebuilt rows from the actual ones, relative to the largest entry."""
-        # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
-        sees_nothing = argument.amax(self.key_axis, keepdim=True) <= HIDDEN
-        expected = argument.masked_fill(sees_nothing, torch.nan)
-        for step in self.after:
-            expected = step.apply(expected, rows)
-        actual = actual.to(expected.dtype)
-        gap = (expected - actual).abs().masked_fill(expected.isnan(), 0.0)
-        size = actual.masked_fill(expected.isnan(), 0.0).abs().amax()
-        return (gap.amax() / size.clamp_min(torch.finfo(size.dtype).tiny)).float()
 
     def is_biased(self) -> Tensor:
         """Return whether a bias differs between visible keys of a checked row, a 0-dim bool; made without a wait."""
@@ -273,7 +303,7 @@ def checked_rows(query: Tensor) -> Tensor:
     """Return the rows to check: at most 8, evenly spaced, the last among them; made without a wait."""
     length = query.shape[-2]
     count = min(NUM_CHECKED_ROWS, length)
-    return (torch.arange(count, device=query.device) + 1) * length // count - 1
+    return torch.arange(length - count, count * length, max(length, 1), device=query.device) // max(count, 1)
 
 
 def grouped_product(query: Tensor, key: Tensor) -> Tensor:

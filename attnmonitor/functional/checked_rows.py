@@ -11,7 +11,7 @@ Letters: B sequences, Hq query heads, Lq queries, Lk keys, R rows, dv size of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from attnmonitor.functional.attention import row_logits
 from attnmonitor.functional.checks import check_heads, query_padding
 from attnmonitor.functional.precision import full_precision
+from attnmonitor.functional.ranks import is_unknown
 
 __all__ = ["attention_tau", "head_similarity", "output_rms", "output_share"]
 
@@ -38,45 +39,86 @@ class CheckedRows:
 
     Attributes:
         logits: s q kᵀ, before masks, biases and soft-caps, ``(B, Hq, R, Lk)``.
-        seen: Keys that a row attends to, ``(B or 1, Hq or 1, R, Lk)`` bool.
-        output: What the heads write in these rows, ``(B, Hq, R, n)``, before or after the output projection; None where
-            that is not known.
+        hidden: Keys that a row does not attend to, ``(B, Hq, R, Lk)`` bool.
+        output: What the heads write in these rows, before the output projection, ``(B, Hq, R, dv)``; None where that is
+            not known.
+        written: Norm of what they write in these rows through the output projection, ``(B, Hq, R)``; None likewise.
         query_mask: ``(B, R)`` bool, True where the row is not padding; None where none is.
         key_mask: ``(B, Lk)`` bool, likewise.
     """
 
     logits: Tensor
-    seen: Tensor
+    hidden: Tensor
     output: Tensor | None = None
+    written: Tensor | None = None
     query_mask: Tensor | None = None
     key_mask: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What it holds, in the order of its attributes."""
+        return [self.logits, self.hidden, self.output, self.written, self.query_mask, self.key_mask]
+
+    def of(self, sequences: slice) -> CheckedRows:
+        """The rows of some of the sequences."""
+        return CheckedRows(*(None if each is None else each[sequences] for each in self.tensors))  # type: ignore[arg-type]
+
+    @staticmethod
+    def joined(layers: Sequence[CheckedRows]) -> CheckedRows:
+        """The rows of layers of one shape, as those of one layer with all of their sequences."""
+        parts = zip(*(layer.tensors for layer in layers), strict=True)
+        return CheckedRows(*(None if each[0] is None else torch.cat(each) for each in parts))  # type: ignore[arg-type]
+
     @cached_property
-    def valid(self) -> Tensor:
-        """Rows that are not padding, ``(B, 1, R)`` bool."""
-        num_sequences, _, num_rows, _ = self.logits.shape
+    def unseen(self) -> Tensor:
+        """Keys that a row does not attend to, and padding, ``(B, Hq, R, Lk)`` bool; all for a row of padding."""
+        unseen = self.hidden
+        if self.key_mask is not None:
+            unseen = unseen | self.key_mask.logical_not()[:, None, None]
+        if self.query_mask is not None:
+            unseen = unseen | self.query_mask.logical_not()[:, None, :, None]
+        return unseen
+
+    @cached_property
+    def num_seen(self) -> Tensor:
+        """Keys that each row sees, ``(B, Hq, R)``."""
+        return self.unseen.shape[-1] - self.unseen.sum(-1)
+
+    @cached_property
+    def see_enough(self) -> Tensor:
+        """Rows that see enough keys for a spread of their logits, ``(B, Hq, R)`` bool."""
+        return self.num_seen >= _LEAST_KEYS
+
+    @cached_property
+    def num_seeing(self) -> Tensor:
+        """Rows that see a key, ``(B, Hq)``."""
+        return (self.num_seen > 0).sum(-1)
+
+    @cached_property
+    def num_seeing_enough(self) -> Tensor:
+        """Rows that see enough keys, ``(B, Hq)``."""
+        return self.see_enough.sum(-1)
+
+    @cached_property
+    def num_rows(self) -> Tensor:
+        """Rows that are no padding, ``(B, Hq)``."""
+        num_sequences, num_heads, num_rows, _ = self.logits.shape
         if self.query_mask is None:
-            return torch.ones(num_sequences, 1, num_rows, dtype=torch.bool, device=self.logits.device)
-        return self.query_mask[:, None]
+            return torch.full((num_sequences, num_heads), num_rows, device=self.logits.device)
+        return self.query_mask.sum(-1, keepdim=True).expand(-1, num_heads)
 
     @cached_property
-    def visible(self) -> Tensor:
-        """Keys that a row attends to and that are not padding, ``(B or 1, Hq or 1, R, Lk)`` bool."""
-        return self.seen if self.key_mask is None else self.seen & self.key_mask[:, None, None]
+    def energies(self) -> dict[str, Tensor]:
+        """Mean energy of a row of the output, and of what is written, over rows that see a key, ``(B, Hq)`` each.
 
-    @cached_property
-    def num_visible(self) -> Tensor:
-        """Number of these keys, ``(B, Hq or 1, R)``; 0 for a row of padding."""
-        return self.visible.sum(-1) * self.valid
-
-    @cached_property
-    def output_energy(self) -> Tensor:
-        """Mean square of the output over rows that see a key, ``(B, Hq)``; NaN if not finite."""
-        assert self.output is not None
-        counts = self.num_visible > 0
-        output = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
-        energy = torch.where(counts, output.square().mean(-1), 0).sum(-1) / counts.sum(-1)
-        return torch.where(energy.isfinite(), energy, torch.nan)
+        NaN where it is not finite; without one that is not known.
+        """
+        norms = {"output": None if self.output is None else row_norms(self.output), "written": self.written}
+        known = {name: norm for name, norm in norms.items() if norm is not None}
+        energies = torch.stack(list(known.values())).square_().masked_fill_(self.num_seen == 0, 0)
+        means = energies.sum(-1) / self.num_seeing
+        means.masked_fill_(is_unknown(means), torch.nan)
+        return dict(zip(known, means.unbind(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,80 +126,89 @@ class CheckedStatistic:
     """A statistic of checked rows.
 
     Attributes:
-        formula: One value per head, ``(B, Hq)``.
-        rows: The rows that it is taken over, ``(B, Hq or 1, R)`` bool.
+        formula: One value per head, ``(B, Hq)``; NaN where a sequence has none of the rows.
+        num_rows: How many rows it is taken over, ``(B, Hq)``.
+        reads: The attribute of the rows that it reads.
     """
 
     formula: Callable[[CheckedRows], Tensor]
-    rows: Callable[[CheckedRows], Tensor]
+    num_rows: Callable[[CheckedRows], Tensor]
+    reads: str = "logits"
 
     def __call__(self, rows: CheckedRows) -> Tensor:
         """One value per head, ``(B, Hq)`` float32; NaN where a sequence has none of the rows."""
-        return torch.where(self.counted(rows), self.formula(rows), torch.nan).to(torch.float32)
+        return self.formula(rows).to(torch.float32)
 
     def counted(self, rows: CheckedRows) -> Tensor:
         """Sequences that have a value, ``(B, Hq)`` bool."""
-        return self.rows(rows).any(-1).expand(rows.logits.shape[:2])
-
-
-def _that_see_a_key(rows: CheckedRows) -> Tensor:
-    return rows.num_visible > 0
-
-
-def _that_see_enough_keys(rows: CheckedRows) -> Tensor:
-    return rows.num_visible >= _LEAST_KEYS
+        return self.num_rows(rows) > 0
 
 
 def _output_rms(rows: CheckedRows) -> Tensor:
-    return rows.output_energy.sqrt()
+    assert rows.output is not None
+    return (rows.energies["output"] / rows.output.shape[-1]).sqrt_()
 
 
 def _output_share(rows: CheckedRows) -> Tensor:
-    return rows.output_energy / rows.output_energy.nansum(-1, keepdim=True)
+    energy = rows.energies["written"]
+    return energy / energy.nansum(-1, keepdim=True)
 
 
 def _head_similarity(rows: CheckedRows) -> Tensor:
-    field, size = _field(rows)
+    field, of_mean = _field(rows)
     with full_precision(field.device):
-        unit = field / size[..., None]
-        cosines = (unit @ unit.mT).abs()
+        products = field @ field.mT
+    energy = products.diagonal(dim1=-2, dim2=-1)
+    # Equal keys give equal logits up to rounding.
+    is_zero = energy <= _NOISE**2 * (energy + of_mean)
+    size = energy.masked_fill(is_zero, torch.nan).sqrt()
+    cosines = products.abs() / (size[..., None] * size[..., None, :])
     # A head is not compared with itself, and one without a field is no twin of another.
-    itself = torch.eye(cosines.shape[-1], dtype=torch.bool, device=cosines.device)
-    largest = cosines.masked_fill(itself | cosines.isnan(), -torch.inf).amax(-1)
-    return torch.where(largest >= 0, largest.clamp_max(1), torch.nan)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(torch.nan)
+    largest = cosines.nan_to_num_(nan=-1).amax(-1).clamp_max_(1)
+    return largest.masked_fill_(largest < 0, torch.nan)
 
 
 def _field(rows: CheckedRows) -> tuple[Tensor, Tensor]:
-    """The energy field in the valid rows, ``(B, Hq, R·Lk)``, and its size, ``(B, Hq)``; NaN for a zero field."""
-    logits = torch.where(rows.valid[..., None], rows.logits, 0)
+    """The energy field in the rows that are no padding, ``(B, Hq, R·Lk)``; the energy of what it lacks, ``(B, Hq)``."""
+    logits = rows.logits
+    if rows.query_mask is not None:
+        logits = torch.where(rows.query_mask[:, None, :, None], logits, 0)
     if rows.key_mask is None:
-        field = logits - logits.mean(-1, keepdim=True)
+        number: Tensor | int = logits.shape[-1]
+        mean = logits.mean(-1, keepdim=True)
+        field = logits - mean
     else:
         is_key = rows.key_mask[:, None, None]
-        logits = torch.where(is_key, logits, 0)
-        field = torch.where(is_key, logits - logits.sum(-1, keepdim=True) / is_key.sum(-1, keepdim=True), 0)
-    size, total = (torch.linalg.vector_norm(each, dim=(-2, -1)) for each in (field, logits))
-    # Equal keys give equal logits up to rounding.
-    is_zero = size <= _NOISE * total
-    return field.flatten(2), size.masked_fill(is_zero, torch.nan)
+        number = is_key.sum(-1)
+        mean = torch.where(is_key, logits, 0).sum(-1, keepdim=True) / number[..., None]
+        field = torch.where(is_key, logits - mean, 0)
+    return field.flatten(2), (number * mean[..., 0].square()).sum(-1)
 
 
 def _attention_tau(rows: CheckedRows) -> Tensor:
-    counts = _that_see_enough_keys(rows)
-    number = rows.num_visible.clamp_min(_LEAST_KEYS).to(rows.logits.dtype)
-    mean = torch.where(rows.visible, rows.logits, 0).sum(-1) / number
-    deviations = torch.where(rows.visible, rows.logits - mean[..., None], 0)
-    spread = torch.linalg.vector_norm(deviations, dim=-1) / number.sqrt()
-    return torch.where(counts, spread / (2 * number.log()).sqrt(), 0).sum(-1) / counts.sum(-1)
+    number = rows.num_seen.clamp_min(_LEAST_KEYS).to(rows.logits.dtype)
+    mean = rows.logits.masked_fill(rows.unseen, 0).sum(-1) / number
+    deviations = (rows.logits - mean[..., None]).masked_fill_(rows.unseen, 0)
+    spread = torch.linalg.vector_norm(deviations, dim=-1) / (2 * number * number.log()).sqrt_()
+    mean_spread: Tensor = (spread * rows.see_enough).sum(-1) / rows.num_seeing_enough
+    return mean_spread
 
 
 CHECKED_STATISTICS = {
-    "output_rms": CheckedStatistic(_output_rms, _that_see_a_key),
-    "output_share": CheckedStatistic(_output_share, _that_see_a_key),
-    "head_similarity": CheckedStatistic(_head_similarity, lambda rows: rows.valid),
-    "attention_tau": CheckedStatistic(_attention_tau, _that_see_enough_keys),
+    "output_rms": CheckedStatistic(_output_rms, lambda rows: rows.num_seeing, "output"),
+    "output_share": CheckedStatistic(_output_share, lambda rows: rows.num_seeing, "written"),
+    "head_similarity": CheckedStatistic(_head_similarity, lambda rows: rows.num_rows),
+    "attention_tau": CheckedStatistic(_attention_tau, lambda rows: rows.num_seeing_enough),
 }
 """The statistics of checked rows by the name of their metric."""
+
+
+def row_norms(output: Tensor) -> Tensor:
+    """Norm of what each head writes in each row, ``(B, Hq, R, n) -> (B, Hq, R)``, not below float32."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
+    return norms
 
 
 def checked_rows(
@@ -195,13 +246,13 @@ def checked_rows(
     count = min(num_rows, num_queries)
     rows = (torch.arange(count, device=query.device) + 1) * num_queries // count - 1
     product = logits(rows)
-    seen = torch.ones(1, 1, count, num_keys, dtype=torch.bool, device=query.device)
+    hidden = torch.zeros(product.shape, dtype=torch.bool, device=query.device)
     if causal:
-        seen = seen & (torch.arange(num_keys, device=query.device) <= rows[:, None] + num_keys - num_queries)
+        hidden = hidden | (torch.arange(num_keys, device=query.device) > rows[:, None] + num_keys - num_queries)
     if mask is not None:
-        seen = seen & mask[:, None, None]
-    output = None if value is None else _written(torch.where(seen, product, -torch.inf), key, value, mask)
-    return CheckedRows(product, seen, output, None if query_mask is None else query_mask[:, rows], mask)
+        hidden = hidden | mask.logical_not()[:, None, None]
+    output = None if value is None else _written(torch.where(hidden, -torch.inf, product), key, value, mask)
+    return CheckedRows(product, hidden, output, None, None if query_mask is None else query_mask[:, rows], mask)
 
 
 def _written(logits: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -297,7 +348,7 @@ def output_share(
 
 
 def projected_rows(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **settings: Any) -> CheckedRows:
-    """Compute rows as `checked_rows` does, with the output of each head after the output projection."""
+    """Compute rows as `checked_rows` does, with what each head writes through the output projection."""
     rows = checked_rows(query, key, value, **settings)
     assert rows.output is not None
     _, num_heads, _, head_dim = rows.output.shape
@@ -308,7 +359,7 @@ def projected_rows(query: Tensor, key: Tensor, value: Tensor, projection: Tensor
         )
     with full_precision(rows.output.device):
         by_head = projection.to(rows.output.dtype).unflatten(1, (num_heads, head_dim))
-        return replace(rows, output=torch.einsum("bhrc,nhc->bhrn", rows.output, by_head))
+        return replace(rows, written=row_norms(torch.einsum("bhrc,nhc->bhrn", rows.output, by_head)))
 
 
 def head_similarity(

@@ -54,7 +54,7 @@ class FieldCores:
     num_queries: Tensor
     num_keys: Tensor
 
-    @property
+    @cached_property
     def energy(self) -> Tensor:
         """The trace of M, ``(B, Hq)`` float64."""
         return self.size * self.core.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).clamp_min(0)
@@ -141,11 +141,10 @@ def field_cores(queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float
     num_sequences, num_heads, _, head_dim = queries.shape
     grouped = (num_sequences, keys.key.shape[1], -1)
     dtype = queries.rounding.dtype
-    key_size = torch.where(keys.energy > 0, keys.energy, 1)
-    query_size = torch.where(queries.energy > 0, queries.energy, 1)
+    query_size = queries.energy.masked_fill(queries.energy == 0, 1)
     # Divided and converted in one pass.
     unit_root = torch.empty_like(root, dtype=dtype)
-    torch.div(root, key_size.sqrt()[..., None, None], out=unit_root)
+    torch.div(root, keys.size.sqrt()[..., None, None], out=unit_root)
     unit_root = unit_root[:, :, None]
     gram = torch.empty_like(queries.gram, dtype=dtype)
     gram = torch.div(queries.gram, query_size[..., None, None], out=gram).view(*grouped, head_dim, head_dim)
@@ -193,8 +192,8 @@ def _rounding_errors(
     """
     head_dim, group = queries.shape[-1], queries.shape[1] // keys.key.shape[1]
     exact = torch.finfo(torch.float64).eps / 2
-    with_mean = keys.energy + keys.num_keys * keys.mean.square().sum((-2, -1))
-    centering = (with_mean / torch.where(keys.energy > 0, keys.energy, torch.inf)).sqrt().repeat_interleave(group, 1)
+    with_mean = keys.energy + keys.energy_of_mean
+    centering = (with_mean / keys.size).sqrt_().repeat_interleave(group, 1)
     error = 16 * exact * (max(queries.shape[2], keys.key.shape[2]) + head_dim**2) * centering
     unit = queries.rounding.unit
     terms = [each.terms for each in (queries.rounding, keys.rounding) if each.unit > exact]

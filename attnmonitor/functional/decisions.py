@@ -107,8 +107,7 @@ class Fields:
         values = torch.linalg.svdvals(self._scale * triangles[0] @ triangles[1].mT)
         variances = torch.nn.functional.pad(values.square(), (0, queries.shape[-1] - values.shape[-1]))
         energy = variances.sum(-1)
-        of_mean = keys.num_keys * keys.mean.square().sum((-2, -1))
-        size = (self._scale**2 * queries.energy * (keys.energy + of_mean)).sqrt()
+        size = (self._scale**2 * queries.energy * (keys.energy + keys.energy_of_mean)).sqrt()
         unit, (_, _, length, head_dim) = torch.finfo(torch.float64).eps / 2, queries.shape
         longest = max(length, keys.key.shape[2])
         error, margin = (

@@ -18,7 +18,7 @@ from typing import Generic, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.ranks import is_finite
+from attnmonitor.functional.ranks import is_unknown
 
 __all__ = ["Eigenproblem", "Solution", "Solvable", "Steps", "each_step_in", "solve", "solved", "symmetric_eigenvalues"]
 
@@ -116,9 +116,9 @@ def symmetric_eigenvalues(matrices: Tensor) -> Steps[tuple[Tensor, Tensor]]:
     Returns:
         ``(N, n)``, descending, and ``(N,)``; NaN for a matrix that is not finite.
     """
-    finite = is_finite(matrices).flatten(1).all(-1)
-    matrices = torch.where(finite[:, None, None], matrices, 0)
+    unknown = is_unknown(matrices).flatten(1).any(-1)
+    matrices = matrices.masked_fill(unknown[:, None, None], 0)
     eigenvalues, _ = yield Eigenproblem(matrices)
     size = matrices.shape[-1]
     error = 8 * size**1.5 * torch.finfo(matrices.dtype).eps * torch.linalg.matrix_norm(matrices)
-    return torch.where(finite[:, None], eigenvalues.flip(-1), torch.nan), torch.where(finite, error, torch.nan)
+    return eigenvalues.flip(-1).masked_fill_(unknown[:, None], torch.nan), error.masked_fill_(unknown, torch.nan)

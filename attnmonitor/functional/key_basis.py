@@ -19,7 +19,8 @@ Letters: B sequences, Hkv key heads, L positions, n valid ones, d head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,6 +57,16 @@ class KeyGram:
     energy: Tensor
     num_keys: Tensor
     rounding: Rounding
+
+    @cached_property
+    def energy_of_mean(self) -> Tensor:
+        """Energy that centering took from the keys, ``(B, Hkv)`` float64."""
+        return self.num_keys * self.mean.square().sum((-2, -1))
+
+    @cached_property
+    def size(self) -> Tensor:
+        """The energy, 1 where it is zero, ``(B, Hkv)`` float64."""
+        return self.energy.masked_fill(self.energy == 0, 1)
 
     def of_heads(self, sequence: Tensor, head: Tensor) -> KeyGram:
         """The Gram matrices of single heads, ``(N,)`` and ``(N,)``, as those of one head in N sequences."""
@@ -102,30 +113,32 @@ class KeySpectrum:
 
     keys: KeyGram
     eigenvalues: Tensor
+    _ranks: dict[float, Tensor] = field(default_factory=dict, init=False)
 
-    @property
+    @cached_property
     def energy(self) -> Tensor:
         """‖k̃‖_F², ``(B, Hkv)``."""
         return self.eigenvalues.sum(-1)
 
-    def numerical_rank(self) -> Tensor:
-        """Directions above float32's noise, ``max(n, d) · eps · σ₁``, ``(B, Hkv)``.
+    @cached_property
+    def above_noise(self) -> Tensor:
+        """Which directions are above float32's noise, ``max(n, d) · eps · σ₁``, ``(B, Hkv, d)`` bool.
 
         The cut is the same for every input type, so a number does not depend on the type of its keys, nor on how much
         padding stands beside them.
         """
-        noise = self.keys.num_keys.clamp_min(self.keys.key.shape[-1])[..., None] * torch.finfo(torch.float32).eps
-        return (self.eigenvalues > noise.square() * self.eigenvalues[..., :1]).sum(-1)
+        noise = (self.keys.num_keys.clamp_min(self.keys.key.shape[-1]) * torch.finfo(torch.float32).eps).square()
+        return self.eigenvalues > noise[..., None] * self.eigenvalues[..., :1]
 
     def energy_rank(self, energy: float) -> Tensor:
         """Fewest directions that hold ``energy`` of ‖k̃‖_F², ``(B, Hkv)``; the numerical rank for 1."""
-        if energy == 1:
-            return self.numerical_rank()
-        return effective_rank(self.eigenvalues, energy)
+        if energy not in self._ranks:
+            self._ranks[energy] = self.above_noise.sum(-1) if energy == 1 else effective_rank(self.eigenvalues, energy)
+        return self._ranks[energy]
 
     def or_nan(self, values: Tensor) -> Tensor:
         """``values``, ``(B, Hkv)``, with NaN for the heads that are not finite."""
-        return torch.where(is_finite(self.energy), values, torch.nan)
+        return values.masked_fill(self.keys.energy.isnan(), torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +156,7 @@ class KeyBasis(KeySpectrum):
         return self.eigenvectors * self.eigenvalues.sqrt()[..., None, :]
 
     def leading(self, rank: Tensor) -> Tensor:
-        """Which directions are among the ``rank`` leading ones, ``(B, Hkv) -> (B, Hkv, d)`` bool."""
+        """Return which directions are among the ``rank`` leading ones, ``(B, Hkv) -> (B, Hkv, d)`` bool."""
         return torch.arange(self.eigenvalues.shape[-1], device=rank.device) < rank[..., None]
 
     def relative_variances(self) -> Tensor:
@@ -156,14 +169,14 @@ class KeyBasis(KeySpectrum):
         Float64, because a direction near the cut is a ten-millionth of the keys: in float32 its rows would be rounding
         errors, divided by it. Float32 on a CPU for short keys whose condition number is at most `LARGEST_CONDITION`.
         """
-        kept = self.leading(self.numerical_rank())
+        kept = self.above_noise
         dtype = torch.float64
         if is_short(self.keys.key):
             condition = torch.where(kept, self.eigenvalues[..., :1] / self.eigenvalues, 0).sqrt()
             if bool((condition <= LARGEST_CONDITION).all()):
                 dtype = torch.float32
-        to_left = self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt()[..., None, :]
-        to_left = torch.where(is_finite(self.energy)[..., None, None], to_left, torch.nan).to(dtype)
+        to_left = (self.eigenvectors * torch.where(kept, self.eigenvalues, torch.inf).rsqrt_()[..., None, :]).to(dtype)
+        to_left.masked_fill_(self.keys.energy.isnan()[..., None, None], torch.nan)
         for centered in _centered_blocks(self.keys.key, self.keys.key_mask, self.keys.mean, dtype):
             yield centered @ to_left
 
@@ -218,13 +231,13 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None, *, dtype: torch.dtype 
             exact = key_gram(key[sequence, head][:, None], None if key_mask is None else key_mask[sequence])
             for found, of_heads in ((gram, exact.gram), (energy, exact.energy), (mean, exact.mean)):
                 found[sequence, head] = of_heads[:, 0]
-    finite = energy.isfinite()
+    energy = energy + 0 * energy  # NaN where it is infinite
+    keys = KeyGram(key, key_mask, mean, gram, energy, num_keys, Rounding.of(key, dtype))
     # Equal float64 keys differ from their mean by its rounding: centered keys no larger than that are zero.
-    noise = num_keys.pow(3) * mean.square().sum((-2, -1)) * torch.finfo(torch.float64).eps ** 2
-    alive = finite & (energy > noise)
-    gram = torch.where(alive[..., None, None], gram, 0)
-    energy = torch.where(alive, energy, torch.where(finite, 0, torch.nan))
-    return KeyGram(key, key_mask, mean, gram, energy, num_keys, Rounding.of(key, dtype))
+    is_zero = energy <= num_keys.square() * keys.energy_of_mean * torch.finfo(torch.float64).eps ** 2
+    gram.masked_fill_((is_zero | energy.isnan())[..., None, None], 0)
+    energy.masked_fill_(is_zero, 0)
+    return keys
 
 
 def _recentered_gram(
@@ -260,5 +273,4 @@ def key_basis(keys: KeyGram) -> Steps[KeyBasis]:
 
 def _descending(eigenvalues: Tensor, keys: KeyGram) -> Tensor:
     """Ascending eigenvalues of a Gram matrix in descending order; NaN for a head that is not finite."""
-    known = is_finite(keys.energy)[..., None]
-    return torch.where(known, eigenvalues.flip(-1).clamp_min(0), torch.nan)
+    return eigenvalues.flip(-1).clamp_min_(0).masked_fill_(keys.energy.isnan()[..., None], torch.nan)

@@ -160,7 +160,7 @@ def key_participation_ratio(key: Tensor, *, mask: Tensor | None = None) -> Tenso
 
 def key_condition_number_of(spectrum: KeySpectrum) -> Tensor:
     """Largest over smallest singular value above float32's noise, ``(B, Hkv)``."""
-    last = (spectrum.numerical_rank() - 1).clamp_min(0)
+    last = (spectrum.energy_rank(1) - 1).clamp_min(0)
     smallest = spectrum.eigenvalues.gather(-1, last[..., None])[..., 0]
     return (spectrum.eigenvalues[..., 0] / smallest).sqrt()  # 0 / 0 for zero keys
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnmonitor.functional.key_basis import KeyBasis
 from attnmonitor.functional.precision import full_precision
-from attnmonitor.functional.ranks import is_finite, spread_over_positions
+from attnmonitor.functional.ranks import spread_over_positions
 
 __all__ = ["PositionProfile", "Profile", "position_profiles", "share_excess"]
 
@@ -102,8 +102,8 @@ def _key_columns(
     columns: dict[Profile, Tensor] = {}
     totals: dict[Profile, Tensor | float] = {}
     if "leverage" in wanted:
-        totals["leverage"] = rank = basis.numerical_rank()
-        columns["leverage"] = basis.leading(rank)
+        totals["leverage"] = basis.energy_rank(1)
+        columns["leverage"] = basis.above_noise
     if "leading_leverage" in wanted:
         totals["leading_leverage"] = rank = basis.energy_rank(energy)
         columns["leading_leverage"] = basis.leading(rank)
@@ -131,5 +131,5 @@ def _energy_shares(relative: Tensor, left: Tensor) -> Tensor:
 
 def share_excess(energy_shares: PositionProfile, leverage: PositionProfile) -> Tensor:
     """The most by which a position's energy share exceeds its leverage, ``(B,)``; rounding in a sound measurement."""
-    excess = energy_shares.weights.unflatten(1, (leverage.weights.shape[1], -1)) - leverage.weights[:, :, None]
-    return torch.where(is_finite(excess), excess, 0).amax((1, 2, 3)).clamp_min(0)
+    excess: Tensor = energy_shares.weights.unflatten(1, (leverage.weights.shape[1], -1)) - leverage.weights[:, :, None]
+    return excess.nan_to_num_(0, 0, 0).amax((1, 2, 3)).clamp_min_(0)

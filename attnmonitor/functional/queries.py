@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ class QueryGram:
     Attributes:
         shape: ``(B, Hq, L, d)`` of the queries.
         gram: :math:`q^\top q`, ``(B, Hq, d, d)`` float64.
-        energy: :math:`\|q\|_F^2`, ``(B, Hq)`` float64; NaN for a head that is not finite.
         num_queries: Queries that are not padding, ``(B, 1)`` float64.
         rounding: How the Gram matrix was rounded.
         query: q where products are in float32, so that it can be read again; else None.
@@ -35,11 +35,16 @@ class QueryGram:
 
     shape: torch.Size
     gram: Tensor
-    energy: Tensor
     num_queries: Tensor
     rounding: Rounding
     query: Tensor | None = None
     query_mask: Tensor | None = None
+
+    @cached_property
+    def energy(self) -> Tensor:
+        r""":math:`\|q\|_F^2`, ``(B, Hq)`` float64; NaN for a head that is not finite."""
+        energy = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return energy + 0 * energy  # NaN where it is infinite
 
     def of(self, sequences: slice) -> QueryGram:
         """The Gram matrices of some of the sequences."""
@@ -48,7 +53,6 @@ class QueryGram:
             self,
             shape=torch.Size((len(gram), *self.shape[1:])),
             gram=gram,
-            energy=self.energy[sequences],
             num_queries=self.num_queries[sequences],
             query=None if self.query is None else self.query[sequences],
             query_mask=None if self.query_mask is None else self.query_mask[sequences],
@@ -61,7 +65,6 @@ class QueryGram:
         return QueryGram(
             torch.Size((len(gram), *layers[0].shape[1:])),
             gram,
-            torch.cat([layer.energy for layer in layers]),
             torch.cat([layer.num_queries for layer in layers]),
             layers[0].rounding,
         )
@@ -82,17 +85,15 @@ def query_gram(query: Tensor, query_mask: Tensor | None = None, *, dtype: torch.
     check_heads("query", query, query_mask)
     with full_precision(query.device):
         gram = gram_of(query, (block for _, block in position_blocks(query, query_mask, dtype)))
-    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    energy = energy + 0 * energy  # NaN where it is infinite
-    found = QueryGram(query.shape, gram, energy, num_positions(query, query_mask), Rounding.of(query, dtype))
+    found = QueryGram(query.shape, gram, num_positions(query, query_mask), Rounding.of(query, dtype))
     if dtype == torch.float64:
         return found
-    again = (~fits_float32(energy)).nonzero()
+    again = (~fits_float32(found.energy)).nonzero()
     if len(again):
         sequence, head = again.unbind(-1)
         exact = query_gram(query[sequence, head][:, None], None if query_mask is None else query_mask[sequence])
-        gram[sequence, head], energy[sequence, head] = exact.gram[:, 0], exact.energy[:, 0]
-    return replace(found, query=query, query_mask=query_mask)
+        gram[sequence, head] = exact.gram[:, 0]
+    return replace(found, query=query, query_mask=query_mask)  # of which the energy is not known yet
 
 
 def query_rms_of(queries: QueryGram) -> Tensor:

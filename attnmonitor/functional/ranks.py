@@ -11,6 +11,7 @@ __all__ = [
     "count_to_fraction",
     "effective_rank",
     "is_finite",
+    "is_unknown",
     "participation_from_moments",
     "participation_ratio",
     "spread_over_positions",
@@ -23,6 +24,11 @@ TIE = 1e-12
 def is_finite(x: Tensor) -> Tensor:
     """Whether entries are neither NaN nor infinite, bool; in half the launches of `torch.isfinite`."""
     return x.abs() < torch.inf
+
+
+def is_unknown(x: Tensor) -> Tensor:
+    """Whether entries are NaN or infinite, bool."""
+    return x - x != 0
 
 
 def check_fraction(argument: str, fraction: float) -> None:
@@ -71,10 +77,10 @@ def participation_ratio(variances: Tensor) -> Tensor:
 
 def participation_from_moments(total: Tensor, sum_of_squares: Tensor) -> Tensor:
     r"""`participation_ratio` of a spectrum of which only :math:`\sum v` and :math:`\sum v^2` are known."""
-    return torch.where(total == 0, 0, total.square() / sum_of_squares)
+    return (total.square() / sum_of_squares).masked_fill_(total == 0, 0)
 
 
 def spread_over_positions(weight: Tensor, num_positions: Tensor) -> Tensor:
     r"""Fraction of positions that carry a weight, :math:`(\sum w)^2 / (n \sum w^2)`, ``(B, H, L) -> (B, H)``."""
-    weight = weight / weight.sum(-1, keepdim=True)
-    return 1 / (num_positions * weight.square().sum(-1))
+    ratio: Tensor = weight.sum(-1) / torch.linalg.vector_norm(weight, dim=-1)
+    return ratio.square_() / num_positions

@@ -77,10 +77,10 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> Steps[tuple[Tensor, Ten
     identity = torch.eye(target_rank, dtype=core.dtype, device=core.device)
     start = identity.repeat(-(-head_dim // target_rank), 1)[:head_dim]
     start[target_rank:].mul_(0.5)
-    basis = core @ start + SHIFT * start
+    basis = torch.add(core @ start, start, alpha=SHIFT)
     for _ in range(NUM_POWER_ITERATIONS):
         basis = cholesky_qr(basis)  # not yet orthonormal to rounding, which only the last columns have to be
-        basis = core @ basis + SHIFT * basis
+        basis = torch.baddbmm(basis, core, basis, beta=SHIFT)
     basis = orthonormal_columns(basis)
     image = core @ basis
     compressed = basis.mT @ image
@@ -88,11 +88,11 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> Steps[tuple[Tensor, Ten
     ritz, left_over = yield from symmetric_eigenvalues.steps(compressed)
     inside = basis @ compressed
     residual = image - inside
-    half = image - inside / 2
+    half = torch.sub(image, inside, alpha=0.5)
     outside = torch.baddbmm(core, basis, half.mT, alpha=-1).baddbmm_(half, basis.mT, alpha=-1)
     defect = torch.linalg.matrix_norm(basis.mT @ basis - identity)
     unit_roundoff = torch.finfo(core.dtype).eps / 2
-    error = 8 * head_dim**1.5 * unit_roundoff + 4 * defect + left_over
+    error = torch.add(left_over, defect, alpha=4) + 8 * head_dim**1.5 * unit_roundoff
     largest_outside = torch.linalg.matrix_norm(outside @ outside).sqrt() + error
     coupling = (torch.linalg.matrix_norm(residual) + error).square()
     gap = ritz - largest_outside[:, None]

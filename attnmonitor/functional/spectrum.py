@@ -14,7 +14,8 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from attnmonitor.functional.cores import FieldCores, FieldMoments, field_moments
 from attnmonitor.functional.eigenvalues import Eigenproblem, Solvable, Steps
-from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction, is_finite
+from attnmonitor.functional.ranks import TIE, check_fraction, count_to_fraction, is_unknown
 from attnmonitor.functional.sketch import sketched_spectrum
 
 __all__ = ["DEFAULT_TARGET_RANK", "EnergySpectrum", "Method", "core_spectrum"]
@@ -53,6 +54,7 @@ class EnergySpectrum(FieldMoments):
     error: Tensor
     margin: Tensor
     max_rank: int
+    _counts: dict[float, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
     @property
     def singular_values(self) -> Tensor:
@@ -62,7 +64,7 @@ class EnergySpectrum(FieldMoments):
     @cached_property
     def stable_rank(self) -> Tensor:
         r"""Total over leading energy, :math:`T / \sigma_1^2`, ``(...)``; 0 for a zero field."""
-        return torch.where(self.energy == 0, 0, self.energy / self.variances[..., 0])
+        return (self.energy / self.variances[..., 0]).masked_fill_(self.energy == 0, 0)
 
     def effective_rank(self, fraction: float = 0.9) -> Tensor:
         r"""Fewest components that hold a fraction of the variance.
@@ -79,10 +81,12 @@ class EnergySpectrum(FieldMoments):
         Raises:
             ValueError: ``fraction`` is not in (0, 1].
         """
-        lower, upper = self._bounds(fraction, torch.zeros_like(self.error))
+        lower, upper, _, _ = self._bounds(fraction)
         num_columns = self.variances.shape[-1]
-        reached = self.variances.sum(-1) >= fraction * (1 - TIE) * self.energy
-        return self._or_nan(torch.where(reached, upper, lower.clamp_min(min(num_columns + 1, self.max_rank))))
+        if num_columns == self.max_rank:
+            return self._or_nan(upper)
+        reached = self._sums[..., -1] >= fraction * (1 - TIE) * self.energy
+        return self._or_nan(torch.where(reached, upper, lower.clamp_min(num_columns + 1)))
 
     def effective_rank_bounds(self, fraction: float = 0.9) -> tuple[Tensor, Tensor]:
         """Bounds ``(lower, upper)`` that the effective rank cannot leave, rounding included, ``(...)`` each.
@@ -90,7 +94,8 @@ class EnergySpectrum(FieldMoments):
         Raises:
             ValueError: ``fraction`` is not in (0, 1].
         """
-        return self._bounds_or_nan(fraction, self.error)
+        _, _, lower, upper = self._bounds(fraction)
+        return self._or_nan(lower), self._or_nan(upper)
 
     def certified(self, fraction: float = 0.9) -> Tensor:
         """Whether both bounds agree, so that the count is what a full SVD in exact arithmetic gives, ``(...)`` bool.
@@ -100,8 +105,8 @@ class EnergySpectrum(FieldMoments):
         Raises:
             ValueError: ``fraction`` is not in (0, 1].
         """
-        lower, upper = self._bounds(fraction, self.error + 2 * TIE * self.energy)
-        return (lower == upper) & self._known()
+        _, _, lower, upper = self._bounds(fraction)
+        return (lower == upper) & self._is_unknown.logical_not()
 
     def decided(self, fraction: float = 0.9) -> Tensor:
         """Whether the count is clear of the mark by more than ``margin``, ``(...)`` bool; true where `certified` is.
@@ -111,8 +116,9 @@ class EnergySpectrum(FieldMoments):
         """
         if self.margin is self.error:
             return self.certified(fraction)
-        lower, upper = self._bounds_or_nan(fraction, self.margin)
-        return lower == upper
+        slack = self._slack(self.margin)
+        lower, upper = self._counted([self.sum_bounds + slack, self._sums - slack], fraction)
+        return (lower == upper) & self._is_unknown.logical_not()
 
     def replaced(self, heads: Tensor, others: EnergySpectrum) -> EnergySpectrum:
         """These spectra with those of some heads, ``(N, 2)``, taken from ``others``, ``(N, 1)``."""
@@ -132,29 +138,41 @@ class EnergySpectrum(FieldMoments):
         relative excess. 0 for heads that are zero or not finite.
         """
         stable, participation = self.stable_rank, self.participation_ratio
-        past_trace = self.variances.sum(-1) / self.energy - 1
-        worst = torch.stack([1 - stable, stable / participation - 1, participation / self.max_rank - 1, past_trace])
-        return torch.where(is_finite(worst) & (self.energy > 0), worst, 0).amax(0).clamp_min(0)
+        of_trace = self._sums[..., -1] / self.energy
+        ratios = torch.stack([2 - stable, stable / participation, participation / self.max_rank, of_trace])
+        return (ratios - 1).nan_to_num_(0, 0, 0).amax(0).clamp_min_(0).masked_fill_(self.energy == 0, 0)
 
-    def _bounds_or_nan(self, fraction: float, error: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper = self._bounds(fraction, error + 2 * TIE * self.energy)
-        return self._or_nan(lower), self._or_nan(upper)
-
-    def _bounds(self, fraction: float, slack: Tensor) -> tuple[Tensor, Tensor]:
+    def _bounds(self, fraction: float) -> tuple[Tensor, ...]:
+        """Return lower and upper bounds of the effective rank, ``(...)`` each: without rounding errors, with them."""
         check_fraction("fraction", fraction)
-        slack = slack[..., None]
-        lower = count_to_fraction(self.sum_bounds + slack, self.energy, fraction)
-        sums = self.variances.cumsum(-1) - slack
-        upper = count_to_fraction(sums, self.energy, fraction).clamp_max(self.max_rank)
-        unreached = upper > self.variances.shape[-1]
-        alive = (self.energy > 0).long()
-        return lower.clamp_max(self.max_rank) * alive, torch.where(unreached, self.max_rank, upper) * alive
+        if fraction not in self._counts:
+            slack, sums = self._slack(self.error), self._sums
+            self._counts[fraction] = self._counted(
+                [self.sum_bounds, sums, self.sum_bounds + slack, sums - slack], fraction
+            )
+        return self._counts[fraction]
+
+    def _counted(self, sums: Sequence[Tensor], fraction: float) -> tuple[Tensor, ...]:
+        """Return how many components reach the fraction by each of the sums: upper bounds and lower ones, in turn."""
+        counts = count_to_fraction(torch.stack(list(sums)), self.energy, fraction)
+        if (num_columns := self.variances.shape[-1]) < self.max_rank:
+            upper = counts.unflatten(0, (-1, 2))[:, 1]
+            upper.masked_fill_(upper > num_columns, self.max_rank)
+        return tuple(counts.clamp_max_(self.max_rank).masked_fill_(self.energy <= 0, 0).unbind())
+
+    def _slack(self, error: Tensor) -> Tensor:
+        return torch.add(error, self.energy, alpha=2 * TIE)[..., None]
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        return self.variances.cumsum(-1)
+
+    @cached_property
+    def _is_unknown(self) -> Tensor:
+        return is_unknown(self.energy + self.variances[..., 0])
 
     def _or_nan(self, count: Tensor) -> Tensor:
-        return torch.where(self._known(), count.to(self.energy.dtype), torch.nan)
-
-    def _known(self) -> Tensor:
-        return is_finite(self.energy + self.variances[..., 0])
+        return count.to(self.energy.dtype).masked_fill_(self._is_unknown, torch.nan)
 
 
 @Solvable
@@ -182,13 +200,13 @@ def core_spectrum(
     columns = target_rank or min(DEFAULT_TARGET_RANK, head_dim)
     moments = field_moments(fields)
     energy = moments.energy
-    finite = torch.where(is_finite(energy)[..., None, None], fields.core, 0)
+    finite = fields.core.masked_fill(is_unknown(energy)[..., None, None], 0)
     if _takes_every_eigenvalue(method, fields.core):
         eigenvalues, _ = yield Eigenproblem(finite.flatten(0, -3))
         variances = eigenvalues.flip(-1).clamp_min(0).view(*energy.shape, -1) * fields.size[..., None]
         sums, errors = variances.cumsum(-1), [fields.error, fields.margin]
     else:
-        total = torch.where(energy > 0, energy / fields.size, 1)[..., None, None]
+        total = (energy / fields.size).masked_fill_((energy > 0).logical_not(), 1)[..., None, None]
         relative = (finite.to(torch.float64) / total).flatten(0, -3)
         found = yield from sketched_spectrum.steps(relative, columns)
         variances, sums = (each.view(*energy.shape, -1) * energy[..., None] for each in found[:2])

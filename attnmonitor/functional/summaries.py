@@ -115,10 +115,10 @@ def layer_summaries(
     fields = None
     if queries is not None and not _FROM_FIELD.isdisjoint(wanted):
         fields = Fields(queries, keys, scale=scale, basis=basis)
-    if fields is not None and "field_moments" in wanted:
-        found["field_moments"] = field_moments(fields.cores)
     if fields is not None and "energy_spectrum" in wanted:
         found["energy_spectrum"] = yield from fields.spectrum_steps(method=method, target_rank=target_rank)
+    if fields is not None and "field_moments" in wanted:  # a spectrum has them
+        found["field_moments"] = found.get("energy_spectrum") or field_moments(fields.cores)
     profiles = cast("set[Profile]", _PROFILES.intersection(wanted))
     if basis is not None and profiles:
         found |= position_profiles(basis, profiles, core=None if fields is None else fields.cores.core)

@@ -5,12 +5,15 @@ Letters: B sequences, Hkv key/value heads, L positions, dv size of a value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, num_positions
+from attnmonitor.functional.ranks import is_unknown
 
 __all__ = ["value_rms", "value_spread"]
 
@@ -31,25 +34,56 @@ class Values:
     num_kv_heads: int
     tiled: bool = False
 
+    def of(self, sequences: slice) -> Values:
+        """The values of some of the sequences."""
+        mask = None if self.mask is None else self.mask[sequences]
+        return replace(self, value=self.value[sequences], mask=mask)
+
+    @staticmethod
+    def joined(layers: Sequence[Values]) -> Values:
+        """The values of layers of one shape, as those of one layer with all of their sequences."""
+        masks = [layer.mask for layer in layers if layer.mask is not None]
+        return replace(
+            layers[0], value=torch.cat([layer.value for layer in layers]), mask=torch.cat(masks) if masks else None
+        )
+
+    @cached_property
+    def num_positions(self) -> Tensor:
+        """Valid positions, ``(B, 1)`` float64."""
+        return num_positions(self.value, self.mask)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """Sum of squares of each value head over valid positions, ``(B, Hv)``, not below float32."""
+        return _energy(self.value, self.mask)
+
+    def per_key_head(self, per_value_head: Tensor) -> Tensor:
+        """The mean over the values of each key head, ``(B, Hv) -> (B, Hkv)``."""
+        ratio = per_value_head.shape[1] // self.num_kv_heads
+        if ratio == 1:
+            return per_value_head
+        if ratio == 0:
+            return per_value_head.repeat_interleave(self.num_kv_heads // per_value_head.shape[1], 1)
+        shape = (ratio, -1) if self.tiled else (-1, ratio)
+        per_key_head: Tensor = per_value_head.unflatten(1, shape).mean(1 if self.tiled else 2)
+        return per_key_head
+
 
 def value_rms_of(values: Values) -> Tensor:
     """Root mean square entry of the values of each key head, ``(B, Hkv)``."""
-    return _per_key_head(values, value_rms(values.value, mask=values.mask).square()).sqrt()
+    mean_square = values.energy / (values.num_positions * values.value.shape[-1])
+    mean_square.masked_fill_(is_unknown(mean_square), torch.nan)
+    return values.per_key_head(mean_square).sqrt().to(torch.float32)
 
 
 def value_spread_of(values: Values) -> Tensor:
     """Share of the values' energy that differs between positions, for each key head, ``(B, Hkv)``."""
-    return _per_key_head(values, value_spread(values.value, mask=values.mask))
-
-
-def _per_key_head(values: Values, per_value_head: Tensor) -> Tensor:
-    """The mean over the values of each key head, ``(B, Hv) -> (B, Hkv)``."""
-    ratio = per_value_head.shape[1] // values.num_kv_heads
-    if ratio == 0:
-        return per_value_head.repeat_interleave(values.num_kv_heads // per_value_head.shape[1], 1)
-    groups = per_value_head.unflatten(1, (ratio, -1)).mT if values.tiled else per_value_head.unflatten(1, (-1, ratio))
-    per_key_head: Tensor = groups.mean(-1)
-    return per_key_head
+    value, mask = values.value.to(values.energy.dtype), values.mask
+    kept = value if mask is None else torch.where(mask[:, None, :, None], value, 0)
+    mean = kept.sum(2, keepdim=True) / values.num_positions[..., None, None]
+    share = _energy(value - mean.to(value.dtype), mask) / values.energy
+    share.masked_fill_(is_unknown(share), torch.nan)
+    return values.per_key_head(share.clamp_(0, 1).to(torch.float32))
 
 
 def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -66,8 +100,7 @@ def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         ValueError: The shapes do not fit.
     """
     check_heads("value", value, mask)
-    mean_square = _energy(value, mask) / (num_positions(value, mask) * value.shape[-1])
-    return torch.where(mean_square.isfinite(), mean_square, torch.nan).sqrt().to(torch.float32)
+    return value_rms_of(Values(value, mask, value.shape[1]))
 
 
 def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -90,11 +123,7 @@ def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         Dong et al., "Attention is not all you need", 2021: the distance from rank one, relative.
     """
     check_heads("value", value, mask)
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    kept = wide if mask is None else torch.where(mask[:, None, :, None], wide, 0)
-    mean = kept.sum(2, keepdim=True) / num_positions(value, mask)[..., None, None]
-    share = _energy(wide - mean, mask) / _energy(wide, mask)
-    return torch.where(share.isfinite(), share, torch.nan).clamp(0, 1).to(torch.float32)
+    return value_spread_of(Values(value, mask, value.shape[1]))
 
 
 def _energy(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
 from attnmonitor.capture.documents import Documents
+from attnmonitor.capture.verify import Comparison, deviations
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.measurement.reduction import layer_heads
 from attnmonitor.measurement.trust import mismatch
@@ -42,7 +43,7 @@ class KeptLayer:
         documents: The documents that the rows of the probe were cut into; None where they were not.
         size: Rows of the probe, and key positions in one.
         on_positions: Whether the keys are positions, not features.
-        error: Deviation of its output from what was captured, 0-dim; None where it is not known.
+        comparison: Its output in these rows, and as rebuilt from what was captured; None where it is not known.
         precision: The least precise type it was computed in.
     """
 
@@ -55,7 +56,7 @@ class KeptLayer:
     documents: Documents | None
     size: tuple[int, int]
     on_positions: bool
-    error: Tensor | None
+    comparison: Comparison | None
     precision: torch.dtype
 
     @property
@@ -86,7 +87,7 @@ class KeptLayer:
         logits, is_log_probability = call.rows.attention_logits()
         documents = call.layout.documents
         return cls(
-            heads=heads,
+            heads=replace(heads, values=None, rows=None),
             logits=logits,
             is_log_probability=is_log_probability,
             rows=call.rows.rows,
@@ -95,7 +96,7 @@ class KeptLayer:
             documents=None if documents is None else documents.to(call.query.device),
             size=call.layout.positions if documents is not None else (len(call.key), call.key.shape[2]),
             on_positions=not call.layout.between_channels,
-            error=call.error,
+            comparison=call.rows.comparison,
             precision=call.precision,
         )
 
@@ -177,6 +178,8 @@ def kept_once(layer: str, run: Callable[[Callable[[AttentionCall], None]], Mappi
     if layer not in keeper.layers:
         raise RuntimeError(f"{layer}: {failures.get(layer, 'its attention did not run this time')}")
     kept = keeper.layers[layer]
-    if kept.error is not None and (reason := mismatch(float(kept.error), kept.precision)):
-        raise RuntimeError(f"{layer}: {reason}")
+    errors = [] if kept.comparison is None else deviations([kept.comparison])
+    for reason in (mismatch(float(error), kept.precision) for error in errors):
+        if reason:
+            raise RuntimeError(f"{layer}: {reason}")
     return kept

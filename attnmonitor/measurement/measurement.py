@@ -24,6 +24,7 @@ from attnmonitor.capture import AttentionCall, Layouts, capture_attention
 from attnmonitor.functional.routes import RouteChoice, choose_route
 from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
+from attnmonitor.measurement.collected import Key, collected
 from attnmonitor.measurement.kept import Keeper, KeptLayer, kept_once
 from attnmonitor.measurement.measured import LayerValues, Measured
 from attnmonitor.measurement.modules_run import modules_run
@@ -34,7 +35,7 @@ from attnmonitor.measurement.shares import Share
 from attnmonitor.measurement.tail import Tail, obstacle_now
 from attnmonitor.measurement.tail_calls import Recording, Skipping
 from attnmonitor.measurement.trust import judged_layer
-from attnmonitor.measurement.unfinished import Key, Unfinished, averaged
+from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
@@ -318,28 +319,11 @@ class Measurement:
 
     def _unfinished(self, forward: Reduction) -> Unfinished[Measured]:
         how = self._tail.route  # of this forward: the next may run before its numbers have arrived
-        return Unfinished(forward, self._collected, lambda forward, on_host: self._judged_all(forward, on_host, how))
-
-    def _collected(self, forward: Reduction) -> dict[Key, Tensor]:
-        """Average over sequences what all layers have given; still on the device."""
-        on_device: dict[Key, Tensor] = {}
-        by_sequence: dict[Key, Tensor] = {}
-        counted: dict[Key, Tensor] = {}
-        for name, layer in forward.layers.items():
-            found = forward.statistics[name]
-            checks = {
-                "certified": found.certified,
-                "decided": found.decided,
-                "residual": found.invariant_residual,
-                "error": layer.error,
-                "bias": layer.gained_bias,
-                "keys": layer.num_keys.amax(),
-            }
-            on_device |= {(check, name): values for check, values in checks.items() if values is not None}
-            values = {**layer.in_model_order(found.values), **layer.at_once.values}
-            by_sequence |= {(metric, name): values[metric] for metric in self._metrics}
-            counted |= {(metric, name): which for metric, which in layer.at_once.counted.items()}
-        return on_device | averaged(by_sequence, counted)
+        return Unfinished(
+            forward,
+            partial(collected, metrics=self._metrics),
+            lambda forward, on_host: self._judged_all(forward, on_host, how),
+        )
 
     def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor], after_last_attention: str) -> Measured:
         """Decide what may be shown of the numbers that have arrived."""

@@ -1,28 +1,38 @@
 """From the attention of each layer, as a forward shows it, to the values of all heads.
 
-A layer's queries and keys are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone. All
-layers are finished together at the end of the forward: a batch of operations and of small eigenproblems costs little
-more than those of one layer, and right after a layer torch's own threads still spin and would slow down what is
-computed then.
+A layer's queries, keys and values are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone.
+With them stay the rows that verification rebuilt. All layers are finished together at the end of the forward: a batch
+of operations and of small eigenproblems costs little more than those of one layer, and right after a layer torch's own
+threads still spin and would slow down what is computed then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
+from attnmonitor.capture.verify import Comparison
 from attnmonitor.functional import query_gram
+from attnmonitor.functional.checked_rows import row_norms
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.eigenvalues import Steps, solved
 from attnmonitor.functional.host_solver import HostSolver
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.summaries import FROM_KEYS, FROM_QUERIES
-from attnmonitor.measurement.attention_values import AttentionValues, attention_values
+from attnmonitor.functional.summaries import FROM_ATTENTION, FROM_KEYS, FROM_QUERIES
+from attnmonitor.measurement.attention_values import (
+    OTHER_OUTPUT,
+    UNKNOWN_PROJECTION,
+    kept_rows,
+    kept_values,
+    unknown_reason,
+    values_at_once,
+)
 from attnmonitor.messages import error_text
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
@@ -41,27 +51,46 @@ class ReducedLayer:
     Attributes:
         coverage: How it was captured.
         precision: The least precise type it was computed in.
-        error: Deviation of its output from what was captured, 0-dim; None where it could not be computed.
+        comparison: Its output in some rows, and as rebuilt from what was captured; None where it is not known.
         num_keys: Keys that are not padding, ``(B, 1)``.
-        at_once: Values that were computed while it ran.
+        at_once: Values that were computed while it ran, ``(B, Hq)``.
         gained_bias: Whether a bias acts that did not at the first forward, 0-dim bool; None where none can.
+        has_written: Whether what its heads write is known; it is not before the output projection has run.
     """
 
     coverage: LayerCoverage
     precision: torch.dtype
-    error: Tensor | None
+    comparison: Comparison | None
     num_keys: Tensor
-    at_once: AttentionValues
+    at_once: Mapping[str, Tensor]
     gained_bias: Tensor | None = None
+    has_written: bool = False
 
-    def in_model_order(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Values from `HeadStatistics`, ``(B, H)``, with the query heads in the model's order."""
-        if not self.coverage.tiled:
-            return values
-        return {
-            metric: _regrouped(heads, self.coverage.num_kv_heads) if METRICS[metric].scope == "query_head" else heads
-            for metric, heads in values.items()
-        }
+    def why_unknown(self, share: Tensor | None) -> str:
+        """Why metrics of the values or of the output are NaN; ``""`` where they are not.
+
+        Args:
+            share: `output_share` as it is shown, ``(Hq,)``; None where it is not measured.
+        """
+        if self.coverage.values_reason or share is None or not bool(share.isnan().all()):
+            return self.coverage.values_reason
+        return OTHER_OUTPUT if self.has_written else UNKNOWN_PROJECTION
+
+    def values(self, metrics: Sequence[str], found: HeadStatistics) -> dict[str, Tensor]:
+        """Values of the metrics, ``(B, H)``, with the query heads in the model's order; NaN for what is not known."""
+        known = {**found.values, **self.at_once}
+        num_heads = {"query_head": self.coverage.num_query_heads, "kv_head": self.coverage.num_kv_heads}
+        values = {}
+        for metric in metrics:
+            info = METRICS[metric]
+            if metric not in known:
+                shape = len(self.num_keys), num_heads[info.scope]
+                values[metric] = torch.full(shape, torch.nan, device=self.num_keys.device)
+            elif self.coverage.tiled and info.scope == "query_head" and info.summary not in FROM_ATTENTION:
+                values[metric] = _regrouped(known[metric], self.coverage.num_kv_heads)
+            else:
+                values[metric] = known[metric]
+        return values
 
 
 def _regrouped(x: Tensor, num_groups: int) -> Tensor:
@@ -112,14 +141,31 @@ class Reduction:
 
     def take(self, call: AttentionCall) -> None:
         """Reduce one layer's attention; its queries and keys can be freed afterwards."""
+        # What the heads of the layer before write is known by now.
+        if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
+            self._start()
         heads = None
         if self._takes(call.layer):
             with self._contained(call.layer):
                 self.layers[call.layer], heads = self._reduced(call), layer_heads(call, self._summaries)
                 self._pending[call.layer] = heads
+            if "output_share" in self._metrics and call.rows.output is not None:
+                call.when_written.append(partial(self._take_written, call.layer))
         self._keep(call, heads)
-        if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
-            self._start()
+
+    def _take_written(self, layer: str, written: Tensor | None) -> None:
+        """Keep the size of what the heads of a layer write; of nothing where only a part of that is known."""
+        heads, known = self._pending.get(layer), self.layers.get(layer)
+        if known is None:
+            return
+        if heads is not None and heads.rows is not None:
+            rows = replace(heads.rows, written=None if written is None else row_norms(written))
+            self._pending[layer] = replace(heads, rows=rows)
+            self.layers[layer] = replace(known, has_written=written is not None)
+        else:  # more acts on it when its share has been computed already
+            shape = len(known.num_keys), known.coverage.num_query_heads
+            unknown = torch.full(shape, torch.nan, device=known.num_keys.device)
+            self.layers[layer] = replace(known, at_once={**known.at_once, "output_share": unknown})
 
     def advance(self) -> bool:
         """Go on with the layers as far as no wait is needed; return whether all are finished."""
@@ -177,7 +223,6 @@ class Reduction:
 
     def _reduced(self, call: AttentionCall) -> ReducedLayer:
         """How a layer was captured, and the values that are read while it runs."""
-        at_once = attention_values(call, self._metrics)
         coverage = LayerCoverage(
             layer=call.layer,
             how=call.how,
@@ -189,6 +234,7 @@ class Reduction:
             outside=call.outside,
             num_keys=call.key.shape[2],
             tiled=call.tiled,
+            values_reason=unknown_reason(call, self._metrics),
             sees=call.layout.sees,
             future_mass=call.layout.future_mass,
             padding_mass=call.layout.padding_mass,
@@ -198,14 +244,12 @@ class Reduction:
             documents=0 if call.layout.documents is None else call.layout.documents.count,
         )
         num_keys = num_positions(call.key, call.key_mask)
-        return ReducedLayer(coverage, call.precision, call.error, num_keys, at_once, call.gained_bias)
+        at_once = values_at_once(call, self._metrics)
+        return ReducedLayer(coverage, call.precision, call.rows.comparison, num_keys, at_once, call.gained_bias)
 
 
 def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:
-    """A copy of a layer's queries and keys; only of those that one of the summaries needs.
-
-    A copy, because the model may overwrite them after its attention.
-    """
+    """A copy of what one of the summaries needs of a layer, because the model may overwrite it after its attention."""
     query: Tensor | QueryGram | None = None
     if not FROM_QUERIES.isdisjoint(summaries):
         # The cores need the query heads that share a key head side by side.
@@ -213,4 +257,6 @@ def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES |
         # On a GPU the Gram matrix is in float64, and the queries are not read again.
         query = query.clone() if query.device.type == "cpu" else query_gram(query, call.query_mask)
     key = None if FROM_KEYS.isdisjoint(summaries) else call.key.clone()
-    return LayerHeads(query, key, call.scale, call.key_mask, call.query_mask)
+    values = kept_values(call) if "values" in summaries else None
+    rows = kept_rows(call) if "checked_rows" in summaries else None
+    return LayerHeads(query, key, call.scale, call.key_mask, call.query_mask, values, rows)

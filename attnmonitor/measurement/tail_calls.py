@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnmonitor.capture import AttentionCall
@@ -285,18 +286,20 @@ class Trial(Skipping):
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         super().__init__(recording.seen, recording.calls)
         self._model = model
-        self._operations = _Operations(self)
+        self._watching = ExitStack()
         self.statistics: Mapping[str, bytes] = {}
 
     def _begin(self) -> None:
-        # Not before: under a dispatch mode torch solves eigenproblems in another way, with other last digits.
-        self._operations.__enter__()  # type: ignore[no-untyped-call]
         super()._begin()
+        if modes := _get_current_dispatch_mode_stack():  # the code leaves it later, in another order
+            self.departure = f"the code of the model runs its attention under {type(modes[-1]).__name__}"
+        else:
+            # Not before: under a dispatch mode torch solves eigenproblems in another way, with other last digits.
+            self._watching.enter_context(_Operations(self))
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        if self.begun:
-            self._operations.__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._watching.close()
         self.statistics = statistics_of(self._model)
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attnmonitor.measurement.collected import Key
 from attnmonitor.measurement.reduction import ReducedLayer
-from attnmonitor.measurement.unfinished import Key
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["judged_layer", "mismatch"]
@@ -35,7 +35,7 @@ def judged_layer(
         return replace(expected, reason=failure or expected.reason or "its attention did not run this time")
     found = replace(
         layer.coverage,
-        values_reason=layer.at_once.why_unknown(on_host.get(("mean", "output_share", name))),
+        values_reason=layer.why_unknown(on_host.get(("mean", "output_share", name))),
         weights_reason=expected.weights_reason,
         weights_note=expected.weights_note,
     )
@@ -44,9 +44,9 @@ def judged_layer(
         return replace(expected, reason=f"(query heads, KV heads, head size) {was}, is {found.heads}: attach again")
     if ("bias", name) in on_host and bool(on_host["bias", name]):
         found = replace(found, outside=tuple(sorted({*found.outside, "bias"})))
-    if float(on_host["keys", name]) < 2:
+    if float(on_host["keys", name].amax()) < 2:
         return replace(found, reason="its queries see a single key, so there is nothing to choose from")
-    if layer.error is None:
+    if layer.comparison is None:
         return found
     error = float(on_host["error", name])
     return replace(found, error=error, reason=mismatch(error, layer.precision))

@@ -11,14 +11,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
 from attnmonitor.functional.host_solver import HostCopy
+from attnmonitor.measurement.collected import Key
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.measurement.reduction import Reduction
 
-__all__ = ["Key", "Transfer", "Unfinished", "averaged"]
+__all__ = ["Transfer", "Unfinished"]
 
-Key = tuple[str, ...]
 T = TypeVar("T")
 
 
@@ -90,22 +89,3 @@ class Unfinished(Generic[T]):
                 self._reduction.finish()
                 self._transfer = Transfer(self._collect(self._reduction))
             return self._judge(self._reduction, self._transfer.result())
-
-
-def averaged(by_sequence: Mapping[Key, Tensor], counted: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """Mean and spread over sequences of every ``(B, H)``, all of one B at once; some values may not count."""
-    by_batch: dict[int, dict[Key, Tensor]] = {}  # more than one only in windowed vision models
-    for key, values in by_sequence.items():
-        by_batch.setdefault(len(values), {})[key] = values
-    averaged: dict[Key, Tensor] = {}
-    for several in by_batch.values():
-        device = next(iter(several.values())).device
-        all_count = torch.ones(1, 1, dtype=torch.bool, device=device)
-        every = [counted.get(key, all_count.expand(values.shape)) for key, values in several.items()]
-        joined, counts = (torch.cat([each.to(device) for each in parts], dim=1) for parts in (several.values(), every))
-        sums = sequence_sums(joined, counts)
-        widths = [values.shape[1] for values in several.values()]
-        for which, average in (("mean", mean_of_sums), ("spread", spread_of_sums)):
-            for key, heads in zip(several, torch.split(average(sums), widths), strict=True):
-                averaged[(which, *key)] = heads
-    return averaged

@@ -11,7 +11,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, groupby
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.functional.checked_rows import CheckedRows, CheckedStatistic
 from attnmonitor.functional.checks import check_heads, check_query_and_key
 from attnmonitor.functional.decisions import product_type
 from attnmonitor.functional.eigenvalues import Solvable, Steps, each_step_in, solved
@@ -28,6 +29,7 @@ from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram, query_gram
 from attnmonitor.functional.spectrum import Method
 from attnmonitor.functional.summaries import Summary, layer_summaries
+from attnmonitor.functional.values import Values
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
@@ -39,7 +41,7 @@ _ENTRIES_AT_A_TIME = 2**18
 
 @dataclass(frozen=True, eq=False)
 class LayerHeads:
-    """The queries and keys of one layer; of either nothing where no metric reads it.
+    """What the metrics of one layer are computed from; None where no metric reads it, or where it is not known.
 
     Attributes:
         query: ``(B, Hq, Lq, d)``, q as softmax sees it, or its Gram matrix where q is not kept.
@@ -47,6 +49,8 @@ class LayerHeads:
         scale: The softmax scale s.
         key_mask: ``(B, Lk)`` bool, True where the position is not padding; None where all are.
         query_mask: ``(B, Lq)`` bool, likewise.
+        values: The values.
+        rows: The rows that verification rebuilds.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -57,6 +61,8 @@ class LayerHeads:
     scale: float = 1.0
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
+    values: Values | None = None
+    rows: CheckedRows | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.query, Tensor):
@@ -73,6 +79,12 @@ class LayerHeads:
         return torch.Size((0, 0, 0, 0)) if heads is None else heads.shape
 
     @property
+    def num_sequences(self) -> int:
+        """B; 0 where it holds nothing."""
+        tensor = next(self._tensors(), None)
+        return 0 if tensor is None else len(tensor)
+
+    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         tensor = next(self._tensors(), None)
@@ -84,25 +96,30 @@ class LayerHeads:
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
-        for each in (self.query, self.key):
-            if each is not None:
-                yield each.gram if isinstance(each, QueryGram) else each
+        query = self.query.gram if isinstance(self.query, QueryGram) else self.query
+        value = None if self.values is None else self.values.value
+        rows = [] if self.rows is None else self.rows.tensors
+        yield from (each for each in (query, self.key, value, *rows) if each is not None)
 
     @property
     def kind(self) -> Hashable:
         """What layers agree in that can be joined."""
         types = tuple((tensor.shape, tensor.dtype) for tensor in self._tensors())
-        masks = self.query_mask is None, self.key_mask is None
-        return self.query is None, type(self.query), self.shape, types, masks, self.scale, self.device
+        rows = [None] if self.rows is None else self.rows.tensors
+        known = tuple(each is not None for each in (self.key, self.key_mask, self.query_mask, *rows))
+        values = None if self.values is None else (self.values.num_kv_heads, self.values.tiled)
+        return type(self.query), self.shape, types, known, values, self.scale, self.device
 
     def of(self, sequences: slice) -> LayerHeads:
         """The queries and keys of some of the sequences."""
         return LayerHeads(
-            self.query.of(sequences) if isinstance(self.query, QueryGram) else _some(self.query, sequences),
+            _some(self.query, sequences),
             _some(self.key, sequences),
             self.scale,
             _some(self.key_mask, sequences),
             _some(self.query_mask, sequences),
+            _some(self.values, sequences),
+            _some(self.rows, sequences),
         )
 
     @staticmethod
@@ -111,24 +128,29 @@ class LayerHeads:
         first = layers[0]
         if len(layers) == 1:
             return first
-        grams = [layer.query for layer in layers if isinstance(layer.query, QueryGram)]
         return LayerHeads(
-            QueryGram.joined(grams) if grams else _all(layer.query for layer in layers),
+            _all(layer.query for layer in layers),
             _all(layer.key for layer in layers),
             first.scale,
             _all(layer.key_mask for layer in layers),
             _all(layer.query_mask for layer in layers),
+            _all(layer.values for layer in layers),
+            _all(layer.rows for layer in layers),
         )
 
 
-def _some(tensor: Tensor | None, sequences: slice) -> Tensor | None:
-    return None if tensor is None else tensor[sequences]
+def _some(heads: Any, sequences: slice) -> Any:
+    if heads is None:
+        return None
+    return heads[sequences] if isinstance(heads, Tensor) else heads.of(sequences)
 
 
-def _all(tensors: Iterable[Any]) -> Tensor | None:
-    """The tensors one after the other; None where they are None."""
-    parts = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(parts) if parts else None
+def _all(parts: Iterable[Any]) -> Any:
+    """What is known of the sequences, one after the other; None where it is None."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return torch.cat(known) if isinstance(known[0], Tensor) else type(known[0]).joined(known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +158,22 @@ class HeadStatistics:
     """Every value of one layer's heads, on the device that measured them.
 
     Attributes:
-        values: By metric name, ``(B, Hq)`` or ``(B, Hkv)`` float32 as the table's scope says.
+        values: By metric name, ``(B, Hq)`` or ``(B, Hkv)`` float32 as the table's scope says; none of a metric that is
+            computed from what is not known.
         certified: ``(B, Hq)`` bool: the effective rank is proved equal to what a full SVD gives. None where no
             spectrum was computed.
         decided: ``(B, Hq)`` bool: it is, unless rounding errors conspire. None where no spectrum was computed.
         invariant_residual: ``(B,)`` float32: the worst violation, relative, of what holds for any input (no share above
             its leverage; no energy past the trace; ``1 ≤ stable rank ≤ participation ratio ≤ d``). Rounding error
             unless something is wrong. None where nothing was computed that could be checked.
+        counted: For some metrics, the sequences that have a value, ``(B, H)`` bool; all have one of the others.
     """
 
     values: dict[str, Tensor]
     certified: Tensor | None
     decided: Tensor | None
     invariant_residual: Tensor | None
+    counted: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, sequences: slice) -> HeadStatistics:
         """The values of some of the sequences."""
@@ -157,6 +182,7 @@ class HeadStatistics:
             _some(self.certified, sequences),
             _some(self.decided, sequences),
             _some(self.invariant_residual, sequences),
+            {name: counted[sequences] for name, counted in self.counted.items()},
         )
 
     @staticmethod
@@ -169,6 +195,7 @@ class HeadStatistics:
             _all(part.certified for part in parts),
             _all(part.decided for part in parts),
             _all(part.invariant_residual for part in parts),
+            {name: torch.cat([part.counted[name] for part in parts]) for name in parts[0].counted},
         )
 
 
@@ -233,15 +260,15 @@ def head_statistics(
     found: dict[int, HeadStatistics] = {}
     for group, of_group in groupby(zip(parts, measured_parts, strict=True), lambda each: each[0][0]):
         together = HeadStatistics.joined([each for _, each in of_group])
-        size = layers[group[0]].shape[0]
+        size = layers[group[0]].num_sequences
         found |= {index: together.of(slice(i * size, (i + 1) * size)) for i, index in enumerate(group)}
     return [found[index] for index in range(len(layers))]
 
 
 def _parts(group: Sequence[LayerHeads]) -> list[slice]:
     """Sequences of layers of one shape to compute at a time, as slices of all of their sequences."""
-    num_sequences, num_heads, _, head_dim = group[0].shape
-    count = len(group) * num_sequences
+    _, num_heads, _, head_dim = group[0].shape
+    count = len(group) * group[0].num_sequences
     size = count
     if group[0].device.type == "cpu":
         size = max(1, _ENTRIES_AT_A_TIME // max(1, num_heads * head_dim**2))
@@ -250,7 +277,7 @@ def _parts(group: Sequence[LayerHeads]) -> list[slice]:
 
 def _joined(group: Sequence[LayerHeads], sequences: slice) -> LayerHeads:
     """Some of the sequences of layers of one shape, as one layer."""
-    size = group[0].shape[0]
+    size = group[0].num_sequences
     if not size or sequences == slice(0, size) == slice(0, len(group) * size):
         return group[0]
     some = [
@@ -277,9 +304,8 @@ def _statistics(
         method=method,
         target_rank=target_rank and min(target_rank, layer.shape[-1]),
     )
-    values = {
-        name: METRICS[name].formula(found[METRICS[name].summary]) for name in metrics if METRICS[name].summary in found
-    }
+    found |= {"values": layer.values, "checked_rows": layer.rows}
+    values, counted = _values(metrics, found)
     residuals = []
     if "energy_shares" in found and "leverage" in found:
         residuals.append(share_excess(found["energy_shares"], found["leverage"]))
@@ -291,15 +317,30 @@ def _statistics(
         _in_float32(values),
         certified,
         certified if spectrum is None or spectrum.margin is spectrum.error else spectrum.decided(),
-        torch.stack([each.to(torch.float32) for each in residuals]).amax(0) if residuals else None,
+        torch.stack(residuals).amax(0).to(torch.float32) if residuals else None,
+        counted,
     )
 
 
+def _values(metrics: Sequence[str], found: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The metrics whose summary is known, and which sequences have a value of them where not all may."""
+    values: dict[str, Tensor] = {}
+    counted: dict[str, Tensor] = {}
+    for name in metrics:
+        summary, formula = found.get(METRICS[name].summary), METRICS[name].formula
+        if isinstance(formula, CheckedStatistic) and summary is not None:
+            if getattr(summary, formula.reads) is None:
+                continue
+            counted[name] = formula.counted(summary)
+        if summary is not None:
+            values[name] = formula(summary)
+    return values, counted
+
+
 def _in_float32(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All values of one shape converted at once."""
-    found: dict[str, Tensor] = {}
-    for shape in {value.shape for value in values.values()}:
-        some = {name: value for name, value in values.items() if value.shape == shape}
-        stacked = torch.stack([value.to(torch.float64) for value in some.values()]).to(torch.float32)
-        found |= zip(some, stacked.unbind(), strict=True)
+    """All values of one shape and type converted at once."""
+    found = {name: value for name, value in values.items() if value.dtype == torch.float32}
+    for kind in {(value.shape, value.dtype) for name, value in values.items() if name not in found}:
+        some = {name: value for name, value in values.items() if (value.shape, value.dtype) == kind}
+        found |= zip(some, torch.stack(list(some.values())).to(torch.float32).unbind(), strict=True)
     return {name: found[name] for name in values}

@@ -233,6 +233,11 @@ class CountingOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def in_a_mode(model: nn.Module, batch: Any) -> Any:
+    with CountingOperations():
+        return model(batch)
+
+
 def hooked(register: str, part: str = "head") -> Callable[[Model], None]:
     def change(model: Model) -> None:
         module = model.get_submodule(part)
@@ -342,6 +347,7 @@ CASES = {
     "generates to the end": Case(forward=generate_to_the_end, reason="__bool__ takes values"),
     "forward reads": Case(forward=reads, reason="item takes values"),
     "forward collects": Case(forward=collects, reason="is kept"),
+    "forward in a mode": Case(forward=in_a_mode, reason="runs its attention under CountingOperations"),
     "explicit": Case(before=explicit, reason="attn registers its attention itself"),
     "replaced forward": Case(before=replaced),
     "replaced by a reader": Case(before=replaced_by_a_reader, reason="item takes values out of a tensor"),

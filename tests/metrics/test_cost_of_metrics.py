@@ -117,7 +117,7 @@ def counted(*metrics: str) -> Counted:
             with capture_attention(model, reduction.take, layouts=layouts):
                 model(batch)
             reduction.finish()
-    values = {**reduction.statistics["blocks.0.attn"].values, **reduction.layers["blocks.0.attn"].at_once.values}
+    values = {**reduction.statistics["blocks.0.attn"].values, **reduction.layers["blocks.0.attn"].at_once}
     assert set(values) == set(metrics)
     return measure
 
