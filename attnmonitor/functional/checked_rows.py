@@ -71,7 +71,7 @@ class CheckedRows:
 
     @cached_property
     def unseen(self) -> Tensor:
-        """Keys that a row does not attend to, and padding, ``(B, Hq, R, Lk)`` bool; all for a row of padding."""
+        """Keys that a row does not attend to, and padding, ``(B, Hq, R, Lk)`` bool."""
         unseen = self.hidden
         if self.key_mask is not None:
             unseen = unseen | self.key_mask.logical_not()[:, None, None]
@@ -170,7 +170,7 @@ def _head_similarity(rows: CheckedRows) -> Tensor:
 
 
 def _field(rows: CheckedRows) -> tuple[Tensor, Tensor]:
-    """The energy field in the rows that are no padding, ``(B, Hq, R·Lk)``; the energy of what it lacks, ``(B, Hq)``."""
+    """The energy field in the rows, ``(B, Hq, R·Lk)``, and the energy that centering takes, ``(B, Hq)``."""
     logits = rows.logits
     if rows.query_mask is not None:
         logits = torch.where(rows.query_mask[:, None, :, None], logits, 0)

@@ -1,4 +1,4 @@
-"""What is kept of a layer's values and rows for its metrics, and the metrics that are computed while it runs."""
+"""What is kept of a layer's values and rows, and the metrics that are computed while it runs."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _ENTRIES_AT_A_TIME = 2**18
 
 @dataclass(frozen=True, eq=False)
 class LayerHeads:
-    """What the metrics of one layer are computed from; None where no metric reads it, or where it is not known.
+    """What the metrics of one layer are computed from; None where none reads it, or it is not known.
 
     Attributes:
         query: ``(B, Hq, Lq, d)``, q as softmax sees it, or its Gram matrix where q is not kept.

@@ -14,7 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture import AttentionCall, Layout, capture_attention
+from attnmonitor.capture.verify import NUM_CHECKED_ROWS
 from attnmonitor.functional import query_gram
+from attnmonitor.measurement.attention_values import kept_rows, kept_values
 from attnmonitor.measurement.reduction import LARGEST_BATCH
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
@@ -86,9 +88,11 @@ def measured_products(shape: Shape) -> float:
 
 
 def kept_bytes(shape: Shape, key_bytes: int = 2) -> float:
-    """Return the bytes kept of all layers: a d×d float64 matrix per sequence and query head, and the keys."""
+    """Return the bytes kept of all layers: a d×d float64 matrix per query head, keys, values and a few rows."""
     keys = key_bytes * LENGTH * shape.num_kv_heads * shape.head_dim
-    return SEQUENCES * shape.num_layers * (8 * shape.num_query_heads * shape.head_dim**2 + keys)
+    row = (4 + 1) * LENGTH + key_bytes * shape.head_dim  # logits, which of them are hidden, output
+    per_query_head = 8 * shape.head_dim**2 + NUM_CHECKED_ROWS * row
+    return SEQUENCES * shape.num_layers * (shape.num_query_heads * per_query_head + 2 * keys)
 
 
 def pending_bytes(shape: Shape) -> float:
@@ -144,12 +148,14 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
         kept: list[LayerHeads] = []
 
         def emit(call: AttentionCall) -> None:
-            kept[:] = [LayerHeads(query_gram(call.query), call.key, call.scale)]
+            others = {"values": kept_values(call), "rows": kept_rows(call)}
+            kept[:] = [LayerHeads(query_gram(call.query), call.key, call.scale, **others)]
 
         def sample() -> None:
             with capture_attention(layer, emit, layouts=NoMasks()):
                 layer(x)
-            head_statistics(kept, DEFAULT_METRICS, method="randomized")  # as on a GPU
+            as_on_a_gpu = [replace(layer, key=layer.key.double()) for layer in kept if layer.key is not None]
+            head_statistics(as_on_a_gpu, DEFAULT_METRICS, method="randomized")
 
         found = {"forward": products(lambda: layer(x)), "sample": products(sample)}
         found["kept bytes"] = sum(x.numel() * x.element_size() for x in tensors(kept[0]))

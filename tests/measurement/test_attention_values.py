@@ -112,3 +112,39 @@ def test_twins_silent_heads_and_frozen_softmax_are_told() -> None:
     assert values["output_rms"][2] < 0.1 * values["output_rms"][:2].min()
     assert values["output_share"].sum() == pytest.approx(1)
     assert values["attention_tau"][3] > 1 > values["attention_tau"][:3].max()
+
+
+class Explicit(nn.Module):
+    """Attention that registers itself, with a value of its own for the output that it claims."""
+
+    def __init__(self, claim: float) -> None:
+        super().__init__()
+        self.claim = claim
+
+    def forward(self, q: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            output = scaled_dot_product_attention(q, q, q, is_causal=True)
+        capture(self, q, q, value=q, output=output * self.claim, causal=True)
+
+
+class Claims(nn.ModuleList):
+    def forward(self, x: Tensor) -> None:
+        for layer in self:
+            layer(x)
+
+
+def test_layers_are_verified_each_by_itself() -> None:
+    model = Claims([Explicit(claim) for claim in (1, 1.01, float("nan"), 1, 0)])
+    q = torch.randn(2, 3, 40, 8, generator=torch.Generator().manual_seed(0))
+    with AttentionMonitor(model, q, metrics=(*NEW, "key_rank"), alerts=False, record=None) as monitor:
+        sample = monitor.sample(0)
+    assert [layer.measured for layer in sample.coverage.values()] == [True, False, False, True, False]
+    assert all("differs from the layer's output" in sample.coverage[name].reason for name in "124")
+    for metric in sample.values:
+        assert [bool(heads.isnan().all()) for heads in sample.values[metric].values()] == [
+            False,
+            True,
+            True,
+            False,
+            True,
+        ]

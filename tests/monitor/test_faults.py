@@ -175,7 +175,7 @@ FAULTS: dict[str, FaultCase] = {
         BOTH + "measuring failed: ArithmeticError",
     ),
     "the mean over sequences": FaultCase(
-        in_function("attnmonitor.measurement.unfinished.sequence_sums", RuntimeError("sum")),
+        in_function("attnmonitor.measurement.collected.sequence_sums", RuntimeError("sum")),
         WHOLE + "RuntimeError: sum",
     ),
     "the transfer to the host": FaultCase(
