@@ -57,7 +57,9 @@ def unknown_reason(call: AttentionCall, metrics: Sequence[str]) -> str:
     if any(METRICS[name].summary == "values" for name in metrics) and (reason := _unknown_values(call)):
         return reason
     formulas = [METRICS[name].formula for name in metrics]
-    if call.rows.output is None and any(isinstance(each, CheckedStatistic) and each.reads != "logits" for each in formulas):
+    if call.rows.output is None and any(
+        isinstance(each, CheckedStatistic) and each.reads != "logits" for each in formulas
+    ):
         return "its output by head is not known: dropout acts on its weights, or its layout could not be read"
     return ""
 

@@ -136,7 +136,9 @@ class Claims(nn.ModuleList):
 def test_layers_are_verified_each_by_itself() -> None:
     model = Claims([Explicit(claim) for claim in (1, 1.01, float("nan"), 1, 0)])
     q = torch.randn(2, 3, 40, 8, generator=torch.Generator().manual_seed(0))
-    with AttentionMonitor(model, q, metrics=(*NEW, "key_rank"), alerts=False, record=None) as monitor:
+    with AttentionMonitor(
+        model, q, metrics=("value_rms", "output_rms", "head_similarity", "key_rank"), alerts=False, record=None
+    ) as monitor:
         sample = monitor.sample(0)
     assert [layer.measured for layer in sample.coverage.values()] == [True, False, False, True, False]
     assert all("differs from the layer's output" in sample.coverage[name].reason for name in "124")
