@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
 from attnmonitor.functional import attention_row_statistics
-from attnmonitor.functional.checked_rows import CheckedRows, CheckedStatistic
+from attnmonitor.functional.row_statistics import CheckedRows, CheckedStatistic
 from attnmonitor.functional.values import Values
 from attnmonitor.metrics.catalog import METRICS
 

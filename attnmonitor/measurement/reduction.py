@@ -19,11 +19,11 @@ from torch import Tensor
 from attnmonitor.capture import AttentionCall
 from attnmonitor.capture.verify import Comparison
 from attnmonitor.functional import query_gram
-from attnmonitor.functional.checked_rows import row_norms
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.eigenvalues import Steps, solved
 from attnmonitor.functional.host_solver import HostSolver
 from attnmonitor.functional.queries import QueryGram
+from attnmonitor.functional.row_statistics import row_norms
 from attnmonitor.functional.summaries import FROM_ATTENTION, FROM_KEYS, FROM_QUERIES
 from attnmonitor.measurement.attention_values import (
     OTHER_OUTPUT,

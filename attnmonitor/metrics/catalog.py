@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from attnmonitor.functional import attention, energy, interaction, keys, queries, values
-from attnmonitor.functional.checked_rows import CHECKED_STATISTICS
+from attnmonitor.functional.row_statistics import CHECKED_STATISTICS
 from attnmonitor.functional.spectrum import EnergySpectrum
 from attnmonitor.functional.summaries import Summary
 from attnmonitor.messages import did_you_mean

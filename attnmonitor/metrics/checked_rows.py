@@ -6,13 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.functional.checked_rows import (
-    CHECKED_STATISTICS,
-    NUM_ROWS,
-    CheckedRows,
-    checked_rows,
-    projected_rows,
-)
+from attnmonitor.functional.checked_rows import NUM_ROWS, checked_rows, projected_rows
+from attnmonitor.functional.row_statistics import CHECKED_STATISTICS, CheckedRows
 from attnmonitor.metrics.base import HeadMetric
 
 __all__ = ["AttentionTau", "HeadSimilarity", "OutputRMS", "OutputShare"]

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.checked_rows import CheckedRows, CheckedStatistic
 from attnmonitor.functional.checks import check_heads, check_query_and_key
 from attnmonitor.functional.decisions import product_type
 from attnmonitor.functional.eigenvalues import Solvable, Steps, each_step_in, solved
@@ -27,6 +26,7 @@ from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import share_excess
 from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram, query_gram
+from attnmonitor.functional.row_statistics import CheckedRows, CheckedStatistic
 from attnmonitor.functional.spectrum import Method
 from attnmonitor.functional.summaries import Summary, layer_summaries
 from attnmonitor.functional.values import Values

@@ -17,8 +17,9 @@ from attnmonitor.capture import Layout, capture_attention
 from attnmonitor.capture.layout import OutputPlace
 from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms, value_spread
 from attnmonitor.functional.attention import ROW_STATISTICS
-from attnmonitor.functional.checked_rows import CHECKED_STATISTICS, projected_rows
+from attnmonitor.functional.checked_rows import projected_rows
 from attnmonitor.functional.eigenvalues import Solvable, solve
+from attnmonitor.functional.row_statistics import CHECKED_STATISTICS
 from attnmonitor.measurement.collected import collected
 from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
