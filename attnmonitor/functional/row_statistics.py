@@ -103,7 +103,7 @@ class CheckedRows:
 
     @cached_property
     def energies(self) -> dict[str, Tensor]:
-        """Mean energy of a row of the output, and of what is written, over rows that see a key, ``(B, Hq)`` each.
+        """Mean energy of output and of what is written, over rows that see a key, ``(B, Hq)`` each.
 
         NaN where it is not finite; without one that is not known.
         """

@@ -122,14 +122,13 @@ def _stacked(kept: KeptLayer, grouped: Sequence[Sequence[int]]) -> QueryGram:
     if isinstance(kept.query, Tensor):
         grams = query_gram(kept.query[:, places], kept.heads.query_mask)
     else:
-        grams = replace(kept.query, gram=kept.query.gram[:, places], energy=kept.query.energy[:, places])
+        grams = replace(kept.query, gram=kept.query.gram[:, places])
     size = len(grouped[0])
     num_sequences, _, length, head_dim = kept.query.shape
     return replace(
         grams,
         shape=torch.Size((num_sequences, len(grouped), length, head_dim)),
         gram=grams.gram.unflatten(1, (-1, size)).sum(2),
-        energy=grams.energy.unflatten(1, (-1, size)).sum(2),
         num_queries=grams.num_queries * size,
     )
 

@@ -154,7 +154,7 @@ class Reduction:
         self._keep(call, heads)
 
     def _take_written(self, layer: str, written: Tensor | None) -> None:
-        """Keep the size of what the heads of a layer write; of nothing where only a part of that is known."""
+        """Keep the size of what the heads of a layer write, if all of it is known."""
         heads, known = self._pending.get(layer), self.layers.get(layer)
         if known is None:
             return
@@ -249,7 +249,7 @@ class Reduction:
 
 
 def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:
-    """A copy of what one of the summaries needs of a layer, because the model may overwrite it after its attention."""
+    """A copy of what the summaries need of a layer, because the model may overwrite it later."""
     query: Tensor | QueryGram | None = None
     if not FROM_QUERIES.isdisjoint(summaries):
         # The cores need the query heads that share a key head side by side.
