@@ -164,7 +164,7 @@ class Frames:
         """Note that the running modules did something that may be attention."""
         self.suspected.update(frame.name for frame in self._stack)
         if (hidden := self._without_hooks()) is not None:
-            self.suspected.add(self._names[hidden])
+            self.suspected.add(hidden[0])
 
     def heads_were_mixed(self) -> bool:
         """Return whether a running module has mixed the heads of its logits."""
@@ -190,27 +190,31 @@ class Frames:
         """Return name and call of the running layer: the innermost module that has parameters, also in its children."""
         hidden = self._without_hooks()
         if hidden is not None:
-            self.called.add(self._names[hidden])
-            return self._names[hidden], Frame(self._names[hidden], hidden, ())
+            self.called.add(hidden[0])
+            return hidden[0], Frame(*hidden, ())
         for frame in reversed(self._stack):
             if self._has_parameters(frame.module):
                 return frame.name, frame
         return whole_name(self._model), None
 
-    def _without_hooks(self) -> nn.Module | None:
-        """Return the innermost module that runs although no hook of it ran; None if there is none."""
+    def _without_hooks(self) -> tuple[str, nn.Module] | None:
+        """Return name and module of the innermost module that runs although no hook of it ran; None if none."""
         top = self._stack[-1] if self._stack else None
         around = "" if top is None or top.module is self._model else f"{top.name}."
+        unregistered: tuple[str, nn.Module] | None = None
         running: FrameType | None = sys._getframe(1)
         while running is not None:
             code = running.f_code
             module = running.f_locals.get("self") if code.co_argcount and code.co_varnames[0] == "self" else None
             if isinstance(module, nn.Module) and module in self._names:
-                if top is not None and module is top.module:
-                    return None
-                is_inside = self._names[module].startswith(around) and module is not self._model
-                if is_inside and self._has_parameters(module):
-                    return module
+                if module is self._model or (top is not None and module is top.module):
+                    return unregistered
+                if self._names[module].startswith(around) and self._has_parameters(module):
+                    return self._names[module], module
+            elif isinstance(module, nn.Module) and unregistered is None and self._has_parameters(module):
+                path = getattr(module, "path", "")  # a layer of Keras in a functional model
+                if isinstance(path, str) and path:
+                    unregistered = path.replace("/", "."), module
             running = running.f_back
         return None
 

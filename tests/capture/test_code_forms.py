@@ -189,6 +189,29 @@ def test_modules_called_past_their_hooks_have_their_names(call: Callable[..., Te
     assert all("exp" in reason for reason in result.missed.values())
 
 
+class Functional(nn.Module):
+    """Holds its layers in a list and calls them past their hooks, as a functional model of Keras does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = [Layer(plain) for _ in range(2)]
+        for number, operation in enumerate(self.operations):
+            operation.path = f"block_{number}/attention"
+        self.weights = nn.ParameterList(x for operation in self.operations for x in operation.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for operation in self.operations:
+            x = x + operation.forward(x).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_layers_of_a_functional_model_have_the_names_it_gives() -> None:
+    metrics = ["key_rms", "interaction_effective_rank"]
+    with AttentionMonitor(sharpen(Functional()), hidden(), metrics=metrics, record=None, alerts=False) as monitor:
+        assert list(monitor.coverage) == ["block_0.attention", "block_1.attention"]
+        assert all(coverage.measured and coverage.weights_reason for coverage in monitor.coverage.values())
+
+
 class InTurns(nn.Module):
     """Sequences packed into one row ``(T, D)``, each attended to in its turn (the vision tower of Qwen2.5-VL)."""
 
