@@ -105,7 +105,7 @@ def by_document(
             call.scale * grouped_product(query.index_select(-2, rows), whole_keys),
             logits <= HIDDEN,
             None if output_rows is None else documents.of_rows(output_rows, length, rows),
-            call.rows.comparison,
+            call.rows.comparisons,
             logits,
         ),
     )

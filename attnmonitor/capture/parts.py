@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from attnmonitor.capture.call import AttentionCall
 from attnmonitor.capture.heads import MadeOf
 from attnmonitor.capture.modules import Frame
-from attnmonitor.capture.verify import Attention, RebuiltRows, checked_rows, grouped_product
+from attnmonitor.capture.verify import HIDDEN, Attention, RebuiltRows, checked_rows, grouped_product
 
 __all__ = ["Turn", "is_turn", "joined", "num_positions"]
 
@@ -82,8 +82,8 @@ def joined(calls: Sequence[AttentionCall], outputs: Sequence[Callable[[Tensor], 
     rows = checked_rows(query)
     keys = key.repeat(1, query.shape[1] // key.shape[1], 1, 1) if first.tiled else key
     written = [output(own_rows(call, rows)) for call, output in zip(calls, outputs, strict=True) if output is not None]
-    errors = [call.error for call in calls if call.error is not None]
-    error = torch.stack(errors).amax() if errors else None
+    comparisons = tuple(each for call in calls for each in call.rows.comparisons)
+    logits = logit_rows(rows)
     product = first.scale * grouped_product(query.index_select(-2, rows), keys)
     output = torch.cat(written) if len(written) == len(calls) else None
     return replace(
@@ -93,8 +93,7 @@ def joined(calls: Sequence[AttentionCall], outputs: Sequence[Callable[[Tensor], 
         value=torch.cat([padded(value) for value in values]) if len(values) == len(calls) else None,
         query_mask=mask("query_mask"),
         key_mask=mask("key_mask"),
-        error=error,
         logit_rows=logit_rows,
-        rows=RebuiltRows(rows, product, output, error, logit_rows(rows)),
+        rows=RebuiltRows(rows, product, logits <= HIDDEN, output, comparisons, logits),
         when_written=[],
     )

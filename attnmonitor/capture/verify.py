@@ -77,8 +77,18 @@ class Comparison:
     actual: Tensor
 
 
-def deviations(comparisons: Sequence[Comparison]) -> list[Tensor]:
-    """Return each one's largest deviation relative to its largest actual entry, 0-dim float32; made without a wait."""
+def deviations(layers: Sequence[Sequence[Comparison]]) -> list[Tensor]:
+    """Return the largest deviation of each layer's comparisons, 0-dim float32; made without a wait.
+
+    Args:
+        layers: For each layer one comparison or more; each is relative to the largest actual entry in it.
+    """
+    found = iter(_deviations([each for comparisons in layers for each in comparisons]))
+    own = [[next(found) for _ in comparisons] for comparisons in layers]
+    return [each[0] if len(each) == 1 else torch.stack(each).amax() for each in own]
+
+
+def _deviations(comparisons: Sequence[Comparison]) -> list[Tensor]:
     groups: dict[object, list[int]] = {}
     for index, each in enumerate(comparisons):
         kind = each.expected.shape, each.expected.dtype, each.actual.dtype, each.expected.device
@@ -103,14 +113,15 @@ class RebuiltRows:
         logits: ``s q kᵀ``, before masks, biases and soft-caps, ``(B, Hq, R, Lk)``.
         hidden: The keys that a row does not attend to, ``(B, Hq, R, Lk)`` bool; a NaN counts as seen.
         output: What the layer computed in these rows, ``(B, Hq, R, dv)``; None where that is not known.
-        comparison: The layer's output in these rows as rebuilt and as it is; None where that is not known.
+        comparisons: The layer's output in these rows as rebuilt and as it is; none where that is not known, several
+            where the layer is several calls.
     """
 
     rows: Tensor
     logits: Tensor
     hidden: Tensor
     output: Tensor | None
-    comparison: Comparison | None
+    comparisons: tuple[Comparison, ...]
     _argument: Tensor
     _restore: Callable[[Tensor], Tensor] = _identity
     _key_axis: int = -1
@@ -118,7 +129,7 @@ class RebuiltRows:
     @cached_property
     def error(self) -> Tensor | None:
         """Largest deviation of the rebuilt output from the layer's, relative to its largest entry; None likewise."""
-        return None if self.comparison is None else deviations([self.comparison])[0]
+        return deviations([self.comparisons])[0] if self.comparisons else None
 
     def attention_logits(self) -> tuple[Tensor, bool]:
         """Return what the softmax of each row is taken of, ``(B, Hq, R, Lk)``, and whether it was taken already.
@@ -246,7 +257,7 @@ class Attention:
             hidden = argument <= HIDDEN
             by_head = self.restore(hidden)
             if output is None:
-                return RebuiltRows(rows, product, by_head, None, None, argument, self.restore, self.key_axis)
+                return RebuiltRows(rows, product, by_head, None, (), argument, self.restore, self.key_axis)
             actual = output.index_select(row_axis, rows)
             # Rows that see no key are left out: eager code gives them uniform attention, fused kernels zeros.
             expected = argument.masked_fill(hidden.all(self.key_axis, keepdim=True), torch.nan)
@@ -254,7 +265,7 @@ class Attention:
                 expected = step.apply(expected, rows)
             comparison = Comparison(*torch.broadcast_tensors(expected, actual))
             written = None if self.heads_of is None else self.heads_of(actual)
-            return RebuiltRows(rows, product, by_head, written, comparison, argument, self.restore, self.key_axis)
+            return RebuiltRows(rows, product, by_head, written, (comparison,), argument, self.restore, self.key_axis)
 
     def output_rows(self, output: Tensor | None, row_axis: int) -> Callable[[Tensor], Tensor] | None:
         """Return the function from rows to what the layer computed in them by head; None where that is not known."""

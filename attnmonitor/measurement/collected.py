@@ -19,7 +19,7 @@ Key = tuple[str, ...]
 
 def collected(forward: Reduction, metrics: Sequence[str]) -> dict[Key, Tensor]:
     """Average over sequences what all layers of a finished forward have given; still on the device."""
-    compared = {name: layer.comparison for name, layer in forward.layers.items() if layer.comparison is not None}
+    compared = {name: layer.comparisons for name, layer in forward.layers.items() if layer.comparisons}
     errors = deviations(list(compared.values()))
     on_device: dict[Key, Tensor] = {("error", name): error for name, error in zip(compared, errors, strict=True)}
     by_sequence: dict[Key, Tensor] = {}

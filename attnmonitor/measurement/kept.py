@@ -43,7 +43,7 @@ class KeptLayer:
         documents: The documents that the rows of the probe were cut into; None where they were not.
         size: Rows of the probe, and key positions in one.
         on_positions: Whether the keys are positions, not features.
-        comparison: Its output in these rows, and as rebuilt from what was captured; None where it is not known.
+        comparisons: Its output in these rows, and as rebuilt from what was captured; none where it is not known.
         precision: The least precise type it was computed in.
     """
 
@@ -56,7 +56,7 @@ class KeptLayer:
     documents: Documents | None
     size: tuple[int, int]
     on_positions: bool
-    comparison: Comparison | None
+    comparisons: tuple[Comparison, ...]
     precision: torch.dtype
 
     @property
@@ -96,7 +96,7 @@ class KeptLayer:
             documents=None if documents is None else documents.to(call.query.device),
             size=call.layout.positions if documents is not None else (len(call.key), call.key.shape[2]),
             on_positions=not call.layout.between_channels,
-            comparison=call.rows.comparison,
+            comparisons=call.rows.comparisons,
             precision=call.precision,
         )
 
@@ -178,8 +178,6 @@ def kept_once(layer: str, run: Callable[[Callable[[AttentionCall], None]], Mappi
     if layer not in keeper.layers:
         raise RuntimeError(f"{layer}: {failures.get(layer, 'its attention did not run this time')}")
     kept = keeper.layers[layer]
-    errors = [] if kept.comparison is None else deviations([kept.comparison])
-    for reason in (mismatch(float(error), kept.precision) for error in errors):
-        if reason:
-            raise RuntimeError(f"{layer}: {reason}")
+    if kept.comparisons and (reason := mismatch(float(deviations([kept.comparisons])[0]), kept.precision)):
+        raise RuntimeError(f"{layer}: {reason}")
     return kept

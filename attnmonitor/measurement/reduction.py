@@ -51,7 +51,7 @@ class ReducedLayer:
     Attributes:
         coverage: How it was captured.
         precision: The least precise type it was computed in.
-        comparison: Its output in some rows, and as rebuilt from what was captured; None where it is not known.
+        comparisons: Its output in some rows, and as rebuilt from what was captured; none where it is not known.
         num_keys: Keys that are not padding, ``(B, 1)``.
         at_once: Values that were computed while it ran, ``(B, Hq)``.
         gained_bias: Whether a bias acts that did not at the first forward, 0-dim bool; None where none can.
@@ -60,7 +60,7 @@ class ReducedLayer:
 
     coverage: LayerCoverage
     precision: torch.dtype
-    comparison: Comparison | None
+    comparisons: tuple[Comparison, ...]
     num_keys: Tensor
     at_once: Mapping[str, Tensor]
     gained_bias: Tensor | None = None
@@ -245,7 +245,7 @@ class Reduction:
         )
         num_keys = num_positions(call.key, call.key_mask)
         at_once = values_at_once(call, self._metrics)
-        return ReducedLayer(coverage, call.precision, call.rows.comparison, num_keys, at_once, call.gained_bias)
+        return ReducedLayer(coverage, call.precision, call.rows.comparisons, num_keys, at_once, call.gained_bias)
 
 
 def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:

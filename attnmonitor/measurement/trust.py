@@ -46,7 +46,7 @@ def judged_layer(
         found = replace(found, outside=tuple(sorted({*found.outside, "bias"})))
     if float(on_host["keys", name].amax()) < 2:
         return replace(found, reason="its queries see a single key, so there is nothing to choose from")
-    if layer.comparison is None:
+    if not layer.comparisons:
         return found
     error = float(on_host["error", name])
     return replace(found, error=error, reason=mismatch(error, layer.precision))
