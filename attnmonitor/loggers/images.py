@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import Sample
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["DrawingBudget", "heatmap_images"]
+__all__ = ["DrawingBudget", "evidence_images", "heatmap_images"]
 
 _logger = logging.getLogger(__name__)
 
@@ -54,9 +56,15 @@ class DrawingBudget:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Count the time spent inside."""
-        started = time.perf_counter()
+        """Count the time spent inside on the pictures of the pending sample."""
         self.pending = None
+        with self.spending():
+            yield
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count the time spent inside on something beside the sample's own pictures."""
+        started = time.perf_counter()
         try:
             yield
         finally:
@@ -65,19 +73,29 @@ class DrawingBudget:
 
 def heatmap_images(sample: Sample) -> dict[str, Image]:
     """One image per metric, by its name; none where matplotlib is missing."""
+    return _images(
+        lambda plots: {
+            metric: plots.heatmap(
+                layers, metric=metric, events=sample.firing, coverage=sample.coverage, global_step=sample.global_step
+            )
+            for metric, layers in sample.values.items()
+        }
+    )
+
+
+def evidence_images(sample: Sample) -> dict[str, Image]:
+    """One image of the heads whose alarms began, four at most; none where none did, or where matplotlib is missing."""
+    return _images(lambda plots: {"evidence": plots.evidence(sample.evidence)}) if sample.evidence else {}
+
+
+def _images(draw: Callable[[ModuleType], Mapping[str, Figure]]) -> dict[str, Image]:
     try:
         with first_import("attnmonitor.plots", "PIL.Image"):
             import PIL.Image
 
-            from attnmonitor.plots import heatmap
+            from attnmonitor import plots
             from attnmonitor.plots.style import pixels
     except ModuleNotFoundError:
         _logger.info("no heatmaps: they need matplotlib (pip install 'attnmonitor[plots]')")
         return {}
-    images: dict[str, Image] = {}
-    for metric, layers in sample.values.items():
-        figure = heatmap(
-            layers, metric=metric, events=sample.firing, coverage=sample.coverage, global_step=sample.global_step
-        )
-        images[metric] = PIL.Image.fromarray(pixels(figure))
-    return images
+    return {name: PIL.Image.fromarray(pixels(figure)) for name, figure in draw(plots).items()}

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attnmonitor.alerts import notifications_of
-from attnmonitor.loggers.images import DrawingBudget, heatmap_images
+from attnmonitor.loggers.images import DrawingBudget, evidence_images, heatmap_images
 from attnmonitor.loggers.keys import BAND_KEYS, HeadScalars, heatmap_key, key_prefix, step_key, summary_scalars
 from attnmonitor.loggers.wandb_rows import RowsOfUser
 from attnmonitor.messages import needed
@@ -95,6 +95,7 @@ class WandbLogger:
         scalars = {**summaries, **details}
         self._define(step_key(sample), scalars, hidden)
         drawn = self._drawn(sample, self._num_samples >= self._layers_due) if self._budget.allows(sample) else {}
+        drawn |= self._evidence(sample)
         self._rows.add(step_key(sample), scalars, drawn)
         self._run.summary[f"{key_prefix(sample)}/verdict"] = sample.verdict
         for notification in notifications_of(sample.events, sample.firing, sample.coverage, sample.evidence):
@@ -130,6 +131,18 @@ class WandbLogger:
             drawn |= _plotly_figures(self._charts(sample, with_layers))
             self._define(step_key(sample), drawn, hidden=set())
             return drawn
+
+    def _evidence(self, sample: Sample) -> dict[str, Any]:
+        """One picture of the heads whose alarms began: they are few, and nobody wants to wait for the budget."""
+        if not (self._budget and sample.evidence):
+            return {}
+        with first_import("wandb"):
+            import wandb
+        with self._budget.spending():
+            prefix = key_prefix(sample)
+            drawn = {f"{prefix}/{name}": wandb.Image(image) for name, image in evidence_images(sample).items()}
+        self._define(step_key(sample), drawn, hidden=set())
+        return drawn
 
     def _charts(self, sample: Sample, with_layers: bool) -> dict[str, Chart]:
         history, prefix = self._history, key_prefix(sample)

@@ -97,7 +97,8 @@ class RowsOfUser:
             point.keys = self._pending[-1].keys  # one tuple for all
         if point.media:
             for older in self._pending:
-                older.media = {}  # an image of an older sample adds nothing to a newer one
+                # An image of an older sample adds nothing to a newer one of the same kind.
+                older.media = {key: media for key, media in older.media.items() if key not in point.media}
         self._pending.append(point)
         if sum(len(each.values) for each in self._pending) > _MAX_PENDING_VALUES:
             del self._pending[-2::-2]

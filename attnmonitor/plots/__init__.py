@@ -8,8 +8,9 @@ from attnmonitor.messages import needed
 
 with needed(by="attnmonitor.plots", extra="plots"):
     from attnmonitor.plots.curves import bands, bands_over, trajectories
+    from attnmonitor.plots.evidence import evidence
     from attnmonitor.plots.heatmap import heatmap
     from attnmonitor.plots.overview import overview
     from attnmonitor.plots.spectrum import spectrum
 
-__all__ = ["bands", "bands_over", "heatmap", "overview", "spectrum", "trajectories"]
+__all__ = ["bands", "bands_over", "evidence", "heatmap", "overview", "spectrum", "trajectories"]

@@ -52,6 +52,18 @@ function nameChoice() {
   const alarms = page.runs.flatMap(run => run.alarms.filter(alarm => isOfChoice(run, alarm) && isFiring(alarm, state.step)));
   const since = new Map([...alarms].sort((a, b) => b.began - a.began).map(({ fault, began }) => [fault, began]));
   setText("#alarm-shown", [...since].map(([fault, began]) => `▲ ${fault} since step ${grouped(began)}`).join("; "));
+  page.runs.forEach(showEvidence);
+}
+
+function showEvidence(run, index) {  // of the alarms of the chosen head
+  const layer = run.layers[run.layerOfSlot.get(state.slot)], ofScope = state.scope === "kv_head" ? "kvHead" : "queryHead";
+  document.querySelectorAll(`#run-${index} .evidence`).forEach(part => {
+    const alarms = [...part.querySelectorAll("details")];
+    alarms.forEach(({ dataset }, at) => {
+      alarms[at].hidden = dataset.layer !== layer || !(dataset[ofScope] ?? "").split(" ").includes(String(state.head));
+    });
+    part.hidden = alarms.every(({ hidden }) => hidden);
+  });
 }
 
 function isOfChoice(run, alarm) {

@@ -18,6 +18,7 @@ from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record import RunRecord
 from attnmonitor.report.alarm_table import alarm_table
 from attnmonitor.report.compared_charts import compared_curves, metric_grid
+from attnmonitor.report.evidence import evidence_section
 from attnmonitor.report.numbers import MOST_VALUES, run_numbers, segment_starts
 from attnmonitor.report.page_charts import page_charts
 from attnmonitor.report.page_layout import Numbers, shared_scales
@@ -180,7 +181,7 @@ def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, 
     {_chart("timeline", index, "Alarms over optimizer steps") if numbers["alarms"] else ""}
     {alarm_table(record, index)}
   </div>
-  {_heads(index, numbers)}
+  {_heads(index, numbers, evidence_section(record))}
   {grid}
   <div>
     <h2>Coverage</h2>
@@ -195,7 +196,7 @@ def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, 
 </section>"""
 
 
-def _heads(index: int, numbers: Numbers) -> str:
+def _heads(index: int, numbers: Numbers, evidence: str) -> str:
     """The heatmap and the curves; of a run without numbers only what training logged, if it did."""
     curves = _chart("curves", index, "Curves of the chosen metric, and what training logged, over optimizer steps")
     if not _has_numbers(numbers):
@@ -208,6 +209,7 @@ def _heads(index: int, numbers: Numbers) -> str:
     <div class="pair"><div>{heatmap}
       <p class="note">Frame: alarm (vermilion), chosen head (black). ▲ above the color scale, ▼ below it.
       Hatched: not measured, or no number at this step.</p></div><div>{curves}</div></div>
+    {evidence}
   </div>"""
 
 

@@ -14,6 +14,7 @@ from models import TinyGPT, language_loss, token_batch, train
 from wandb_files import charts, curve, offline_run
 
 from attnmonitor import DEFAULT_METRICS, METRICS, AttentionMonitor, Sample
+from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.loggers import WandbLogger, summary_scalars
 from attnmonitor.loggers.keys import HeadScalars
@@ -80,6 +81,23 @@ def test_each_metric_has_a_first_and_last_heatmap(run: Any, in_own_folder: Path)
         for image in images.values():
             [path] = in_own_folder.glob(f"wandb/offline-run-*/files/{image}")
             assert path.stat().st_size > 5_000
+
+
+def test_alarm_has_a_picture_of_its_evidence(run: Any, in_own_folder: Path) -> None:
+    above = Threshold("query_rms", "value", "identity", fire_above=5.0, clear_below=5.0)
+    alerts = [Rule(name, "logit_blowup", "query_head", above, patience=1, grace=0) for name in ("one", "two")]
+    monitor, _ = attached(TinyGPT(), run, loggers=WandbLogger(run, image_share=1e-9), alerts=alerts)
+    monitor.sample(0)
+    with torch.no_grad():
+        monitor.model.blocks[1].attn.q_proj.weight[:8] *= 100
+    assert len(monitor.sample(1).evidence) == 2
+    monitor.sample(2)
+    monitor.close()
+    run.finish()
+    images = curve(offline_run(in_own_folder), "attention/evidence.path")
+    assert list(images) == [1]
+    [path] = in_own_folder.glob(f"wandb/offline-run-*/files/{images[1]}")
+    assert path.stat().st_size > 5_000
 
 
 def test_charts_of_heads_and_layers_hold_the_trajectories(run: Any, in_own_folder: Path) -> None:
