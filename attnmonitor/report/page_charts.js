@@ -2,7 +2,7 @@
 // head. What is drawn and how it looks is decided in Python; on a dark page its colors are exchanged here.
 
 const CONFIG = { displayModeBar: false, responsive: true };
-const NARROW = 480, LEGEND_ROW = 19, NARROW_LABEL = 18;  // pixels, pixels, characters
+const NARROW = 480, LEGEND_ROW = 19, NARROW_LABEL = 18, NARROW_TICKS = 8;  // pixels, pixels, characters, ticks
 const divOf = (name, index) => document.getElementById(`${name}-${index}`);
 
 const isDark = () => !document.body.classList.contains("printing") && matchMedia("screen and (prefers-color-scheme: dark)").matches;
@@ -72,15 +72,21 @@ function alarmShades(run, metric, columns, place = {}) {  // behind the curves o
 // ---- figures
 
 function shortened(axis) {  // labels for a narrow page, from the left: the end of a name tells it from the others
-  if (!axis?.ticktext) return axis;
   return { ...axis, ticktext: axis.ticktext.map(text => text.length > NARROW_LABEL ? `…${text.slice(1 - NARROW_LABEL)}` : text) };
+}
+
+function fewer(axis) {  // ticks that have room side by side on a narrow page
+  const every = Math.ceil(axis.tickvals.length / NARROW_TICKS);
+  return { ...axis, tickvals: axis.tickvals.filter((_, at) => at % every === 0) };
 }
 
 function fitted(div, traces, layout) {  // a layout for the width there is
   if (div.clientWidth >= NARROW) return layout;
   // Every entry of a legend has a row of its own: the figure grows, so that the plot keeps its height.
   const entries = traces.filter(({ showlegend }) => showlegend !== false).length;
-  return { ...layout, height: layout.height + (layout.showlegend ? LEGEND_ROW * entries : 0), yaxis: shortened(layout.yaxis) };
+  const rows = layout.yaxis?.ticktext ? { yaxis: shortened(layout.yaxis) } : {};
+  const columns = layout.xaxis?.tickvals ? { xaxis: fewer(layout.xaxis) } : {};
+  return { ...layout, ...rows, ...columns, height: layout.height + (layout.showlegend ? LEGEND_ROW * entries : 0) };
 }
 
 function draw(run, div, traces, layout, onClick) {

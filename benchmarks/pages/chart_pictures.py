@@ -1,6 +1,7 @@
-"""Draw the pictures of ``docs/reading-the-charts.md``: a small GPT trained twice, healthy and with one faulty head.
+"""Draw the pictures of the pages on charts and report: a small GPT trained twice, healthy and with one faulty head.
 
-``python -m benchmarks.pages.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png``. In the broken
+``python -m benchmarks.pages.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png`` and
+``docs/images/report.png``. In the broken
 run the query weights of one head grow by 6 % per step from step 280 on, which makes its logits grow without bound. The
 charts for W&B are drawn by Plotly in Chromium, as W&B's page does; that needs chromium and chromedriver.
 """
@@ -18,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 from attnmonitor import DEFAULT_METRICS, AttentionMonitor, Sample
 from attnmonitor.callbacks.pytorch import attach
@@ -25,6 +27,7 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.functional import energy_spectrum
 from attnmonitor.metrics.catalog import WEIGHT_METRICS
 from attnmonitor.plots import bands, heatmap, spectrum, trajectories
+from attnmonitor.report import write_report
 from attnmonitor.report.charts import Chart, layers_chart, model_chart, rank_chart
 
 NUM_STEPS, BROKEN_FROM, EVERY = 400, 280, 5
@@ -32,8 +35,8 @@ LAYER, HEAD = 2, 1
 IMAGES = Path("docs/images")
 
 
-def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
-    """Train, and return the monitor and its samples."""
+def trained(*, broken: bool, record: Path | None = None) -> tuple[AttentionMonitor, list[Sample]]:
+    """Train, and return the monitor and its samples; ``record`` is the run's file."""
     torch.manual_seed(0)
     text, vocabulary = english()
     examples = windows(text, 64)
@@ -47,7 +50,7 @@ def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
         examples[:8],
         every_n_steps=EVERY,
         metrics=[*DEFAULT_METRICS, *WEIGHT_METRICS],
-        record=None,
+        record=record,
         loggers=keep,
     )
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 60))
@@ -56,6 +59,7 @@ def trained(*, broken: bool) -> tuple[AttentionMonitor, list[Sample]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        monitor.log(loss=loss, lr=warm_up.get_last_lr()[0])
         warm_up.step()
         if broken and step >= BROKEN_FROM:
             with torch.no_grad():
@@ -119,6 +123,14 @@ def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
         browser.find_element("id", "chart").screenshot(str(path))
 
 
+def photograph_report(record: Path, path: Path, browser: webdriver.Chrome) -> None:
+    """Save a picture of the upper part of a run's page."""
+    browser.set_window_size(1280, 1500)
+    browser.get(write_report(record).as_uri())
+    WebDriverWait(browser, 60).until(lambda page: page.execute_script("return document.body.dataset.ready === 'yes'"))
+    browser.save_screenshot(str(path))
+
+
 def draw_spectrum() -> None:
     """Draw the spectrum of a field with structure beside that of random numbers."""
     generator = torch.Generator().manual_seed(0)
@@ -137,5 +149,8 @@ if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         draw("healthy", *trained(broken=False), browser)
-        draw("broken", *trained(broken=True), browser)
+        with tempfile.TemporaryDirectory() as folder:
+            record = Path(folder) / "run.sqlite"
+            draw("broken", *trained(broken=True, record=record), browser)
+            photograph_report(record, IMAGES / "report.png", browser)
     draw_spectrum()

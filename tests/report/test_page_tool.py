@@ -289,6 +289,9 @@ def test_nothing_measured_draws_no_axes(tmp_path: Path, browser: Any, show: Show
     assert {trace["name"] for trace in drawn(browser, "curves-0")[0]} == {"train_loss", "lr-AdamW"}
     axes = "return Object.keys(document.getElementById('curves-0')._fullLayout._plots)"
     assert browser.execute_script(axes) == ["xy2", "xy3"], "none for curves that are not there"
+    with narrow_screen(browser):
+        open_at(browser, tmp_path / "loss.html")
+        assert browser.execute_script(axes) == ["xy2", "xy3"]
     show(write_report(recorded(tmp_path / "none.sqlite", run, missed=(0, 1, 2), logged=False)))
     assert browser.find_elements("css selector", "#curves-0") == []
     assert "No head has a number" in browser.find_element("tag name", "main").text
