@@ -1,4 +1,4 @@
-"""Draw the pictures of the pages on charts and report: a small GPT trained twice, healthy and with one faulty head.
+"""Draw the pictures of two pages of these docs: a small GPT trained twice, healthy and with one faulty head.
 
 ``python -m benchmarks.pages.chart_pictures`` (minutes on two cores) writes ``docs/images/chart-*.png`` and
 ``docs/images/report.png``. In the broken
