@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from attnmonitor.alerts import DEFAULT_RULES, AllOf, AnyOf, Rule, Threshold
+from attnmonitor.metrics.catalog import DEFAULT_METRICS
 
-COLLECTED_BY_DEFAULT = tuple(rule for rule in DEFAULT_RULES if not rule.optional)
+COLLECTED_BY_DEFAULT = tuple(rule for rule in DEFAULT_RULES if rule.metrics <= set(DEFAULT_METRICS))
 
 
 def with_thresholds(change: Callable[[Threshold], Threshold | None]) -> tuple[Rule, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def share(count: int, total: int) -> str:
     """Return "3 of 24"."""
     return f"{count} of {total}"
+
+
+def share_and_interval(count: int, total: int) -> str:
+    """Return "3 of 24 (4 to 31 %)": the share, and its 95 % interval after Wilson."""
+    if not total:
+        return share(count, total)
+    z = 1.96
+    found, spread = count / total, z**2 / total
+    center = (found + spread / 2) / (1 + spread)
+    half = z * math.sqrt(found * (1 - found) / total + spread / (4 * total)) / (1 + spread)
+    return f"{share(count, total)} ({100 * (center - half):.0f} to {100 * (center + half):.0f} %)"
 
 
 def publish(section: str, name: str, document: Path | None) -> None:

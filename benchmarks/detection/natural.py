@@ -22,7 +22,7 @@ import torch
 from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
 from benchmarks.detection.baselines import spikes
 from benchmarks.detection.changes import CHANGES
-from benchmarks.detection.document import publish, share, table
+from benchmarks.detection.document import publish, share, share_and_interval, table
 from benchmarks.detection.faults import Fault
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.recording import Recording, Setting
@@ -276,17 +276,22 @@ def _steps(steps: Iterator[int | None]) -> str:
     return ", ".join("-" if step is None else str(step) for step in steps)
 
 
-def lead_sentence(results: list[Told]) -> str:
-    """Return how many failures were named, and how long before the loss, where the loss tells at all."""
-    named = [each for each in results if each.step is not None]
-    with_loss = [each for each in results if each.loss_step is not None]
-    leads = [each.loss_step - each.step for each in with_loss if each.step is not None]
-    ahead = sum(lead > 0 for lead in leads)
-    lead = f"; the median lead is {statistics.median(leads):.0f} steps" if leads else ""
-    return (
-        f"Named rightly: {share(len(named), len(results))}. The loss tells in {len(with_loss)} of these runs; "
-        f"in {ahead} of them the rules tell before it{lead}."
-    )
+def lead_sentences(results: list[Told]) -> str:
+    """Return how many failures were named, and how long before the loss and the gradient norm, where these tell."""
+    named = sum(each.step is not None for each in results)
+    parts = [f"Named rightly: {share_and_interval(named, len(results))}, the brackets being 95 % intervals."]
+    for what in ("loss", "gradient"):
+        steps = [(each.step, getattr(each, f"{what}_step")) for each in results]
+        leads = [theirs - ours for ours, theirs in steps if ours is not None and theirs is not None]
+        number = sum(theirs is not None for _, theirs in steps)
+        sentence = f"The {'loss' if what == 'loss' else 'gradient norm'} tells in {share(number, len(results))} runs"
+        if leads:
+            ahead = sum(lead > 0 for lead in leads)
+            sentence += (
+                f"; in {ahead} of them a rule tells before, by {statistics.median(leads):.0f} steps in the median"
+            )
+        parts.append(f"{sentence}.")
+    return " ".join(parts)
 
 
 def control_table(runs: dict[str, list[Recording]], detector: Detector) -> str:
@@ -297,7 +302,8 @@ def control_table(runs: dict[str, list[Recording]], detector: Detector) -> str:
         samples = sum(rows.size for recording in group for rows in recording.values["query_rms"].values())
         heads = sum(len(alarm.units) for each in alarms for alarm in each if alarm.is_about_heads)
         rules = dict.fromkeys(alarm.rule for each in alarms for alarm in each)
-        cells = (share(sum(map(bool, alarms)), len(group)), f"{1000 * heads / samples:.2f}")
+        count = share_and_interval if title == "**all**" else share
+        cells = (count(sum(map(bool, alarms)), len(group)), f"{1000 * heads / samples:.2f}")
         rows.append((title, *cells, ", ".join(f"`{rule}`" for rule in rules) or "none"))
     return table(("run", "with any alarm", "head alarms per 1,000 head-samples", "rules"), rows)
 
@@ -327,7 +333,12 @@ def measured_section(name: str, cache: Path) -> str:
     for title, setting in controls(name):
         quiet.setdefault(title, []).extend(recordings(setting, [], cache / name))
         print(title, setting.family, setting.seed, flush=True)
-    parts = (lead_sentence(results), failure_table(results), "### Runs without a fault", control_table(quiet, detector))
+    parts = (
+        lead_sentences(results),
+        failure_table(results),
+        "### Runs without a fault",
+        control_table(quiet, detector),
+    )
     return "\n\n".join(parts)
 
 
