@@ -56,6 +56,7 @@ class DistributedMeasurement(Measurement):
         metrics: Names of the metrics, in table order.
         strict: Raise what goes wrong with one layer; otherwise that layer is NaN and the others go on.
         ranks: The processes that share the model.
+        attempt: As for `Exchange`.
         keeper: As for `Measurement`; what this process keeps is of the heads it holds.
     """
 
@@ -67,12 +68,13 @@ class DistributedMeasurement(Measurement):
         *,
         strict: bool = False,
         ranks: Sequence[int],
+        attempt: int = 0,
         keeper: Keeper | None = None,
     ) -> None:
         super().__init__(model, probe, metrics, strict=strict, with_others=True)
         self._own = Measurement(model, probe, metrics, strict=strict, with_others=True, keeper=keeper)
         self._ranks = tuple(ranks)
-        self._exchange = Exchange(ranks)
+        self._exchange = Exchange(ranks, attempt)
         self._slice_exchanges: dict[distributed.ProcessGroup, Exchange] = {}
         self._slices: dict[str, HeadSlice] = {}
         self._unknown_slices: dict[str, str] = {}  # layer to the reason why its slice is unknown

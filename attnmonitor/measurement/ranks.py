@@ -8,6 +8,7 @@ it starts. All processes run the same model, so all decide alike without a word 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import distributed, nn
@@ -19,13 +20,17 @@ from attnmonitor.measurement.kept import Keeper, KeptLayer
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
-from attnmonitor.parallel.exchange import MissingProcessError
+from attnmonitor.parallel.exchange import MissingProcessError, refuse
 from attnmonitor.parallel.fsdp import enclosing_fsdp1
 from attnmonitor.parallel.groups import ModelGroup, model_group
 from attnmonitor.parallel.sharding import check_known_sharding, is_sharded
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["NoMeasurement", "RankMeasurement"]
+
+
+_num_attempts: Counter[tuple[int, ...]] = Counter()
+"""Monitors attached to a model of each group of processes, the same number on all of them."""
 
 
 class NoMeasurement:
@@ -69,6 +74,7 @@ class RankMeasurement:
         self._arguments = probe, metrics
         self._strict = strict
         self._num_looks = 0
+        self._attempt = 0
         self._parts: list[object] = []  # of the model when it was last looked at
         self._measurement = Measurement(model, probe, metrics, strict=strict, keeper=self.keeper)
         self._attached = False
@@ -115,6 +121,8 @@ class RankMeasurement:
         Raises:
             ValueError: As `Measurement.attach`; or the model is spread over processes in a way that is not supported.
         """
+        _num_attempts[self._group.ranks] += 1
+        self._attempt = _num_attempts[self._group.ranks]
         self.follow_model()
         if self._refusal is not None:
             raise self._refusal
@@ -123,6 +131,11 @@ class RankMeasurement:
         except LoneCollectiveError as error:
             if is_point_to_point(error.collective):
                 check_joinable(self._model, f"{why_not_joinable(error.collective)}, in {error.place}")
+        except ValueError as error:
+            # The others may have come to a collective before which this process has failed.
+            if distributed.is_initialized() and not isinstance(self._measurement, DistributedMeasurement):
+                refuse(self._group.ranks, self._attempt, str(error))
+            raise
         self._use_together(self._model, self._group)
         return self._attach()
 
@@ -210,7 +223,10 @@ class RankMeasurement:
     def _use_together(self, model: nn.Module, group: ModelGroup) -> None:
         """Measure with the other processes of the group from now on."""
         arguments = (model, *self._arguments)
-        self._use(DistributedMeasurement(*arguments, strict=self._strict, ranks=group.ranks, keeper=self.keeper))
+        together = DistributedMeasurement(
+            *arguments, strict=self._strict, ranks=group.ranks, attempt=self._attempt, keeper=self.keeper
+        )
+        self._use(together)
 
     def _use(self, measurement: Measurement) -> None:
         measurement.layers = self._measurement.layers  # until it is attached

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import distributed
 
-__all__ = ["ANSWER_LIMIT", "TIME_LIMIT", "Exchange", "MissingProcessError"]
+__all__ = ["ANSWER_LIMIT", "TIME_LIMIT", "Exchange", "MissingProcessError", "refuse"]
 
 TIME_LIMIT = 60.0  # seconds
 ANSWER_LIMIT = 5.0  # seconds after that: the store does not answer
@@ -45,17 +45,18 @@ class Exchange:
 
     Args:
         ranks: The processes by their rank in the world, this one among them, in the same order on all of them.
+        attempt: What the exchanges belong to; where a process has refused it, see `refuse`, none waits for it.
     """
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    def __init__(self, ranks: Sequence[int], attempt: int = 0) -> None:
         self._ranks = tuple(ranks)
+        self._refused = _refusal_key(self._ranks, attempt)
         self._rank = distributed.get_rank()
         self._num_done = 0
-        # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
-        self._longest: float = _common_store().timeout.total_seconds() / 2
+        self._longest = _longest_wait()
         self._gone: MissingProcessError | None = None
         try:
-            self._store = self._in_time(lambda _: self._own_store())
+            self._store = _in_time(self._limit, lambda _: self._own_store())
         except MissingProcessError as error:
             self._gone = error
 
@@ -71,7 +72,7 @@ class Exchange:
         number, self._num_done = self._num_done, self._num_done + 1
         if self._gone is not None:
             raise self._gone
-        objects: list[Any] = self._in_time(lambda is_over: self._gather(str(number), own, is_over))
+        objects: list[Any] = _in_time(self._limit, lambda is_over: self._gather(str(number), own, is_over))
         return objects
 
     def from_first(self, own: Any) -> Any:
@@ -86,44 +87,15 @@ class Exchange:
     def _limit(self) -> float:
         return min(TIME_LIMIT, self._longest)
 
-    def _in_time(self, requests: Callable[[threading.Event], Any]) -> Any:
-        """Return what requests to the store come to; raise MissingProcessError where it does not answer.
-
-        Args:
-            requests: Makes them; called with an event that is set when the limit has passed.
-        """
-        found: list[tuple[Any, Exception | None]] = []
-        is_over = threading.Event()
-
-        def work() -> None:
-            try:
-                found.append((requests(is_over), None))
-            except Exception as error:
-                found.append((None, error))
-
-        # A daemon: where the store never answers, the program can still end.
-        thread = threading.Thread(target=work, name="attnmonitor", daemon=True)
-        thread.start()
-        thread.join(self._limit)  # not by reading a clock, which may stand still
-        if thread.is_alive():
-            is_over.set()
-            thread.join(ANSWER_LIMIT)
-        result, error = found[0] if found else (None, TimeoutError(f"{self._limit + ANSWER_LIMIT:.3g} s"))
-        if isinstance(error, (distributed.DistError, TimeoutError)):
-            raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
-        if error is not None:
-            raise error
-        return result
-
     def _own_store(self) -> Any:
         store = _common_store()
-        members = hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]
+        members = _members_key(self._ranks)
         number = _num_made[self._ranks]
         # A process that missed earlier ones, which the others gave up, takes part in their next one.
-        while store.check([given_up := f"attnmonitor/{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
+        while store.check([given_up := f"{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
             number += 1
         _num_made[self._ranks] = number + 1
-        return distributed.distributed_c10d.PrefixStore(f"attnmonitor/{members}/{number}", store)
+        return distributed.distributed_c10d.PrefixStore(f"{members}/{number}", store)
 
     def _gather(self, number: str, own: Any, is_over: threading.Event) -> list[Any]:
         end = f"{number}/end"
@@ -149,6 +121,9 @@ class Exchange:
         while not self._store.check([end]):
             keys = [key for key in keys if not self._store.check([key])]
             if not keys:
+                break
+            if _common_store().check([self._refused]):
+                self._store.compare_set(end, "", _common_store().get(self._refused).decode())
                 break
             # Not `Store.wait`: it would hold the connection, which NCCL's watchdog needs as well.
             if is_over.wait(pause):
@@ -188,3 +163,62 @@ class Exchange:
 def _common_store() -> Any:
     """Return the store with which the processes of this program found each other."""
     return distributed.distributed_c10d._get_default_store()
+
+
+def _longest_wait() -> float:
+    # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
+    seconds: float = _common_store().timeout.total_seconds() / 2
+    return seconds
+
+
+def _members_key(ranks: tuple[int, ...]) -> str:
+    return f"attnmonitor/{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}"
+
+
+def _refusal_key(ranks: tuple[int, ...], attempt: int) -> str:
+    return f"{_members_key(ranks)}/refused/{attempt}"
+
+
+def refuse(ranks: Sequence[int], attempt: int, reason: str) -> None:
+    """Tell the other processes not to wait for this one in an attempt.
+
+    Args:
+        ranks: As of the `Exchange` that the others may make.
+        attempt: As there.
+        reason: What has failed here.
+    """
+    text = f"process {distributed.get_rank()} cannot take part: {reason}"
+    with suppress(MissingProcessError):
+        key = _refusal_key(tuple(ranks), attempt)
+        _in_time(min(TIME_LIMIT, _longest_wait()), lambda _: _common_store().set(key, text))
+
+
+def _in_time(limit: float, requests: Callable[[threading.Event], Any]) -> Any:
+    """Return what requests to the store come to; raise MissingProcessError where it does not answer.
+
+    Args:
+        limit: Seconds.
+        requests: Makes them; called with an event that is set when the limit has passed.
+    """
+    found: list[tuple[Any, Exception | None]] = []
+    is_over = threading.Event()
+
+    def work() -> None:
+        try:
+            found.append((requests(is_over), None))
+        except Exception as error:
+            found.append((None, error))
+
+    # A daemon: where the store never answers, the program can still end.
+    thread = threading.Thread(target=work, name="attnmonitor", daemon=True)
+    thread.start()
+    thread.join(limit)  # not by reading a clock, which may stand still
+    if thread.is_alive():
+        is_over.set()
+        thread.join(ANSWER_LIMIT)
+    result, error = found[0] if found else (None, TimeoutError(f"{limit + ANSWER_LIMIT:.3g} s"))
+    if isinstance(error, (distributed.DistError, TimeoutError)):
+        raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
+    if error is not None:
+        raise error
+    return result
