@@ -210,8 +210,11 @@ class Tracer:
             self.ended.setdefault(trace.origin.layer, reason)
             if name in MIXING and trace.stage != "after" and trace.origin.frame is not None:
                 trace.origin.frame.mixes_heads = True
-            if name in EXPONENTIALS and trace.stage != "after":  # a softmax by hand; other products are no attention
-                self._frames.suspect()
+            made_of = trace.origin.made_of
+            # Random features are exponentials of a product with constants.
+            of_constants = made_of is not None and made_of.query.inputs and not made_of.key.inputs
+            if name in EXPONENTIALS and trace.stage != "after" and not of_constants:
+                self._frames.suspect()  # a softmax by hand; other products are no attention
 
     def _observe_normalizer(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
