@@ -11,7 +11,7 @@ READY_FOR_LOWEST := .venv-lowest/.ready
 # FSDP2 of torch 2.6 needs a GPU; these try it among other things.
 GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/monitor/test_distributed_faults.py --ignore tests/callbacks/test_distributed_frameworks.py
 
-.PHONY: demo test check bench soak fuzz lowest mutants docs clean
+.PHONY: demo test check bench soak matrix fuzz lowest mutants docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -44,8 +44,14 @@ bench: $(READY)  ## what the measurement costs, as ratios within one run
 	$(RUN) -m benchmarks.cost.overhead
 
 soak: $(READY)  ## proofs that take longer than a test may
-	$(INSTALL) trl peft sentence-transformers pytorch-ignite skorch schedulefree
+	$(INSTALL) trl peft sentence-transformers pytorch-ignite skorch schedulefree diffusers
 	$(RUN) -m pytest -m soak
+
+matrix: $(READY)  ## hundreds of library models against an independent observer; writes their list in docs/architectures.md
+	$(INSTALL) --no-deps diffusers vit-pytorch open_clip_torch ftfy wcwidth fair-esm segment-anything torch-geometric \
+	    local-attention hyper-connections linear-attention-transformer axial-positional-embedding product-key-memory \
+	    performer-pytorch
+	$(RUN) -m benchmarks.pages.matrix
 
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes
 	$(RUN) -m pytest --hypothesis-profile=fuzz tests/functional/test_fuzz.py

@@ -25,6 +25,9 @@ from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.pages.independent import deviations
 from benchmarks.pages.third_party_models import Architecture, captured, hugging_face_architectures, other_architectures
 
+MATRIX_HEADING = "## Many models, against an independent observer"
+"""Where the part of the page begins that `benchmarks.pages.matrix` writes."""
+
 LIBRARIES = ("torch", "transformers", "timm", "x-transformers", "litgpt")
 
 
@@ -205,7 +208,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "architectures.md")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    arguments.out.write_text(page(list(rows())), encoding="utf-8")
+    written = arguments.out.read_text(encoding="utf-8") if arguments.out.exists() else ""
+    _, heading, matrix = written.partition(MATRIX_HEADING)
+    arguments.out.write_text(page(list(rows())) + (f"\n{heading}{matrix}" if heading else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
