@@ -78,7 +78,8 @@ def value_rms_of(values: Values) -> Tensor:
 
 def value_spread_of(values: Values) -> Tensor:
     """Share of the values' energy that differs between positions, for each key head, ``(B, Hkv)``."""
-    value, mask = values.value.to(values.energy.dtype), values.mask
+    # The order of a sum over positions depends on the memory format: one layer alone and several joined are to agree.
+    value, mask = values.value.to(values.energy.dtype).contiguous(), values.mask
     kept = value if mask is None else torch.where(mask[:, None, :, None], value, 0)
     mean = kept.sum(2, keepdim=True) / values.num_positions[..., None, None]
     share = _energy(value - mean.to(value.dtype), mask) / values.energy

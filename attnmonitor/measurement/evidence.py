@@ -163,13 +163,13 @@ def _strip(kept: KeptLayer, queries: Sequence[int], first: Sequence[int]) -> tup
     num_keys = kept.logits.shape[-1]
     columns = min(_MOST_COLUMNS, num_keys)
     if not places:
-        return [], torch.zeros(0, columns)
+        return [], torch.zeros(0, columns, dtype=torch.float32)
     at, rows = (list(each) for each in zip(*places, strict=True))
     logits = of_heads[at, :, rows].float().cpu()  # (R, G, L)
     probability = logits.exp() if kept.is_log_probability else logits.softmax(-1)
     probability = probability.masked_fill(logits <= HIDDEN, 0).mean(1)
     parts = torch.arange(num_keys) * columns // num_keys
-    pooled = torch.zeros(len(places), columns).index_add_(1, parts, probability)
+    pooled = probability.new_zeros(len(places), columns).index_add_(1, parts, probability)
     positions = kept.rows.tolist()
     return [(sequence, positions[row]) for sequence, row in places], pooled
 

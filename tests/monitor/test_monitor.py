@@ -100,7 +100,8 @@ def test_pending_layers_are_bounded_and_values_unchanged(monkeypatch: pytest.Mon
         batches.append(len(layers))
         return head_statistics.steps(layers, *settings, **more)
 
-    one_layer = 2 * 3 * 4 * 24 * 8 * 4  # float32 queries and keys of 3 sequences, 4 heads and 24 positions
+    # float32 queries, keys and values of 3 sequences, 4 heads and 24 positions; the rebuilt rows are less
+    one_layer = 3 * 3 * 4 * 24 * 8 * 4 * 2
     monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", one_layer)
     monkeypatch.setattr("attnmonitor.measurement.reduction.head_statistics", SimpleNamespace(steps=counted))
     in_batches = monitor.sample(1)

@@ -153,6 +153,18 @@ def test_distributed_example_runs_under_torchrun() -> None:
     assert "2 samples of a model on 2 processes" in done.stdout, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style")
+def test_workspace_example_prints_what_it_would_send(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setattr(sys, "argv", ["wandb_workspace", "team", "project", "--loss", "train/loss"])
+    runpy.run_path(str(EXAMPLES / "wandb_workspace.py"), run_name="__main__")
+    sent = capsys.readouterr().out
+    assert all(key in sent for key in ("attention/verdict", "attention/alerts/firing", "train/loss"))
+    assert all(f"attention/{metric}/heads" in sent for metric in ("energy_rms", "key_incoherence"))
+
+
 def test_every_example_is_tested_and_in_the_readme() -> None:
     examples = {path.stem for path in EXAMPLES.glob("*.py")}
     run = Path(__file__).read_text()
