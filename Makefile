@@ -29,7 +29,7 @@ demo: $(READY_FOR_DEMO)  ## train a small GPT while every head is watched; under
 	$(RUN) -m attnmonitor demo
 
 test: $(READY)  ## the whole suite, in two processes
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 check: $(READY)  ## format, lint, types, import contracts
 	$(VENV)/bin/ruff format --check .

@@ -164,12 +164,10 @@ def _check(how: str, when: str, victim: int, folder: Path) -> None:
 
 
 FEW = [
-    ("fsdp2" if FSDP2 else "fsdp1", "at attach", 1),
     ("fsdp2" if FSDP2 else "fsdp1", "in a sample", 1),
-    ("tp", "in a sample", 0),
+    ("fsdp2" if FSDP2 else "fsdp1", "at attach", 1),
     ("by hand", "between samples", 3),
     ("by hand", "raises at attach", 2),
-    ("replicas", "between samples", 1),
 ]
 ALL = [
     (how, when, victim)
