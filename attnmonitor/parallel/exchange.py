@@ -53,7 +53,7 @@ class Exchange:
         self._refused = _refusal_key(self._ranks, attempt)
         self._rank = distributed.get_rank()
         self._num_done = 0
-        self._longest = _longest_wait()
+        self._common = _common_store()
         self._gone: MissingProcessError | None = None
         try:
             self._store = _in_time(self._limit, lambda _: self._own_store())
@@ -85,11 +85,10 @@ class Exchange:
 
     @property
     def _limit(self) -> float:
-        return min(TIME_LIMIT, self._longest)
+        return _limit_of(self._common)
 
     def _own_store(self) -> Any:
-        store = _common_store()
-        members = _members_key(self._ranks)
+        store, members = self._common, _members_key(self._ranks)
         number = _num_made[self._ranks]
         # A process that missed earlier ones, which the others gave up, takes part in their next one.
         while store.check([given_up := f"{members}/{number}/0/end"]) and store.get(given_up) != _SUCCESS:
@@ -122,8 +121,9 @@ class Exchange:
             keys = [key for key in keys if not self._store.check([key])]
             if not keys:
                 break
-            if _common_store().check([self._refused]):
-                self._store.compare_set(end, "", _common_store().get(self._refused).decode())
+            # Only in the first exchange: a process that refused is in none, so the others do not come to a second.
+            if self._num_done == 1 and self._common.check([self._refused]):
+                self._store.compare_set(end, "", self._common.get(self._refused).decode())
                 break
             # Not `Store.wait`: it would hold the connection, which NCCL's watchdog needs as well.
             if is_over.wait(pause):
@@ -165,10 +165,10 @@ def _common_store() -> Any:
     return distributed.distributed_c10d._get_default_store()
 
 
-def _longest_wait() -> float:
+def _limit_of(store: Any) -> float:
     # While one process waits here, the others may wait for it in a collective of training, which has a limit too.
-    seconds: float = _common_store().timeout.total_seconds() / 2
-    return seconds
+    half: float = store.timeout.total_seconds() / 2
+    return min(TIME_LIMIT, half)
 
 
 def _members_key(ranks: tuple[int, ...]) -> str:
@@ -188,9 +188,9 @@ def refuse(ranks: Sequence[int], attempt: int, reason: str) -> None:
         reason: What has failed here.
     """
     text = f"process {distributed.get_rank()} cannot take part: {reason}"
+    store, key = _common_store(), _refusal_key(tuple(ranks), attempt)
     with suppress(MissingProcessError):
-        key = _refusal_key(tuple(ranks), attempt)
-        _in_time(min(TIME_LIMIT, _longest_wait()), lambda _: _common_store().set(key, text))
+        _in_time(_limit_of(store), lambda _: store.set(key, text))
 
 
 def _in_time(limit: float, requests: Callable[[threading.Event], Any]) -> Any:
