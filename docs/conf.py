@@ -23,7 +23,7 @@ extensions = [
 ]
 html_math_renderer = "mathml"
 html_theme = "furo"
-html_title = "attnmonitor"
+html_title = f"attnmonitor {version}"
 exclude_patterns = ["_build"]
 
 default_role = "py:obj"  # a link where the name is on the page below, code where it is not

@@ -119,7 +119,7 @@ class RuleTracker:
         self.states = AlarmStates(**state["states"])
         self.leaf = state["leaf"]
         self.references = [Reference(**reference) for reference in state["references"]]
-        # A state of version 0.1 or 0.2 has no courses: they begin with the next sample.
+        # A state of version 0.1 has no courses: they begin with the next sample.
         known = state.get("courses")
         self.courses = AlarmCourses.unknown(len(self.leaf)) if known is None else AlarmCourses(**known)
         self.firing = {(event["layer"], event["head"]): AlertEvent(**event) for event in state["firing"]}

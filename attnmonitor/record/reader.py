@@ -186,7 +186,7 @@ class RunRecord:
     def firing(self) -> list[AlertEvent]:
         """Alarms that fire at the latest sample, worst first, with their values at alarm, now and at their worst.
 
-        A record of version 0.2 or before does not have the values now and at the worst: there they are NaN.
+        A record of version 0.1 does not have the values now and at the worst: there they are NaN.
         """
         return worst_first(replace(alarm, **self._courses.get(alarm.key, {})) for alarm in still_firing(self.events))
 

@@ -29,7 +29,8 @@ from attnmonitor.metrics.catalog import METRICS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+PAGES = [*TOP, *sorted(DOCS.glob("*.md"))]
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # a changelog names what is gone, too
 
 
@@ -141,6 +142,19 @@ def test_what_does_not_exist_is_found(tmp_path: Path) -> None:
     assert missing_files(page) == ["capture/gone.py", "examples/gone.py", "gone.py", "nowhere/"]
     assert missing_names(page) == ["attnmonitor.alerts.Gone", "attnmonitor.gone"]
     assert missing_commands(page) == ["benchmarks.gone", "examples/gone.py"]
+
+
+def test_moved_names_are_where_the_changelog_says(tmp_path: Path) -> None:
+    [tables] = re.findall(r"^### Moved and renamed\n(.*?)^### ", TOP[2].read_text(), flags=re.DOTALL | re.MULTILINE)
+    rows = [row.split("|")[1:3] for row in re.findall(r"^\| `.*$", tables, flags=re.MULTILINE)]
+    before, now = tmp_path / "before.md", tmp_path / "now.md"
+    before.write_text("\n".join(old for old, _ in rows))
+    now.write_text("\n".join(new for _, new in rows))
+    gone = sorted(set(re.findall(r"\battnmonitor(?:\.\w+)+", before.read_text())))
+    assert len(gone) > 55
+    assert missing_names(before) == gone
+    assert missing_names(now) == []
+    assert missing_commands(now) == []
 
 
 def test_named_tests_exist() -> None:
