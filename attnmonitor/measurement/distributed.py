@@ -12,10 +12,9 @@ that the others do not hang (`attnmonitor.parallel.collectives`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from torch import Tensor, distributed, nn
 
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.kept import Keeper
+from attnmonitor.measurement.outcomes import Outcome, common_failure, free_frames
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state
-from attnmonitor.measurement.shares import Part, Share, joined_shares
+from attnmonitor.measurement.shares import Share, joined_shares
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.collectives import (
     Collective,
@@ -41,8 +41,6 @@ from attnmonitor.parallel.wrappers import unwrapped_modules
 from attnmonitor.sample import LayerCoverage
 
 __all__ = ["DistributedMeasurement", "check_joinable"]
-
-_REASON_LENGTH = 300  # characters of a reason that are sent to the other processes
 
 _Tables = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]  # mean and spread: metric, layer, heads
 
@@ -119,7 +117,7 @@ class DistributedMeasurement(Measurement):
                     f"probe: processes that share the heads of a layer have {len(prints)} different probes; give them "
                     "the same batch"
                 )
-        ends = self._exchange.gather((_Outcome.of(measured), self._probe.fingerprint, tuple(measured.coverage)))
+        ends = self._exchange.gather((Outcome.of(measured), self._probe.fingerprint, tuple(measured.coverage)))
         if not self._slices and not self._unknown_slices and len({(probe, layers) for _, probe, layers in ends}) == 1:
             place = self._ranks.index(distributed.get_rank())
             self._own.share = Share(place, len(self._ranks), tuple(measured.coverage))
@@ -177,13 +175,13 @@ class DistributedMeasurement(Measurement):
                 result = error
         if isinstance(result, Exception):
             if isinstance(result, torch.OutOfMemoryError):
-                _free_frames(result)
+                free_frames(result)
             with suppress(Exception):  # a process that has died is named by the exchange that follows
                 run_with_zeros(self._collectives[probe][len(done.calls) :])
-        outcomes = self._exchange.gather(_Outcome.of(result, with_part=self._own.share.count > 1))
+        outcomes = self._exchange.gather(Outcome.of(result, with_part=self._own.share.count > 1))
         try:
             if isinstance(result, Exception) or any(each.failure for each in outcomes):
-                raise _common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
+                raise common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
             self._collectives[probe] = done.calls  # of the model as it is now
             parts = [each.part for each in outcomes if each.part is not None]
             if parts:
@@ -289,57 +287,6 @@ class DistributedMeasurement(Measurement):
         return _joined_diagnostics([part["diagnostics"] for part in parts])
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """How an attempt ended on one process, as it is sent to the others.
-
-    Attributes:
-        missing: Reason for each layer without numbers.
-        failure: Why the whole attempt failed; ``""`` where it did not.
-        out_of_memory: Whether the failure was memory, so that half of the probe may work.
-        part: What this process has finished; None where each finishes all layers.
-    """
-
-    missing: Mapping[str, str]
-    failure: str = ""
-    out_of_memory: bool = False
-    part: Part | None = None
-
-    @classmethod
-    def of(cls, result: Measured | Exception, *, with_part: bool = False) -> _Outcome:
-        if isinstance(result, Exception):
-            failure = f"{type(result).__name__}: {result}"[:_REASON_LENGTH]
-            return cls({}, failure, isinstance(result, torch.OutOfMemoryError))
-        missing = {name: layer for name, layer in result.coverage.items() if not layer.measured}
-        part: Part = _copied(result.values), _copied(result.spread), result.coverage, result.diagnostics
-        reasons = {name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()}
-        return cls(reasons, part=part if with_part else None)
-
-
-def _common_failure(outcomes: Mapping[int, _Outcome], result: Measured | Exception) -> Exception:
-    """Return what to raise here after a failure on any process; out of memory counts for all."""
-    out_of_memory = any(each.out_of_memory for each in outcomes.values())
-    kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
-    if isinstance(result, kind if out_of_memory else Exception):
-        return result
-    rank = next(rank for rank, each in outcomes.items() if each.failure and each.out_of_memory is out_of_memory)
-    failure = kind(f"process {rank}: {outcomes[rank].failure}")
-    failure.__cause__ = result if isinstance(result, Exception) else None
-    return failure
-
-
-def _free_frames(failure: Exception) -> None:
-    """Drop the frames of an exception that is kept, and with them the tensors of the failed forward."""
-    visited = {id(None), id(sys.exc_info()[1])}  # the exception that the caller is handling keeps its frames
-    pending: list[Any] = [failure]
-    while pending:
-        error = pending.pop()
-        if id(error) not in visited:
-            visited.add(id(error))
-            error.__traceback__ = None
-            pending += [error.__cause__, error.__context__]
-
-
 def check_joinable(model: nn.Module, *reasons: str) -> None:
     """Raise ValueError where one of these reasons of `why_not_joinable` is not empty."""
     for reason in filter(None, reasons):
@@ -354,10 +301,6 @@ def _same_numbers(layer: str, values: Sequence[LayerValues]) -> bool:
     """Return whether processes have measured the same in a layer, up to rounding in most of its numbers."""
     rows = [torch.cat([layers[layer] for layers in each.values() if layer in layers]) for each in values]
     return all(torch.isclose(row, rows[0], rtol=1e-3, equal_nan=True).float().mean() > 0.5 for row in rows)
-
-
-def _copied(table: LayerValues) -> dict[str, dict[str, Tensor]]:
-    return {metric: dict(layers) for metric, layers in table.items()}
 
 
 def _of_layers(table: LayerValues, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

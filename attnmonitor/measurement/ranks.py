@@ -1,9 +1,10 @@
 """Which processes measure: the first one for all, or all together; asked at attach and again before each sample.
 
-Where every process holds the whole model, as in data parallelism, the first measures for all. Where a forward needs
-other processes, all of them measure together: a sharded model is recognized by its weights; experts, tensor parallelism
-written by hand and all else by the first collective of a forward that each process runs alone at attach, stopped before
-it starts. All processes run the same model, so all decide alike without a word between them.
+Where every process holds the whole model, as in data parallelism, the first measures for all, or all share the work if
+they are asked to. Where a forward needs other processes, all of them measure together: a sharded model is recognized by
+its weights; experts, tensor parallelism written by hand and all else by the first collective of a forward that each
+process runs alone at attach, stopped before it starts. All processes run the same model, so all decide alike without a
+word between them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.distributed import DistributedMeasurement, check_joinable
 from attnmonitor.measurement.kept import Keeper, KeptLayer
 from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.replicas import ReplicaMeasurement
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.parallel.collectives import LoneCollectiveError, is_point_to_point, why_not_joinable
 from attnmonitor.parallel.exchange import MissingProcessError, refuse
@@ -62,17 +64,21 @@ class RankMeasurement:
         probe: The batch and how to run it.
         metrics: Names of the metrics, in table order.
         strict: Raise an error in one layer; otherwise that layer is NaN and the others are measured.
+        processes: ``"first"`` or ``"all"``: which measure where each holds the whole model.
 
     Attributes:
         keeper: Keeps layers of this process's forward until the sample was judged.
     """
 
-    def __init__(self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, probe: Probe, metrics: Sequence[str], *, strict: bool = False, processes: str = "first"
+    ) -> None:
         self.keeper = Keeper()
         self._group = model_group(model)
         self._model = model
         self._arguments = probe, metrics
         self._strict = strict
+        self._shares = processes == "all"
         self._num_looks = 0
         self._attempt = 0
         self._parts: list[object] = []  # of the model when it was last looked at
@@ -113,7 +119,7 @@ class RankMeasurement:
     @property
     def measures(self) -> bool:
         """Whether this process takes the next measurement."""
-        return self._group.is_main or isinstance(self._measurement, DistributedMeasurement)
+        return self._group.is_main or isinstance(self._measurement, DistributedMeasurement | ReplicaMeasurement)
 
     def attach(self) -> Measured:
         """Measure once on every process, to find out who measures and what is measured.
@@ -136,7 +142,7 @@ class RankMeasurement:
             if distributed.is_initialized() and not isinstance(self._measurement, DistributedMeasurement):
                 refuse(self._group.ranks, self._attempt, str(error))
             raise
-        self._use_together(self._model, self._group)
+        self._use_all(DistributedMeasurement, self._model, self._group)
         return self._attach()
 
     def _attach(self) -> Measured:
@@ -211,22 +217,26 @@ class RankMeasurement:
 
     def _follow(self, model: nn.Module, group: ModelGroup) -> None:
         """Measure ``model`` from now on: the same, now sharded or shared by other processes, or its wrapper."""
-        is_new_model, is_new_group = model is not self._model, group != self._group
+        is_new = model is not self._model
+        is_changed = is_new or group != self._group
         self._model, self._group = model, group
-        was_together = isinstance(self._measurement, DistributedMeasurement)
-        if is_sharded(model) or was_together:
-            if is_new_model or is_new_group or not was_together:
-                self._use_together(model, group)
-        elif is_new_model:
-            self._use(Measurement(model, *self._arguments, strict=self._strict, keeper=self.keeper))
+        kind: type[DistributedMeasurement | ReplicaMeasurement] | None = None
+        if is_sharded(model) or isinstance(self._measurement, DistributedMeasurement):
+            kind = DistributedMeasurement
+        elif self._shares and len(group.ranks) > 1:
+            kind = ReplicaMeasurement
+        if kind is None:
+            if is_new:
+                self._use(Measurement(model, *self._arguments, strict=self._strict, keeper=self.keeper))
+        elif is_changed or not isinstance(self._measurement, kind):
+            self._use_all(kind, model, group)
 
-    def _use_together(self, model: nn.Module, group: ModelGroup) -> None:
+    def _use_all(
+        self, kind: type[DistributedMeasurement | ReplicaMeasurement], model: nn.Module, group: ModelGroup
+    ) -> None:
         """Measure with the other processes of the group from now on."""
         arguments = (model, *self._arguments)
-        together = DistributedMeasurement(
-            *arguments, strict=self._strict, ranks=group.ranks, attempt=self._attempt, keeper=self.keeper
-        )
-        self._use(together)
+        self._use(kind(*arguments, strict=self._strict, ranks=group.ranks, attempt=self._attempt, keeper=self.keeper))
 
     def _use(self, measurement: Measurement) -> None:
         measurement.layers = self._measurement.layers  # until it is attached

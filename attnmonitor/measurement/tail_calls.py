@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.measurement.quiet import statistics_of
 from attnmonitor.messages import error_text
 from attnmonitor.parallel.process_state import random_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Recording", "Skipping", "Trial"]
 
@@ -203,11 +206,12 @@ class Skipping(TorchFunctionMode):
         in_call: Whether a call that the mode sees is running.
     """
 
-    def __init__(self, seen: Iterable[str], calls: Sequence[_Call]) -> None:
+    def __init__(self, seen: Sequence[str], calls: Sequence[_Call]) -> None:
         super().__init__()
         self.begun = self.in_call = False
         self.departure = ""
         self._due = Counter(seen)
+        self._last = seen[-1] if seen else ""
         self._zeros = Notes[bool]()
         self._calls = calls
         self._position = 0
@@ -221,9 +225,11 @@ class Skipping(TorchFunctionMode):
                 return
             emit(call)
             self._saw(call.layer)
-            if call.when_written:
-                output = _output_of(call.layer)
+            output = _output_of(call.layer)
+            if call.when_written or output == self._last:
                 call.when_written.append(lambda _: self._saw(output))
+            else:  # where processes share the work, this one may not read it
+                self._saw(output)
 
         return emit_and_follow
 
@@ -287,11 +293,17 @@ class Trial(Skipping):
         super().__init__(recording.seen, recording.calls)
         self._model = model
         self._watching = ExitStack()
+        self._num_around = 0  # dispatch modes that are left after this one
         self.statistics: Mapping[str, bytes] = {}
+
+    def __enter__(self) -> Self:
+        self._num_around = len(_get_current_dispatch_mode_stack())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def _begin(self) -> None:
         super()._begin()
-        if modes := _get_current_dispatch_mode_stack():  # the code leaves it later, in another order
+        if modes := _get_current_dispatch_mode_stack()[self._num_around :]:  # the code leaves it in another order
             self.departure = f"the code of the model runs its attention under {type(modes[-1]).__name__}"
         else:
             # Not before: under a dispatch mode torch solves eigenproblems in another way, with other last digits.

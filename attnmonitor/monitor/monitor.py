@@ -28,7 +28,7 @@ from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_requests_of
 from attnmonitor.monitor.sampling import MonitorSampling
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
-from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_weights_every
+from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_processes, check_weights_every
 from attnmonitor.parallel.sharding import check_known_sharding
 from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
@@ -69,6 +69,8 @@ class AttentionMonitor(MonitorSampling):
             the model needs to run (FSDP's, a parametrization's) must stay. By default none is skipped.
         packed: How rows of several documents are measured, as sequence packing makes them: ``"documents"``, each
             document by itself, or ``"one"``, the row as a whole.
+        processes: Where each process holds the whole model (DDP): ``"first"``, the first measures for all, or
+            ``"all"``, each runs the same probe and finishes some of the layers, so that a sample takes less time.
         weights_every: Weight metrics, where ``metrics`` names some, are measured with every n-th sample.
         actions: What to do when an alert begins or becomes critical: maps a rule's name, a fault kind or
             ``"critical"`` to ``"stop"``, ``"checkpoint"`` or a function ``action(event, sample)``, or several of
@@ -120,6 +122,7 @@ class AttentionMonitor(MonitorSampling):
         forward: ForwardFunction | None = None,
         skip_hooks: HookFilter | None = None,
         packed: str = "documents",
+        processes: str = "first",
         weights_every: int = 10,
         actions: Mapping[str, Action | Sequence[Action]] | None = None,
         decode: Any = None,
@@ -133,14 +136,16 @@ class AttentionMonitor(MonitorSampling):
         self.seconds = 0.0
         self._schedule, self._schedule_text = as_schedule(schedule), repr(schedule)
         self._metrics = check_metrics(metrics)
-        self._weights_every = check_weights_every(weights_every)
+        self._weights_every, self._processes = check_weights_every(weights_every), check_processes(processes)
         with default_torch_state():
             self._alerts = alerts_on(alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         tokens = ProbeTokens(checked_decode(decode))
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks, packed=packed)
-        self._measurement = RankMeasurement(self.model, self.probe, self._metrics, strict=strict)
+        self._measurement = RankMeasurement(
+            self.model, self.probe, self._metrics, strict=strict, processes=self._processes
+        )
         self._failures = Failures(name, strict=strict, silent=not self._measurement.is_main)
         self._evidence = EvidenceTaker(self.probe, tokens, self._failures.contained)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
@@ -273,6 +278,7 @@ class AttentionMonitor(MonitorSampling):
             "probe": self.probe.describe(),
             "schedule": self._schedule_text,
             "metrics": list(self._metrics),
+            "processes": self._processes,
             "weights_every": self._weights_every,
             "strict": self.strict,
             "alerts": [rule.name for rule in self._alerts.rules],

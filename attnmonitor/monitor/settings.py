@@ -9,7 +9,7 @@ from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
 from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 
-__all__ = ["alerts_on", "check_metrics", "check_name", "check_weights_every"]
+__all__ = ["alerts_on", "check_metrics", "check_name", "check_processes", "check_weights_every"]
 
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
 
@@ -34,6 +34,16 @@ def check_weights_every(weights_every: int) -> int:
     if (whole := whole_argument(weights_every, least=1)) is None:
         raise ValueError(f"weights_every={weights_every!r} must be a whole number of samples, 1 or more")
     return whole
+
+
+def check_processes(processes: str) -> str:
+    """Return which processes measure where each holds the whole model."""
+    if processes not in ("first", "all"):
+        raise ValueError(
+            f'processes={processes!r}; give "first" to have the first process measure for all, or "all" to have each '
+            "of them run the same probe and finish some of the layers"
+        )
+    return processes
 
 
 def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) -> Alerts:

@@ -26,14 +26,15 @@ from attnmonitor.record import RunRecord
 Ends = tuple[Path, list[dict[str, Any]]]
 
 
-def _train(rank: int, how: str, watched: bool) -> dict[str, Any]:
+def _train(rank: int, how: str, watched: bool, **settings: Any) -> dict[str, Any]:
     tell(f"{how}, {watched=}")
     torch.manual_seed(0)
     plain = TinyGPT(dropout=0.0 if "tp" in how else 0.1, batch_norm=how == "ddp", num_kv_heads=2)
     model = spread(plain, how)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     if watched:
-        monitor = attach(model, optimizer, token_batch(), every_n_steps=2, strict=True, record=f"{how}.sqlite")
+        settings = {"record": f"{how}.sqlite", **settings}
+        monitor = attach(model, optimizer, token_batch(), every_n_steps=2, strict=True, **settings)
     torch.manual_seed(rank)
     losses = []
     for step in range(5):
@@ -82,10 +83,10 @@ def _own_collectives(rank: int, how: str) -> int:
     return len(sample.calls) - len(forward.calls)
 
 
-def _exchanges(how: str) -> int:
+def _exchanges(how: str, **settings: Any) -> int:
     """Exchanges between the processes in one sample."""
     tell(f"exchanges, {how}")
-    monitor = AttentionMonitor(spread(TinyGPT(), how), token_batch(), record=None, strict=True)
+    monitor = AttentionMonitor(spread(TinyGPT(), how), token_batch(), record=None, strict=True, **settings)
     with mock.patch.object(Exchange, "gather", autospec=True, side_effect=Exchange.gather) as gather:
         monitor.sample(0)
     return gather.call_count
@@ -110,11 +111,12 @@ def _different_probes(rank: int) -> str:
 
 def _everything(rank: int) -> dict[str, Any]:
     # One pair of processes for all: starting them costs more than what they do.
-    ends = {(how, watched): _train(rank, how, watched) for how in ON_TWO for watched in (False, True)}
+    ends: dict[Any, Any] = {(how, watched): _train(rank, how, watched) for how in ON_TWO for watched in (False, True)}
+    ends["ddp", "shared"] = _train(rank, "ddp", True, record=None, processes="all")
     samples = {how: _one_sample(rank, how) for how in (None, *ON_TWO)}
     own = {how: _own_collectives(rank, how) for how in ON_TWO}
     refused = {"unknown slices": _unknown_slices(rank), "different probes": _different_probes(rank)}
-    exchanges = {how: _exchanges(how) for how in ON_TWO}
+    exchanges = {how: _exchanges(how) for how in ON_TWO} | {"shared": _exchanges("ddp", processes="all")}
     return {"ends": ends, "samples": samples, "own collectives": own, "exchanges": exchanges, **refused}
 
 
@@ -124,10 +126,10 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Ends:
     return folder, on_processes(folder, _everything)
 
 
-@pytest.mark.parametrize("how", ON_TWO)
-def test_training_on_two_processes_is_bit_identical(how: str, processes: Ends) -> None:
+@pytest.mark.parametrize(("how", "which"), [*((how, True) for how in ON_TWO), ("ddp", "shared")])
+def test_training_on_two_processes_is_bit_identical(how: str, which: bool | str, processes: Ends) -> None:
     for rank in range(2):
-        bare, watched = (processes[1][rank]["ends"][how, which] for which in (False, True))
+        bare, watched = (processes[1][rank]["ends"][how, each] for each in (False, which))
         assert torch.equal(bare["generator"], watched["generator"])
         assert len(bare["tensors"]) > 20
         for one, other in zip(bare["tensors"], watched["tensors"], strict=True):
@@ -171,8 +173,8 @@ def test_monitor_has_no_collectives_of_its_own(processes: Ends) -> None:
 def test_number_of_exchanges_per_sample(processes: Ends) -> None:
     # One to meet, one for how it ended, and one to join heads.
     for rank in range(2):
-        expected = {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 3}
-        assert processes[1][rank]["exchanges"] == {how: expected[how] for how in ON_TWO}
+        expected = {"ddp": 0, "fsdp1": 2, "fsdp2": 2, "tp": 3, "shared": 1}
+        assert processes[1][rank]["exchanges"] == {how: expected[how] for how in (*ON_TWO, "shared")}
 
 
 def test_layer_with_unknown_head_slices_is_nan_with_reason(processes: Ends) -> None:
