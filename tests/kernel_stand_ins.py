@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def dense(q, k, v, scale, causal, window, softcap, slopes, bias=None):
@@ -114,6 +114,57 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_a
     return packed(query, key, value, cu_seq_q, cu_seq_k, scale, False, window_size, 0.0, None)
 
 
+# Transformer Engine 2: a module
+
+
+class DotProductAttention(nn.Module):
+    """The class of this name in transformer_engine.pytorch."""
+
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal", window_size=None, bottom_right_diagonal=None, sequence_parallel=False, tp_size=1, get_rng_state_tracker=None, tp_group=None, layer_number=None, attention_type="self", cp_group=None, cp_global_ranks=None, cp_stream=None, cp_comm_type="p2p", softmax_scale=None, softmax_type="vanilla", return_max_logit=False, name=None):  # fmt: skip # noqa: E501
+        super().__init__()
+        self.qkv_format, self.attn_mask_type, self.softmax_type = qkv_format, attn_mask_type, softmax_type
+        self.window_size = window_size or ((-1, 0) if "causal" in attn_mask_type else (-1, -1))
+        self.attention_dropout, self.cp_group = attention_dropout, cp_group
+        self.fused_attention = nn.Module()
+        self.fused_attention.softmax_scale = kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(self, query_layer=None, key_layer=None, value_layer=None, attention_mask=None, qkv_format=None, cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None, window_size=None, bottom_right_diagonal=None, checkpoint_core_attention=False, core_attention_bias_type="no_bias", core_attention_bias=None, alibi_slopes=None, fast_zero_fill=True, inference_params=None, pad_between_seqs=None, fp8_output=False, bf16_backward=False, num_splits=1, score_mod=None, score_mod_bprop=None, score_mod_tensors=None, score_mod_bprop_tensors=None, qkv_layer=None, kv_layer=None, qkv_interleave_dim=-3, g=None, beta=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False):  # fmt: skip # noqa: E501
+        order, kind = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
+        q, k, v = (query_layer, key_layer, value_layer) if qkv_layer is None else qkv_layer.unbind(qkv_interleave_dim)
+        scale, window = self.fused_attention.softmax_scale, window_size or self.window_size
+        terms = (scale, "causal" in kind, window, 0.0, alibi_slopes)
+        if order == "thd":
+            return packed(q, k, v, cu_seqlens_q, cu_seqlens_kv, *terms).flatten(-2)
+        if order == "sbhd":
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        bias = core_attention_bias
+        if "padding" in kind:
+            hidden = torch.arange(q.shape[1]) >= cu_seqlens_q.diff()[:, None] if attention_mask is None else attention_mask[:, 0, 0]  # fmt: skip # noqa: E501
+            bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None]
+        output = dense(q, k, v, *terms, bias).flatten(-2)
+        if "padding" in kind:
+            output = output.masked_fill(hidden[..., None], 0.0)
+        return output.transpose(0, 1) if order == "sbhd" else output
+
+
+class ByModule(nn.Module):
+    """Attention of ``(B, L, H, d)`` operands by ``DotProductAttention``."""
+
+    def __init__(self, order: str, settings: dict[str, object], **arguments: object) -> None:
+        super().__init__()
+        self.core, self.order = DotProductAttention(4, 8, qkv_format=order, **settings), order
+        self.arguments = arguments
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.order == "thd":
+            return self.core(q[0], k[0], v[0], **self.arguments)
+        if self.order == "packed":
+            return self.core(qkv_layer=torch.stack([q, k, v], 2), qkv_format="bshd", **self.arguments)
+        if self.order == "bshd":
+            return self.core(q, k, v, **self.arguments)
+        return self.core(*(x.transpose(0, 1) for x in (q, k, v)), **self.arguments).transpose(0, 1)
+
+
 # Operators that libraries register with torch, in both orders of axes.
 
 
@@ -151,6 +202,7 @@ def installed() -> Iterator[None]:
         },
         "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
         "torch.nn.attention.varlen": {"varlen_attn": varlen_attn},
+        "transformer_engine.pytorch": {"DotProductAttention": DotProductAttention},
     }
     before = {name: sys.modules.get(name) for name in contents}
     for name, content in contents.items():

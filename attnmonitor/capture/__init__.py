@@ -8,7 +8,8 @@
 3. ``tracing/``: hand-written attention is a product ``q kᵀ``, followed through scale, mask and bias to its softmax and
    its values. ``nn.MultiheadAttention`` is run with the mode on inside it, and is then found in the same ways.
 4. ``interface.py``: a kernel that torch cannot see, called by transformers, is read from its arguments; so are those
-   that ``kernels.py`` knows by name (flash_attn, xformers), wherever a model calls them.
+   that ``kernels.py`` and ``kernel_modules.py`` know by name (flash_attn, xformers, Transformer Engine), wherever a
+   model calls them.
 5. ``explicit.py``: for all else, the model calls ``capture(module, q, k, ...)`` itself.
 6. ``modules.py`` names the layer; ``verify.py`` rebuilds a few rows of its output from q, k and scale and compares.
 7. ``emit`` gets one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names the modules that
@@ -27,6 +28,7 @@ from torch import nn
 from attnmonitor.capture.call import AttentionCall, CaptureReport
 from attnmonitor.capture.explicit import capture, listening
 from attnmonitor.capture.interface import watched_kernels
+from attnmonitor.capture.kernel_modules import watched_modules
 from attnmonitor.capture.kernels import watched_functions
 from attnmonitor.capture.layout import Layout, Layouts
 from attnmonitor.capture.mode import AttentionMode
@@ -58,7 +60,7 @@ def capture_attention(
         The report; its ``missed`` is complete once the context has been left.
     """
     mode = AttentionMode(model, emit, {} if layouts is None else layouts, packed=packed)
-    named, looked_up = watched_functions(mode.watch_function), watched_kernels(mode.watch_kernel)
-    with mode.frames, listening(mode), named, looked_up, mode:
+    named, modules = watched_functions(mode.watch_function), watched_modules(mode.watch_function)
+    with mode.frames, listening(mode), named, modules, watched_kernels(mode.watch_kernel), mode:
         yield mode.report
     mode.report_missed()

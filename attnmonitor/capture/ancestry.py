@@ -19,16 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnmonitor.capture.axes import Axes, Axis, axis_of, default_axes, num_positions, regrouped, resized, viewed
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import LabeledProduct, is_weight, labeled
 
-__all__ = ["Ancestries", "Ancestry", "Axis", "Factor", "same_sequence"]
-
-Factor = tuple[bool, int]
-"""A factor of an axis: whether it counts features, and its size."""
-
-Axis = tuple[Factor, ...]
-"""The factors of an axis, outermost first, without those of size 1."""
+__all__ = ["NEW", "Ancestries", "Ancestry", "same_sequence"]
 
 _UNKNOWN = 0  # the source of a tensor that no seen function made
 _VIEWS = {
@@ -37,11 +32,11 @@ _VIEWS = {
     *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "mT", "T", "mH", "H", "t"),
 }
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel"}
-_NEW = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
-_NEW |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+NEW = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+NEW |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 _FROM_FIRST = {"linear", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "lstm", "gru"}
 _CONVOLUTIONS = {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)}
-_PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum"}
+_PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 _REDUCTIONS = {"amax", "amin", "max", "min", "mean", "sum"}
 _PICKS = {"gather", "take_along_dim", "index_select"}
@@ -62,7 +57,7 @@ class Ancestry:
 
     sources: frozenset[int]
     attended: frozenset[int] = frozenset()
-    axes: tuple[Axis | None, ...] | None = None
+    axes: Axes | None = None
     projected: bool = False
 
     @property
@@ -90,10 +85,14 @@ class Ancestries:
     Args:
         model: The model.
         unseen: Called when a tensor is met that no seen function made.
+        num_tokens: Returns how many positions the running layer's first input has.
     """
 
-    def __init__(self, model: nn.Module, unseen: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, model: nn.Module, unseen: Callable[[], None] = lambda: None, num_tokens: Callable[[], int] = lambda: 0
+    ) -> None:
         self._unseen = unseen
+        self._num_tokens = num_tokens
         self._notes = Notes[Ancestry]()
         self._count = 0
         self._picked_from: dict[int, frozenset[int]] = {}
@@ -112,7 +111,7 @@ class Ancestries:
             is_constant = id(x) in self._constants or is_weight(x) or id(x._base) in self._constants
             if not is_constant:
                 self._unseen()
-            note = Ancestry(frozenset({-self._new() if is_constant else _UNKNOWN}), axes=_default_axes(x))
+            note = Ancestry(frozenset({-self._new() if is_constant else _UNKNOWN}), axes=default_axes(x))
             self._notes.put(x, note)
         return note
 
@@ -130,8 +129,7 @@ class Ancestries:
         axes = self.of(x).axes
         if axes is None or None in axes:
             return True
-        positions = math.prod(size for axis in axes if axis is not None for is_feature, size in axis if not is_feature)
-        return positions > num_tokens
+        return num_positions(axes) > num_tokens
 
     def observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what the outputs of a function are made of."""
@@ -140,7 +138,7 @@ class Ancestries:
             self._write(args[0] if args[0]._base is None else args[0]._base, args[-1])
             return
         outputs = list(_tensors(output))
-        operands = [] if name in _NEW else list(_tensors((args, kwargs)))
+        operands = [] if name in NEW else list(_tensors((args, kwargs)))
         if not outputs or (len(outputs) == 1 and any(outputs[0] is x for x in operands)):
             return
         axes = self._axes(name, func, args, kwargs, outputs)
@@ -154,7 +152,7 @@ class Ancestries:
         own, part = self.of(target), self.of(value)
         axes = part.axes if part.axes is not None and value.dim() == target.dim() else own.axes
         if axes is not None:
-            axes = tuple(_resized(axis, size) for axis, size in zip(axes, target.shape, strict=True))
+            axes = tuple(resized(axis, size) for axis, size in zip(axes, target.shape, strict=True))
         sources = part.sources if not own.inputs else own.sources | part.sources
         self._put(target, Ancestry(sources, own.attended | part.attended, axes, own.projected or part.projected))
 
@@ -165,7 +163,7 @@ class Ancestries:
     def _put(self, x: Tensor, note: Ancestry) -> None:
         axes = note.axes
         if axes is None:
-            axes = _default_axes(x) if not note.projected else None
+            axes = default_axes(x) if not note.projected else None
         elif len(axes) != x.dim() or any(
             axis is not None and math.prod(size for _, size in axis) != size_of
             for axis, size_of in zip(axes, x.shape, strict=True)
@@ -186,8 +184,8 @@ class Ancestries:
         elif name == "embedding":
             chosen = [x for x in operands if not x.is_floating_point()]
         elif name in _PRODUCTS:
-            projects = any(_is_matrix(x) for x in operands[-2:])
-            chosen = [x for x in operands[-2:] if not _is_matrix(x)][:1] or operands[:1]
+            projects = any(self._is_matrix(x) for x in operands[-2:])
+            chosen = [x for x in operands[-2:] if not self._is_matrix(x)][:1] or operands[:1]
         else:
             chosen = self._carriers(name, operands, output)
         notes = [self.of(x) for x in chosen]
@@ -229,13 +227,15 @@ class Ancestries:
 
     def _axes(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]
-    ) -> list[tuple[Axis | None, ...] | None]:
-        unknown: list[tuple[Axis | None, ...] | None] = [None] * len(outputs)
-        if name in _NEW or not args:
+    ) -> list[Axes | None]:
+        unknown: list[Axes | None] = [None] * len(outputs)
+        if name in NEW or not args:
             return unknown
         first = args[1] if name == "addmm" and len(args) > 1 else args[0]
         if name in _JOINS:  # an empty part has no axes
             first = max(_tensors(args), key=Tensor.numel, default=None)
+            if (joined := self._joined_axes(name, args, kwargs, outputs[0])) is not None:
+                return [joined]
         shape = outputs[0].shape
         if name in _PRODUCTS:
             product = labeled(name, args, kwargs)
@@ -243,26 +243,26 @@ class Ancestries:
         if not isinstance(first, Tensor):
             return unknown
         axes = self.of(first).axes
-        if name in ("linear", "addmm", "embedding"):
-            if name != "embedding" and not self.of(first).projected:  # an image whose last axis passed for features
-                axes = tuple(_axis(False, size) for size in first.shape)
-            lead = (
-                (axes or _default_axes(first))[: len(shape) - 1]
-                if axes is None or len(axes) >= len(shape) - 1
-                else None
-            )
-            return [None if lead is None else (*lead, _axis(True, shape[-1]))]
+        if name == "embedding":
+            lead = (axes or default_axes(first))[: len(shape) - 1]
+            return [(*lead, axis_of(True, shape[-1]))]
+        if name in ("linear", "addmm"):
+            return [(*self._before_weight(first)[:-1], axis_of(True, shape[-1]))]
         if name in _CONVOLUTIONS and first.dim() == len(shape) > 2:
-            batch = axes[0] if axes is not None else _axis(False, shape[0])
-            return [(batch, _axis(True, shape[1]), *(_axis(False, size) for size in shape[2:]))]
+            batch = self._before_weight(first)[0]
+            return [(batch, axis_of(True, shape[1]), *(axis_of(False, size) for size in shape[2:]))]
         if axes is None:
             return unknown
+        if name == "cdist" and isinstance(args[1], Tensor):
+            others = self.of(args[1]).axes
+            return [None if others is None else (*axes[:-1], others[-2])]
         if name in _RESHAPES:
-            return [_regrouped(axes, shape)]
+            return [regrouped(axes, shape)]
         if name in _VIEWS and not any(isinstance(x, Tensor) for x in _flat(list(args[1:]))):
             views = list(_tensors(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
             if len(views) == len(outputs):
-                return [_viewed(axes, first.shape, view) for view in views]
+                is_learned = not self.of(first).inputs
+                return [viewed(axes, first.shape, view, is_learned=is_learned) for view in views]
         if name in _REDUCTIONS and outputs[0].dim() == first.dim() - 1:
             reduced = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if not isinstance(reduced, int):
@@ -271,7 +271,45 @@ class Ancestries:
             return [tuple(left) for _ in outputs]
         return [self._like(x, first, args) for x in outputs]
 
-    def _like(self, output: Tensor, first: Tensor, args: Sequence[Any]) -> tuple[Axis | None, ...] | None:
+    def _joined_axes(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Axes | None:
+        """Return the axes of a stack, or of parts joined along the first axis where they are heads.
+
+        Parts of one sequence that each have all positions of the running layer differ in what projects them.
+        """
+        parts = list(_tensors(args[:1]))
+        notes = [self.of(x) for x in parts]
+        axes = notes[0].axes if notes else None
+        at = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        if name not in ("stack", "cat", "concat") or not isinstance(at, int) or axes is None or None in axes:
+            return None
+        own, at = num_positions(axes), at % output.dim()
+        alike = all(
+            note.projected and note.sources == notes[0].sources and x.shape == parts[0].shape
+            for x, note in zip(parts, notes, strict=True)
+        )
+        are_heads = len(parts) > 1 and alike and own == self._num_tokens()
+        if name == "stack":
+            is_known = are_heads or own * len(parts) == self._num_tokens()
+            return (*axes[:at], axis_of(are_heads, len(parts)) if is_known else None, *axes[at:])
+        if are_heads and at == 0:
+            return ((*axis_of(True, len(parts)), *(axes[0] or ())), *axes[1:])
+        return None
+
+    def _is_matrix(self, x: Tensor) -> bool:
+        """Return whether ``x`` acts as a weight in a product: a parameter, or one matrix that no input made."""
+        return is_weight(x) or (x.dim() == 2 and not self.of(x).inputs)
+
+    def _before_weight(self, x: Tensor) -> tuple[Axis, ...]:
+        """Return the axes of a tensor that a weight is applied to.
+
+        Where it is the first weight, all axes count positions: the last one of an image, moved by an unfold, has passed
+        for features.
+        """
+        note = self.of(x)
+        axes = note.axes if note.projected and note.axes is not None else (None,) * x.dim()
+        return tuple(axis_of(False, size) if axis is None else axis for axis, size in zip(axes, x.shape, strict=True))
+
+    def _like(self, output: Tensor, first: Tensor, args: Sequence[Any]) -> Axes | None:
         """Return the axes of an operand of the same rank, resized where the output has another size."""
         operands = [x for x in _tensors(args) if x.dim() == output.dim()]
         same = [x for x in operands if x.shape == output.shape]
@@ -281,12 +319,16 @@ class Ancestries:
         axes = self.of(chosen).axes
         if axes is None:
             return None
-        return tuple(_resized(axis, size) for axis, size in zip(axes, output.shape, strict=True))
+        return tuple(resized(axis, size) for axis, size in zip(axes, output.shape, strict=True))
 
-    def _product_axes(self, product: LabeledProduct, output: Tensor) -> tuple[Axis | None, ...] | None:
+    def _product_axes(self, product: LabeledProduct, output: Tensor) -> Axes | None:
         by_label: dict[str, Axis | None] = {}
+        is_projection = self._is_matrix(product.left) or self._is_matrix(product.right)
         for operand, labels in ((product.right, product.right_axes), (product.left, product.left_axes)):
-            axes = tuple(_axis(True, size) for size in operand.shape) if _is_matrix(operand) else self.of(operand).axes
+            if self._is_matrix(operand):
+                axes: Axes | None = tuple(axis_of(True, size) for size in operand.shape)
+            else:
+                axes = self._before_weight(operand) if is_projection else self.of(operand).axes
             for position, label in enumerate(labels):
                 if operand.shape[position] > 1 or label not in by_label:
                     by_label[label] = None if axes is None else axes[position]
@@ -306,75 +348,3 @@ def _flat(value: Any) -> Iterator[Any]:
         yield from _flat(list(value.values()))
     else:
         yield value
-
-
-def _is_matrix(x: Tensor) -> bool:
-    """Return whether ``x`` acts as a weight in a product: a parameter, or one matrix for all sequences."""
-    return is_weight(x) or x.dim() == 2
-
-
-def _axis(is_feature: bool, size: int) -> Axis:
-    return ((is_feature, size),) if size > 1 else ()
-
-
-def _default_axes(x: Tensor) -> tuple[Axis | None, ...]:
-    """Return the axes of a tensor of unknown making: its last one counts features, of indices none does."""
-    last = x.dim() - 1 if x.is_floating_point() else x.dim()
-    return tuple(_axis(position == last, size) for position, size in enumerate(x.shape))
-
-
-def _resized(axis: Axis | None, size: int) -> Axis | None:
-    """Return an axis of which a part was taken, or that was padded or joined with another."""
-    if axis is None or math.prod(n for _, n in axis) == size:
-        return axis
-    if len({kind for kind, _ in axis}) <= 1:
-        return _axis(bool(axis) and axis[0][0], size)
-    inner = math.prod(n for _, n in axis[1:])
-    if size % inner == 0:
-        return (*_axis(axis[0][0], size // inner), *axis[1:])
-    return _resized(axis[1:], size) if inner % size == 0 else None
-
-
-def _regrouped(axes: tuple[Axis | None, ...], shape: Sequence[int]) -> tuple[Axis | None, ...] | None:
-    """Return the axes after a reshape; None where a new axis cuts through a factor."""
-    left: list[Factor] = []
-    for axis in axes:
-        if axis is None:
-            return None
-        for kind, size in axis:
-            if left and left[-1][0] == kind:
-                left[-1] = (kind, left[-1][1] * size)
-            else:
-                left.append((kind, size))
-    left.reverse()
-    regrouped: list[Axis] = []
-    for wanted in shape:
-        taken: list[Factor] = []
-        while wanted > 1:
-            if not left:
-                return None
-            kind, size = left.pop()
-            part = math.gcd(size, wanted)
-            if part != min(size, wanted):
-                return None
-            taken.append((kind, part))
-            wanted //= part
-            if size > part:
-                left.append((kind, size // part))
-        regrouped.append(tuple(taken))
-    return tuple(regrouped)
-
-
-def _viewed(axes: tuple[Axis | None, ...], shape: Sequence[int], view: Tensor) -> tuple[Axis | None, ...]:
-    """Return the axes of a view, found by the strides of ``view``, the same view of a plain tensor."""
-    strides = [math.prod(shape[position + 1 :]) for position in range(len(shape))]
-    found: list[Axis | None] = []
-    for position, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
-        if size == 1:
-            found.append(())
-        elif stride == 0:  # copies: of a learned sequence along the batch, else one per head
-            found.append(_axis(position > 0, size))
-        else:
-            source = next(i for i, own in enumerate(strides) if own <= stride and shape[i] > 1)
-            found.append(_resized(axes[source], size))
-    return tuple(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
-__all__ = ["attend", "hide_future", "mask_step", "mask_visibility", "read_flex", "read_sdpa", "with_lead"]
+__all__ = [
+    "attend",
+    "hide_future",
+    "mask_step",
+    "mask_visibility",
+    "read_flex",
+    "read_sdpa",
+    "with_lead",
+    "without_overrides",
+]
 
 
 def read_sdpa(
@@ -37,6 +47,23 @@ def read_sdpa(
     attention.after.append(attend(value))
     attention.exact = dropout_p == 0
     return attention
+
+
+def without_overrides(func: FunctionType) -> FunctionType:
+    """Return a copy of a function of torch whose inner calls a mode sees.
+
+    Torch passes such a function, ``multi_head_attention_forward``, to a mode as one opaque call. A copy whose test for
+    overrides is always false computes the same. Torch's own module stays as it is.
+    """
+    copied = FunctionType(
+        func.__code__,
+        {**func.__globals__, "has_torch_function": lambda _: False},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
+    )
+    copied.__kwdefaults__ = func.__kwdefaults__
+    return copied
 
 
 def with_lead(attention: Attention, lead: Lead) -> Attention:

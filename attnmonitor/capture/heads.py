@@ -13,14 +13,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestry, Axis, Factor
+from attnmonitor.capture.ancestry import Ancestry
+from attnmonitor.capture.axes import Axes, Axis, Factor
 from attnmonitor.capture.modules import Frame
 
 __all__ = ["Lead", "MadeOf", "common_lead_axes", "lead_by_shape", "lead_of", "usual_lead"]
-
-
-Axes = tuple[Axis | None, ...]
-"""Factors of all axes of a tensor, None for an axis of which they are unknown."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class MadeOf:
 
     query: Ancestry
     key: Ancestry
-    axes: tuple[Axis | None, ...]
+    axes: Axes
 
     @property
     def between_channels(self) -> bool:
@@ -158,10 +155,10 @@ class MadeOf:
 
 
 def common_lead_axes(of_query: Axes, of_key: Axes | None) -> Axes:
-    """Return the queries' axes, corrected where those of the keys say that a leading axis counts heads alone.
+    """Return the queries' axes, with those of the keys where they say more of a leading axis.
 
-    A leading axis that counts sequences of queries counts sequences of keys as well. Where experts project the queries,
-    the choices of a token would pass for sequences.
+    Along copies of a learned query only the keys know what is counted. Sequences of queries are sequences of keys as
+    well: where experts project the queries, the choices of a token would pass for sequences.
     """
     if of_key is None or len(of_key) != len(of_query):
         return of_query
@@ -172,20 +169,21 @@ def common_lead_axes(of_query: Axes, of_key: Axes | None) -> Axes:
     def size(axis: Axis | None) -> int:
         return math.prod(size for _, size in axis or ())
 
-    lead = [
-        other if is_of_heads(other) and not is_of_heads(own) and size(own) == size(other) else own
-        for own, other in zip(of_query[:-2], of_key[:-2], strict=True)
-    ]
-    return (*lead, *of_query[-2:])
+    def says_more(other: Axis | None, own: Axis | None) -> bool:
+        return own is None or (is_of_heads(other) and not is_of_heads(own) and size(own) == size(other))
+
+    pairs = zip(of_query[:-2], of_key[:-2], strict=True)
+    return (*(other if says_more(other, own) else own for own, other in pairs), *of_query[-2:])
 
 
 def lead_of(sizes: Sequence[int], made_of: MadeOf | None) -> Lead | None:
-    """Return the lead that is known from how the queries were made; None where that is not known."""
+    """Return the lead that is known from how the operands were made; None where that is not known."""
     if made_of is None:
         return None
     known = [axis for axis in made_of.axes[:-2] if axis is not None]
     has_heads = any(is_head for axis in known for is_head, _ in axis)
-    if len(known) != len(sizes) or not (made_of.query.projected or has_heads):
+    of_keys = made_of.key.projected and None not in (made_of.key.axes or (None,))
+    if len(known) != len(sizes) or not (made_of.query.projected or of_keys or has_heads):
         return None
     lead = Lead(tuple(known))
     return lead if lead.sizes == tuple(sizes) else None
@@ -194,9 +192,11 @@ def lead_of(sizes: Sequence[int], made_of: MadeOf | None) -> Lead | None:
 def lead_by_shape(sizes: Sequence[int], frame: Frame | None, num_rows: int) -> Lead | None:
     """Return the lead by the usual order of axes, for unknown operands; None where it is unclear.
 
-    ``(B, H)`` is sequences and heads. In ``(B·H, L, d)`` they are one axis, and the number follows from the layer's own
-    input, ``(B, L, D)`` in any order.
+    ``(B, H)`` is sequences and heads; no axis is one head of one sequence. In ``(B·H, L, d)`` they are one axis, and
+    the number follows from the layer's own input, ``(B, L, D)`` in any order.
     """
+    if not sizes:
+        return Lead(())
     if len(sizes) == 2:
         return usual_lead(sizes)
     if len(sizes) != 1 or frame is None or not frame.inputs:

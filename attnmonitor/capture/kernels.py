@@ -26,7 +26,7 @@ from attnmonitor.capture.fused import attend, mask_step, mask_visibility
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
-__all__ = ["KERNELS", "KernelCall", "read_kernel_call", "read_named_call", "watched_call", "watched_functions"]
+__all__ = ["KERNELS", "KernelCall", "read_named_call", "watched_call", "watched_functions"]
 
 _FLASH = ("func", "varlen_func", "qkvpacked_func", "kvpacked_func", "varlen_qkvpacked_func", "varlen_kvpacked_func")
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ _originals: dict[str, FunctionType] = {}
 
 @contextmanager
 def watched_functions(watch: Callable[..., Any]) -> Iterator[None]:
-    """Run this thread's calls of known kernels as ``watch(kernel, *args, **kwargs)``."""
+    """Run this thread's calls of known kernels as ``watch(read, kernel, *args, **kwargs)``."""
     with pushed(_watching, watch), _replaced_code():
         yield
 
@@ -59,7 +59,7 @@ def watched_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """Run a known kernel under this thread's watching functions."""
     run: Callable[..., Any] = _originals[name]
     stack = thread_stack(_watching)
-    return stack[-1](run, *args, **kwargs) if stack else run(*args, **kwargs)
+    return stack[-1](_read_call, run, *args, **kwargs) if stack else run(*args, **kwargs)
 
 
 @ProcessSetting
@@ -113,15 +113,17 @@ class KernelCall:
     Attributes:
         attention: Its attention, with operands ``(B, H, L, d)``.
         operands: The arguments that hold queries and keys.
-        row_axis: The axis of its output that counts query positions.
+        row_axis: The axis of its arranged output that counts query positions.
+        arranged: From its output to the same with axes in the order of its operands.
     """
 
     attention: Attention
     operands: tuple[Tensor, Tensor]
     row_axis: int
+    arranged: Callable[[Tensor], Tensor] = lambda output: output
 
 
-def read_kernel_call(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KernelCall:
+def _read_call(kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KernelCall:
     """Return what a call of a known kernel computes.
 
     Raises:

@@ -13,7 +13,7 @@ from attnmonitor.capture.modules import Frames, is_graph_attention
 
 __all__ = ["suspect", "unrecorded"]
 
-_SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "logsumexp", "softmin"}
+_SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "logsumexp", "softmin", "gumbel_softmax"}
 _READS_OUTSIDE = {"numpy", "data_ptr", "tolist", "__array__", "__dlpack__"}
 
 
@@ -52,4 +52,6 @@ def unrecorded(
         elif is_graph_attention(module):
             yield name, "it attends along the edges of a graph, so it has no queries and keys of a sequence"
         elif not is_quiet:
-            yield name, "no softmax of a query-key product was seen in it"
+            why = "no softmax of a query-key product was seen in it"
+            hidden = "; it calls a function that cannot be seen: a scripted one, or no torch's"
+            yield name, why + hidden * (name in frames.hidden)

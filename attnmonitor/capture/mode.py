@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from attnmonitor.capture.ancestry import Ancestries, same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.findings import Findings
-from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead
+from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead, without_overrides
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
-from attnmonitor.capture.kernels import KernelCall, read_kernel_call
+from attnmonitor.capture.kernels import KernelCall
 from attnmonitor.capture.layout import Layouts
 from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
@@ -52,7 +52,7 @@ class AttentionMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.frames = Frames(model, self._note_inputs, self._take_turns)
-        self._ancestries = None if layouts else Ancestries(model, self.frames.suspect)
+        self._ancestries = None if layouts else Ancestries(model, self.frames.suspect_hidden, self.frames.num_tokens)
         self.report = CaptureReport()
         self._emit = emit
         self._layouts = layouts
@@ -64,7 +64,8 @@ class AttentionMode(TorchFunctionMode):
         self._paused = False
         self._emitting = False
         self._repeats = Repeats()
-        self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, self._found_traced, self._missed)
+        found = self._found_traced, self._missed, self._attends_in_matrices
+        self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
         self._written = WrittenOutputs(layouts)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
@@ -120,6 +121,7 @@ class AttentionMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
+        name = name.removeprefix("special_")  # torch.special.softmax
         if name.endswith("_") and not name.startswith("_") and name[:-1] in self._observers:
             name = name[:-1]
         if name not in self._observers and is_attention_operator(func):
@@ -128,20 +130,10 @@ class AttentionMode(TorchFunctionMode):
 
     def _run_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``multi_head_attention_forward`` with the mode on inside it."""
-        # Torch passes this function to a mode as one opaque call. A copy of it whose test for overrides is always false
-        # computes the same, and the mode sees its inner calls. Torch's own module stays as it is.
-        observable = FunctionType(
-            func.__code__,
-            {**func.__globals__, "has_torch_function": lambda _: False},
-            func.__name__,
-            func.__defaults__,
-            func.__closure__,
-        )
-        observable.__kwdefaults__ = func.__kwdefaults__
         self._inside_mha = True
         try:
             with self:
-                return observable(*args, **kwargs)
+                return without_overrides(func)(*args, **kwargs)
         finally:
             self._inside_mha = False
 
@@ -209,6 +201,10 @@ class AttentionMode(TorchFunctionMode):
             return known.lead.resized(sizes, heads=False) or known.lead.resized(sizes, heads=True)
         return lead_of(sizes, made_of) or lead_by_shape(sizes, frame, num_rows)
 
+    def _attends_in_matrices(self, layer: str) -> bool:
+        known = self._layouts.get(self._name_of_next(layer))
+        return known is not None and known.lead == Lead(())
+
     def _found_traced(self, trace: Trace, output: Tensor, row_axis: int, by_head: Callable[[Lead], ByHead]) -> None:
         origin = trace.origin
         num_rows = origin.product.query.shape[-2]
@@ -250,7 +246,9 @@ class AttentionMode(TorchFunctionMode):
         attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
         self._found(layer, frame, attention, "interface", output, 1, made_of)
 
-    def watch_function(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def watch_function(
+        self, read: Callable[..., KernelCall], kernel: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Run a kernel known by name, and record its arguments instead of what it does inside."""
         if self._paused:
             return kernel(*args, **kwargs)
@@ -259,14 +257,12 @@ class AttentionMode(TorchFunctionMode):
             result = kernel(*args, **kwargs)
         finally:
             self._paused = False
-        self._attempt("an attention kernel", self._record_function, kernel, args, kwargs, result)
+        self._attempt("an attention kernel", self._record_function, read, kernel, args, kwargs, result)
         return result
 
-    def _record_function(
-        self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        call = read_kernel_call(kernel, args, kwargs)
-        self._found_kernel(call, result[0] if isinstance(result, tuple) else result)
+    def _record_function(self, read: Callable[..., KernelCall], *call: Any) -> None:
+        result = call[-1]
+        self._found_kernel(read(*call[:-1]), result[0] if isinstance(result, tuple) else result)
 
     def _found_kernel(self, call: KernelCall, output: Tensor) -> None:
         layer, frame = self.frames.current_layer()
@@ -274,8 +270,9 @@ class AttentionMode(TorchFunctionMode):
         if self._ancestries is not None:
             of_query, of_key = (self._ancestries.of(x) for x in call.operands)
             made_of = MadeOf(of_query, of_key, (None,) * 4)
+            self._ancestries.attend(output, of_query)
         attention = with_lead(call.attention, usual_lead(call.attention.query.shape[:2]))
-        self._found(layer, frame, attention, "kernel", output, call.row_axis, made_of)
+        self._found(layer, frame, attention, "kernel", call.arranged(output), call.row_axis, made_of)
 
     def _name_of_next(self, name: str) -> str:
         """Return the name of a layer's next call: that of a second one ends in ``#2``."""
@@ -305,6 +302,9 @@ class AttentionMode(TorchFunctionMode):
         if self._ancestries is not None and made_of is not None and output is not None:
             self._ancestries.attend(output, made_of.query)
         if how != "explicit" and self.frames.has_explicit_record():
+            return
+        if torch._C._functorch.is_functorch_wrapped_tensor(attention.query):
+            self._missed(name, "it runs inside of torch.func (vmap, grad), whose tensors cannot be read")
             return
         self._num_seen += 1
         turn = Turn(attention, how, output if attention.exact else None, row_axis, made_of)

@@ -96,6 +96,7 @@ class Frames:
         called: Names of the modules that ran.
         scripted: Names of scripted modules.
         suspected: Names of modules that did something that may be attention.
+        hidden: Names of modules that met a tensor that no seen function made.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Frames:
         self.called: set[str] = set()
         self.scripted: set[str] = set()
         self.suspected: set[str] = set()
+        self.hidden: set[str] = set()
 
     def __enter__(self) -> Frames:
         try:
@@ -160,11 +162,17 @@ class Frames:
         for frame in self._stack:
             frame.note_projection(source)
 
-    def suspect(self) -> None:
-        """Note that the running modules did something that may be attention."""
-        self.suspected.update(frame.name for frame in self._stack)
+    def suspect(self) -> set[str]:
+        """Note that the running modules did something that may be attention; return their names."""
+        names = {frame.name for frame in self._stack}
         if (hidden := self._without_hooks()) is not None:
-            self.suspected.add(hidden[0])
+            names.add(hidden[0])
+        self.suspected |= names
+        return names
+
+    def suspect_hidden(self) -> None:
+        """Note that the running modules met a tensor that no seen function made."""
+        self.hidden |= self.suspect()
 
     def heads_were_mixed(self) -> bool:
         """Return whether a running module has mixed the heads of its logits."""

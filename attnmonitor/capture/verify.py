@@ -289,25 +289,30 @@ class Attention:
         """
         rows = checked_rows(self.query)
         with full_precision(self.query):
-            product, bias = self._with_bias(self._product(rows), rows)
+            plain = self._product(rows)
+            product, bias = self._with_bias(plain, rows)
             large = 1e3 / product.abs().amax().clamp_min(1e-30)
-            at_zero, logits, half, far = (
-                self.restore(self._apply_nonlinear(t * product + bias, rows)) for t in (0.0, 1.0, large / 2, large)
+            at_zero, half, far = (
+                self.restore(self._apply_nonlinear(t * product + bias, rows)) for t in (0.0, large / 2, large)
             )
-        seen = logits > HIDDEN
+        hidden = at_zero <= HIDDEN  # by a mask, which does not depend on the size of the logits
+        seen = ~hidden
         highest = at_zero.masked_fill(~seen, -torch.inf).amax(-1)
         biased = (highest > at_zero.masked_fill(~seen, torch.inf).amin(-1)).any()
         curved = seen & ((far - 2 * half + at_zero).abs() > 1e-3 * (far - at_zero).where(seen, 0.0).abs().amax())
-        hidden = logits <= HIDDEN
+        # A tensor that multiplies logits entry by entry is a bias, but not where it is 1 at all that is seen: a mask.
+        multiplied = seen & ((far - at_zero - large * plain).abs() > 1.0)  # of 1,000
         past = torch.arange(self.key.shape[-2], device=rows.device) <= rows[:, None]  # (R, Lk)
         hidden = hidden & past & ~hidden.all(-1, keepdim=True)
         if key_mask is not None:
             hidden = hidden & key_mask[:, None, None, :]
         if query_mask is not None:
             hidden = hidden & query_mask.index_select(-1, rows)[:, None, :, None]
+        may_multiply = "bias" in self.outside
+        biased = biased | (multiplied.any() & may_multiply)
         acts = torch.stack([biased, curved.any(), hidden.any() & is_self]).tolist()
         names = {name for name, acting in zip(("bias", "softcap", "window"), acts, strict=True) if acting}
-        return tuple(sorted(names | self.outside))
+        return tuple(sorted(names | (self.outside - {"bias"})))
 
 
 def checked_rows(query: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ class Agreement:
     precision: str = "float64"
 
 
-def compared(model: nn.Module, forward: Forward, inputs: Any, *, expected: str = "") -> Agreement:
+def compared(
+    model: nn.Module, forward: Forward, inputs: Any, *, expected: str = "", heads: Mapping[str, int] | None = None
+) -> Agreement:
     """Return how a monitor's account of one forward agrees with the observer's.
 
     Args:
@@ -81,6 +83,7 @@ def compared(model: nn.Module, forward: Forward, inputs: Any, *, expected: str =
         forward: Calls it.
         inputs: What it is called with.
         expected: Part of the reason with which attention has to be named that the observer cannot see.
+        heads: How many heads layers have whose modules do not say it, by the ends of their names.
     """
     result = Agreement()
     with _exact(model, forward, inputs) as (twin, batch, precision):
@@ -120,7 +123,9 @@ def compared(model: nn.Module, forward: Forward, inputs: Any, *, expected: str =
         if own is None:
             result.wrong.append(f"{layer}: captured, but not in the sample")
         elif own.measured and match is not None:
-            _add_layer(model, result, own, match, fields, sample, tolerance)
+            ends = [count for end, count in (heads or {}).items() if layer.endswith(end)]
+            declared = ends[0] if ends else _declared_heads(model, layer)
+            _add_layer(declared, result, own, match, fields, sample, tolerance)
     return result
 
 
@@ -141,7 +146,7 @@ def _declared_heads(model: nn.Module, layer: str) -> int | None:
 
 
 def _add_layer(
-    model: nn.Module,
+    declared: int | None,
     result: Agreement,
     own: LayerCoverage,
     match: Match,
@@ -157,7 +162,6 @@ def _add_layer(
     kind = "channels" if own.sees == "channels" else own.kind
     result.kinds[kind] = result.kinds.get(kind, 0) + 1
     result.outside = sorted({*result.outside, *own.outside})
-    declared = _declared_heads(model, own.layer)
     base = own.layer.partition("#")[0]
     parts = [each for name, each in sample.coverage.items() if name.partition("#")[0] == base]
     found = {own.num_query_heads, sum(each.num_query_heads for each in parts)}  # of a loop over heads: their sum

@@ -93,13 +93,14 @@ Kernels that need a GPU are read from their arguments, wherever a model calls th
 (`flash_attn_func`, `flash_attn_varlen_func`, `flash_attn_qkvpacked_func` with three or with fewer key heads, chunks),
 operators registered with `torch.library` whose arguments are called q, k, v or query, key, value (in either order of
 axes), `xformers.ops.memory_efficient_attention` (a tensor as bias,
-`LowerTriangularMask`, block-diagonal masks) and `torch.nn.attention.varlen.varlen_attn`; with scale, causal mask,
-window, soft-cap, ALiBi and cumulative lengths.
+`LowerTriangularMask`, block-diagonal masks), `torch.nn.attention.varlen.varlen_attn` and
+`transformer_engine.pytorch.DotProductAttention` (its three layouts, packed qkv, padding, bias); with scale, causal
+mask, window, soft-cap, ALiBi and cumulative lengths.
 
 Not captured: a softmax written as `exp / sum`, or in a scripted function; heads that are mixed before or after the
 softmax; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention whose softmax
 does not run over the positions its values come from (slot attention); products written as a broadcast multiplication
-and a sum.
+and a sum, or of three operands; what runs inside of `torch.vmap`.
 A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
 Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).

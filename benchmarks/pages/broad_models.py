@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,14 @@ class Case:
         library: The package it comes from.
         build: Returns the model, with any weights, and its arguments: a tuple, or a mapping by name.
         named: Part of the reason with which attention in it has to be named that is no product of queries and keys.
+        heads: How many heads layers have whose modules do not say it, by the ends of their names.
     """
 
     name: str
     library: str
     build: Callable[[], tuple[nn.Module, Any]]
     named: str = ""
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     def made(self) -> tuple[nn.Module, Any]:
         """Return the model with weights of a useful size, and its arguments."""
@@ -233,10 +235,14 @@ KINDS = (
 """The kinds of transformers whose base model runs with these settings, of all that it knows."""
 
 
+HEADS = {"inkling2_text": {"_input": 1}}
+"""Heads of layers that have others than their model's configuration says."""
+
+
 def transformers_cases() -> Iterator[Case]:
     """Yield the models of transformers."""
     for kind in KINDS:
-        yield Case(kind, "transformers", partial(transformers_model, kind))
+        yield Case(kind, "transformers", partial(transformers_model, kind), heads=HEADS.get(kind, {}))
 
 
 def find(name: str) -> Case:

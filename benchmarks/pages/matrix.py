@@ -75,7 +75,7 @@ def result_of(case: Case) -> Agreement | None:
         print(f"{case.name}: {case.library} does not build it: {error}")
         return None
     try:
-        return compared(model, forward, arguments, expected=case.named)
+        return compared(model, forward, arguments, expected=case.named, heads=case.heads)
     except Exception as error:
         return Agreement(wrong=[f"could not be compared: {error}"])
 

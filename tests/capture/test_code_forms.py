@@ -89,6 +89,165 @@ def test_relative_positions_are_a_bias_however_added(body: Callable[..., Tensor]
     assert call.error < 1e-6
 
 
+FUTURE = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+
+def written_over(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT * 0.3
+    logits[:, :, FUTURE] = -torch.inf
+    return logits.softmax(-1) @ v
+
+
+def columns_written_over(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT * 0.3
+    logits[FUTURE.expand(2, 4, -1, -1)] = -torch.inf
+    logits[..., 2:3] = -1e9
+    return logits.softmax(-1) @ v
+
+
+def multiplied_by_a_mask(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As in the first GPT."""
+    seen = (~FUTURE).float()
+    return (q @ k.mT * 0.3 * seen - 1e4 * (1 - seen)).softmax(-1) @ v
+
+
+def with_a_key_of_nothing(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = (q @ k.mT * 0.3).masked_fill(FUTURE, -torch.inf)
+    return nn.functional.pad(logits, (1, 0)).softmax(-1)[..., 1:] @ v
+
+
+def by_special_functions(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = torch.add(torch.zeros(LENGTH, LENGTH).masked_fill(FUTURE, -torch.inf), q @ k.mT, alpha=0.3)
+    return torch.special.softmax(logits, -1) @ v
+
+
+def one_head_after_the_other(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(H·B, L, d) by slices of features, as in many recommenders."""
+    q, k, v = (torch.cat(y.transpose(1, 2).flatten(2).split(8, dim=2), dim=0) for y in (q, k, v))
+    return torch.stack(((q @ k.mT * 0.3).masked_fill(FUTURE, -torch.inf).softmax(-1) @ v).chunk(4), 1)
+
+
+def heads_stacked(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (torch.stack(y.transpose(1, 2).flatten(2).chunk(4, -1)) for y in (q, k, v))
+    logits = torch.einsum("nbik,nbjk->nbij", q, k) * 0.3
+    return torch.einsum("nbij,nbjk->bnik", logits.masked_fill(FUTURE, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("body", "outside", "num_hidden"),
+    [
+        (written_over, (), 0),
+        (columns_written_over, (), 1),
+        (multiplied_by_a_mask, (), 0),
+        (with_a_key_of_nothing, ("sinks",), 0),
+        (by_special_functions, (), 0),
+        (one_head_after_the_other, (), 0),
+        (heads_stacked, (), 0),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_causal_attention_is_that_however_written(
+    body: Callable[..., Tensor], outside: tuple[str, ...], num_hidden: int
+) -> None:
+    model = sharpen(Layer(body))
+    (call,) = captured(model, x=hidden()).calls
+    q, k, _ = model.qkv(hidden()).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    assert torch.allclose(call.scale * call.query, 0.3 * q, atol=1e-6)
+    assert torch.equal(call.key, k)
+    assert (call.outside, call.layout.sees) == (outside, "causal")
+    assert call.error < 1e-6
+    assert call.key_mask is None or int((~call.key_mask).sum()) == 2 * num_hidden
+
+
+def rows_of_one_sequence(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Matrices, one sequence of one head at a time."""
+    q, k, v = (y[0].transpose(0, 1).flatten(1) for y in (q, k, v))
+    return torch.mm((torch.mm(q, k.t()) * 0.3).softmax(-1), v)
+
+
+def tied_rows(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Logits summed over the rows of an alignment: features of all rows are one vector."""
+    q, k, v = (y.unflatten(2, (4, 4)) for y in (q, k, v))
+    return torch.einsum("bhij,bhrjd->bhrid", (torch.einsum("bhrid,bhrjd->bhij", q, k) * 0.3).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("body", "heads", "shape"),
+    [(rows_of_one_sequence, 1, (1, 1, LENGTH, WIDTH)), (tied_rows, 4, (2, 4, 4, 32))],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_products_of_other_ranks_are_measured(body: Callable[..., Tensor], heads: int, shape: tuple[int, ...]) -> None:
+    model, batch = sharpen(Layer(body)), hidden()
+    with AttentionMonitor(model, batch, record=None, alerts=False) as monitor:
+        for sample in (monitor.sample(0), monitor.sample(1)):
+            [coverage] = sample.coverage.values()
+            assert coverage.num_query_heads == heads
+            assert coverage.error is not None
+            assert coverage.error < 1e-6
+    (call,) = captured(model, x=batch).calls
+    assert call.query.shape == shape
+
+
+class OverDepth(nn.Module):
+    """A learned query at every position, over what earlier blocks gave there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.blocks = (
+            nn.Parameter(torch.randn(WIDTH)),
+            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in "abc"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        depths = [x := block(x) for block in self.blocks]
+        states = torch.cat([each.unsqueeze(2) for each in depths], 2)
+        query = self.query.view(1, WIDTH).expand(*x.shape[:2], -1, -1)
+        return nn.functional.scaled_dot_product_attention(query, states, states)
+
+
+class InBlocks(nn.Module):
+    """Heads beside the batch and a single block of positions, after a convolution (HaloNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Conv2d(8, 32, 1), nn.Conv2d(8, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).reshape(8, 8, -1, 1).transpose(1, 3)
+        kv = self.kv(x).unfold(2, 4, 4).unfold(3, 4, 4).reshape(8, 16, 1, -1).permute(0, 2, 3, 1)
+        k, v = kv.split(8, dim=-1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class InPatches(nn.Module):
+    """Pixels of a patch as a sequence: patches come from an unfold, before the first weight (TNT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Conv2d(3, WIDTH, 1), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = nn.functional.unfold(x, 4, stride=4).transpose(1, 2).reshape(-1, 3, 4, 4)
+        pixels = self.embed(patches).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(pixels).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "shape"),
+    [
+        (OverDepth(), hidden(5), (10, 1, 1, WIDTH)),
+        (InBlocks(), torch.randn(2, 8, 4, 4), (2, 4, 16, 8)),
+        (InPatches(), torch.randn(2, 3, 8, 8), (8, 4, 16, 8)),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_sequences_do_not_pass_for_heads(model: nn.Module, batch: Tensor, shape: tuple[int, ...]) -> None:
+    (call,) = captured(sharpen(model), x=batch).calls
+    assert call.query.shape == shape
+    assert call.error < 1e-6
+
+
 def mixed_and_added(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = q @ k.mT
     return (logits + layer.mixer(logits)).softmax(-1) @ v

@@ -131,6 +131,26 @@ CASES = {
         True,
         (),
     ),
+    "module": (kernels.ByModule("sbhd", {}), 2, False, ()),
+    "module window": (kernels.ByModule("bshd", {"window_size": (3, 0)}), 4, False, ("window",)),
+    "module qkv": (kernels.ByModule("packed", {"softmax_scale": 0.3}), 4, False, ()),
+    "module bias": (
+        kernels.ByModule(
+            "sbhd",
+            {"attn_mask_type": "no_mask"},
+            core_attention_bias_type="post_scale_bias",
+            core_attention_bias=torch.linspace(0, 1, 12).expand(1, 4, 12, 12),
+        ),
+        4,
+        False,
+        ("bias",),
+    ),
+    "module varlen": (
+        kernels.ByModule("thd", {"attn_mask_type": "padding_causal"}, cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS),
+        2,
+        True,
+        (),
+    ),
 }
 
 
@@ -157,6 +177,25 @@ def test_known_kernels_are_read_and_verified(name: str) -> None:
         assert sample.values["output_rms"]["0"].isfinite().all()
 
 
+@pytest.mark.parametrize("given", ["mask", "lengths"])
+def test_padding_of_a_kernel_module_is_left_out(given: str) -> None:
+    lengths = torch.tensor([12, 7])
+    hidden = (torch.arange(LENGTH) >= lengths[:, None])[:, None, None]
+    ends = torch.tensor([0, 12, 19])
+    mask = {"attention_mask": hidden} if given == "mask" else {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+    attend = kernels.ByModule("bshd", {"attn_mask_type": "padding"}, **mask)
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Layer(attend, 2)), torch.randn(2, LENGTH, 32)
+    with AttentionMonitor(model, batch, record=None, alerts=False) as monitor:
+        [found] = monitor.sample(1).values["energy_rms"].values()
+    attend.arguments = {"attn_mask_type": "no_mask"}
+    alone = []
+    for row, length in enumerate(lengths):
+        with AttentionMonitor(model, batch[row : row + 1, :length], record=None, alerts=False) as monitor:
+            alone += monitor.sample(1).values["energy_rms"].values()
+    assert torch.allclose(found, torch.stack(alone).mean(0), rtol=1e-5)
+
+
 def test_operator_that_is_no_softmax_attention_has_no_numbers() -> None:
     model = nn.Sequential(Layer(torch.ops.attnmonitor_stand_ins.linear_attention, HEADS))
     with pytest.raises(ValueError, match=r"linear_attention could not be followed: its output is not that of softmax"):
@@ -165,9 +204,11 @@ def test_operator_that_is_no_softmax_attention_has_no_numbers() -> None:
 
 def test_kernels_are_as_before_after_a_capture() -> None:
     functions = [*kernels.FLASH_2, kernels.memory_efficient_attention, kernels.varlen_attn]
+    functions.append(kernels.DotProductAttention.forward)
     before = [(each.__code__, each.__defaults__, each.__kwdefaults__, inspect.signature(each)) for each in functions]
     model = Layer(CASES["flash"][0], 2)
     AttentionMonitor(nn.Sequential(model), torch.randn(2, LENGTH, 32), record=None).close()
+    functions[-1] = kernels.DotProductAttention.forward
     after = [(each.__code__, each.__defaults__, each.__kwdefaults__, inspect.signature(each)) for each in functions]
     assert before == after
 

@@ -8,13 +8,6 @@ from benchmarks.pages.broad_libraries import library_cases, other_cases
 from benchmarks.pages.broad_models import Case, transformers_cases
 from benchmarks.pages.matrix import problems, result_of, saved
 
-KNOWN = {
-    "tnt_s_patch16_224": "an unfold before its inner attention: sequences pass for heads",
-    "halonet26t": "heads and batch in one axis after a convolution on a single block: heads pass for sequences",
-    "inkling2_text": "its attention over depths has other heads than its configuration states",
-}
-"""Models in which a problem is known and not solved."""
-
 CASES = [*transformers_cases(), *library_cases(), *other_cases()]
 
 
@@ -25,13 +18,11 @@ def test_monitor_agrees_with_an_independent_observer(case: Case) -> None:
     result = result_of(case)
     if result is None:
         pytest.skip(f"{case.library} is not installed, or has other settings; `make matrix` installs it")
-    if case.name in KNOWN:
-        pytest.xfail(KNOWN[case.name])
     assert problems(result) == []
 
 
-def test_saved_results_have_only_known_problems() -> None:
+def test_saved_results_have_no_problems() -> None:
     results = saved()
     assert sum(bool(result.layers or result.named) for result in results.values()) >= 120
     assert sum(not result.layers and not result.named for result in results.values()) >= 20
-    assert {name for (name, _), result in results.items() if problems(result)} <= set(KNOWN)
+    assert [name for (name, _), result in results.items() if problems(result)] == []

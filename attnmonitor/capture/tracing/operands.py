@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attnmonitor.capture.ancestry import Ancestries, Axis
+from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.axes import Axis
 from attnmonitor.capture.heads import MadeOf, common_lead_axes
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct
 
@@ -20,9 +21,10 @@ def made_of(ancestries: Ancestries | None, product: LabeledProduct, pair: Pairwi
     axes: dict[str, Axis | None] = {}
     of_keys: dict[str, Axis | None] = {}
     for note, labels, operand in reversed(sides):
-        for position, label in enumerate(labels):
-            if label not in axes or operand.shape[position] > 1:
-                axes[label] = None if note.axes is None else note.axes[position]
+        for position, (label, size) in enumerate(zip(labels, operand.shape, strict=True)):
+            axis = () if size == 1 else None if note.axes is None else note.axes[position]
+            if axes.get(label) is None or axis:
+                axes[label] = axis
         of_keys = of_keys or dict(axes)
     own, others = (tuple(each.get(label) for label in pair.labels) for each in (axes, of_keys))
     return MadeOf(sides[0][0], sides[1][0], common_lead_axes(own, others))

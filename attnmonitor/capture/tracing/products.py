@@ -1,4 +1,4 @@
-"""Products of two activations, read the same way whether written as ``a @ b``, ``torch.bmm`` or ``torch.einsum``.
+"""Products of two activations, read the same way however written: ``a @ b``, ``torch.bmm``, ``torch.einsum``.
 
 Each of these is a product of operands with labeled axes, some of which are summed over. A product of queries and keys
 contracts a single axis (the head size) and keeps one position axis of each operand; the axes that both share, or that
@@ -62,7 +62,11 @@ def is_weight(x: Any) -> bool:
 
 
 def labeled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LabeledProduct | None:
-    """Return a ``matmul``, ``bmm``, ``baddbmm`` or ``einsum`` with labeled axes; None if not of two tensors."""
+    """Return a product of two tensors with labeled axes, by the name of its function; None for another form."""
+    if name == "inner":
+        return _read_dims(args[0], args[1], ([-1], [-1]))
+    if name == "tensordot":
+        return _read_dims(args[0], args[1], kwargs.get("dims", args[2] if len(args) > 2 else 2))
     if name == "einsum":
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return _read_equation(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
@@ -81,11 +85,28 @@ def labeled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Labele
     )
 
 
+def _read_dims(left: Tensor, right: Tensor, dims: Any) -> LabeledProduct | None:
+    if isinstance(dims, int):
+        dims = range(left.dim() - dims, left.dim()), range(dims)
+    if not isinstance(dims, list | tuple):
+        return None
+    labels = iter(string.ascii_letters)
+    left_axes = [next(labels) for _ in range(left.dim())]
+    right_axes = [next(labels) for _ in range(right.dim())]
+    for ours, theirs in zip(*dims, strict=True):
+        right_axes[theirs] = left_axes[ours]
+    out = [axis for axis in (*left_axes, *right_axes) if (axis in left_axes) != (axis in right_axes)]
+    return LabeledProduct(left, right, *("".join(axes) for axes in (left_axes, right_axes, out)))
+
+
 def _read_equation(equation: str, operands: Sequence[Any]) -> LabeledProduct | None:
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or not all(isinstance(x, Tensor) for x in operands):
+    if len(terms) != 2 or not all(isinstance(x, Tensor) for x in operands):
         return None
+    if not arrow:
+        letters = sorted(set(inputs) - set(".,"))
+        out = "".join(["..." * ("..." in inputs), *(letter for letter in letters if inputs.count(letter) == 1)])
     free = [letter for letter in string.ascii_uppercase if letter not in equation]
     hidden = [
         x.dim() - len(term.replace("...", "")) if "..." in term else 0 for x, term in zip(operands, terms, strict=True)
@@ -111,9 +132,9 @@ def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> Pa
     out = product.out_axes
     left_only = [axis for axis in out if axis in product.left_axes and axis not in product.right_axes]
     right_only = [axis for axis in out if axis in product.right_axes and axis not in product.left_axes]
-    if len(product.contracted) != 1 or not left_only or not right_only or len(out) < 3:
+    summed = [axis for axis in product.left_axes if axis in product.contracted]
+    if not summed or not left_only or not right_only:
         return None
-    (summed,) = product.contracted
     rows, columns = left_only[-1], right_only[-1]
     operands = [(product.left, product.left_axes), (product.right, product.right_axes)]
     left_is_query = (out.index(rows) > out.index(columns)) == keys_first
@@ -121,10 +142,10 @@ def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> Pa
         rows, columns = columns, rows
         operands.reverse()
     batch_axes = [axis for axis in out if axis not in (rows, columns)]
-    query = ordered(*operands[0], [*batch_axes, rows, summed])
-    key = ordered(*operands[1], [*batch_axes, columns, summed])
+    query = ordered(*operands[0], [*batch_axes, rows, *summed]).flatten(-len(summed))
+    key = ordered(*operands[1], [*batch_axes, columns, *summed]).flatten(-len(summed))
     batch = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
-    labels = "".join((*batch_axes, rows, summed))
+    labels = "".join((*batch_axes, rows, summed[-1]))
     return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns), labels, left_is_query)
 
 
