@@ -94,17 +94,18 @@ def threshold_finding(
         least_heads=rule.least_heads,
     )
     value, baseline = metric_past.rows[-1], invert_reading(threshold.reading, reference.base)
+    sign, fire, clear = threshold.levels
     if threshold.quantile is not None:
         per_layer = rule.scope == "layer"
         signal, value, baseline = (
-            heads.quantile(row, threshold.quantile, per_layer=per_layer) for row in (signal, value, baseline)
+            heads.quantile(row, threshold.quantile, per_layer=per_layer, least=sign > 0)
+            for row in (signal, value, baseline)
         )
     if threshold.signal == "peers":
         if threshold.quantile is None:
             signal = heads.minus_layer(signal)
         elif signal.isfinite().any():
             signal = signal - signal[signal.isfinite()].max()
-    sign, fire, clear = threshold.levels
     # A missing value may hide an alarm that lasts; a value without a baseline is no reason for an alarm to last.
     is_missing, has_no_baseline = signal.isnan() & value.isnan(), signal.isnan() & ~value.isnan()
     holds, is_recovered = sign * signal > sign * fire, sign * signal < sign * clear

@@ -49,10 +49,15 @@ class Heads:
         is_measured = torch.tensor([layer in values for layer in self.layers])
         return torch.where(row.isfinite(), row, torch.nan), self.per_head(is_measured)
 
-    def quantile(self, row: Tensor, q: float, *, per_layer: bool) -> Tensor:
-        """Return the quantile of an (N,) row over the heads of each layer, (layers,), or over all heads, (1,)."""
+    def quantile(self, row: Tensor, q: float, *, per_layer: bool, least: bool) -> Tensor:
+        """Return the quantile of an (N,) row over the heads of each layer, (layers,), or over all heads, (1,).
+
+        It is the value of a head: where it falls between two, the lesser (``least``) or the greater. Between the two
+        values one head out of four, far away, would move the 75 % quantile of all.
+        """
         groups = torch.split(row, list(self.layers.values())) if per_layer else (row,)
-        return torch.stack([group.nanquantile(q) for group in groups])
+        toward = "lower" if least else "higher"
+        return torch.stack([group.nanquantile(q, interpolation=toward) for group in groups])
 
     def minus_layer(self, row: Tensor) -> Tensor:
         """Return an (N,) row minus the 75 % quantile over each layer's heads, NaN in a layer with one value."""

@@ -120,7 +120,8 @@ class Alerts:
         share_of_heads, layers = 0.0, set[str | None]()
         for scope, heads in self._past.heads.items():
             units = {unit for tracker in self._trackers if tracker.rule.scope == scope for unit in tracker.firing}
-            share_of_heads = max(share_of_heads, len(units) / max(len(heads), 1))
+            if len(units) > 1:  # one head in alarm is that head's fault, also where it is one of four
+                share_of_heads = max(share_of_heads, len(units) / len(heads))
             layers |= {layer for layer, _ in units}
         return share_of_heads, len(layers) / max(len(self._past.layers), 1)
 

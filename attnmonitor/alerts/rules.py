@@ -61,7 +61,8 @@ class Threshold:
         clear_above: An alarm clears above this level; at least `fire_below`.
         window: Samples in the baseline.
         gap: Samples between the baseline's end and now.
-        quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used.
+        quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used; between two
+            heads, the one that is further from firing.
     """
 
     metric: str
@@ -123,7 +124,8 @@ class FiringShare:
     """Many heads in many layers have an alarm: the run is at fault, not a head.
 
     Attributes:
-        heads: Holds when at least this share of the heads (query heads or KV heads, whichever is larger) is firing ...
+        heads: Holds when at least this share of the heads (query heads or KV heads, whichever is larger), and more than
+            one, is firing ...
         layers: ... and at least this share of the layers has a firing head.
         clear_heads: Clears when the share of heads is below this.
     """

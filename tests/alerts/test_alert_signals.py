@@ -188,6 +188,16 @@ def test_messages_of_quantiles_shares_and_recovery():
     assert math.isnan(events[-1].baseline)
 
 
+def test_one_head_far_away_moves_neither_quantile_nor_share():
+    samples = [{"query_rms": {f"layers.{i}": [1.0] for i in range(3)} | {"layers.3": [400.0]}}] * 3
+    above = Threshold(**VALUE, reading="identity", fire_above=2.0, clear_below=1.0, quantile=0.75)
+    below = Threshold(**VALUE, reading="identity", fire_below=2.0, clear_above=3.0, quantile=0.25)
+    mass = Rule("mass", "mass", "run", FiringShare(layers=0.25), patience=1, grace=0)
+    for rule in (plain_rule(scope="run", when=above), plain_rule(name="low", scope="run", when=below), mass):
+        found = events_of([plain_rule(name="head", patience=1), rule], samples)
+        assert {event.scope for event in found} == {"query_head"} | ({"run"} if rule.name == "low" else set())
+
+
 def test_share_of_no_heads_does_not_fire():
     mass = Rule("mass", "mass", "run", FiringShare(), patience=1, grace=0)
     assert events_of(mass, one_head([1.0])) == []
@@ -196,8 +206,8 @@ def test_share_of_no_heads_does_not_fire():
 @pytest.mark.parametrize("layers", [2 / 3, 0.7])
 def test_share_fires_at_and_clears_below_its_levels(layers):
     """Three of twelve heads in two of three layers: exactly a quarter, exactly two thirds."""
-    mass = Rule("mass", "mass", "run", FiringShare(layers=layers, clear_heads=1 / 12), patience=1, grace=0)
-    violated = [{0, 1, 4}, {0}, set()]
+    mass = Rule("mass", "mass", "run", FiringShare(layers=layers, clear_heads=2 / 12), patience=1, grace=0)
+    violated = [{0, 1, 4}, {0, 1}, {0}]
     samples = [
         {"query_rms": {f"layers.{i}": [3.0 * (4 * i + j in heads) for j in range(4)] for i in range(3)}}
         for heads in violated

@@ -260,11 +260,11 @@ def test_value_at_a_level_does_not_pass_it() -> None:
     assert found == [(1, "firing"), (3, "cleared")]
 
 
-def test_share_of_a_single_head_is_one() -> None:
+def test_share_of_a_single_head_does_not_hold() -> None:
     head = Rule("size", "test", "query_head", Threshold(**SIZE), patience=1, grace=0)
     mass = Rule("mass", "mass", "run", FiringShare(heads=1.0, layers=1.0, clear_heads=1.0), patience=1, grace=0)
     events = observed(Alerts([head, mass]), query_rms=[3.0])
-    assert [(event.rule, event.value) for event in events] == [("size", 3.0), ("mass", 1.0)]
+    assert [(event.rule, event.value) for event in events] == [("size", 3.0)]
 
 
 @pytest.mark.parametrize(("least_heads", "found"), [(4, False), (5, True)])
