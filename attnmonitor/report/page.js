@@ -242,12 +242,19 @@ function firstChoice(names) {  // the worst alarm, at the last step
 
 const lastStep = () => Math.max(...page.runs.map(run => run.steps.at(-1) ?? 0));
 
+const allDetails = () => [...document.querySelectorAll("details")];
+
+function partOf(details) {  // the same text for the same part, however many alarms there are by now
+  const { className, dataset } = details, isOfAlarm = dataset.layer !== undefined;
+  return [className, ...Object.values(dataset), isOfAlarm ? details.querySelector("summary").textContent : ""].join(" ");
+}
+
 // Puts newer parts of the same runs into the open page. What the reader chose stays; who looked at the last step sees the new one.
 function refreshPage({ main, numbers }) {
-  const isLast = state.step === stops.at(-1), opened = [...document.querySelectorAll("details")].map(({ open }) => open);
+  const isLast = state.step === stops.at(-1), opened = new Map(allDetails().map(details => [partOf(details), details.open]));
   const layer = anyRun(run => run.layers[run.layerOfSlot.get(state.slot)]);
   document.querySelector("main").innerHTML = main;
-  document.querySelectorAll("details").forEach((details, at) => { details.open = opened[at] ?? details.open; });
+  for (const details of allDetails()) details.open = opened.get(partOf(details)) ?? details.open;
   const names = takeNumbers(numbers), wanted = names.includes(state.metric) ? {} : firstChoice(names);
   Object.assign(state, layer === undefined ? {} : layerNamed([layer]), wanted, isLast ? { step: lastStep() } : {});
   if (names.length) { takeMetric(); takeStep(); nameChoice(); }

@@ -164,7 +164,7 @@ def _headline(record: RunRecord, numbers: Numbers, swatch: str = "") -> str:
     summary = RunSummary.of_record(record)
     model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
     return f"""<div>
-    <p class="name">{swatch}{escape(record.path.name)} · {escape(model)}</p>
+    <p class="name">{swatch}{escape(" · ".join(filter(None, (record.path.name, model))))}</p>
     <p class="state {summary.state}">{_SIGNS[summary.state]}</p>
     <h1 class="{summary.state}" data-state="{summary.state}">{escape(verdict(summary))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
@@ -190,8 +190,8 @@ def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, 
   <div>
     <h2>Cost</h2>
     {_cost(record)}
-    {_chart("cost", index, "Seconds per sample over optimizer steps") if record.samples else ""}
-    <details><summary>Configuration of the run</summary><pre tabindex="0">{configuration}</pre></details>
+    {_chart("cost", index, "Seconds per sample over optimizer steps") if any(map(math.isfinite, record.seconds)) else ""}
+    <details class="configuration"><summary>Configuration of the run</summary><pre tabindex="0">{configuration}</pre></details>
   </div>
 </section>"""
 
@@ -281,14 +281,14 @@ def _coverage_table(record: RunRecord) -> str:
             f"{entry.num_query_heads}"
             + (f" / {entry.num_kv_heads}" if entry.num_kv_heads != entry.num_query_heads else ""),
             _number(entry.head_dim),
-            f"{entry.kind}, {entry.how}" if entry.measured else "",
+            f"{entry.kind}, {entry.how}",
             scale_text(entry),
             sees_text(entry),
             "not compared" if entry.error is None else f"{entry.error:.1e}",
-            "; ".join((", ".join(entry.outside), *notes.get(entry.layer, ()))).removeprefix("; ")
-            if entry.measured
-            else f"not measured: {entry.reason}",
+            "; ".join((", ".join(entry.outside), *notes.get(entry.layer, ()))).removeprefix("; "),
         )
+        if entry.measured
+        else (entry.layer, *[""] * 6, f"not measured: {entry.reason}")
         for entry in record.coverage.values()
     ]
     measured = sum(entry.measured for entry in record.coverage.values())
@@ -304,7 +304,7 @@ def _coverage_table(record: RunRecord) -> str:
     )
     opened = " open" if measured < len(rows) or notes else ""
     summary = f"{measured} of {len(rows)} attention layers measured"
-    return f"<details{opened}><summary>{summary}</summary>{table('Coverage', header, rows)}</details>"
+    return f"<details class='coverage'{opened}><summary>{summary}</summary>{table('Coverage', header, rows)}</details>"
 
 
 def _cost(record: RunRecord) -> str:
@@ -322,7 +322,7 @@ def _cost(record: RunRecord) -> str:
             notes.append(f"{escape(name.replace('_', ' '))} {number}")
     if failed:
         notes.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
-    return f"<p>{'; '.join(notes) or 'No sample yet.'}</p>"
+    return f"<p>{'; '.join(notes) or 'The record has no times.'}</p>"
 
 
 def _number(value: float) -> str:
