@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 
+from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.messages import printable, warn
 from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
@@ -40,9 +41,9 @@ def print_final_report(monitor: AttentionMonitor) -> None:
 def _print(monitor: AttentionMonitor, sample: Sample) -> None:
     name = f" {monitor.name!r}" if monitor.name else ""
     print(f"\n{last_words(monitor.summary, f'attnmonitor{name}: ', _WIDTH)}")
-    places = {(event.kind, event.scope, event.layer, event.head) for event in monitor.summary.firing}
+    places = most_severe_first(monitor.summary.firing, monitor.summary.coverage)
     if len(places) > 1:
-        kinds = Counter(fault_text(kind) for kind, *_ in places)
+        kinds = Counter(fault_text(kind) for events in places for kind in {event.kind for event in events})
         faults = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
         print(printable(textwrap.fill(faults, _WIDTH, initial_indent="  ", subsequent_indent="  ")))
     for line in _timeline(monitor):
