@@ -1,16 +1,22 @@
 """What the report of a long run of a large model costs the browser: ``python -m benchmarks.cost.report_page``.
 
 Records 1,024 heads at 2,000 samples, writes the page and opens it in headless Chromium (selenium and chromedriver are
-needed). Times are CPU times of the page's thread, which a busy machine does not change.
+needed). Times are CPU times of the page's thread, which a busy machine does not change. Then the run goes on for five
+samples under ``attnmonitor report --live``: how long after each was written the open page shows it. That a busy machine
+does change.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +56,9 @@ def samples(count: int) -> Iterator[Sample]:
         yield Sample(10 * step, values, {}, coverage, events=events, seconds=0.2)
 
 
-def measure(page: Path) -> dict[str, Any]:
-    """Open the page, choose heads, and return times in seconds and what the console and the network said."""
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser without a window."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -61,6 +68,14 @@ def measure(page: Path) -> dict[str, Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def measure(page: Path) -> dict[str, Any]:
+    """Open the page, choose heads, and return times in seconds and what the console and the network said."""
+    with chromium() as browser:
         browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
 
         def cpu_time() -> float:
@@ -88,23 +103,43 @@ def measure(page: Path) -> dict[str, Any]:
             "messages": len(browser.get_log("browser")),
             "requests": len(asked),
         }
+
+
+def live_delays(path: Path, record: RecordWriter, more: Iterator[Sample]) -> list[float]:
+    """Seconds after which an open live page shows each sample, one every five seconds."""
+    command = [sys.executable, "-m", "attnmonitor", "report", str(path), "--live", "--port", "0"]
+    server, delays = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), []
+    try:
+        with chromium() as browser:
+            browser.get(server.stdout.readline().strip() if server.stdout else "")
+            for sample in more:
+                time.sleep(5)
+                record.append(sample)
+                written = time.perf_counter()
+                while browser.execute_script("return page?.runs[0]?.steps.at(-1)") != sample.global_step:
+                    time.sleep(0.02)
+                delays.append(time.perf_counter() - written)
     finally:
-        browser.quit()
+        server.terminate()
+    return delays
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=2000)
+    num_samples = parser.parse_args().samples
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.sqlite"
+        path, run = Path(folder) / "run.sqlite", samples(num_samples + 5)
         with RecordWriter(path, run={"model": "1,024 heads"}) as record:
-            for sample in samples(parser.parse_args().samples):
+            for sample in itertools.islice(run, num_samples):
                 record.append(sample)
-        begun = time.perf_counter()
-        page = write_report(path)
-        print(f"written in {time.perf_counter() - begun:.1f} s: {page.stat().st_size / 1e6:.1f} MB")
-        for what, value in measure(page).items():
-            print(f"{what}: {value:.3g}")
+            begun = time.perf_counter()
+            page = write_report(path)
+            print(f"written in {time.perf_counter() - begun:.1f} s: {page.stat().st_size / 1e6:.1f} MB")
+            for what, value in measure(page).items():
+                print(f"{what}: {value:.3g}")
+            delays = live_delays(path, record, run)
+            print(f"live, seconds until a sample is shown: {', '.join(f'{delay:.1f}' for delay in delays)}")
 
 
 if __name__ == "__main__":
