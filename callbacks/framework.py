@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,22 +21,22 @@ from attnmonitor.measurement.probe import (
     default_forward,
 )
 from attnmonitor.messages import warn
-from attnmonitor.metrics.catalog import check_metric_names
 from attnmonitor.monitor.schedules import Schedule, one_schedule
+from attnmonitor.monitor.settings import check_settings
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 from attnmonitor.parallel.wrappers import unwrap
 
-__all__ = ["FrameworkCallback", "check_settings", "drawn"]
+__all__ = ["FrameworkCallback", "check_keywords", "drawn"]
 
 T = TypeVar("T")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse unknown keywords and metrics at once, not only when training begins.
+def check_keywords(settings: Mapping[str, Any]) -> None:
+    """Refuse unknown keywords and values at once, not only when training begins.
 
     Raises:
         TypeError: `AttentionMonitor` does not take a keyword; the message names the nearest that it takes.
-        ValueError: A metric is unknown.
+        ValueError: `AttentionMonitor` refuses a value.
     """
     known = [*inspect.signature(AttentionMonitor).parameters, "every_n_steps"]
     for name in settings:
@@ -44,8 +44,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[2:])}"
             raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
-    if isinstance(metrics := settings.get("metrics"), Sequence):
-        check_metric_names(metrics)
+    check_settings(**settings)
 
 
 class FrameworkCallback:
@@ -67,7 +66,7 @@ class FrameworkCallback:
         name: str | None = None,
         **settings: Any,
     ) -> None:
-        check_settings(settings)
+        check_keywords({**settings, "loggers": loggers, "forward": forward, "name": name})
         self.monitor: AttentionMonitor | None = None
         self._exchange: Exchange | None = None
         self._probe = probe

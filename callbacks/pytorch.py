@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnmonitor.callbacks.framework import check_settings
+from attnmonitor.callbacks.framework import check_keywords
 from attnmonitor.messages import warn
 from attnmonitor.monitor import AttentionMonitor
 from attnmonitor.monitor.final_report import print_final_report
@@ -81,7 +81,7 @@ def attach(
         given = "" if optimizer is None else f", and optimizer={type(optimizer).__name__} came second"
         raise ValueError(f"probe=None{given}; give a batch as the model takes it: attach(model, probe=batch)")
     stepped = None if optimizer is None else _with_hooks(optimizer)
-    check_settings(settings)
+    check_keywords(settings)
     monitor = AttentionMonitor(model, probe, one_schedule(every_n_steps, schedule), **settings)
     _keep_apart(monitor, monitor.model if stepped is None else stepped)
     if stepped is not None:

@@ -28,6 +28,9 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
     Raises:
         ValueError: A key is not a rule, a fault kind or ``"critical"``, or an action is neither a request nor callable.
     """
+    if not isinstance(actions, Mapping):
+        way_out = "give what to do for each rule, fault kind or 'critical': actions={'critical': 'stop'}"
+        raise ValueError(f"actions={actions!r:.80} is not a mapping; {way_out}")
     rules = list(rules)
     keys = {"critical", *(rule.name for rule in rules), *(rule.kind for rule in rules)}
     checked: dict[str, tuple[Action, ...]] = {}
@@ -36,7 +39,7 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
             near = nearest(key, keys)
             hint = f"did you mean {near!r}? there are" if near else "there are"
             raise ValueError(f"actions: {key!r} is no rule and no fault kind; {hint} {', '.join(sorted(keys))}")
-        checked[key] = (given,) if callable(given) or isinstance(given, str) else tuple(given)
+        checked[key] = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
         for action in checked[key]:
             if not callable(action) and action not in REQUESTS:
                 near = nearest(action, REQUESTS)

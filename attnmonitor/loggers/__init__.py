@@ -10,7 +10,7 @@ from attnmonitor.loggers.tensorboard import is_summary_writer
 from attnmonitor.loggers.wandb import WandbLogger
 from attnmonitor.sample import Sample
 
-__all__ = ["MetricsLogger", "SampleLogger", "WandbLogger", "as_logger", "summary_scalars"]
+__all__ = ["MetricsLogger", "SampleLogger", "WandbLogger", "as_logger", "check_logger", "summary_scalars"]
 
 
 @runtime_checkable
@@ -35,17 +35,27 @@ def as_logger(logger: Any) -> SampleLogger:
     Raises:
         ValueError: ``logger`` is none of these.
     """
+    check_logger(logger)
     if callable(getattr(logger, "log_sample", None)):
         taking_samples: SampleLogger = logger
         return taking_samples
-    if any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__):
-        return WandbLogger(logger.experiment)
-    if callable(getattr(logger, "define_metric", None)):
-        return WandbLogger(logger)
-    if callable(getattr(logger, "log_metrics", None)) or is_summary_writer(logger):
-        return MetricsLogger(logger)
-    raise ValueError(
-        f"loggers: {type(logger).__name__} has neither log_sample(sample) nor log_metrics(dict, step); "
-        "give a Lightning logger, a W&B run, a SummaryWriter, attnmonitor.loggers.WandbLogger() or an object with "
-        "one of these methods"
-    )
+    if _is_lightning_wandb(logger):
+        return WandbLogger(logger.experiment)  # begins its run
+    return WandbLogger(logger) if callable(getattr(logger, "define_metric", None)) else MetricsLogger(logger)
+
+
+def check_logger(logger: Any) -> None:
+    """Raise the ValueError of `as_logger`; no run is begun."""
+    methods = ("log_sample", "define_metric", "log_metrics")
+    if _is_lightning_wandb(logger) or is_summary_writer(logger):
+        return
+    if not any(callable(getattr(logger, method, None)) for method in methods):
+        raise ValueError(
+            f"loggers: {type(logger).__name__} has neither log_sample(sample) nor log_metrics(dict, step); "
+            "give a Lightning logger, a W&B run, a SummaryWriter, attnmonitor.loggers.WandbLogger() or an object with "
+            "one of these methods"
+        )
+
+
+def _is_lightning_wandb(logger: Any) -> bool:
+    return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)

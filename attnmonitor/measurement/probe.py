@@ -51,6 +51,21 @@ class UnseenAttentionError(ValueError):
 _WANDB_WATCH = "wandb.integration.torch.wandb_torch"
 
 
+def check_probe_settings(forward: Any, skip_hooks: Any, packed: Any) -> None:
+    """Raise ValueError where one of the arguments cannot be what `Probe` takes."""
+    if forward is not None and not callable(forward):
+        raise ValueError(f"forward={forward!r} is not callable; give a function forward(model, batch)")
+    if skip_hooks is not None and not callable(skip_hooks):
+        raise ValueError(
+            f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
+        )
+    if packed not in ("documents", "one"):
+        raise ValueError(
+            f'packed={packed!r}; give "documents" to measure each document of a row by itself, or "one" to measure '
+            "the row as a whole"
+        )
+
+
 class Probe:
     """A fixed batch, how to run it, and its fingerprint.
 
@@ -93,17 +108,7 @@ class Probe:
         skip_hooks: HookFilter | None = None,
         packed: str = "documents",
     ) -> None:
-        if forward is not None and not callable(forward):
-            raise ValueError(f"forward={forward!r} is not callable; give a function forward(model, batch)")
-        if skip_hooks is not None and not callable(skip_hooks):
-            raise ValueError(
-                f"skip_hooks={skip_hooks!r} is not callable; give a function of a hook: lambda hook: hook is count"
-            )
-        if packed not in ("documents", "one"):
-            raise ValueError(
-                f'packed={packed!r}; give "documents" to measure each document of a row by itself, or "one" to measure '
-                "the row as a whole"
-            )
+        check_probe_settings(forward, skip_hooks, packed)
         self.packed = packed
         self._forward = forward if forward is not None else default_forward
         self._skip_hooks = skip_hooks

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from attnmonitor.alerts import DEFAULT_RULES, Alerts, Rule
+from attnmonitor.alerts.actions import check_actions
+from attnmonitor.loggers import check_logger
+from attnmonitor.measurement.probe import check_probe_settings
+from attnmonitor.measurement.quiet import default_torch_state
+from attnmonitor.measurement.tokens import checked_decode
 from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 
-__all__ = ["alerts_on", "check_metrics", "check_name", "check_processes", "check_weights_every"]
+__all__ = ["alerts_on", "check_metrics", "check_name", "check_processes", "check_settings", "check_weights_every"]
 
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
+
+
+def check_settings(
+    *,
+    metrics: Any = None,
+    alerts: Any = True,
+    actions: Any = None,
+    loggers: Any = None,
+    name: Any = None,
+    forward: Any = None,
+    skip_hooks: Any = None,
+    packed: Any = "documents",
+    processes: Any = "first",
+    weights_every: Any = 10,
+    decode: Any = None,
+    **_: Any,
+) -> None:
+    """Raise the ValueError with which `AttentionMonitor` would refuse an argument, before there is a model.
+
+    What can be read only once is left to the monitor.
+    """
+    check_name(name)
+    check_weights_every(weights_every)
+    check_processes(processes)
+    check_probe_settings(forward, skip_hooks, packed)
+    checked_decode(decode)
+    if loggers is not None:
+        for logger in loggers if isinstance(loggers, (list, tuple)) else [loggers]:
+            check_logger(logger)
+    if not isinstance(metrics, Iterator) and not isinstance(alerts, Iterator):
+        with default_torch_state():
+            rules = alerts_on(alerts, check_metrics(metrics)).rules
+        check_actions(actions or {}, rules)
 
 
 def check_name(name: str | None) -> str | None:

@@ -173,6 +173,7 @@ def _headline(record: RunRecord, numbers: Numbers, swatch: str = "") -> str:
 
 def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, grid: str = "") -> str:
     configuration = escape(json.dumps(dict(record.config), indent=2))
+    has_times = any(map(math.isfinite, record.seconds))
     return f"""
 <section class="run" id="run-{index}" aria-label="{escape(record.path.name)}">
   {heading}
@@ -190,8 +191,9 @@ def _run_section(record: RunRecord, index: int, numbers: Numbers, heading: str, 
   <div>
     <h2>Cost</h2>
     {_cost(record)}
-    {_chart("cost", index, "Seconds per sample over optimizer steps") if any(map(math.isfinite, record.seconds)) else ""}
-    <details class="configuration"><summary>Configuration of the run</summary><pre tabindex="0">{configuration}</pre></details>
+    {_chart("cost", index, "Seconds per sample over optimizer steps") if has_times else ""}
+    <details class="configuration"><summary>Configuration of the run</summary>
+    <pre tabindex="0">{configuration}</pre></details>
   </div>
 </section>"""
 

@@ -200,12 +200,17 @@ def _tokenizer(source: str | Path, trust_remote_code: bool) -> Any:
         import transformers
     folder, where = _find(source)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **where)
+        # Of some models transformers makes a tokenizer without files: it knows special tokens, and no word.
+        reason = "it has no vocabulary" if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) else ""
     except Exception as error:
+        reason = _first_line(error)
+    if reason:
         raise ValueError(
-            f"no tokenizer in {str(source)!r}: {_first_line(error)}; name the folder, id or .gguf file of the one the "
-            "model was trained with: tokenizer=... (--tokenizer on the command line)"
-        ) from error
+            f"no tokenizer in {str(source)!r}: {reason}; name the folder, id or .gguf file of the one the model was "
+            "trained with: tokenizer=... (--tokenizer on the command line)"
+        )
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from attnmonitor.messages import AttentionMonitorWarning
 def attached(**settings: Any) -> tuple[TinyGPT, torch.optim.Optimizer, Any]:
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return model, optimizer, attach(model, optimizer, token_batch(), every_n_steps=1, **settings)
+    return model, optimizer, attach(model, optimizer, token_batch(), **{"every_n_steps": 1, **settings})
 
 
 REPORT = "attnmonitor: unknown: 8 heads in 2 layers watched over 3 samples: no alarm, but"
@@ -67,11 +67,26 @@ def test_final_report_is_printed_once_at_exit(end: str, code: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("make", [lambda **settings: attached(**settings), LightningCallback, TransformersCallback])
-def test_unknown_keyword_or_metric_is_refused(make: Any) -> None:
+def test_wrong_arguments_are_refused_at_construction(make: Any) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'logger'; did you mean loggers"):
         make(logger=None)
-    with pytest.raises(ValueError, match="unknown metric 'energy_rank'; did you mean 'energy"):
-        make(metrics=["energy_rank"])
+    for name, wrong, message in (
+        ("metrics", ["energy_rank"], "unknown metric 'energy_rank'; did you mean 'energy"),
+        ("alerts", "default", "alerts='default' is not a list of rules; True turns on"),
+        ("actions", ["stop"], r"actions=\['stop'\] is not a mapping; give what to do"),
+        ("actions", {"critical": None}, r"actions\['critical'\]: None is none of"),
+        ("loggers", object(), "loggers: object has neither log_sample"),
+        ("name", "a/b", "name='a/b'"),
+        ("forward", "forward", "forward='forward' is not callable"),
+        ("skip_hooks", True, "skip_hooks=True is not callable"),
+        ("packed", "both", "packed='both'; give"),
+        ("processes", "each", "processes='each'; give"),
+        ("weights_every", 0, "weights_every=0 must be"),
+        ("decode", 7, "decode=7 is neither a function nor a tokenizer"),
+        ("every_n_steps", "100", "every_n_steps='100' needs a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**{name: wrong})
 
 
 def test_optimizer_of_another_model_warns_and_is_followed() -> None:

@@ -11,6 +11,7 @@ import torch
 from checkpoints import TEXT, save_llama, save_tokenizer, smollm2
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -250,6 +251,11 @@ def test_bad_input_is_named_with_a_solution(settings: dict[str, Any], message: s
 
 
 def test_missing_tokenizer_is_an_error_until_given(tmp_path: Path, checkpoint: Path) -> None:
+    for model_type in ("gpt2", "qwen2", "gemma2", "bert"):  # transformers makes one without words of some
+        folder = tmp_path / model_type
+        AutoConfig.for_model(model_type).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"no tokenizer in .*--tokenizer"):
+            scan(folder, text=TEXT, length=32)
     save_llama(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer in .*--tokenizer"):
         scan(tmp_path, text=TEXT, length=32)
