@@ -45,7 +45,7 @@ bench: $(READY)  ## what the measurement costs, as ratios within one run
 	$(RUN) -m benchmarks.cost.overhead
 
 soak: $(READY)  ## proofs that take longer than a test may
-	$(INSTALL) trl peft sentence-transformers pytorch-ignite skorch schedulefree diffusers
+	$(INSTALL) trl peft sentence-transformers pytorch-ignite skorch schedulefree diffusers deepspeed 'ray[train]'
 	$(RUN) -m pytest -m soak
 
 matrix: $(READY)  ## hundreds of library models against an independent observer; writes their list in docs/architectures.md

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
@@ -18,6 +18,7 @@ __all__ = [
     "hide_future",
     "mask_step",
     "mask_visibility",
+    "padded",
     "read_flex",
     "read_sdpa",
     "with_lead",
@@ -81,6 +82,25 @@ def with_lead(attention: Attention, lead: Lead) -> Attention:
         restore=lead.split,
         visible=[lead.of_sequences(seen) for seen in attention.visible],
     )
+
+
+def padded(named: Mapping[str, Any], output: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Return the arguments and the output of a call on nested tensors as padded ones with a mask."""
+    operands = {name: _as_padded(named[name]) for name in ("query", "key", "value")}
+    rows, columns = (
+        torch.arange(operands[name][0].shape[-2], device=lengths.device) < lengths[:, None]
+        for name, (_, lengths) in list(operands.items())[:2]
+    )
+    seen = rows[:, None, :, None] & columns[:, None, None, :]
+    arguments = {**named, **{name: x for name, (x, _) in operands.items()}, "attn_mask": seen}
+    return arguments, _as_padded(output)[0]
+
+
+def _as_padded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a nested tensor of heads ``(H, L, d)`` as ``(B, H, L, d)``, and the lengths."""
+    sequences = x.transpose(1, 2).unbind()  # (L, H, d)
+    lengths = torch.tensor([len(each) for each in sequences], device=x.device)
+    return nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).transpose(1, 2), lengths
 
 
 def read_flex(

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from attnmonitor.capture.ancestry import Ancestries, same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.findings import Findings
-from attnmonitor.capture.fused import read_flex, read_sdpa, with_lead, without_overrides
+from attnmonitor.capture.fused import padded, read_flex, read_sdpa, with_lead, without_overrides
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.kernels import KernelCall
@@ -156,6 +156,8 @@ class AttentionMode(TorchFunctionMode):
     ) -> None:
         layer, frame = self.frames.current_layer()
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        if named["query"].is_nested:
+            named, output = padded(named, output)
         query, key = named["query"], named["key"]
         made_of = self._made_of(query, key)
         lead = self._lead(layer, query.shape[:-2], frame, query.shape[-2], made_of)
@@ -384,7 +386,7 @@ class AttentionMode(TorchFunctionMode):
             logit_rows=attention.logit_rows,
             rows=rows,
             layout=layout,
-            gained_bias=attention.is_biased() if attention.has_added and "bias" not in layout.outside else None,
+            gained_bias=attention.is_biased() if attention.may_be_biased and "bias" not in layout.outside else None,
         )
         if layout.documents is not None:
             call = by_document(call, layout.documents, attention.output_rows(output, row_axis))

@@ -192,6 +192,11 @@ class Attention:
     value: Tensor | None = None
     heads_of: Callable[[Tensor], Tensor] | None = _identity
 
+    @property
+    def may_be_biased(self) -> bool:
+        """Whether something was added to the logits, or multiplied into them entry by entry."""
+        return self.has_added or "bias" in self.outside
+
     def key_mask(self) -> Tensor | None:
         """Return the keys that every mask shows to some query, ``(B, Lk)``; None when no mask arrived."""
         mask = None
@@ -199,9 +204,9 @@ class Attention:
             mask = seen if mask is None else mask & seen
         return mask
 
-    def without_product(self) -> Attention:
-        """Return the same attention for queries and keys of zero: its logits are the bias and the masks alone."""
-        query, key = (x.new_zeros(*x.shape[:-1], 1) for x in (self.query, self.key))
+    def without_product(self, value: float = 0.0) -> Attention:
+        """Return the same attention with one value as the product of all queries and keys: bias and masks alone."""
+        query, key = (x.new_full((*x.shape[:-1], 1), fill) for x, fill in ((self.query, value), (self.key, 1.0)))
         return replace(self, query=query, key=key)
 
     def _product(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
@@ -276,7 +281,8 @@ class Attention:
 
     def is_biased(self) -> Tensor:
         """Return whether a bias differs between visible keys of a checked row, a 0-dim bool; made without a wait."""
-        logits = self.without_product().logit_rows(checked_rows(self.query))
+        multiplies = "bias" in self.outside  # logits of zero would not show it
+        logits = self.without_product(1.0 if multiplies else 0.0).logit_rows(checked_rows(self.query))
         seen = logits > HIDDEN
         return (logits.amax(-1) > logits.masked_fill(~seen, torch.inf).amin(-1)).any()
 

@@ -266,7 +266,8 @@ class OptimizerSteps:
         monitor = self._monitor()
         if monitor is None:
             return
-        if self._is_open and not distributed.is_initialized():  # other processes may be gone, or be slower
+        alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+        if self._is_open and alone:  # other processes may be gone, or be slower
             self._count(monitor)
         self._keep_by(None)
         is_unseen = monitor.global_step < 0 and monitor.last_sample is None

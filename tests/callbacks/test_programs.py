@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launched_programs
 import pytest
 import torch
 from models import TinyGPT, language_loss, token_batch
@@ -180,6 +185,20 @@ def test_one_line_watches_the_program(program: Callable[[Line], nn.Module], tmp_
             [heads] = expected.sample(0).values["key_rms"].values()
         assert torch.equal(heads, row)
     monitor.close()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("library", "number"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("ray", 1), ("ray", 2)]
+)
+def test_one_line_watches_what_starts_its_own_processes(library: str, number: int, tmp_path: Path) -> None:
+    pytest.importorskip("ray.train" if library == "ray" else library, exc_type=ImportError)
+    command = [sys.executable, launched_programs.__file__, library, str(number)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result == {"same": True, "steps": list(range(launched_programs.STEPS + 1)), "failures": 0}
 
 
 @pytest.mark.soak

@@ -188,6 +188,50 @@ def test_products_of_other_ranks_are_measured(body: Callable[..., Tensor], heads
     assert call.query.shape == shape
 
 
+def gated(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT * 0.3) * (1 + layer.gate)).softmax(-1) @ v
+
+
+def test_factor_that_begins_at_one_is_named_once_it_acts() -> None:
+    model = sharpen(Layer(gated))
+    model.gate = nn.Parameter(torch.zeros(LENGTH, LENGTH))
+    with AttentionMonitor(nn.Sequential(model), hidden(), record=None, alerts=False) as monitor:
+        assert monitor.sample(0).coverage["0"].outside == ()
+        with torch.no_grad():
+            model.gate[-1, 3] = 0.5
+        assert monitor.sample(1).coverage["0"].outside == ("bias",)
+
+
+class OfLengths(nn.Module):
+    """Sequences of several lengths as one nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in "qkv")
+
+    def by_head(self, x: Tensor) -> list[Tensor]:
+        return [weight(x).unflatten(-1, (4, 8)).transpose(1, 2) for weight in self.qkv]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.by_head(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_sequences_have_their_own_lengths() -> None:
+    model, rows = nn.Sequential(OfLengths()), hidden()
+    nested = torch.nested.nested_tensor([rows[0], rows[1, :7]], layout=torch.jagged)
+    with AttentionMonitor(model, nested, record=None, alerts=False) as monitor:
+        sample = monitor.sample(1)
+        coverage = sample.coverage["0"]
+        assert (coverage.heads, coverage.sees, coverage.kind) == ((4, 4, 8), "both", "self")
+        assert coverage.error is not None
+        assert coverage.error < 1e-6
+    q, k, _ = (y.detach().double() for y in model[0].by_head(rows))
+    parts = [(q[:1], k[:1]), (q[1:, :, :7], k[1:, :, :7])]
+    expected = torch.cat([layer_statistics(*part, 8**-0.5, None, None)["energy_rms"] for part in parts]).mean(0)
+    assert torch.allclose(sample.values["energy_rms"]["0"].double(), expected, rtol=1e-4)
+
+
 class OverDepth(nn.Module):
     """A learned query at every position, over what earlier blocks gave there."""
 
