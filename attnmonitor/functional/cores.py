@@ -30,7 +30,7 @@ from attnmonitor.functional.ranks import participation_from_moments
 __all__ = ["FieldCores", "FieldMoments", "field_cores", "field_moments"]
 
 CAUTION = 25
-"""λ², five standard deviations twice; see `_rounding_errors`. No error of SmolLM2's heads was above a 70th of that."""
+"""λ², five standard deviations twice; see `_largest_error`. No error of SmolLM2's heads was above a 70th of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +122,20 @@ class FieldMoments:
         return (self.energy / self.num_entries).sqrt()
 
 
-def field_cores(queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float) -> FieldCores:
+def field_cores(
+    queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float, with_bound: bool = True
+) -> FieldCores:
     r"""Cores :math:`M = s^2\, C^\top q^\top q\, C` of a layer's energy fields, in the type of the queries' products.
 
     They are taken from :math:`A / \|q\|_F^2` and :math:`C / \|\tilde k\|_F`, so nothing overflows in float32.
-    `_rounding_errors` says how far rounding can have moved their eigenvalues.
+    `_largest_error` says how far rounding can have moved their eigenvalues.
 
     Args:
         queries: q; query head h shares key head ``h // G``.
         keys: The keys.
         root: C with :math:`C C^\top = \tilde k^\top \tilde k`, ``(B, Hkv, d, d)``: of `KeyBasis` or `KeyGram`.
         scale: The softmax scale s.
+        with_bound: False leaves ``error`` at ``margin``, for those who read the latter alone.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -151,16 +154,50 @@ def field_cores(queries: QueryGram, keys: KeyGram, root: Tensor, *, scale: float
     image = gram @ unit_root
     core = unit_root.mT @ image
     size = scale**2 * queries.energy * keys.energy.repeat_interleave(num_heads // grouped[1], 1)
-    error, margin = _rounding_errors(queries, keys, gram, unit_root, image, core)
-    largest = size * error
-    margin = largest if margin is error else size * margin
-    return FieldCores(core.flatten(1, 2), size, largest, margin, queries.num_queries, keys.num_keys)
+    if not _float32_terms(queries, keys):
+        error = margin = size * _largest_error(queries, keys, gram, image, core)
+    else:
+        energy = size * core.diagonal(dim1=-2, dim2=-1).sum(-1).flatten(1)
+        error = margin = likely_error(queries, keys, energy, scale=scale, cores_too=True)
+        if with_bound:
+            error = size * _largest_error(queries, keys, gram, image, core)
+            margin = torch.minimum(error, margin)
+    return FieldCores(core.flatten(1, 2), size, error, margin, queries.num_queries, keys.num_keys)
 
 
-def _rounding_errors(
-    queries: QueryGram, keys: KeyGram, gram: Tensor, root: Tensor, image: Tensor, core: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""How far rounding moves a sum of leading eigenvalues of the relative core: at most, and nearly always.
+def likely_error(
+    queries: QueryGram, keys: KeyGram, energy: Tensor, *, scale: float = 1.0, cores_too: bool = False
+) -> Tensor:
+    """How far rounding to float32 moves a sum of leading eigenvalues of M, nearly always, ``(B, Hq)``.
+
+    See `_largest_error`.
+
+    Args:
+        queries: q.
+        keys: The keys.
+        energy: The trace of M, ``(B, Hq)``.
+        scale: The softmax scale s.
+        cores_too: Whether the cores are computed from the Gram matrices in float32 as well.
+    """
+    roots = sum(each**0.5 for each in _float32_terms(queries, keys)) + 3 * queries.shape[-1] ** 0.5 * cores_too
+    of_terms = CAUTION * queries.rounding.unit * roots
+    error: Tensor = of_terms * torch.add(energy, _alignment(queries, keys), alpha=scale**2)
+    return error
+
+
+def _float32_terms(queries: QueryGram, keys: KeyGram) -> list[int]:
+    return [each.terms for each in (queries.rounding, keys.rounding) if each.dtype == torch.float32]
+
+
+def _alignment(queries: QueryGram, keys: KeyGram) -> Tensor:
+    """P, the sum of the products of both diagonals, ``(B, Hq)``."""
+    diagonals = [each.gram.diagonal(dim1=-2, dim2=-1) for each in (queries, keys)]
+    alignment: Tensor = (diagonals[0].unflatten(1, (keys.key.shape[1], -1)) @ diagonals[1][..., None]).flatten(1)
+    return alignment
+
+
+def _largest_error(queries: QueryGram, keys: KeyGram, gram: Tensor, image: Tensor, core: Tensor) -> Tensor:
+    r"""How far rounding moves a sum of leading eigenvalues of the relative core at most; and `likely_error`.
 
     Let u be the unit roundoff, A and C the relative Gram matrix and root, :math:`P = \sum_i A_{ii} (C C^\top)_{ii}`.
     Sums of eigenvalues move by at most the trace norm of what is added to M (Lidskii).
@@ -195,17 +232,15 @@ def _rounding_errors(
     with_mean = keys.energy + keys.energy_of_mean
     centering = (with_mean / keys.size).sqrt_().repeat_interleave(group, 1)
     error = 16 * exact * (max(queries.shape[2], keys.key.shape[2]) + head_dim**2) * centering
-    unit = queries.rounding.unit
-    terms = [each.terms for each in (queries.rounding, keys.rounding) if each.unit > exact]
+    terms = _float32_terms(queries, keys)
     if not terms:
-        return error, error
-    alignment = (gram.diagonal(dim1=-2, dim2=-1) * root.square().sum(-1)).sum(-1, dtype=torch.float64).flatten(1)
-    total = core.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).flatten(1)
+        return error
+    sizes = queries.energy * keys.size.repeat_interleave(group, 1)
+    alignment = _alignment(queries, keys) / sizes.masked_fill(sizes == 0, 1)
     of_gram, of_image, of_core = (torch.linalg.matrix_norm(each).flatten(1) for each in (gram, image, core))
     products = (head_dim + 3) * of_gram + head_dim**1.5 * (of_image + 16 * of_core)
-    margin = CAUTION * unit * (sum(each**0.5 for each in terms) + 3 * head_dim**0.5) * (alignment + total)
-    error = error + 1.01 * unit * (sum(each + 4 for each in terms) * (head_dim * alignment).clamp_max(1) + products)
-    return error, torch.minimum(error, margin)
+    of_grams = sum(each + 4 for each in terms) * (head_dim * alignment).clamp_max(1)
+    return error.add_(of_grams + products, alpha=1.01 * queries.rounding.unit)
 
 
 def field_moments(fields: FieldCores) -> FieldMoments:

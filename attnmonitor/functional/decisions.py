@@ -18,14 +18,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attnmonitor.functional.checks import check_heads, check_query_and_key
 from attnmonitor.functional.cores import CAUTION, FieldCores, field_cores
+from attnmonitor.functional.counts import decided_ranks
 from attnmonitor.functional.eigenvalues import Steps, solved
 from attnmonitor.functional.key_basis import KeyBasis, KeyGram, key_gram
-from attnmonitor.functional.precision import is_short
+from attnmonitor.functional.precision import full_precision, is_short
 from attnmonitor.functional.queries import QueryGram, query_gram
 from attnmonitor.functional.spectrum import EnergySpectrum, Method, core_spectrum
+from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
-__all__ = ["Fields", "product_type"]
+__all__ = ["Fields", "effective_ranks", "product_type"]
 
 LARGEST_MARGIN = 5e-4
 """Margin, as a share of the energy, from which on float32 does not give the energy to five digits."""
@@ -34,6 +37,40 @@ LARGEST_MARGIN = 5e-4
 def product_type(heads: Tensor, method: Method) -> torch.dtype:
     """The type of products with ``heads``: float32 where a decision can be taken and all eigenvalues are wanted."""
     return torch.float32 if method == "auto" and is_short(heads) else torch.float64
+
+
+def effective_ranks(
+    query: Tensor, key: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, fraction: float
+) -> Tensor:
+    """Effective ranks of the energy fields, ``(B, Hq)`` float64, each core of the machine computing some of the heads.
+
+    Args:
+        query: ``(B, Hq, Lq, d)``, of a type of which `product_type` is float32.
+        key: ``(B, Hkv, Lk, d)``.
+        query_mask: ``(B, Lq)`` bool, True where the position is not padding.
+        key_mask: ``(B, Lk)`` bool, likewise.
+        fraction: The share of the variance that the effective rank is to hold.
+    """
+    check_heads("key", key, key_mask)
+    check_query_and_key(query.shape, key.shape)
+    num_kv_heads = key.shape[1]
+    group = query.shape[1] // num_kv_heads
+
+    def of_key_heads(some: slice) -> Tensor:
+        with full_precision(query.device):
+            queries = query_gram(query[:, some.start * group : some.stop * group], query_mask, dtype=torch.float32)
+            keys = key_gram(key[:, some], key_mask, dtype=torch.float32)
+            ranks, decided = decided_ranks(queries, keys, fraction)
+            heads = (~decided).nonzero()
+            if len(heads):
+                sequence, head = heads.unbind(-1)
+                left = Fields(queries.of_heads(sequence, head), keys.of_heads(sequence, head // group), scale=1.0)
+                ranks[sequence, head] = left.spectrum(fraction=fraction).effective_rank(fraction)[:, 0]
+            return ranks
+
+    multiplications = query.numel() * query.shape[-1]
+    parts = split_for_cores(num_kv_heads, multiplications, query.device)
+    return torch.cat(map_on_cores(of_key_heads, parts), 1)
 
 
 class Fields:
@@ -75,8 +112,9 @@ class Fields:
         again = partial(core_spectrum, method=method, target_rank=target_rank)
         for compute in (lambda heads: again(self._in_float64(heads)), self._from_factors):
             heads = (~found.decided(fraction) & found.energy.isfinite()).nonzero()
-            if len(heads) and found.max_rank == found.variances.shape[-1]:
-                found = found.replaced(heads, compute(heads))
+            if not len(heads) or found.max_rank > found.variances.shape[-1]:
+                break
+            found = found.replaced(heads, compute(heads))
         return found
 
     def spectrum(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, query_padding
 from attnmonitor.functional.cores import field_cores
-from attnmonitor.functional.decisions import Fields, product_type
+from attnmonitor.functional.decisions import effective_ranks, product_type
 from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.positions import PositionProfile
 from attnmonitor.functional.precision import full_precision
@@ -108,17 +108,14 @@ def energy_effective_rank(
     """
     check_fraction("fraction", fraction)
     dtype = product_type(query, method)
-    if per != "query_head" or dtype == torch.float64:
+    if per != "query_head" or dtype == torch.float64 or target_rank is not None or scale == 0:
         spectrum = energy_spectrum(
             query, key, scale=scale, mask=mask, query_mask=query_mask, per=per, method=method, target_rank=target_rank
         )
         return spectrum.effective_rank(fraction)
     check_heads("query", query, None)
     query_mask = query_padding(query, mask, query_mask)
-    with full_precision(query.device):
-        queries, keys = query_gram(query, query_mask, dtype=dtype), key_gram(key, mask, dtype=dtype)
-        fields = Fields(queries, keys, scale=query.shape[-1] ** -0.5 if scale is None else scale)
-        return fields.spectrum(fraction=fraction, method=method, target_rank=target_rank).effective_rank(fraction)
+    return effective_ranks(query, key, query_mask, mask, fraction)
 
 
 def energy_delocalization_of(energy_shares: PositionProfile) -> Tensor:

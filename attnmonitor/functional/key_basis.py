@@ -187,8 +187,7 @@ def _centered_blocks(
     """Yield k̃ in blocks of positions, ``(B, Hkv, block, d)``, zero at padding; each entry as exact as ``dtype`` is."""
     nearest = mean.to(dtype)
     rest = None if dtype == mean.dtype else (mean - nearest).to(dtype)
-    for positions, block in position_blocks(key, key_mask, dtype):
-        centered = block.sub_(nearest)
+    for positions, centered in position_blocks(key, key_mask, dtype, minus=nearest):
         if rest is not None:  # a mean much larger than the centered keys would lose its digits in one step
             centered.sub_(rest)
         if key_mask is not None:
@@ -211,14 +210,18 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None, *, dtype: torch.dtype 
     check_heads("key", key, key_mask)
     num_sequences, num_heads, _, head_dim = key.shape
     num_keys = num_positions(key, key_mask)
-    total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
-    for _, block in position_blocks(key, key_mask, dtype):
-        total += block.sum(-2, keepdim=True)
     count = num_keys[..., None, None]
-    mean = total / count
+    if key_mask is None and key.dtype == dtype == torch.float32:
+        mean = key.mean(-2, keepdim=True)
+    else:
+        total = torch.zeros(num_sequences, num_heads, 1, head_dim, dtype=torch.float64, device=key.device)
+        for _, block in position_blocks(key, key_mask, dtype, read_only=True):
+            total += block.sum(-2, keepdim=True)
+        mean = total / count
     if dtype == torch.float64:
         gram = gram_of(key, _centered_blocks(key, key_mask, mean))
     else:
+        mean = mean.to(dtype)  # which is subtracted in one step
         gram, rest = _recentered_gram(key, key_mask, mean, count, dtype)
         mean = mean + rest
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -235,7 +238,9 @@ def key_gram(key: Tensor, key_mask: Tensor | None = None, *, dtype: torch.dtype 
     keys = KeyGram(key, key_mask, mean, gram, energy, num_keys, Rounding.of(key, dtype))
     # Equal float64 keys differ from their mean by its rounding: centered keys no larger than that are zero.
     is_zero = energy <= num_keys.square() * keys.energy_of_mean * torch.finfo(torch.float64).eps ** 2
-    gram.masked_fill_((is_zero | energy.isnan())[..., None, None], 0)
+    without = is_zero | energy.isnan()
+    if dtype == torch.float64 or bool(without.any()):
+        gram.masked_fill_(without[..., None, None], 0)
     energy.masked_fill_(is_zero, 0)
     return keys
 
@@ -244,7 +249,7 @@ def _recentered_gram(
     key: Tensor, key_mask: Tensor | None, mean: Tensor, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The Gram matrix of keys whose mean is rounded, and what is left of their mean, ``(B, Hkv, 1, d)``."""
-    rest = torch.zeros_like(mean)
+    rest = torch.zeros_like(mean, dtype=torch.float64)
 
     def blocks() -> Iterator[Tensor]:
         for block in _centered_blocks(key, key_mask, mean, dtype):
@@ -253,7 +258,7 @@ def _recentered_gram(
 
     gram = gram_of(key, blocks())
     rest = rest / count
-    return gram - count * rest.mT * rest, rest
+    return gram.addcmul_(rest.mT, -count * rest), rest
 
 
 @Solvable

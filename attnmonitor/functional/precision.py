@@ -42,7 +42,12 @@ def _no_tf32() -> Iterator[None]:
 
 
 def position_blocks(
-    heads: Tensor, valid: Tensor | None = None, dtype: torch.dtype = torch.float64
+    heads: Tensor,
+    valid: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    *,
+    minus: Tensor | None = None,
+    read_only: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Read ``(B, H, L, d)`` in blocks of positions, each into the same memory.
 
@@ -52,6 +57,8 @@ def position_blocks(
         heads: ``(B, H, L, d)``.
         valid: ``(B, L)`` bool; positions that are not valid read as zero, whatever they hold. None where all are.
         dtype: Type of the blocks; those in float32 hold no more positions than `Rounding` says.
+        minus: What is subtracted from every position, ``(B, H, 1, d)`` of that type.
+        read_only: The caller does not change the blocks, so that they may be parts of ``heads``.
 
     Yields:
         The block's positions as a slice of L, and the block: the caller's to change, and gone with the next one.
@@ -62,17 +69,29 @@ def position_blocks(
     if dtype == torch.float32:  # whatever is joined with a layer, so that its sums have the same bits
         largest = _float32_terms(heads)
     size = -(-length // max(1, -(-length // largest)))  # blocks of one size, none of them a small remainder
-    memory = torch.empty(num_sequences, num_heads, size, head_dim, dtype=dtype, device=heads.device)
+    # Only where they lie in memory as the blocks do: products of other strides may have other bits.
+    is_read_in_place = read_only and valid is None and minus is None and heads.dtype == dtype and heads.is_contiguous()
+    memory = heads if is_read_in_place else heads.new_empty(num_sequences, num_heads, size, head_dim, dtype=dtype)
     for start in range(0, length, size):
         positions = slice(start, min(start + size, length))
         block = heads[:, :, positions]
+        if is_read_in_place:
+            yield positions, block
+            continue
         if valid is not None:
             block = torch.where(valid[:, None, positions, None], block, 0)
-        yield positions, memory[:, :, : positions.stop - start].copy_(block)
+        part = memory[:, :, : positions.stop - start]
+        if minus is None:
+            part.copy_(block)
+        elif block.dtype == dtype:
+            torch.sub(block, minus, out=part)
+        else:
+            part.copy_(block).sub_(minus)
+        yield positions, part
 
 
 def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
-    r""":math:`x^\top x` of each head, ``(B, H, d, d)`` float64: products in the type of the blocks, summed in float64.
+    r""":math:`x^\top x` of each head, ``(B, H, d, d)`` float64, computed in the type of the blocks.
 
     Args:
         heads: ``(B, H, L, d)``, of which the shape and the device are looked at.
@@ -80,14 +99,21 @@ def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
             made of them.
     """
     num_sequences, num_heads, _, head_dim = heads.shape
-    gram = torch.zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64, device=heads.device)
+    # Of a symmetric matrix one of the four quarters need not be computed; a GPU prefers few launches.
+    half = head_dim // 2 if heads.device.type == "cpu" and head_dim >= 64 else 0
+    gram: Tensor | None = None
     for block in blocks:
         flat = block.flatten(0, 1)
-        if block.dtype == gram.dtype:
-            gram.baddbmm_(flat.mT, flat)
-        else:
-            gram.add_(flat.mT @ flat)
-    return gram.view(num_sequences, num_heads, head_dim, head_dim)
+        if gram is None:
+            gram = flat.new_zeros(len(flat), head_dim, head_dim)
+        gram[:, half:, half:].baddbmm_(flat[..., half:].mT, flat[..., half:])
+        if half:
+            gram[:, :half].baddbmm_(flat[..., :half].mT, flat)
+    if gram is None:
+        gram = heads.new_zeros(num_sequences * num_heads, head_dim, head_dim)
+    if half:
+        gram[:, half:, :half] = gram[:, :half, half:].mT
+    return gram.to(torch.float64).view(num_sequences, num_heads, head_dim, head_dim)
 
 
 def is_short(heads: Tensor) -> bool:
@@ -105,17 +131,17 @@ def fits_float32(energy: Tensor) -> Tensor:
 
 
 def _float32_terms(heads: Tensor) -> int:
-    """Products that are added up in float32 before their sum is added in float64."""
+    """Products that are added up in float32 before their sum is added to those of other blocks."""
     return max(128, 2 * heads.shape[-1])
 
 
 @dataclass(frozen=True)
 class Rounding:
-    r"""How a Gram matrix was rounded: sums of ``terms`` products in a type, added up in float64.
+    r"""How a Gram matrix was rounded.
 
     Attributes:
-        dtype: Type of the products and of sums within a block.
-        terms: Products per block.
+        dtype: Type of the products and sums.
+        terms: The most roundings that a product takes part in: of the sum of its block, and of the blocks.
     """
 
     dtype: torch.dtype
@@ -129,4 +155,8 @@ class Rounding:
     @classmethod
     def of(cls, heads: Tensor, dtype: torch.dtype) -> Rounding:
         """The rounding of the Gram matrix of heads that are read in blocks of ``dtype``."""
-        return cls(dtype, min(heads.shape[2], _float32_terms(heads)) if dtype == torch.float32 else heads.shape[2])
+        length = heads.shape[2]
+        if dtype != torch.float32:
+            return cls(dtype, length)
+        in_block = min(length, _float32_terms(heads))
+        return cls(dtype, in_block + length // max(in_block, 1))

@@ -58,6 +58,19 @@ class QueryGram:
             query_mask=None if self.query_mask is None else self.query_mask[sequences],
         )
 
+    def of_heads(self, sequence: Tensor, head: Tensor) -> QueryGram:
+        """The Gram matrices of single heads, ``(N,)`` and ``(N,)``, as those of one head in N sequences."""
+        assert self.query is not None
+        query = self.query[sequence, head][:, None]
+        return replace(
+            self,
+            shape=query.shape,
+            gram=self.gram[sequence, head][:, None],
+            num_queries=self.num_queries[sequence],
+            query=query,
+            query_mask=None if self.query_mask is None else self.query_mask[sequence],
+        )
+
     @staticmethod
     def joined(layers: Sequence[QueryGram]) -> QueryGram:
         """The Gram matrices of layers of one shape, as those of more sequences; the queries are not kept."""
@@ -84,7 +97,7 @@ def query_gram(query: Tensor, query_mask: Tensor | None = None, *, dtype: torch.
     """
     check_heads("query", query, query_mask)
     with full_precision(query.device):
-        gram = gram_of(query, (block for _, block in position_blocks(query, query_mask, dtype)))
+        gram = gram_of(query, (block for _, block in position_blocks(query, query_mask, dtype, read_only=True)))
     found = QueryGram(query.shape, gram, num_positions(query, query_mask), Rounding.of(query, dtype))
     if dtype == torch.float64:
         return found

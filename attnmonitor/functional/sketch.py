@@ -75,8 +75,7 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> Steps[tuple[Tensor, Ten
     """
     head_dim = core.shape[-1]
     identity = torch.eye(target_rank, dtype=core.dtype, device=core.device)
-    start = identity.repeat(-(-head_dim // target_rank), 1)[:head_dim]
-    start[target_rank:].mul_(0.5)
+    start = folded_identity(head_dim, identity)
     basis = torch.add(core @ start, start, alpha=SHIFT)
     for _ in range(NUM_POWER_ITERATIONS):
         basis = cholesky_qr(basis)  # not yet orthonormal to rounding, which only the last columns have to be
@@ -99,6 +98,14 @@ def sketched_spectrum(core: Tensor, target_rank: int) -> Steps[tuple[Tensor, Ten
     bounds = ritz.cumsum(-1) + coupling[:, None] / gap
     bounds = torch.where((gap > 0) & is_finite(error)[:, None], bounds, 1).clamp_max(1)
     return ritz.clamp_min(0), bounds, error
+
+
+def folded_identity(size: int, identity: Tensor) -> Tensor:
+    """Columns to start from, ``(size, r)``: the leading ones, and the others folded onto them at half weight."""
+    num_columns = len(identity)
+    start = identity.repeat(-(-size // num_columns), 1)[:size]
+    start[num_columns:].mul_(0.5)
+    return start
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:

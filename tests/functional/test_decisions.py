@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attnmonitor.functional import energy_effective_rank
+from attnmonitor.functional.counts import decided_ranks
 from attnmonitor.functional.decisions import Fields
 from attnmonitor.functional.key_basis import key_basis, key_gram
 from attnmonitor.functional.queries import query_gram
@@ -141,6 +142,11 @@ def check_decisions(family: str, number: int, seed: int) -> Counter[str]:
         seen["certified"] += int(found.certified().sum())
     ranks = energy_effective_rank(query, key, mask=mask)[:, 0]
     assert ((lower <= ranks) & (ranks <= upper)).all(), family
+    grams = query_gram(query, mask, dtype=torch.float32), key_gram(key, mask, dtype=torch.float32)
+    for wide in (0, HEAD_DIM + 1):
+        ranks, decided = (each[:, 0] for each in decided_ranks(*grams, 0.9, wide=wide))
+        assert ((lower <= ranks) & (ranks <= upper))[decided].all(), (family, wide)
+        seen["from leading components" if wide == 0 else "from all"] += int(decided.sum())
     return seen
 
 
@@ -149,6 +155,21 @@ def test_no_count_is_wrong(family):
     seen = check_decisions(family, 300, 0)
     if family in {"near the mark", "nearly equal eigenvalues", "condition number 1e6", "an outlying channel"}:
         assert seen["in float64"] > 200, "these spectra are made to need it"
+
+
+@pytest.mark.parametrize("decay", [0.6, 0.0])
+def test_ranks_of_wide_heads_are_exact(decay):
+    """Those of decaying heads from their leading components; of flat ones, whose rank is past them, from all."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.arange(1, 129) ** -decay
+    query, key = (torch.randn(2, heads, 160, 128, generator=generator) * size for heads in (4, 2))
+    exact = [reference_variances(query[:, [head]], key[:, [head // 2]] + 0.5, None) for head in range(4)]
+    expected = torch.stack([effective_rank(variances, 0.9) for variances in exact], 1)
+    assert torch.equal(energy_effective_rank(query, key + 0.5), expected.double())
+    _, decided = decided_ranks(
+        *(gram(x, dtype=torch.float32) for gram, x in ((query_gram, query), (key_gram, key))), 0.9
+    )
+    assert decided.all() if decay else not decided.any()
 
 
 @pytest.mark.soak
