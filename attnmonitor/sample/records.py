@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import singledispatch
 from typing import Literal, TypeVar
 
@@ -189,6 +189,18 @@ class AlertEvent:
     now: float = field(default=math.nan, compare=False)
     worst: float = field(default=math.nan, compare=False)
     distance: float = field(default=math.nan, compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether every field that is compared is the same; NaN is the same as NaN."""
+        return isinstance(other, AlertEvent) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple[object, ...]:
+        values = (getattr(self, each.name) for each in fields(self) if each.compare)
+        return tuple("NaN" if value != value else value for value in values)
 
     @property
     def key(self) -> AlarmKey:

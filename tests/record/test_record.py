@@ -123,7 +123,7 @@ def test_resumed_run_supersedes_samples_without_deleting(tmp_path: Path) -> None
     assert read.trajectories("energy_rms")["attn"].ravel().tolist() == [0, 10, -20, -30]
     assert len(read.segments) == 1
     assert len(read.events) == 2
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         assert db.execute("SELECT count(*) FROM sample").fetchone() == (7,)
     db.close()
 
@@ -355,7 +355,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "foreign": "PRAGMA application_id = 7",
     }.items():
         shutil.copy(whole, folder / f"{name}.sqlite")
-        with sqlite3.connect(folder / f"{name}.sqlite") as db:
+        with contextlib.closing(sqlite3.connect(folder / f"{name}.sqlite")) as db, db:
             db.execute(statement)
         db.close()
     (folder / "cut.sqlite").write_bytes(whole.read_bytes()[:-40000])
@@ -468,7 +468,7 @@ def test_record_of_the_schema_before_is_read_and_continued(tmp_path: Path) -> No
     event = AlertEvent("hot", "logit_blowup", "query_head", "attn", 0, 1.0, 1.0, 0, "firing")
     with RecordWriter(path, run=RUN) as record:
         record.append(one_value(0, events=[event]))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         for column in ("metric", "now", "worst", "distance"):
             db.execute(f"ALTER TABLE event DROP COLUMN {column}")
         db.execute("ALTER TABLE segment DROP COLUMN firing")
@@ -483,3 +483,14 @@ def test_record_of_the_schema_before_is_read_and_continued(tmp_path: Path) -> No
     [present] = RunRecord.open(path).firing
     assert (present.value, present.now, present.worst, present.distance) == (1.0, 3.0, 4.0, 1.5)
     assert [each.metric for each in RunRecord.open(path).events] == ["", "query_rms"]
+
+
+def test_event_without_baseline_equals_its_copy(tmp_path: Path) -> None:
+    event = AlertEvent("dead", "dead_head", "query_head", "attn", 0, 0.0, math.nan, 3, "firing")
+    writer = RecordWriter(tmp_path / "run.sqlite", run={})
+    writer.append(Sample(3, {"key_rms": {"attn": torch.ones(1)}}, events=[event]))
+    writer.close()
+    [read] = RunRecord.open(writer.path).events
+    assert read == event
+    assert hash(read) == hash(event)
+    assert read != replace(event, value=1.0)

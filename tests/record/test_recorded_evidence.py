@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -49,7 +50,7 @@ def sample(step: int, *evidence: HeadEvidence) -> Sample:
 def test_an_alarm_takes_at_most_32_kib(tmp_path: Path) -> None:
     worst = evidence_of(3, token="\u4e16" * 24)
     path = write(tmp_path / "run.sqlite", sample(0, evidence_of(4, healthy=worst, token="\u4e16" * 24)))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         (size,) = db.execute("SELECT length(CAST(content AS BLOB)) FROM evidence").fetchone()
     assert 15_000 < size <= 2**15
     [found] = RunRecord.open(path).evidence
@@ -69,7 +70,7 @@ def test_only_samples_that_count_have_evidence(tmp_path: Path) -> None:
 
 def test_record_without_evidence_opens_and_continues(tmp_path: Path) -> None:
     path = write(tmp_path / "run.sqlite", sample(0))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         assert not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'evidence'").fetchone()
     assert RunRecord.open(path).evidence == []
     write(path, sample(1, evidence_of(1)))
@@ -78,7 +79,7 @@ def test_record_without_evidence_opens_and_continues(tmp_path: Path) -> None:
 
 def test_at_most_200_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "run.sqlite", *(sample(step, evidence_of(step)) for step in range(3)))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         for _ in range(9):
             db.execute("INSERT INTO evidence SELECT * FROM evidence")
     assert len(RunRecord.open(path).evidence) == 200
@@ -102,7 +103,7 @@ HOSTILE: dict[str, Any] = {
 @pytest.mark.parametrize("change", [*HOSTILE, "not JSON", "a bomb", "a blob", "scope", "head", "columns of the table"])
 def test_hostile_evidence_is_refused(change: str, tmp_path: Path) -> None:
     path = write(tmp_path / "run.sqlite", sample(0, evidence_of()))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         (content,) = db.execute("SELECT content FROM evidence").fetchone()
         if change in HOSTILE:
             content = json.dumps({**json.loads(content), **HOSTILE[change]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -110,7 +111,7 @@ def test_record_without_the_table_opens_and_continues(tmp_path: Path) -> None:
     path = tmp_path / "older.sqlite"
     with RecordWriter(path, run={}) as record:
         record.append(Sample(0, {"key_rms": {"h": torch.ones(2)}}))
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("DROP TABLE logged")
     db.close()
     assert RunRecord.open(path).logged == {}
