@@ -162,10 +162,14 @@ def _remove(path: Path) -> None:
 
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA trusted_schema = OFF")
-    # NORMAL cannot corrupt a write-ahead log; a power failure (not a kill) may lose the last samples.
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_BETWEEN_MERGES}")
+    try:  # what is no database is found out here
+        db.execute("PRAGMA trusted_schema = OFF")
+        # NORMAL cannot corrupt a write-ahead log; a power failure (not a kill) may lose the last samples.
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_PAGES_BETWEEN_MERGES}")
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
