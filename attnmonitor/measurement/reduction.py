@@ -38,10 +38,10 @@ from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction", "layer_heads"]
+__all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction", "layer_heads", "pending_limit"]
 
 LARGEST_BATCH = 2**27
-"""Pending layers are finished once they hold this many bytes."""
+"""Pending layers may hold this many bytes wherever they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,8 @@ class Reduction:
     def take(self, call: AttentionCall) -> None:
         """Reduce one layer's attention; its queries and keys can be freed afterwards."""
         # What the heads of the layer before write is known by now.
-        if sum(heads.nbytes for heads in self._pending.values()) > LARGEST_BATCH:
+        held = sum(heads.nbytes for heads in self._pending.values())
+        if held > LARGEST_BATCH and held > pending_limit(call.query.device):
             self._start()
         heads = None
         if self._takes(call.layer):
@@ -246,6 +247,19 @@ class Reduction:
         num_keys = num_positions(call.key, call.key_mask)
         at_once = values_at_once(call, self._metrics)
         return ReducedLayer(coverage, call.precision, call.rows.comparisons, num_keys, at_once, call.gained_bias)
+
+
+def pending_limit(device: torch.device) -> int:
+    """Bytes that pending layers may hold before they are finished.
+
+    On a GPU that is half of what torch's allocator holds and does not use, if this is more: finishing them in the
+    middle of the forward makes the host wait for their eigenproblems. After a training step the memory of its
+    activations is idle; the process does not grow by it.
+    """
+    if device.type != "cuda":
+        return LARGEST_BATCH
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(LARGEST_BATCH, idle // 2)
 
 
 def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:

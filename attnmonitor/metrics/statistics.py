@@ -240,7 +240,12 @@ def head_statistics(
     groups: dict[Hashable, list[int]] = {}
     for index, (layer, columns) in enumerate(zip(layers, per_layer, strict=True)):
         groups.setdefault((layer.kind, columns), []).append(index)
-    parts = [(group, part) for group in groups.values() for part in _parts([layers[index] for index in group])]
+    multiplications = sum(layer.shape.numel() * layer.shape[-1] for layer in layers)
+    device = layers[0].device if layers else torch.device("cpu")
+    num_cores = len(split_for_cores(sum(layer.num_sequences for layer in layers), multiplications, device))
+    parts = [
+        (group, part) for group in groups.values() for part in _parts([layers[index] for index in group], num_cores)
+    ]
 
     def measured(some: slice) -> Steps[list[HeadStatistics]]:
         found = []
@@ -250,8 +255,6 @@ def head_statistics(
             found.append((yield from each_step_in(partial(full_precision, joined.device), steps)))
         return found
 
-    multiplications = sum(layer.shape.numel() * layer.shape[-1] for layer in layers)
-    device = layers[0].device if layers else torch.device("cpu")
     split = split_for_cores(len(parts), multiplications, device)
     if len(split) == 1:
         measured_parts = yield from measured(split[0])
@@ -265,13 +268,18 @@ def head_statistics(
     return [found[index] for index in range(len(layers))]
 
 
-def _parts(group: Sequence[LayerHeads]) -> list[slice]:
-    """Sequences of layers of one shape to compute at a time, as slices of all of their sequences."""
+def _parts(group: Sequence[LayerHeads], num_cores: int) -> list[slice]:
+    """Sequences of layers of one shape to compute at a time, as slices of all of their sequences.
+
+    Of about one size, and as many for each core, so that none waits for another.
+    """
     _, num_heads, _, head_dim = group[0].shape
     count = len(group) * group[0].num_sequences
     size = count
     if group[0].device.type == "cpu":
-        size = max(1, _ENTRIES_AT_A_TIME // max(1, num_heads * head_dim**2))
+        most = max(1, _ENTRIES_AT_A_TIME // max(1, num_heads * head_dim**2))
+        for_each_core = -(-count // (most * num_cores))
+        size = -(-count // max(1, for_each_core * num_cores))
     return [slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))] or [slice(0, 0)]
 
 

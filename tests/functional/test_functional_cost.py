@@ -153,6 +153,14 @@ def test_launches_are_few_on_a_fake_gpu(monkeypatch):
         with CountLaunches("cuda") as at_the_end:
             reduction.finish()
             sent = collected(reduction, DEFAULT_METRICS)
+        # Layers that hold more than a batch wait for the end as well, in memory that the allocator has idle.
+        monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", 0)
+        for idle, is_pending in ((2**36, True), (0, False)):
+            monkeypatch.setattr("torch.cuda.memory_reserved", lambda device, idle=idle: idle)
+            reduction = Reduction(DEFAULT_METRICS, {}, strict=True)
+            with capture_attention(model, reduction.take, layouts=NoFacts()):
+                model(*heads)
+            assert bool(reduction.statistics) is not is_pending
     assert (counts["capture"] <= 20, counts["fields"] <= 26, counts["all"] <= 40) == (True, True, True), counts
     assert all(layer.has_written for layer in reduction.layers.values())
     assert at_the_end.launches <= 400

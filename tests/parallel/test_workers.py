@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from attnmonitor.functional import query_gram
+from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics
 from attnmonitor.parallel.workers import MIN_WORK_PER_THREAD, map_on_cores, split_for_cores
@@ -72,6 +75,19 @@ def test_forked_process_can_use_its_cores() -> None:
     if not child:  # no torch operation here: its own threads do not survive a fork
         os._exit(0 if map_on_cores(lambda part: part, range(3)) == [0, 1, 2] else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_each_core_gets_as_many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Counter[int] = Counter()
+
+    def counted(key: torch.Tensor, *mask: Any) -> Any:
+        found[threading.get_ident()] += len(key)
+        return key_gram(key, *mask)
+
+    monkeypatch.setattr("attnmonitor.metrics.statistics.key_gram", counted)
+    heads = torch.randn(4, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+    head_statistics([LayerHeads(heads, heads)] * 10, ["key_rms"])
+    assert sorted(found.values()) == [12, 14, 14]
 
 
 @pytest.mark.parametrize("padded", [False, True])
