@@ -257,9 +257,9 @@ class OptimizerSteps:
 
     def _sample_baseline(self, monitor: AttentionMonitor) -> None:
         """Sample before the first step, and not at attach: a state can be loaded in between."""
-        if monitor.global_step < 0 and _is_in_backward() and is_sharded(monitor.model):
+        if monitor.global_step >= 0 or (_is_in_backward() and is_sharded(monitor.model)):
             return
-        monitor.on_step(max(0, monitor.global_step))
+        monitor.on_step(0)
 
     def _close(self) -> None:
         """Count a step that is still open; warn if the model was trained by steps that torch did not see."""
