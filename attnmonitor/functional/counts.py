@@ -96,7 +96,9 @@ def leading_sums(queries: QueryGram, keys: KeyGram) -> tuple[Tensor, Tensor]:
     # From here on in units of the energy.
     scale = sizes[0] * sizes[1] / energy
     norms = [torch.linalg.matrix_norm(each).to(torch.float64) for each in (*short, product)]
+    # Float64 products of d terms err by d u of their factors' norms, here at most 1, and W enlarges that by its norm.
     error = 16 * head_dim * torch.finfo(torch.float64).eps / 2 * to_unit.square().sum((-2, -1)) * sizes[1] * scale
+    # A B in float32 errs by sqrt(d) u of the norms, five standard deviations, and by its rounded factors.
     of_product = (5 * head_dim**0.5 + 4) * torch.finfo(torch.float32).eps / 2 * norms[0] * norms[1]
     squares = (product * product.mT).sum((-2, -1), dtype=torch.float64)
     squares = (squares + of_product * (2 * norms[2] + of_product)) * scale.square()
