@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.pages.broad_models import Case, noise, tokens
+from benchmarks.pages.decoder_models import x_transformers_cases
 from benchmarks.pages.third_party_models import VOCABULARY, torchvision_optional
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
@@ -68,6 +69,27 @@ TIMM: list[tuple[str, int, dict[str, Any]]] = [
     ("fastvit_sa12", 64, {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32)}),
     ("repvit_m0_9", 64, {}),
     ("aimv2_large_patch14_224", 32, {"img_size": 32, "patch_size": 8, **VIT}),
+    ("tnt_s_legacy_patch16_224", 64, {"img_size": 64, "embed_dim": 32, "inner_dim": 16, "depth": 2, "num_heads_inner": 2, "num_heads_outer": 4}),
+    ("eca_halonext26ts", 256, {}),
+    ("sehalonet33ts", 256, {}),
+    ("eca_botnext26ts_256", 64, {"img_size": 64}),
+    ("vitamin_small_224", 64, {"img_size": 64}),
+    ("nextvit_small", 64, {}),
+    ("shvit_s1", 128, {}),
+    ("mobilenetv4_hybrid_medium", 64, {}),
+    ("mobilenetv5_base", 64, {}),
+    ("csatv2", 64, {}),
+    ("resnet50_clip", 64, {}),
+    ("vit_small_r26_s32_224", 64, {"img_size": 64, **VIT}),
+    ("coatnext_nano_rw_224", 64, {"img_size": 64}),
+    ("crossvit_9_dagger_240", 240, {}),
+    ("levit_conv_128s", 64, {"img_size": 64}),
+    *((name, 32, {"img_size": 32, "patch_size": 8, **VIT}) for name in (
+        "vit_medium_patch16_gap_240", "vit_dpwee_patch16_reg1_gap_256", "beitv2_base_patch16_224", "eva_giant_patch14_224",
+        "vit_base_patch16_rope_224", "vit_small_patch16_rope_mixed_224", "vit_pe_core_tiny_patch16_384",
+        "vit_small_patch16_dinov3", "vit_srelpos_medium_patch16_224", "vit_relpos_base_patch16_cls_224",
+        "vit_small_patch16_18x2_224", "vit_so150m_patch16_reg4_map_256", "flexivit_small",
+    )),
 ]  # fmt: skip
 
 WITHOUT_TIMM = (
@@ -75,6 +97,7 @@ WITHOUT_TIMM = (
     *("ghostnet_050", "poolformer_s12", "convformer_s18", "sequencer2d_s", "efficientnet_b0", "lcnet_035", "efficientvit_b0"),
     *("mambaout_femto", "inception_next_atto", "ecaresnet26t", "seresnet18", "focalnet_tiny_srf", "gernet_s", "mobilevitv2_050"),
     *("convmixer_1024_20_ks9_p14", "lambda_resnet26t", "starnet_s1", "skresnet18", "resnest14d"),
+    *("swiftformer_xs", "repvit_m1", "mambaout_kobe", "mobileone_s0", "fasternet_t0", "gcresnet33ts", "cs3darknet_m", "rdnet_tiny"),
 )  # fmt: skip
 """Models of timm without softmax attention between positions; some have modules that are called attention."""
 
@@ -90,58 +113,66 @@ def timm_case(name: str, size: int, settings: dict[str, Any]) -> Case:
     return Case(name, "timm", build)
 
 
-VIT_PYTORCH: dict[str, tuple[str, str, dict[str, Any], Callable[[], Any]]] = {}
+PLAIN: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_classes": 5,
+    "dim": 32,
+    "depth": 2,
+    "heads": 4,
+    "mlp_dim": 48,
+}
+PICTURE, VIDEO = (lambda: noise(2, 3, 32, 32)), (lambda: noise(2, 3, 4, 32, 32))
+VIT_PYTORCH: list[tuple[str, str, dict[str, Any], Callable[[], Any]]] = [
+    ("vit", "ViT", PLAIN, PICTURE),
+    ("simple_vit", "SimpleViT", PLAIN, PICTURE),
+    ("simple_vit_with_qk_norm", "SimpleViT", PLAIN, PICTURE),
+    ("simple_vit_with_register_tokens", "SimpleViT", PLAIN, PICTURE),
+    ("simple_vit_with_value_residual", "SimpleViT", PLAIN, PICTURE),
+    ("vit_for_small_dataset", "ViT", PLAIN, PICTURE),
+    ("vit_with_patch_merger", "ViT", {**PLAIN, "patch_merge_layer": 1, "patch_merge_num_tokens": 4}, PICTURE),
+    ("deepvit", "DeepViT", PLAIN, PICTURE),
+    ("parallel_vit", "ViT", PLAIN, PICTURE),
+    ("normalized_vit", "nViT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "dim_head": 8, "mlp_dim": 48}, PICTURE),
+    ("learnable_memory_vit", "ViT", PLAIN, PICTURE),
+    ("rvt", "RvT", PLAIN, PICTURE),
+    ("cait", "CaiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 1, "cls_depth": 1, "heads": 4, "mlp_dim": 48}, PICTURE),
+    ("xcit", "XCiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 1, "cls_depth": 1, "heads": 4, "mlp_dim": 48}, PICTURE),
+    ("cross_vit", "CrossViT", {"image_size": 32, "num_classes": 5, "depth": 1, "sm_dim": 32, "sm_patch_size": 8, "sm_enc_depth": 1, "sm_enc_heads": 4, "sm_enc_mlp_dim": 32, "sm_enc_dim_head": 8, "lg_dim": 32, "lg_patch_size": 16, "lg_enc_depth": 1, "lg_enc_heads": 4, "lg_enc_mlp_dim": 32, "lg_enc_dim_head": 8, "cross_attn_depth": 1, "cross_attn_heads": 4, "cross_attn_dim_head": 8}, PICTURE),
+    ("cct", "CCT", {"img_size": 32, "embedding_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 5, "n_conv_layers": 1}, PICTURE),
+    ("cvt", "CvT", {"num_classes": 5, "s1_emb_dim": 16, "s1_depth": 1, "s2_emb_dim": 32, "s2_heads": 2, "s2_depth": 1, "s3_emb_dim": 32, "s3_heads": 4, "s3_depth": 1}, lambda: noise(2, 3, 64, 64)),
+    ("nest", "NesT", {"image_size": 32, "patch_size": 4, "num_classes": 5, "dim": 16, "heads": 2, "num_hierarchies": 2, "block_repeats": 1}, PICTURE),
+    ("pit", "PiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": (1, 1), "heads": 4, "mlp_dim": 48}, PICTURE),
+    ("scalable_vit", "ScalableViT", {"num_classes": 5, "dim": 16, "heads": (2, 4), "depth": (1, 1), "ssa_dim_key": 8, "reduction_factor": (2, 1), "window_size": (4, None)}, lambda: noise(2, 3, 64, 64)),
+    ("max_vit", "MaxViT", {"num_classes": 5, "dim": 16, "dim_head": 8, "depth": (1,), "window_size": 4}, PICTURE),
+    ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [16, 16, 16], "channels": [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 16], "num_classes": 5}, lambda: noise(2, 3, 64, 64)),
+    ("twins_svt", "TwinsSVT", {"num_classes": 5, "s1_emb_dim": 16, "s1_depth": 1, "s1_local_patch_size": 4, "s1_global_k": 4, "s2_emb_dim": 16, "s2_depth": 1, "s2_local_patch_size": 4, "s2_global_k": 4, "s3_emb_dim": 16, "s3_depth": 1, "s3_local_patch_size": 2, "s3_global_k": 2, "s4_emb_dim": 16, "s4_depth": 1, "s4_local_patch_size": 1, "s4_global_k": 1}, lambda: noise(2, 3, 128, 128)),
+    ("t2t", "T2TViT", {"image_size": 32, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 48, "t2t_layers": ((7, 4), (3, 2))}, PICTURE),
+    ("levit", "LeViT", {"image_size": 64, "num_classes": 5, "dim": (16, 32), "depth": (1, 1), "heads": (2, 4), "mlp_mult": 2, "stages": 2, "dim_key": 8, "dim_value": 8}, lambda: noise(2, 3, 64, 64)),
+    ("simple_uvit", "SimpleUViT", PLAIN, PICTURE),
+    ("simple_vit_with_fft", "SimpleViT", {**PLAIN, "freq_patch_size": 8}, PICTURE),
+    ("simple_vit_with_hyper_connections", "SimpleViT", {**PLAIN, "num_residual_streams": 2}, PICTURE),
+    ("simple_vit_orthog_residual_update", "SimpleViT", PLAIN, PICTURE),
+    ("simple_vit_with_relative_proj_pos_bias", "SimpleViT", PLAIN, PICTURE),
+    ("simple_vit_with_specialized_cls", "SimpleViT", PLAIN, PICTURE),
+    ("jumbo_vit", "JumboViT", {**PLAIN, "num_jumbo_cls": 1, "jumbo_cls_k": 2, "jumbo_ff_mult": 2}, PICTURE),
+    ("vit_5", "ViT", PLAIN, PICTURE),
+    ("vit_with_decorr", "ViT", PLAIN, PICTURE),
+    ("vit_with_keel_post_ln", "ViT", PLAIN, PICTURE),
+    ("max_vit_with_registers", "MaxViT", {"num_classes": 5, "dim": 16, "dim_head": 8, "depth": (1,), "window_size": 4, "num_register_tokens": 2}, PICTURE),
+    ("na_vit", "NaViT", {**PLAIN, "token_dropout_prob": 0.0}, lambda: [[noise(3, 32, 32), noise(3, 16, 32)], [noise(3, 32, 16)]]),
+    ("mp3", "ViT", PLAIN, PICTURE),
+    ("ats_vit", "ViT", {**PLAIN, "max_tokens_per_depth": (8, 4)}, PICTURE),
+    ("simple_vit_1d", "SimpleViT", {"seq_len": 32, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 48}, lambda: noise(2, 3, 32)),
+    ("simple_vit_3d", "SimpleViT", {**PLAIN, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, VIDEO),
+    ("vivit", "ViT", {"image_size": 32, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "num_classes": 5, "dim": 32, "spatial_depth": 1, "temporal_depth": 1, "heads": 4, "mlp_dim": 48}, VIDEO),
+    ("vit_3d", "ViT", {**PLAIN, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, VIDEO),
+]  # fmt: skip
 
 
 def _vit_pytorch() -> Iterator[Case]:
     """Yield models of vit_pytorch: many arrangements of attention, each written by hand."""
-    plain: dict[str, Any] = {
-        "image_size": 32,
-        "patch_size": 8,
-        "num_classes": 5,
-        "dim": 32,
-        "depth": 2,
-        "heads": 4,
-        "mlp_dim": 48,
-    }
-    picture, video = (lambda: noise(2, 3, 32, 32)), (lambda: noise(2, 3, 4, 32, 32))
-    table: list[tuple[str, str, dict[str, Any], Callable[[], Any]]] = [
-        ("vit", "ViT", plain, picture),
-        ("simple_vit", "SimpleViT", plain, picture),
-        ("simple_vit_with_qk_norm", "SimpleViT", plain, picture),
-        ("simple_vit_with_register_tokens", "SimpleViT", plain, picture),
-        ("simple_vit_with_value_residual", "SimpleViT", plain, picture),
-        ("vit_for_small_dataset", "ViT", plain, picture),
-        ("vit_with_patch_merger", "ViT", {**plain, "patch_merge_layer": 1, "patch_merge_num_tokens": 4}, picture),
-        ("deepvit", "DeepViT", plain, picture),
-        ("parallel_vit", "ViT", plain, picture),
-        ("normalized_vit", "nViT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "dim_head": 8, "mlp_dim": 48}, picture),
-        ("learnable_memory_vit", "ViT", plain, picture),
-        ("local_vit", "LocalViT", plain, picture),
-        ("rvt", "RvT", plain, picture),
-        ("cait", "CaiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 1, "cls_depth": 1, "heads": 4, "mlp_dim": 48}, picture),
-        ("xcit", "XCiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 1, "cls_depth": 1, "heads": 4, "mlp_dim": 48}, picture),
-        ("cross_vit", "CrossViT", {"image_size": 32, "num_classes": 5, "depth": 1, "sm_dim": 32, "sm_patch_size": 8, "sm_enc_depth": 1, "sm_enc_heads": 4, "sm_enc_mlp_dim": 32, "sm_enc_dim_head": 8, "lg_dim": 32, "lg_patch_size": 16, "lg_enc_depth": 1, "lg_enc_heads": 4, "lg_enc_mlp_dim": 32, "lg_enc_dim_head": 8, "cross_attn_depth": 1, "cross_attn_heads": 4, "cross_attn_dim_head": 8}, picture),
-        ("cct", "CCT", {"img_size": 32, "embedding_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 5, "n_conv_layers": 1}, picture),
-        ("crossformer", "CrossFormer", {"dim": (16, 32), "depth": (1, 1), "global_window_size": (2, 2), "local_window_size": (2, 2), "cross_embed_kernel_sizes": ((4, 8), (2, 4)), "cross_embed_strides": (4, 2), "num_classes": 5}, picture),
-        ("cvt", "CvT", {"num_classes": 5, "s1_emb_dim": 16, "s1_depth": 1, "s2_emb_dim": 32, "s2_heads": 2, "s2_depth": 1, "s3_emb_dim": 32, "s3_heads": 4, "s3_depth": 1}, lambda: noise(2, 3, 64, 64)),
-        ("nest", "NesT", {"image_size": 32, "patch_size": 4, "num_classes": 5, "dim": 16, "heads": 2, "num_hierarchies": 2, "block_repeats": 1}, picture),
-        ("pit", "PiT", {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": (1, 1), "heads": 4, "mlp_dim": 48}, picture),
-        ("regionvit", "RegionViT", {"dim": (16, 32), "depth": (1, 1), "window_size": 4, "num_classes": 5}, lambda: noise(2, 3, 64, 64)),
-        ("scalable_vit", "ScalableViT", {"num_classes": 5, "dim": 16, "heads": (2, 4), "depth": (1, 1), "ssa_dim_key": 8, "reduction_factor": (2, 1), "window_size": (4, None)}, lambda: noise(2, 3, 64, 64)),
-        ("sep_vit", "SepViT", {"num_classes": 5, "dim": 16, "dim_head": 8, "heads": (1, 2), "depth": (1, 1), "window_size": 4}, lambda: noise(2, 3, 64, 64)),
-        ("max_vit", "MaxViT", {"num_classes": 5, "dim": 16, "dim_head": 8, "depth": (1,), "window_size": 4}, picture),
-        ("mobile_vit", "MobileViT", {"image_size": (64, 64), "dims": [16, 16, 16], "channels": [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 16], "num_classes": 5}, lambda: noise(2, 3, 64, 64)),
-        ("twins_svt", "TwinsSVT", {"num_classes": 5, "s1_emb_dim": 16, "s1_depth": 1, "s1_local_patch_size": 4, "s1_global_k": 4, "s2_emb_dim": 16, "s2_depth": 1, "s2_local_patch_size": 4, "s2_global_k": 4, "s3_emb_dim": 16, "s3_depth": 1, "s3_local_patch_size": 2, "s3_global_k": 2, "s4_emb_dim": 16, "s4_depth": 1, "s4_local_patch_size": 1, "s4_global_k": 1}, lambda: noise(2, 3, 128, 128)),
-        ("t2t", "T2TViT", {"image_size": 32, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 48, "t2t_layers": ((7, 4), (3, 2))}, picture),
-        ("levit", "LeViT", {"image_size": 64, "num_classes": 5, "dim": (16, 32), "depth": (1, 1), "heads": (2, 4), "mlp_mult": 2, "stages": 2, "dim_key": 8, "dim_value": 8}, lambda: noise(2, 3, 64, 64)),
-        ("ats_vit", "ViT", {**plain, "max_tokens_per_depth": (8, 4)}, picture),
-        ("simple_vit_1d", "SimpleViT", {"seq_len": 32, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 48}, lambda: noise(2, 3, 32)),
-        ("simple_vit_3d", "SimpleViT", {**plain, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, video),
-        ("vivit", "ViT", {"image_size": 32, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "num_classes": 5, "dim": 32, "spatial_depth": 1, "temporal_depth": 1, "heads": 4, "mlp_dim": 48}, video),
-        ("vit_3d", "ViT", {**plain, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, video),
-    ]  # fmt: skip
-    for module, name, settings, batch in table:
+    for module, name, settings, batch in VIT_PYTORCH:
 
         def build(module: str = module, name: str = name, settings: Any = settings, batch: Any = batch) -> Any:
             with torchvision_optional():
@@ -150,36 +181,6 @@ def _vit_pytorch() -> Iterator[Case]:
             return getattr(library, name)(**own), (batch(),)
 
         yield Case(f"{module}", "vit_pytorch", build)
-
-
-def _x_transformers() -> Iterator[Case]:
-    options: dict[str, dict[str, Any]] = {
-        "alibi": {"alibi_pos_bias": True, "alibi_num_heads": 4},
-        "rotary": {"rotary_pos_emb": True},
-        "relative bias": {"rel_pos_bias": True},
-        "dynamic bias": {"dynamic_pos_bias": True},
-        "one key head": {"attn_one_kv_head": True},
-        "memory keys": {"attn_num_mem_kv": 2},
-        "talking heads": {"attn_pre_talking_heads": True},
-        "soft-cap": {"attn_softclamp_logits": True},
-        "sandwich": {"sandwich_norm": True},
-        "xpos": {"rotary_xpos": True},
-        "macaron": {"macaron": True},
-        "gated values": {"attn_gate_values": True},
-        "sigmoid": {"attn_sigmoid": True},
-        "cog": {"attn_cog_signed": True},
-        "forgetting": {"attn_data_dependent_alibi": True},
-        "selective": {"attn_selective": True},
-    }
-    for name, settings in options.items():
-
-        def build(settings: dict[str, Any] = settings) -> Any:
-            library = importlib.import_module("x_transformers")
-            own = {"attn_flash": False, **settings}
-            layers = library.Decoder(dim=32, depth=2, heads=4, attn_dim_head=8, **own)
-            return library.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=32, attn_layers=layers), (tokens(),)
-
-        yield Case(f"x-transformers {name}", "x_transformers", build)
 
 
 def _diffusers() -> Iterator[Case]:
@@ -322,7 +323,7 @@ def library_cases() -> Iterator[Case]:
     """Yield the models that have softmax attention."""
     yield from (timm_case(*row) for row in TIMM)
     yield from _vit_pytorch()
-    yield from _x_transformers()
+    yield from x_transformers_cases()
     yield from _diffusers()
     yield from _torch_modules()
     yield Case("ESM-2", "esm", _esm)

@@ -26,6 +26,7 @@ from benchmarks.pages.agreement import Agreement, compared
 from benchmarks.pages.architectures import MATRIX_HEADING
 from benchmarks.pages.broad_libraries import library_cases, other_cases
 from benchmarks.pages.broad_models import Case, forward, transformers_cases
+from benchmarks.pages.detection_models import detection_cases
 
 RESULTS = Path(__file__).parents[1] / "results" / "matrix.json"
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -143,7 +144,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     found = saved()
-    for case in (each for part in (transformers_cases, library_cases, other_cases) for each in part()):
+    for case in (each for part in (transformers_cases, detection_cases, library_cases, other_cases) for each in part()):
         if not only or {case.name, case.library} & only:
             result = result_of(case)
             if result is None:

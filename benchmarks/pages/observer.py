@@ -109,7 +109,9 @@ class _Observer(TorchDispatchMode):
                 return None
             left, right = operands[-2:]
             if len(left) == 1 and (_storage(left) in self._constants or _storage(right) in self._constants):
-                return None  # a projection
+                products = frozenset().union(*(note.products for note in known))
+                is_mixing = bool(products) and output.numel() == self._num_entries(products)
+                return _Note(products, None, mixed=True) if is_mixing else None  # else a projection
             if known and any(note is not None for note in used):  # numbers of a product in another one
                 return _Note(frozenset().union(*(note.products for note in known)), mixed=True)
             self._products.append((left, right.mT))
@@ -122,14 +124,8 @@ class _Observer(TorchDispatchMode):
         if name in _MIXERS:
             # Only where heads are mixed, entry by entry of the L×L numbers: else it is a projection of what follows.
             is_small = operands[-1].shape[0] <= _FEW
-            entries = max(
-                (
-                    len(self._products[i][0]) * self._products[i][0].shape[1] * self._products[i][1].shape[1]
-                    for i in products
-                ),
-                default=0,
-            )
-            return _Note(products, softmax, True) if is_small and output.numel() == entries else None
+            is_mixing = is_small and output.numel() == self._num_entries(products)
+            return _Note(products, softmax, True) if is_mixing else None
         if name == "logsumexp":
             self._normalized |= products
             return None
@@ -142,6 +138,11 @@ class _Observer(TorchDispatchMode):
         ):
             return None
         return _Note(products, softmax, mixed)
+
+    def _num_entries(self, products: frozenset[int]) -> int:
+        """Return how many numbers the largest of some products has."""
+        operands = (self._products[each] for each in products)
+        return max((len(query) * query.shape[1] * key.shape[1] for query, key in operands), default=0)
 
     def _report(
         self, query: Tensor, key: Tensor, scale: float | None, weights: Tensor | None, *, mixed: bool = False

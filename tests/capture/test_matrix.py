@@ -6,9 +6,10 @@ import pytest
 
 from benchmarks.pages.broad_libraries import library_cases, other_cases
 from benchmarks.pages.broad_models import Case, transformers_cases
+from benchmarks.pages.detection_models import detection_cases
 from benchmarks.pages.matrix import problems, result_of, saved
 
-CASES = [*transformers_cases(), *library_cases(), *other_cases()]
+CASES = [*transformers_cases(), *detection_cases(), *library_cases(), *other_cases()]
 
 
 @pytest.mark.soak
