@@ -176,7 +176,12 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
             f"{what} is {value:.3g} ({signal:+.2f} from {others} in {FORMULA[leaf.reading].format(leaf.metric)}, "
             f"limit {limit:+.2f})"
         )
-    name = {"change": "change", "contrast": "against the other heads", "robust_z": "robust z"}[leaf.signal]
+    name = {
+        "change": "change",
+        "offset": "from the median head",
+        "contrast": "against the other heads",
+        "robust_z": "robust z",
+    }[leaf.signal]
     return (
         f"{what} is {value:.3g}, was {baseline:.3g} "
         f"({name} {signal:+.2f} in {FORMULA[leaf.reading].format(leaf.metric)}, limit {limit:+.2f}{caveat})"

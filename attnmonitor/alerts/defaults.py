@@ -20,28 +20,47 @@ __all__ = ["DEFAULT_RULES"]
 OWN_SHARE = 0.25
 """Share of a contrast that a head's own change must make up."""
 
+GRACE = 25
+"""Samples in which heads wake up, each in its own time: no head is named then, and no drift is measured from then."""
+
+
+LEAST_HEADS = 6
+"""From so many heads on, their median cancels what all share. With fewer there is only the head's own past."""
+
 
 def _apart_from_others(
-    metric: str, contrast: float, robust_z: float, reading: Reading = "log", *, window: int = 15, gap: int = 8
+    metric: str,
+    contrast: float,
+    robust_z: float,
+    reading: Reading = "log",
+    *,
+    offset: float | None = None,
+    window: int = 15,
+    gap: int = 8,
+    skip: int = 0,
 ) -> AllOf:
     """A head this far from the others, in the direction of the sign; it clears half way back.
 
-    It must have moved itself: where the others leave a head behind, the fault is theirs.
+    It must have moved itself: where the others leave a head behind, the fault is theirs. With ``offset`` it must also
+    have left the median head: one that comes from below and catches up has woken up, one that comes down has settled.
     """
     levels: dict[Signal, float] = {"contrast": contrast, "robust_z": robust_z, "change": OWN_SHARE * contrast}
+    if offset is not None:
+        levels["offset"] = offset
+    past = {"window": window, "gap": gap, "skip": skip}
     return AllOf(
         *(
-            Threshold(metric, signal, reading, fire_above=level, clear_below=level / 2, window=window, gap=gap)
+            Threshold(metric, signal, reading, fire_above=level, clear_below=level / 2, **past)
             if level > 0
-            else Threshold(metric, signal, reading, fire_below=level, clear_above=level / 2, window=window, gap=gap)
+            else Threshold(metric, signal, reading, fire_below=level, clear_above=level / 2, **past)
             for signal, level in levels.items()
         )
     )
 
 
-def _slow_drift(metric: str, contrast: float, robust_z: float) -> AllOf:
+def _slow_drift(metric: str, contrast: float, robust_z: float, offset: float) -> AllOf:
     """The same against a longer past: the short baseline follows a drift of a few percent per sample."""
-    return _apart_from_others(metric, contrast, robust_z, window=20, gap=40)
+    return _apart_from_others(metric, contrast, robust_z, offset=offset, window=20, gap=40, skip=GRACE)
 
 
 def _sudden_fall(reading: Reading, level: float) -> Threshold:
@@ -119,59 +138,79 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         # Queries that grow while their keys, or their overlap with them, shrink are no blowup: the logits must follow.
         AnyOf(
             AllOf(
-                _apart_from_others("query_rms", 0.55, 2.8),
+                _apart_from_others("query_rms", 0.55, 2.8, offset=0.2),
                 Threshold("energy_rms", fire_above=0.25, clear_below=0.1),
             ),
             AllOf(
-                _slow_drift("query_rms", 0.8, 4.0),
-                Threshold("energy_rms", fire_above=0.25, clear_below=0.1, window=20, gap=40),
+                _slow_drift("query_rms", 0.8, 4.0, offset=0.2),
+                Threshold("energy_rms", fire_above=0.25, clear_below=0.1, window=20, gap=40, skip=GRACE),
             ),
         ),
+        least_heads=LEAST_HEADS,
     ),
     Rule(
         "key_grown",
         "logit_blowup",
         "kv_head",
-        AnyOf(_apart_from_others("key_rms", 0.6, 2.8), _slow_drift("key_rms", 0.9, 4.0)),
+        AnyOf(_apart_from_others("key_rms", 0.6, 2.8, offset=0.2), _slow_drift("key_rms", 0.9, 4.0, offset=0.2)),
+        least_heads=LEAST_HEADS,
     ),
     # Queries and keys can also align with each other at constant size; energy fluctuates more, so it needs more.
-    Rule("energy_hot", "logit_blowup", "query_head", _apart_from_others("energy_rms", 1.3, 4.0)),
+    Rule(
+        "energy_hot",
+        "logit_blowup",
+        "query_head",
+        _apart_from_others("energy_rms", 1.3, 4.0, offset=0.2),
+        least_heads=LEAST_HEADS,
+    ),
     Rule(
         "query_faded",
         "dead_head",
         "query_head",
-        AnyOf(_apart_from_others("query_rms", -0.42, -2.2), _slow_drift("query_rms", -0.95, -4.0)),
+        AnyOf(
+            _apart_from_others("query_rms", -0.42, -2.2, offset=-0.1),
+            _slow_drift("query_rms", -0.95, -4.0, offset=-0.1),
+        ),
+        least_heads=LEAST_HEADS,
     ),
     Rule(
         "key_faded",
         "dead_head",
         "kv_head",
-        AnyOf(_apart_from_others("key_rms", -0.42, -2.5), _slow_drift("key_rms", -0.95, -4.0)),
+        AnyOf(
+            _apart_from_others("key_rms", -0.42, -2.5, offset=-0.1), _slow_drift("key_rms", -0.95, -4.0, offset=-0.1)
+        ),
+        least_heads=LEAST_HEADS,
     ),
-    Rule("energy_cold", "dead_head", "query_head", _apart_from_others("energy_rms", -1.0, -3.5)),
+    Rule(
+        "energy_cold",
+        "dead_head",
+        "query_head",
+        _apart_from_others("energy_rms", -1.0, -3.5, offset=-0.1),
+        least_heads=LEAST_HEADS,
+    ),
     Rule(
         "key_sink",
         "key_sink",
         "kv_head",
         AnyOf(
             _apart_from_others("key_leverage_max", -0.4, -2.2, "log_slack"),
-            _apart_from_others("key_incoherence", 0.4, 3.2),
+            # It jumps where the number of directions that hold 90 % of the keys changes by one.
+            _apart_from_others("key_incoherence", 0.4, 4.0),
+            # Each of the two fluctuates for its own reasons, a few dominant keys move both: lower levels for both.
+            AllOf(
+                _apart_from_others("key_leverage_max", -0.3, -1.5, "log_slack"),
+                _apart_from_others("key_incoherence", 0.2, 1.5),
+            ),
         ),
+        least_heads=LEAST_HEADS,
     ),
-    # Each of the two metrics fluctuates for its own reasons; a few dominant keys move both. Two metrics in one sample
-    # replace one metric in two samples, at lower levels and one sample earlier.
     Rule(
-        "key_takeover",
-        "key_sink",
+        "key_rank",
+        "rank_collapse",
         "kv_head",
-        AllOf(
-            _apart_from_others("key_leverage_max", -0.3, -1.5, "log_slack"),
-            _apart_from_others("key_incoherence", 0.2, 1.5),
-        ),
-        patience=1,
-    ),
-    Rule(
-        "key_rank", "rank_collapse", "kv_head", _apart_from_others("key_participation_ratio", -0.8, -5.0, "log_excess")
+        _apart_from_others("key_participation_ratio", -0.8, -5.0, "log_excess"),
+        least_heads=LEAST_HEADS,
     ),
     # Rotary positions spread keys of rank 1 over several directions: there only the weights show the collapse.
     Rule(
@@ -179,6 +218,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "rank_collapse",
         "query_head",
         Threshold("interaction_participation_ratio", "contrast", "log_excess", fire_below=-3.3, clear_above=-1.6),
+        least_heads=LEAST_HEADS,
         optional=True,
     ),
     # Logits that grow freeze the softmax of most heads, long before the loss tells.
@@ -204,14 +244,15 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         optional=True,
     ),
     # Healthy heads become sharp late, while they learn. The levels below are beyond what they reach in the best
-    # high-rate runs, so the rule may fire at any time and at any sampling rate.
+    # high-rate runs, so the rule may fire at any time and at any sampling rate. With QK-norm the keys of a young model
+    # become nearly equal for some steps, and few positions carry what is left: a share of 0.3 is healthy then.
     Rule(
         "broken_start",
         "broken_start",
         "run",
         AnyOf(
             Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
-            Threshold("key_norm_participation", "value", "identity", fire_below=0.4, clear_above=0.5, quantile=0.5),
+            Threshold("key_norm_participation", "value", "identity", fire_below=0.25, clear_above=0.35, quantile=0.5),
         ),
         grace=0,
     ),

@@ -65,7 +65,7 @@ class MetricPast:
         self.is_excluded = torch.empty(0, 0, dtype=torch.bool)
         self.seen = torch.zeros(0, dtype=torch.int64)
         self.is_measured = torch.zeros(0, dtype=torch.bool)
-        self._references: dict[tuple[str, int, int, int], Reference] = {}
+        self._references: dict[tuple[str, int, int, int, int], Reference] = {}
 
     def append(self, row: Tensor, is_measured: Tensor) -> None:
         """Add the present sample, (N,) each as `Heads.flatten` returns it; N may have grown."""
@@ -89,7 +89,7 @@ class MetricPast:
 
     def reference(self, threshold: Threshold, least_heads: int) -> Reference:
         """Return what the present sample is compared with; thresholds with the same window share one computation."""
-        key = (threshold.reading, threshold.window, threshold.gap, least_heads)
+        key = (threshold.reading, threshold.window, threshold.gap, threshold.skip, least_heads)
         if key not in self._references:
             self._references[key] = self._compute_reference(threshold, least_heads)
         return self._references[key]
@@ -100,6 +100,9 @@ class MetricPast:
         rows, is_excluded = apply_reading(threshold.reading, self.rows[before]), self.is_excluded[before]
         if not len(rows):
             return Reference.unknown(len(x))
+        if threshold.skip:
+            num_from_there = self.rows.isfinite().flip(0).cumsum(0).flip(0)
+            rows = rows.masked_fill((self.seen - num_from_there)[before] < threshold.skip, torch.nan)
         median = _median_of(rows, threshold.window)
         base = median
         if is_excluded.any():

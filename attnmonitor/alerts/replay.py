@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnmonitor.alerts.channels import judged_values
 from attnmonitor.alerts.defaults import DEFAULT_RULES
 from attnmonitor.alerts.firing import course_text
+from attnmonitor.alerts.judged import judged_values
 from attnmonitor.alerts.rule_set import Alerts
 from attnmonitor.alerts.rules import Rule
 from attnmonitor.messages import printable

@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 Scope = Literal["query_head", "kv_head", "layer", "run"]
-Signal = Literal["value", "peers", "change", "contrast", "robust_z", "non_finite"]
+Signal = Literal["value", "peers", "change", "offset", "contrast", "robust_z", "non_finite"]
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
 _SCOPES = ("query_head", "kv_head", "layer", "run")
-_SIGNALS = ("value", "peers", "change", "contrast", "robust_z", "non_finite")
+_SIGNALS = ("value", "peers", "change", "offset", "contrast", "robust_z", "non_finite")
 _READINGS = ("identity", "log", "log_slack", "log_excess")
 
 
@@ -50,9 +50,9 @@ class Threshold:
         metric: Name from `attnmonitor.metrics.catalog.METRICS`.
         signal: What is compared with the levels: ``"value"`` is x; ``"peers"`` is x minus that of its peers in the same
             sample, which for a head is the 75 % quantile of its layer, and for a layer the largest layer;
-            ``"change"`` is rel; ``"contrast"`` is rel minus its median over the heads of the model; ``"robust_z"`` is
-            the contrast over its robust spread, ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1
-            where the metric is NaN or infinite and 0 elsewhere.
+            ``"change"`` is rel; ``"offset"`` is x minus its median over the heads of the model, and ``"contrast"``
+            rel minus its median over them; ``"robust_z"`` is the contrast over its robust spread, ``1.4826 MAD + 0.1``
+            plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite and 0 elsewhere.
         reading: How x is computed from the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
             ``"log_excess"`` ln(m − 1). Ignored by ``"non_finite"``.
         fire_above: The condition holds above this level.
@@ -63,6 +63,7 @@ class Threshold:
         gap: Samples between the baseline's end and now.
         quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used; between two
             heads, the one that is further from firing.
+        skip: Samples at the beginning of a head's past that belong to no baseline.
     """
 
     metric: str
@@ -75,6 +76,7 @@ class Threshold:
     window: int = 15
     gap: int = 8
     quantile: float | None = None
+    skip: int = 0
 
     def check(self, scope: Scope) -> None:
         """Raise ValueError when the threshold cannot work in a rule of that scope."""
@@ -86,6 +88,7 @@ class Threshold:
         _check_levels(self)
         _make_whole(self, "window", 1)
         _make_whole(self, "gap", 1)
+        _make_whole(self, "skip", 0)
         if scope in ("layer", "run"):
             if self.quantile is None or not 0.0 <= self.quantile <= 1.0:
                 raise ValueError(f"quantile={self.quantile!r}: a rule of scope {scope!r} needs a quantile in [0, 1]")
@@ -116,7 +119,7 @@ class Threshold:
     @property
     def compares(self) -> bool:
         """Whether it compares heads with each other."""
-        return self.signal in ("contrast", "robust_z")
+        return self.signal in ("offset", "contrast", "robust_z")
 
 
 @dataclass(frozen=True)

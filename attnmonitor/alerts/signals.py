@@ -1,4 +1,4 @@
-"""The numbers that thresholds are put on: value, distance to the peers, change, contrast with other heads, robust z.
+"""The numbers that thresholds are put on: value, distance to the peers, change, offset, contrast, robust z.
 
 The contrast is what makes alerts usable. Warm-up, the learning rate and the data move all heads alike, so a head's
 change minus the *median change over all heads* cancels them, while a change of one head does not cancel. The price is
@@ -41,7 +41,7 @@ def evaluate(
         past: Samples of its metric, the present one last.
         frozen: Reference of the sample before.
         is_frozen: (N,) bool: heads with a pending or firing alarm, which keep ``frozen``.
-        least_heads: Heads needed for a comparison among heads; with fewer, the contrast is the change.
+        least_heads: Heads needed for a comparison among heads; with fewer, contrast and offset are the change.
 
     Returns:
         (N,) signal, NaN where unknown, and the `Reference` used.
@@ -58,6 +58,8 @@ def evaluate(
     change = x - reference.base
     if threshold.signal == "change":
         return change, reference
+    if threshold.signal == "offset":
+        return torch.where(reference.peers.isnan(), change, x - x.nanmedian()), reference
     shift = (x.nanmedian() - reference.peers).nan_to_num(nan=0.0)
     contrast = change - shift
     if threshold.signal == "contrast":

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from attnmonitor.alerts.actions import Actions, requests_of
-from attnmonitor.alerts.channels import judged_values
+from attnmonitor.alerts.judged import judged_values
 from attnmonitor.measurement import Measured
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import RankMeasurement

@@ -7,7 +7,7 @@ batch, and returns the batch to train on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,14 +108,19 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
+def low_rank_additions(model: nn.Module, projections: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Freeze a model but for low-rank additions to these projections, and return what is left to train."""
+    model.requires_grad_(requires_grad=False)
+    for projection in projections:
+        parametrize.register_parametrization(projection, "weight", LowRank(projection.weight))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def adapt_low_rank(run: Run, since: int, batch: Tensor) -> Tensor:
     """Train only low-rank additions to queries and values from the change on, on program text."""
     if since == 0:
-        run.model.requires_grad_(requires_grad=False)
-        for block in run.model.blocks:
-            for projection in (block.attention.query, block.attention.value):
-                parametrize.register_parametrization(projection, "weight", LowRank(projection.weight))
-        added = [p for p in run.model.parameters() if p.requires_grad]
+        layers = [block.attention for block in run.model.blocks]
+        added = low_rank_additions(run.model, [p for each in layers for p in (each.query, each.value)])
         run.optimizer = torch.optim.AdamW(added, lr=run.setting.learning_rate)
     return batch
 

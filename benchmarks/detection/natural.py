@@ -48,10 +48,14 @@ class Extent:
 
 SETS = {
     "dev": Extent((11, 12, 13), (11,), Shape(4, 4, 16, length=96), 400, 150, 100, (200, 200), 200, 500, 300),
-    "report": Extent(
+    "dev2": Extent(
         (5011, 5012, 5013), (5011, 5012, 5013), Shape(3, 6, 8, length=64), 300, 60, 40, (60, 120), 100, 350, 200
     ),
+    "report": Extent(
+        (7101, 7102, 7103), (7101, 7102, 7103), Shape(3, 4, 12, length=80), 300, 60, 40, (60, 120), 100, 350, 200
+    ),
 }
+"""A set is used for reporting only once: ``dev2`` was the reporting set of earlier rules."""
 SAMPLE_EVERY = 5
 LATE = 250
 BROKEN_WITHIN = 10  # samples, for what is wrong from the first step

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnmonitor.metrics.catalog import METRICS as CATALOG
+from attnmonitor.sample import LayerCoverage
 from benchmarks.detection.faults import Fault
 from benchmarks.detection.models import Layout, Shape
 
@@ -69,6 +70,11 @@ class Recording:
     def trajectories(self, metric: str) -> dict[str, NDArray[np.float32]]:
         """Return (num_samples, num_heads) per layer."""
         return self.values[metric]
+
+    @property
+    def coverage(self) -> dict[str, LayerCoverage]:
+        """What the rules need to know of each layer: the size of its heads."""
+        return {layer: LayerCoverage(layer, head_dim=self.setting.shape.head_dim) for layer in self.values["query_rms"]}
 
     @property
     def metrics(self) -> tuple[str, ...]:

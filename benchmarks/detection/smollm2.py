@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import DEFAULT_RULES
+from benchmarks.detection.changes import low_rank_additions
 from benchmarks.detection.document import publish, share, table
 from benchmarks.detection.faults import Fault, Injection
 from benchmarks.detection.models import Shape
@@ -37,7 +38,16 @@ PROBE_LENGTH = 256  # four keys per dimension of a head; with fewer no key can d
 ONSET = 30 * SAMPLE_EVERY
 RAMP_STEPS = 6 * SAMPLE_EVERY
 STEPS_OF_FAULT = 12 * SAMPLE_EVERY
-HEALTHY = Setting("smollm2", 0, 2e-5, Shape(30, 9, 64, length=LENGTH), warmup_steps=0, num_steps=240, batch_size=1)
+HEALTHY = Setting(
+    "smollm2",
+    0,
+    2e-5,
+    Shape(30, 9, 64, length=LENGTH),
+    warmup_steps=0,
+    num_steps=240,
+    batch_size=1,
+    sample_every=SAMPLE_EVERY,
+)
 """A usual learning rate; that of the second healthy run is ten times as high."""
 
 FAULTS = tuple(
@@ -58,6 +68,7 @@ class BreakableAttention:
 
     def __init__(self, attention: nn.Module, shape: Shape, num_kv_heads: int) -> None:
         self.query, self.key = attention.q_proj, attention.k_proj
+        self.value, self.output = attention.v_proj, attention.o_proj
         self.shape, self.num_kv_heads = shape, num_kv_heads
         self.extra_key: Tensor | None = None
         # Added before the rotation, which keeps norms: the key at that position grows as prescribed.
@@ -78,18 +89,35 @@ class BreakableAttention:
         """Return a view of the key projection of one KV head."""
         return self.slices("key", head)[0]
 
+    def weights_of(self, head: int) -> dict[str, list[Tensor]]:
+        """Return views of all weights of one query head and of the KV head it reads, by side."""
+        kv_head = head * self.num_kv_heads // self.shape.num_heads
+        columns = self.output.weight.data[:, head * self.shape.head_dim : (head + 1) * self.shape.head_dim]
+        of_side = {side: self.slices(side, kv_head) for side in ("key", "value")}
+        return {"query": self.slices("query", head), **of_side, "output": [columns]}
+
 
 class FineTuning:
-    """The model, its optimizer, and the samples so far."""
+    """The model, its optimizer, and the samples so far.
 
-    def __init__(self, setting: Setting) -> None:
+    Args:
+        setting: How it trains; with the change of low-rank fine-tuning only additions to queries and values.
+        metrics: What is measured.
+    """
+
+    def __init__(self, setting: Setting, metrics: Sequence[str] = (*METRICS, WEIGHT_METRIC)) -> None:
         self.setting = setting
         self.model, self.tokens = load_smollm2(length=PROBE_LENGTH, batch=10_000)
         self.model.train()
+        parameters = list(self.model.parameters())
+        if setting.change == "low-rank fine-tuning":
+            layers = [layer.self_attn for layer in self.model.model.layers]
+            parameters = low_rank_additions(self.model, [p for each in layers for p in (each.q_proj, each.v_proj)])
+        schedule = {"weights_every": 1} if WEIGHT_METRIC in metrics else {}
         self.monitor = AttentionMonitor(
-            self.model, self.tokens[:1], metrics=(*METRICS, WEIGHT_METRIC), weights_every=1, alerts=False, record=None
+            self.model, self.tokens[:1], metrics=metrics, alerts=False, record=None, **schedule
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=setting.learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(parameters, lr=setting.learning_rate, fused=True)
         self.samples: list[tuple[int, SampleValues]] = []
         self.loss: list[float] = []
         self.gradient_norm: list[float] = []
@@ -116,7 +144,7 @@ class FineTuning:
             if injection is not None:
                 with torch.no_grad():
                     injection.apply(step - fault.onset)
-            if step % SAMPLE_EVERY == 0:
+            if step % self.setting.sample_every == 0:
                 self.samples.append((step, self.monitor.sample(step).values))
         if injection is not None:
             injection.attention.hook.remove()
@@ -146,20 +174,26 @@ class FineTuning:
             self.optimizer.step()
 
 
-def recordings(setting: Setting, faults: tuple[Fault, ...], cache: Path) -> Iterator[Recording]:
+def recordings(
+    setting: Setting,
+    faults: tuple[Fault, ...],
+    cache: Path,
+    metrics: Sequence[str] = (*METRICS, WEIGHT_METRIC),
+) -> Iterator[Recording]:
     """Yield the healthy run and then one run per fault; what the cache does not hold is trained first."""
+    onset = faults[0].onset if faults else 0
     paths = {fault: cache / f"{cache_name(setting, fault)}.npz" for fault in (*faults, None)}
     missing = [fault for fault, path in paths.items() if not path.exists()]
     cache.mkdir(parents=True, exist_ok=True)
     if missing:
-        run = FineTuning(setting)
-        run.train(ONSET)
+        run = FineTuning(setting, metrics)
+        run.train(onset)
         at_onset = run.snapshot()
         for fault in missing:
-            recording = run.train(setting.num_steps if fault is None else ONSET + fault.num_steps, fault)
+            recording = run.train(setting.num_steps if fault is None else onset + fault.num_steps, fault)
             save(recording, paths[fault])
             print(f"recorded {'healthy' if fault is None else fault.kind}, {recording.seconds:.0f} s", flush=True)
-            run.restore(at_onset, ONSET)
+            run.restore(at_onset, onset)
         run.monitor.close()
     healthy = load(paths[None])
     yield healthy

@@ -99,14 +99,15 @@ def median(values) -> float:
 def signals(threshold: Threshold, rows, is_excluded, kept: Reference, is_kept, least_heads: int) -> list[float]:
     """The signal of every head, as the docstrings of `Threshold` and `Reference` define it."""
     x = [[READINGS[threshold.reading](m) if math.isfinite(m) else NAN for m in row] for row in rows.tolist()]
+    number = rows.isfinite().cumsum(0).tolist()  # of each sample with a value, from 1
     now, window = x[-1], slice(-threshold.window - threshold.gap, -threshold.gap)
     heads = range(len(now))
 
     def median_of_window(head: int, among: Callable[[bool], bool]) -> float:
         before = [
             row[head]
-            for row, excluded in zip(x[window], is_excluded[window].tolist(), strict=True)
-            if among(excluded[head])
+            for row, excluded, of_head in zip(x[window], is_excluded[window].tolist(), number[window], strict=True)
+            if among(excluded[head]) and of_head[head] > threshold.skip
         ]
         return median(before) if sum(not math.isnan(value) for value in before) >= threshold.window / 2 else NAN
 
@@ -125,16 +126,19 @@ def signals(threshold: Threshold, rows, is_excluded, kept: Reference, is_kept, l
         (0 if math.isnan(level) else spread) + abs(shift) / 3 + 0.1 for level, shift in zip(peers, moved, strict=True)
     ]
     z = [contrast[head] / spreads[head] for head in heads]
-    return {"value": now, "change": change, "contrast": contrast, "robust_z": z}[threshold.signal]
+    offset = [change[head] if math.isnan(peers[head]) else now[head] - median(now) for head in heads]
+    found = {"value": now, "change": change, "offset": offset, "contrast": contrast, "robust_z": z}
+    return found[threshold.signal]
 
 
-@pytest.mark.parametrize("signal", ["value", "change", "contrast", "robust_z"])
+@pytest.mark.parametrize("signal", ["value", "change", "offset", "contrast", "robust_z"])
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("least_heads", [5, 9, 10])
 def test_signals_match_definition_head_by_head(signal, reading, least_heads):
     generator = torch.Generator().manual_seed(least_heads)
-    threshold = Threshold("query_rms", signal, reading, fire_above=1.0, clear_below=0.5, window=5, gap=3)
-    for _ in range(20):
+    plain = Threshold("query_rms", signal, reading, fire_above=1.0, clear_below=0.5, window=5, gap=3)
+    for skip in [0, 5] * 10:
+        threshold = replace(plain, skip=skip)
         rows = 3 * torch.rand(11, 9, generator=generator)
         rows[torch.rand(11, 9, generator=generator) < 0.25] = NAN
         if least_heads > 5:
@@ -161,7 +165,8 @@ def test_references_are_not_shared_across_windows():
         past.append(row, ~nobody)
     healthy = torch.zeros(30, 9, dtype=torch.bool)
     first = Threshold("query_rms", "contrast", fire_above=1.0, clear_below=0.5, window=5, gap=3)
-    for other in (first, replace(first, window=9), replace(first, gap=7), replace(first, reading="log_excess")):
+    others = [replace(first, **{name: value}) for name, value in {"window": 9, "gap": 7, "skip": 24}.items()]
+    for other in (first, *others, replace(first, reading="log_excess")):
         for least_heads in (5, 10):
             found, _ = evaluate(other, past, frozen=unknown, is_frozen=nobody, least_heads=least_heads)
             expected = torch.tensor(signals(other, rows, healthy, unknown, nobody, least_heads))
@@ -204,7 +209,7 @@ def test_defaults_of_rule_fields_never_change() -> None:
     when = Threshold("query_rms", "change", fire_above=1.0, clear_below=0.5)
     assert when == Threshold(
         "query_rms", "change", "log", fire_above=1.0, clear_below=0.5, fire_below=None, clear_above=None,
-        window=15, gap=8, quantile=None,
+        window=15, gap=8, quantile=None, skip=0,
     )  # fmt: skip
     assert Rule("name", "kind", "query_head", when) == Rule(
         "name", "kind", "query_head", when, patience=2, grace=25, until=None, hold=10, least_heads=8,
@@ -215,7 +220,7 @@ def test_defaults_of_rule_fields_never_change() -> None:
 
 def test_depth_is_window_plus_gap_or_one() -> None:
     levels = {"fire_above": 1.0, "clear_below": 0.5}
-    for signal in ("change", "contrast", "robust_z"):
+    for signal in ("change", "offset", "contrast", "robust_z"):
         assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 7
     for signal in ("value", "non_finite"):
         assert Threshold("query_rms", signal, window=4, gap=3, **levels).depth == 1

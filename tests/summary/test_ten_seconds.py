@@ -72,7 +72,7 @@ def becomes_nan(index: int, values: Values) -> None:
 
 CASES = {
     "4 heads": Case(
-        1, 4, hotter(0, 2, 256.0), says=("1 head needs a look: layers.0 head 2 (logit blowup since step 400", "about 8")
+        1, 4, hotter(0, 2, 256.0), says=("1 head needs a look: layers.0 head 2 (logit blowup since step 400", "about 6")
     ),
     "4 heads in alarm": Case(1, 4, all_at_once, says=("so do 4 heads: layers.0 head 2 (logit blowup since step 320",)),
     "16 heads": Case(
