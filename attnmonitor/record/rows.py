@@ -99,8 +99,8 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
         "INSERT INTO sample VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, NULL)", (segment_id, sample.global_step, *sample.row)
     ).lastrowid
     db.execute(
-        "UPDATE sample SET superseded_by = ?1 WHERE superseded_by IS NULL AND global_step >= ?2 AND id <> ?1",
-        (sample_id, sample.global_step),
+        "UPDATE sample SET superseded_by = ? WHERE superseded_by IS NULL AND global_step >= ? AND id <> ?",
+        (sample_id, sample.global_step, sample_id),
     )
     for metric, layout, means, spreads in sample.values:
         db.execute("INSERT OR IGNORE INTO layout VALUES (NULL, ?)", (layout,))
@@ -111,9 +111,10 @@ def insert(db: sqlite3.Connection, segment_id: int, sample: EncodedSample) -> No
     events = [(sample_id, *event) for event in sample.events]
     db.executemany(f"INSERT INTO event (sample_id, {names}) VALUES (?, {slots})", events)
     insert_evidence(db, sample_id, sample.evidence)
-    db.execute("UPDATE segment SET firing = ?1 WHERE id = ?2 AND firing <> ?1", (sample.firing, segment_id))
+    db.execute("UPDATE segment SET firing = ? WHERE id = ? AND firing <> ?", (sample.firing, segment_id, sample.firing))
     if sample.coverage != "[]":
-        db.execute("UPDATE segment SET coverage = ?1 WHERE id = ?2 AND coverage <> ?1", (sample.coverage, segment_id))
+        changed = (sample.coverage, segment_id, sample.coverage)
+        db.execute("UPDATE segment SET coverage = ? WHERE id = ? AND coverage <> ?", changed)
 
 
 def insert_logged(db: sqlite3.Connection, segment_id: int, points: Iterable[tuple[int, str, float]]) -> None:
