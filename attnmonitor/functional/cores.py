@@ -40,7 +40,7 @@ class FieldCores:
     Attributes:
         core: M / size, ``(B, Hq, d, d)`` float32 or float64, its trace at most 1; NaN for a head whose queries or keys
             are not finite.
-        size: :math:`s^2 \|q\|_F^2 \|\tilde k\|_F^2`, ``(B, Hq)`` float64.
+        size: ``(B, Hq)`` float64: :math:`s^2 \|q\|_F^2 \|\tilde k\|_F^2`, or the trace of M where M was `rounded`.
         error: ``(B, Hq)`` float64: bound on the sum of absolute eigenvalue errors of M that rounding can have caused.
         margin: ``(B, Hq)`` float64: what rounding does not reach unless its errors conspire; at most ``error``.
         num_queries: Queries that are not padding, ``(B, 1)`` float64.
@@ -77,10 +77,14 @@ class FieldCores:
     def rounded(self, dtype: torch.dtype) -> FieldCores:
         """These float64 cores in another type, in which their eigenvalues will be computed."""
         unit, head_dim = torch.finfo(dtype).eps / 2, self.core.shape[-1]
+        # Beside |q| |k| a field may be smaller than float32 can hold; beside its own energy none is.
+        trace = self.core.diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace = torch.where(trace > 0, trace, 1)
         of_core = self.size * torch.linalg.matrix_norm(self.core)
         return replace(
             self,
-            core=self.core.to(dtype),
+            core=(self.core / trace[..., None, None]).to(dtype),
+            size=self.size * trace,
             error=self.error + 17 * unit * head_dim**1.5 * of_core,
             margin=self.margin + CAUTION * unit * head_dim**0.5 * self.energy,
         )
@@ -159,6 +163,8 @@ def field_cores(
     else:
         energy = size * core.diagonal(dim1=-2, dim2=-1).sum(-1).flatten(1)
         error = margin = likely_error(queries, keys, energy, scale=scale, cores_too=True)
+        # An entry below the least normal number may become 0; of both factors, and of d terms in each product.
+        margin.add_(size, alpha=queries.shape[-1] ** 4 * torch.finfo(torch.float32).tiny)
         if with_bound:
             error = size * _largest_error(queries, keys, gram, image, core)
             margin = torch.minimum(error, margin)

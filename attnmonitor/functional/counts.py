@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.cores import field_cores, likely_error
-from attnmonitor.functional.eigenvalues import symmetric_eigenvalues
+from attnmonitor.functional.eigenvalues import eigenvalues_of, symmetric_eigenvalues
 from attnmonitor.functional.key_basis import KeyGram
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.ranks import TIE, count_to_fraction, is_finite, is_unknown
@@ -66,7 +66,7 @@ def all_sums(queries: QueryGram, keys: KeyGram) -> tuple[Tensor, Tensor]:
     fields = field_cores(queries, keys, keys.cholesky_root(), scale=1.0, with_bound=False)
     energy = (fields.energy / fields.size)[..., None]
     finite = fields.core.masked_fill(is_unknown(energy)[..., None], 0)
-    eigenvalues = torch.linalg.eigvalsh(finite.flatten(0, 1)).flip(-1)
+    eigenvalues = eigenvalues_of(finite.flatten(0, 1)).flip(-1)
     sums = eigenvalues.view(*energy.shape[:2], -1).cumsum(-1, dtype=torch.float64) / energy
     slack = (fields.margin / fields.energy)[..., None] + 2 * TIE
     return sums - slack, sums + slack
@@ -88,7 +88,10 @@ def leading_sums(queries: QueryGram, keys: KeyGram) -> tuple[Tensor, Tensor]:
 
     image = key_gram @ basis
     second = gram @ image
-    to_unit = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(basis.mT @ image).L, identity, upper=False)
+    overlap = basis.mT @ image
+    to_unit = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(overlap).L, identity, upper=False)
+    # Of fields with fewer components than columns the overlap is singular, and what comes of it is no unit matrix.
+    deviation = torch.linalg.matrix_norm(to_unit @ overlap @ to_unit.mT - identity)
     energy = (gram.flatten(1)[:, None] @ key_gram.flatten(1)[..., None]).flatten()
     ritz, _ = symmetric_eigenvalues(to_unit @ (image.mT @ second) @ to_unit.mT / energy[:, None, None])
     of_images = (to_unit @ (second.mT @ (key_gram @ second)) * to_unit).sum((-2, -1)) / energy.square()
@@ -98,8 +101,11 @@ def leading_sums(queries: QueryGram, keys: KeyGram) -> tuple[Tensor, Tensor]:
     norms = [torch.linalg.matrix_norm(each).to(torch.float64) for each in (*short, product)]
     # Float64 products of d terms err by d u of their factors' norms, here at most 1, and W enlarges that by its norm.
     error = 16 * head_dim * torch.finfo(torch.float64).eps / 2 * to_unit.square().sum((-2, -1)) * sizes[1] * scale
-    # A B in float32 errs by sqrt(d) u of the norms, five standard deviations, and by its rounded factors.
-    of_product = (5 * head_dim**0.5 + 4) * torch.finfo(torch.float32).eps / 2 * norms[0] * norms[1]
+    error = error + deviation
+    # A B in float32 errs by sqrt(d) u of the norms, five standard deviations, by its rounded factors, and where it is
+    # too small for a normal number.
+    precision = torch.finfo(torch.float32)
+    of_product = (5 * head_dim**0.5 + 4) * precision.eps / 2 * norms[0] * norms[1] + 3 * head_dim**2 * precision.tiny
     squares = (product * product.mT).sum((-2, -1), dtype=torch.float64)
     squares = (squares + of_product * (2 * norms[2] + of_product)) * scale.square()
     of_ritz = ritz.square().sum(-1)

@@ -109,7 +109,7 @@ class Fields:
         found = yield from core_spectrum.steps(self.cores, method=method, target_rank=target_rank)
         if self._queries.query is None:
             return found
-        again = partial(core_spectrum, method=method, target_rank=target_rank)
+        again = partial(core_spectrum, method="exact")  # of the same number of components as what was found
         for compute in (lambda heads: again(self._in_float64(heads)), self._from_factors):
             heads = (~found.decided(fraction) & found.energy.isfinite()).nonzero()
             if not len(heads) or found.max_rank > found.variances.shape[-1]:

@@ -64,7 +64,7 @@ class EnergySpectrum(FieldMoments):
     @cached_property
     def stable_rank(self) -> Tensor:
         r"""Total over leading energy, :math:`T / \sigma_1^2`, ``(...)``; 0 for a zero field."""
-        return (self.energy / self.variances[..., 0]).masked_fill_(self.energy == 0, 0)
+        return (self.energy / self.variances[..., 0]).masked_fill_(self._is_zero, 0)
 
     def effective_rank(self, fraction: float = 0.9) -> Tensor:
         r"""Fewest components that hold a fraction of the variance.
@@ -117,7 +117,7 @@ class EnergySpectrum(FieldMoments):
         if self.margin is self.error:
             return self.certified(fraction)
         slack = self._slack(self.margin)
-        lower, upper = self._counted([self.sum_bounds + slack, self._sums - slack], fraction)
+        lower, upper = self._counted([self.sum_bounds + slack, self._sums - slack], fraction, slack)
         return (lower == upper) & self._is_unknown.logical_not()
 
     def replaced(self, heads: Tensor, others: EnergySpectrum) -> EnergySpectrum:
@@ -140,7 +140,7 @@ class EnergySpectrum(FieldMoments):
         stable, participation = self.stable_rank, self.participation_ratio
         of_trace = self._sums[..., -1] / self.energy
         ratios = torch.stack([2 - stable, stable / participation, participation / self.max_rank, of_trace])
-        return (ratios - 1).nan_to_num_(0, 0, 0).amax(0).clamp_min_(0).masked_fill_(self.energy == 0, 0)
+        return (ratios - 1).nan_to_num_(0, 0, 0).amax(0).clamp_min_(0).masked_fill_(self._is_zero, 0)
 
     def _bounds(self, fraction: float) -> tuple[Tensor, ...]:
         """Return lower and upper bounds of the effective rank, ``(...)`` each: without rounding errors, with them."""
@@ -148,17 +148,24 @@ class EnergySpectrum(FieldMoments):
         if fraction not in self._counts:
             slack, sums = self._slack(self.error), self._sums
             self._counts[fraction] = self._counted(
-                [self.sum_bounds, sums, self.sum_bounds + slack, sums - slack], fraction
+                [self.sum_bounds, sums, self.sum_bounds + slack, sums - slack], fraction, slack
             )
         return self._counts[fraction]
 
-    def _counted(self, sums: Sequence[Tensor], fraction: float) -> tuple[Tensor, ...]:
-        """Return how many components reach the fraction by each of the sums: upper bounds and lower ones, in turn."""
+    def _counted(self, sums: Sequence[Tensor], fraction: float, slack: Tensor) -> tuple[Tensor, ...]:
+        """Return how many components reach the fraction by each of the sums: upper bounds and lower ones, in turn.
+
+        A field of no energy has none, but where rounding may have hidden it (``slack``) the last count stays the most
+        that there can be.
+        """
         counts = count_to_fraction(torch.stack(list(sums)), self.energy, fraction)
         if (num_columns := self.variances.shape[-1]) < self.max_rank:
             upper = counts.unflatten(0, (-1, 2))[:, 1]
             upper.masked_fill_(upper > num_columns, self.max_rank)
-        return tuple(counts.clamp_max_(self.max_rank).masked_fill_(self.energy <= 0, 0).unbind())
+        counts.clamp_max_(self.max_rank)
+        counts[:-1].masked_fill_(self._is_zero, 0)
+        counts[-1].masked_fill_(slack[..., 0] == 0, 0)
+        return tuple(counts.unbind())
 
     def _slack(self, error: Tensor) -> Tensor:
         return torch.add(error, self.energy, alpha=2 * TIE)[..., None]
@@ -168,8 +175,12 @@ class EnergySpectrum(FieldMoments):
         return self.variances.cumsum(-1)
 
     @cached_property
+    def _is_zero(self) -> Tensor:
+        return self.energy == 0
+
+    @cached_property
     def _is_unknown(self) -> Tensor:
-        return is_unknown(self.energy + self.variances[..., 0])
+        return is_unknown(self.energy + self._sums[..., -1])
 
     def _or_nan(self, count: Tensor) -> Tensor:
         return count.to(self.energy.dtype).masked_fill_(self._is_unknown, torch.nan)

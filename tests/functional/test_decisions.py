@@ -172,6 +172,29 @@ def test_ranks_of_wide_heads_are_exact(decay):
     assert decided.all() if decay else not decided.any()
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
+def test_ranks_of_decaying_components_are_exact(head_dim):
+    """Queries and keys along the same axes, or one where the other is not: down to 1e-60 of the product of their sizes.
+
+    Eigenvalues of such fields fall fast, so triangular roots are near singular, and LAPACK's float32 solver gives up.
+    """
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.arange(head_dim, dtype=torch.float64)
+    for decay in (0.9, 0.7, 0.5, 0.3):
+        for at, mean in ((steps, 0.0), (steps.flip(0), 0.0), (steps, 10.0)):
+            query, key = (
+                (torch.randn(1, 2, 2 * head_dim, head_dim, generator=generator) * decay**power).float()
+                for power in (steps, at)
+            )
+            key = key + mean * torch.randn(1, 2, 1, head_dim, generator=generator)
+            centered = key.double() - key.double().mean(2, keepdim=True)
+            variances = torch.linalg.svdvals(query.double() @ centered.mT).square()
+            for fraction in (0.5, 0.9, 0.99):
+                expected = effective_rank(variances, fraction).double()
+                found = energy_effective_rank(query, key, fraction=fraction)
+                assert torch.equal(found, expected), (decay, mean, fraction)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_count_of_120000_is_wrong(family):
