@@ -73,12 +73,13 @@ def eigenvalues_of(matrices: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: Float64 matrices without a solution.
     """
+    found: Tensor
     try:
         found = torch.linalg.eigvalsh(matrices)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrices.dtype == torch.float64:
             raise
-        return torch.linalg.eigvalsh(matrices.to(torch.float64)).to(matrices.dtype)
+        found = torch.linalg.eigvalsh(matrices.to(torch.float64)).to(matrices.dtype)
     if matrices.dtype == torch.float64 or matrices.device.type != "cpu":  # elsewhere looking would be waiting
         return found
     missed = is_unknown(found).any(-1)
