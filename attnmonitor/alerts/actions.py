@@ -39,7 +39,8 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
             near = nearest(key, keys)
             hint = f"did you mean {near!r}? there are" if near else "there are"
             raise ValueError(f"actions: {key!r} is no rule and no fault kind; {hint} {', '.join(sorted(keys))}")
-        checked[key] = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+        is_one = callable(given) or isinstance(given, str) or not isinstance(given, Iterable)
+        checked[key] = (given,) if is_one else tuple(given)
         for action in checked[key]:
             if not callable(action) and action not in REQUESTS:
                 near = nearest(action, REQUESTS)
