@@ -39,8 +39,10 @@ def check_actions(actions: Mapping[str, Action | Sequence[Action]], rules: Itera
             near = nearest(key, keys)
             hint = f"did you mean {near!r}? there are" if near else "there are"
             raise ValueError(f"actions: {key!r} is no rule and no fault kind; {hint} {', '.join(sorted(keys))}")
-        is_one = callable(given) or isinstance(given, str) or not isinstance(given, Iterable)
-        checked[key] = (given,) if is_one else tuple(given)
+        if callable(given) or isinstance(given, str) or not isinstance(given, Iterable):
+            checked[key] = (given,)
+        else:
+            checked[key] = tuple(given)
         for action in checked[key]:
             if not callable(action) and action not in REQUESTS:
                 near = nearest(action, REQUESTS)
