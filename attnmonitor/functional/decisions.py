@@ -68,7 +68,9 @@ def effective_ranks(
                 ranks[sequence, head] = left.spectrum(fraction=fraction).effective_rank(fraction)[:, 0]
             return ranks
 
-    multiplications = query.numel() * query.shape[-1]
+    # A part with fewer than 2^26 multiplications takes longer in a thread of its own: the threads of whatever torch ran
+    # before still spin on the cores.
+    multiplications = query.numel() * query.shape[-1] // 16
     parts = split_for_cores(num_kv_heads, multiplications, query.device)
     return torch.cat(map_on_cores(of_key_heads, parts), 1)
 
