@@ -32,19 +32,13 @@ T = TypeVar("T")
 
 
 def check_keywords(settings: Mapping[str, Any]) -> None:
-    """Refuse unknown keywords and values at once, not only when training begins.
-
-    Raises:
-        TypeError: `AttentionMonitor` does not take a keyword; the message names the nearest that it takes.
-        ValueError: `AttentionMonitor` refuses a value.
-    """
+    """Raise TypeError where `AttentionMonitor` does not take a keyword, and name the nearest that it takes."""
     known = [*inspect.signature(AttentionMonitor).parameters, "every_n_steps"]
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[2:])}"
             raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
-    check_settings(**settings)
 
 
 class FrameworkCallback:
@@ -66,7 +60,8 @@ class FrameworkCallback:
         name: str | None = None,
         **settings: Any,
     ) -> None:
-        check_keywords({**settings, "loggers": loggers, "forward": forward, "name": name})
+        check_keywords(settings)
+        check_settings(loggers=loggers, forward=forward, name=name, **settings)  # not only when training begins
         self.monitor: AttentionMonitor | None = None
         self._exchange: Exchange | None = None
         self._probe = probe

@@ -12,17 +12,13 @@ healthy heads reach the extremes of all of them.
 
 from __future__ import annotations
 
-from attnmonitor.alerts.rules import AllOf, AnyOf, FiringShare, Reading, Rule, Signal, Threshold
+from attnmonitor.alerts.rules import GRACE, AllOf, AnyOf, FiringShare, Reading, Rule, Signal, Threshold
 
 __all__ = ["DEFAULT_RULES"]
 
 
 OWN_SHARE = 0.25
 """Share of a contrast that a head's own change must make up."""
-
-GRACE = 25
-"""Samples in which heads wake up, each in its own time: no head is named then, and no drift is measured from then."""
-
 
 LEAST_HEADS = 6
 """From so many heads on, their median cancels what all share. With fewer there is only the head's own past."""

@@ -37,6 +37,9 @@ Scope = Literal["query_head", "kv_head", "layer", "run"]
 Signal = Literal["value", "peers", "change", "offset", "contrast", "robust_z", "non_finite"]
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
+GRACE = 25
+"""Samples in which heads wake up, each in its own time: no head is named then, and no drift is measured from then."""
+
 _SCOPES = ("query_head", "kv_head", "layer", "run")
 _SIGNALS = ("value", "peers", "change", "offset", "contrast", "robust_z", "non_finite")
 _READINGS = ("identity", "log", "log_slack", "log_excess")
@@ -208,7 +211,7 @@ class Rule:
     scope: Scope
     when: Condition
     patience: int = 2
-    grace: int = 25
+    grace: int = GRACE
     until: int | None = None
     hold: int = 10
     least_heads: int = 8

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from attnmonitor.metrics.catalog import DEFAULT_METRICS, METRICS
 from attnmonitor.record import RecordWriter
 from attnmonitor.report import write_report
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from benchmarks.browser import chromium
 
 LAYERS, HEADS, GROUP = 32, 32, 4
 CHOOSE = """
@@ -56,26 +55,9 @@ def samples(count: int) -> Iterator[Sample]:
         yield Sample(10 * step, values, {}, coverage, events=events, seconds=0.2)
 
 
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser without a window."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield browser
-    finally:
-        browser.quit()
-
-
 def measure(page: Path) -> dict[str, Any]:
     """Open the page, choose heads, and return times in seconds and what the console and the network said."""
-    with chromium() as browser:
+    with chromium(1400, 1000) as browser:
         browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
 
         def cpu_time() -> float:
@@ -110,7 +92,7 @@ def live_delays(path: Path, record: RecordWriter, more: Iterator[Sample]) -> lis
     command = [sys.executable, "-m", "attnmonitor", "report", str(path), "--live", "--port", "0"]
     server, delays = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), []
     try:
-        with chromium() as browser:
+        with chromium(1400, 1000) as browser:
             browser.get(server.stdout.readline().strip() if server.stdout else "")
             for sample in more:
                 time.sleep(5)

@@ -9,10 +9,7 @@ charts for W&B are drawn by Plotly in Chromium, as W&B's page does; that needs c
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from attnmonitor.metrics.catalog import WEIGHT_METRICS
 from attnmonitor.plots import bands, heatmap, spectrum, trajectories
 from attnmonitor.report import write_report
 from attnmonitor.report.charts import Chart, layers_chart, model_chart, rank_chart
+from benchmarks.browser import chromium
 
 NUM_STEPS, BROKEN_FROM, EVERY = 400, 280, 5
 LAYER, HEAD = 2, 1
@@ -97,18 +95,6 @@ def draw(name: str, monitor: AttentionMonitor, samples: list[Sample], browser: w
     photograph(rank_chart(history), IMAGES / f"chart-ranks-{name}.png", browser)
 
 
-@contextmanager
-def chromium() -> Iterator[webdriver.Chrome]:
-    """Start a browser without a window."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=800,600"):
-        options.add_argument(argument)
-    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield running
-    running.quit()
-
-
 def photograph(chart: Chart, path: Path, browser: webdriver.Chrome) -> None:
     """Draw a chart in a browser and save its picture, in the size of a panel."""
     with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as page:
@@ -147,7 +133,7 @@ def draw_spectrum() -> None:
 
 if __name__ == "__main__":
     IMAGES.mkdir(parents=True, exist_ok=True)
-    with chromium() as browser:
+    with chromium(800, 600) as browser:
         draw("healthy", *trained(broken=False), browser)
         with tempfile.TemporaryDirectory() as folder:
             record = Path(folder) / "run.sqlite"
