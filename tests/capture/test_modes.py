@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -385,8 +384,6 @@ def test_cross_attention_queries_have_the_decoder_padding() -> None:
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "vit", "matmul", "einsum bthd", "baddbmm (B·H, L, d)"])
 def test_second_sample_creates_no_tensor_on_another_device(name: str) -> None:
     """On the meta device, a tensor made on the host raises a device mismatch, and reading a value fails."""
-    if name == "falcon" and importlib.metadata.version("transformers").startswith("4."):
-        pytest.skip("transformers 4: its rotary embedding asks for autocast on the meta device, which has none")
     (architecture,) = (each for each in ALL if each.name == name)
     layouts: Layouts = {}
     here: list[AttentionCall] = []
@@ -396,8 +393,13 @@ def test_second_sample_creates_no_tensor_on_another_device(name: str) -> None:
         model(**architecture.inputs(False))
     inputs = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in architecture.inputs(False).items()}
     model.to("meta")
-    with torch.no_grad(), torch.device("meta"), capture_attention(model, there.append, layouts=layouts):
-        model(**inputs)
+    with torch.no_grad(), torch.device("meta"):
+        try:
+            model(**inputs)
+        except RuntimeError as error:  # Falcon's, in transformers 4 (autocast) and 5.24 (a value of its mask)
+            pytest.skip(f"the model does not run on the meta device: {error}")
+        with capture_attention(model, there.append, layouts=layouts):
+            model(**inputs)
     for real, empty in zip(here, there, strict=True):
         assert empty.query.device.type == empty.error.device.type == "meta"
         assert (empty.query.shape, empty.key.shape, empty.scale) == (real.query.shape, real.key.shape, real.scale)
