@@ -157,6 +157,7 @@ VIT_PYTORCH: list[tuple[str, str, dict[str, Any], Callable[[], Any]]] = [
     ("simple_vit_with_specialized_cls", "SimpleViT", PLAIN, PICTURE),
     ("jumbo_vit", "JumboViT", {**PLAIN, "num_jumbo_cls": 1, "jumbo_cls_k": 2, "jumbo_ff_mult": 2}, PICTURE),
     ("vit_5", "ViT", PLAIN, PICTURE),
+    ("look_vit", "LookViT", {"dim": 32, "image_size": 48, "num_classes": 5, "depth": 2, "patch_size": 16, "highres_patch_size": 8, "heads": 4, "dim_head": 8, "cross_attn_heads": 4, "cross_attn_dim_head": 8}, lambda: noise(2, 3, 48, 48)),
     ("vit_with_decorr", "ViT", PLAIN, PICTURE),
     ("vit_with_keel_post_ln", "ViT", PLAIN, PICTURE),
     ("max_vit_with_registers", "MaxViT", {"num_classes": 5, "dim": 16, "dim_head": 8, "depth": (1,), "window_size": 4, "num_register_tokens": 2}, PICTURE),

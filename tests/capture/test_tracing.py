@@ -145,6 +145,48 @@ def test_unseen_attention_is_missed_by_name() -> None:
     }
 
 
+REUSES = {
+    "logits": lambda logits, weights: logits.softmax(-1),
+    "scaled logits": lambda logits, weights: (2 * logits).softmax(-1),
+    "weights": lambda logits, weights: weights,
+    "exchanged": lambda logits, weights: logits.mT.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("reuse", REUSES.values(), ids=REUSES)
+def test_layer_that_attends_by_another_layers_product_is_named(reuse: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.query(x) @ x.mT
+            weights = logits.softmax(-1)
+            return logits, weights, weights @ self.value(x)
+
+    class Borrower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, logits: Tensor, weights: Tensor) -> Tensor:
+            return reuse(logits, weights) @ self.value(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.owner, self.borrower = Owner(), Borrower()
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits, weights, written = self.owner(x)
+            return self.borrower(x + written, logits, weights)
+
+    result = captured(Model(), x=hidden())
+    assert [call.layer for call in result.calls] == ["owner"]
+    assert result.missed == {"borrower": "it attends by the queries and keys of owner and has none of its own"}
+
+
 @pytest.mark.parametrize("attend", [slot_attention, two_products], ids=lambda attend: attend.__name__)
 def test_ambiguous_attention_is_missed_with_a_reason(attend: Callable[..., Tensor]) -> None:
     result = captured(HandWritten(attend), x=hidden())

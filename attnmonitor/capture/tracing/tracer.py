@@ -149,6 +149,8 @@ class Tracer:
             if trace is not None:
                 if trace.stage != "after" or trace.logged or trace.origin.values_reached:
                     self._end(trace, name)
+                    if trace.origin.values_reached and product.contracted == {axes[trace.key_axis]}:
+                        self._note_reuse(trace, other, output)
                     return
                 if trace.ambiguity:
                     self._missed(trace.origin.layer, trace.ambiguity)
@@ -169,6 +171,24 @@ class Tracer:
             trace = replace(self._operations.add_input(trace, call), calls=(call,))
         if trace is not None:
             self._traces.put(output, trace)
+
+    def _note_reuse(self, trace: Trace, values: Tensor, output: Tensor) -> None:
+        """Note that a layer weights values by what another layer computed from its own queries and keys."""
+        origin, is_rollout = trace.origin, self._traces.get(values) is not None  # a product of two layers' weights
+        if is_rollout or self._is_running(origin):
+            return
+        if self._ancestries is not None and origin.made_of is not None:
+            self._ancestries.attend(output, origin.made_of.query)
+        layer = self._frames.current_layer()[0]
+        self._missed(layer, f"it attends by the queries and keys of {origin.layer} and has none of its own")
+
+    def _is_running(self, origin: Origin) -> bool:
+        """Return whether the running layer is the one that computed a product, or is inside or around it."""
+        running = self._frames.current_layer()[1]
+        if running is None or origin.frame is None:
+            return True
+        one, other = running.module, origin.frame.module
+        return one in other.modules() or other in one.modules()
 
     def observe_other(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note that logits or weights went into a function that is not followed."""
@@ -262,6 +282,8 @@ class Tracer:
         mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
         for call in trace.calls:
             mirrored = mirrored and self._follow[call.name](mirrored, call)
+        if mirrored and not self._is_running(origin):
+            mirrored.origin.values_reached = origin.values_reached
         return mirrored and replace(mirrored, calls=trace.calls, ambiguity=trace.ambiguity)
 
     def _key_before_repetition(
