@@ -98,10 +98,15 @@ class Lead:
 
     def values(self, value: Tensor) -> Tensor | None:
         """Return values ``(*lead, Lk, dv)``, also of fewer heads or shared, as ``(B, Hv, Lk, dv)``; None if unclear."""
-        own = value.shape[:-2]
+        own = list(value.shape[:-2])
         if math.prod(own) == math.prod(self.sizes):
             return self.split(value)
-        fewer = self.resized(own, heads=True)
+        lead = self
+        if len(own) > len(self.axes):  # the code has unfolded an axis of sequences and heads since
+            lead = Lead(tuple((factor,) for factor in self._factors))
+            while len(own) > len(lead.axes) and 1 in own:
+                own.remove(1)
+        fewer = lead.resized(own, heads=True)
         if fewer is not None:
             return fewer.split(value)
         broadcast = len(own) == len(self.axes) and all(a in (1, b) for a, b in zip(own, self.sizes, strict=True))

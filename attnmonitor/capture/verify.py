@@ -69,7 +69,7 @@ class Comparison:
     """Rows of a layer's output, to be compared when there is time: the layers of a model in one batch.
 
     Attributes:
-        expected: As rebuilt, in the code's layout; NaN in a row that sees no key.
+        expected: As rebuilt, in the code's layout; NaN in a row that sees no key. What is not finite is not compared.
         actual: As the layer computed them, of the same shape.
     """
 
@@ -97,7 +97,7 @@ def _deviations(comparisons: Sequence[Comparison]) -> list[Tensor]:
     for group in groups.values():
         expected = torch.stack([comparisons[index].expected for index in group]).flatten(1)
         actual = torch.stack([comparisons[index].actual for index in group]).flatten(1).to(expected.dtype)
-        left_out = expected.isnan()
+        left_out = (expected - expected).isnan()  # in fewer launches than by isfinite
         gap, size = torch.stack([expected - actual, actual]).masked_fill_(left_out, 0.0).abs_().amax(-1).unbind()
         relative = gap / size.clamp_min(torch.finfo(size.dtype).tiny)
         found |= zip(group, relative.float().unbind(), strict=True)

@@ -188,11 +188,12 @@ def row_logits(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     past = num_keys - query.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
 
     def rows(indices: Tensor) -> Tensor:
         with full_precision(query.device):
-            grouped = query[:, :, indices].float().unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
-            logits: Tensor = scale * (grouped @ key.float().mT)  # (B, Hkv, G·R, Lk): keys are not repeated
+            grouped = query[:, :, indices].to(dtype).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+            logits: Tensor = scale * (grouped @ key.to(dtype).mT)  # (B, Hkv, G·R, Lk): keys are not repeated
             logits = logits.unflatten(2, (-1, len(indices))).flatten(1, 2)
         if mask is not None:
             logits = torch.where(mask[:, None, None], logits, -torch.inf)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnmonitor.functional.attention import row_logits
 from attnmonitor.functional.checks import check_heads, query_padding
-from attnmonitor.functional.precision import full_precision
-from attnmonitor.functional.row_statistics import CHECKED_STATISTICS, CheckedRows, row_norms
+from attnmonitor.functional.precision import full_precision, norms_of
+from attnmonitor.functional.row_statistics import CHECKED_STATISTICS, CheckedRows
 
 __all__ = ["attention_tau", "head_similarity", "output_rms", "output_share"]
 
@@ -106,7 +106,7 @@ def output_rms(
         num_rows: How many rows to read, evenly spaced.
 
     Returns:
-        ``(B, Hq)`` float32; NaN for a sequence with none of the rows and for a head that is not finite.
+        ``(B, Hq)`` float64; NaN for a sequence with none of the rows and for a head that is not finite.
 
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.
@@ -147,7 +147,7 @@ def output_share(
         num_rows: How many rows to read, evenly spaced.
 
     Returns:
-        ``(B, Hq)`` float32; NaN where `output_rms` is, and where no head writes anything.
+        ``(B, Hq)`` float64; NaN where `output_rms` is, and where no head writes anything.
 
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.
@@ -170,7 +170,7 @@ def projected_rows(query: Tensor, key: Tensor, value: Tensor, projection: Tensor
         )
     with full_precision(rows.output.device):
         by_head = projection.to(rows.output.dtype).unflatten(1, (num_heads, head_dim))
-        return replace(rows, written=row_norms(torch.einsum("bhrc,nhc->bhrn", rows.output, by_head)))
+        return replace(rows, written=norms_of(torch.einsum("bhrc,nhc->bhrn", rows.output, by_head)))
 
 
 def head_similarity(
@@ -195,7 +195,7 @@ def head_similarity(
         num_rows: How many rows to read, evenly spaced.
 
     Returns:
-        ``(B, Hq)`` float32; NaN for a zero field, for a head that is not finite, and where no other head has a field.
+        ``(B, Hq)`` float64; NaN for a zero field, for a head that is not finite, and where no other head has a field.
 
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.
@@ -231,7 +231,7 @@ def attention_tau(
         num_rows: How many rows to read, evenly spaced.
 
     Returns:
-        ``(B, Hq)`` float32; NaN for a sequence without a row that sees 8 keys and for a head that is not finite.
+        ``(B, Hq)`` float64; NaN for a sequence without a row that sees 8 keys and for a head that is not finite.
 
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnmonitor.parallel.threads import ProcessSetting
 
-__all__ = ["Rounding", "fits_float32", "full_precision", "gram_of", "is_short", "position_blocks"]
+__all__ = ["Rounding", "fits_float32", "full_precision", "gram_of", "is_short", "norms_of", "position_blocks"]
 
 # 2^18 float64 entries are 2 MiB, a CPU core's second-level cache: one third faster there than the whole tensor at once
 # (9 heads × 4 sequences × 512 positions × 64). A GPU prefers few launches.
@@ -128,6 +128,20 @@ def fits_float32(energy: Tensor) -> Tensor:
     """Whether no product in float32 overflowed, and none that matters vanished, ``(...)`` bool; False for NaN."""
     # Entries below 2^-75 vanish when squared: of 2^30 positions they are less than 2^-100 of this energy.
     return (energy > 2.0**-40) & (energy < 2.0**120)
+
+
+def norms_of(vectors: Tensor) -> Tensor:
+    """Norms along the last axis, ``(..., n) -> (...)`` float64, also where float32 cannot hold their squares."""
+    in_float32 = is_short(vectors)
+    dtype = torch.float32 if in_float32 else torch.float64
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
+    if not in_float32:
+        return norms
+    again = ((norms > 2.0**-50) & (norms < 2.0**60)).logical_not_()
+    norms = norms.to(torch.float64)
+    if again.any():
+        norms[again] = torch.linalg.vector_norm(vectors[again], dim=-1, dtype=torch.float64)
+    return norms
 
 
 def _float32_terms(heads: Tensor) -> int:

@@ -12,16 +12,16 @@ Letters: B sequences, Hq query heads, Lk keys, R rows, dv size of a value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from attnmonitor.functional.precision import full_precision
-from attnmonitor.functional.ranks import is_unknown
+from attnmonitor.functional.precision import fits_float32, full_precision, is_short, norms_of
+from attnmonitor.functional.ranks import nan_unless_finite
 
-__all__ = ["CHECKED_STATISTICS", "CheckedRows", "CheckedStatistic", "row_norms"]
+__all__ = ["CHECKED_STATISTICS", "CheckedRows", "CheckedStatistic"]
 
 _LEAST_KEYS = 8  # of fewer logits the spread says little
 _NOISE = 4 * torch.finfo(torch.float32).eps
@@ -107,11 +107,10 @@ class CheckedRows:
 
         NaN where it is not finite; without one that is not known.
         """
-        norms = {"output": None if self.output is None else row_norms(self.output), "written": self.written}
+        norms = {"output": None if self.output is None else norms_of(self.output), "written": self.written}
         known = {name: norm for name, norm in norms.items() if norm is not None}
         energies = torch.stack(list(known.values())).square_().masked_fill_(self.num_seen == 0, 0)
-        means = energies.sum(-1) / self.num_seeing
-        means.masked_fill_(is_unknown(means), torch.nan)
+        means = nan_unless_finite(energies.sum(-1) / self.num_seeing)
         return dict(zip(known, means.unbind(), strict=True))
 
 
@@ -130,8 +129,8 @@ class CheckedStatistic:
     reads: str = "logits"
 
     def __call__(self, rows: CheckedRows) -> Tensor:
-        """One value per head, ``(B, Hq)`` float32; NaN where a sequence has none of the rows."""
-        return self.formula(rows).to(torch.float32)
+        """One value per head, ``(B, Hq)`` float64; NaN where a sequence has none of the rows."""
+        return self.formula(rows)
 
     def counted(self, rows: CheckedRows) -> Tensor:
         """Sequences that have a value, ``(B, Hq)`` bool."""
@@ -149,10 +148,7 @@ def _output_share(rows: CheckedRows) -> Tensor:
 
 
 def _head_similarity(rows: CheckedRows) -> Tensor:
-    field, of_mean = _field(rows)
-    with full_precision(field.device):
-        products = field @ field.mT
-    energy = products.diagonal(dim1=-2, dim2=-1)
+    energy, of_mean, products = _field_products(rows)
     # Equal keys give equal logits up to rounding.
     is_zero = energy <= _NOISE**2 * (energy + of_mean)
     size = energy.masked_fill(is_zero, torch.nan).sqrt()
@@ -161,6 +157,18 @@ def _head_similarity(rows: CheckedRows) -> Tensor:
     cosines.diagonal(dim1=-2, dim2=-1).fill_(torch.nan)
     largest = cosines.nan_to_num_(nan=-1).amax(-1).clamp_max_(1)
     return largest.masked_fill_(largest < 0, torch.nan)
+
+
+def _field_products(rows: CheckedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """The energy of each head's field, the energy that centering takes, ``(B, Hq)``, and products of fields."""
+    logits = rows.logits if is_short(rows.logits) else rows.logits.to(torch.float64)
+    field, of_mean = _field(replace(rows, logits=logits))
+    with full_precision(field.device):
+        products = field @ field.mT
+    energy = products.diagonal(dim1=-2, dim2=-1)
+    if logits.dtype == torch.float64 or fits_float32(energy).all():
+        return energy, of_mean, products
+    return _field_products(replace(rows, logits=logits.to(torch.float64)))
 
 
 def _field(rows: CheckedRows) -> tuple[Tensor, Tensor]:
@@ -184,7 +192,7 @@ def _attention_tau(rows: CheckedRows) -> Tensor:
     number = rows.num_seen.clamp_min(_LEAST_KEYS).to(rows.logits.dtype)
     mean = rows.logits.masked_fill(rows.unseen, 0).sum(-1) / number
     deviations = (rows.logits - mean[..., None]).masked_fill_(rows.unseen, 0)
-    spread = torch.linalg.vector_norm(deviations, dim=-1) / (2 * number * number.log()).sqrt_()
+    spread = norms_of(deviations) / (2 * number * number.log()).sqrt_()
     mean_spread: Tensor = (spread * rows.see_enough).sum(-1) / rows.num_seeing_enough
     return mean_spread
 
@@ -196,10 +204,3 @@ CHECKED_STATISTICS = {
     "attention_tau": CheckedStatistic(_attention_tau, lambda rows: rows.num_seeing_enough),
 }
 """The statistics of checked rows by the name of their metric."""
-
-
-def row_norms(output: Tensor) -> Tensor:
-    """Norm of what each head writes in each row, ``(B, Hq, R, n) -> (B, Hq, R)``, not below float32."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
-    return norms

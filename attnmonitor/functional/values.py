@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attnmonitor.functional.checks import check_heads, num_positions
-from attnmonitor.functional.ranks import is_unknown
+from attnmonitor.functional.precision import norms_of
+from attnmonitor.functional.ranks import nan_unless_finite
 
 __all__ = ["value_rms", "value_spread"]
 
@@ -54,7 +55,7 @@ class Values:
 
     @cached_property
     def energy(self) -> Tensor:
-        """Sum of squares of each value head over valid positions, ``(B, Hv)``, not below float32."""
+        """Sum of squares of each value head over valid positions, ``(B, Hv)`` float64."""
         return _energy(self.value, self.mask)
 
     def per_key_head(self, per_value_head: Tensor) -> Tensor:
@@ -72,19 +73,18 @@ class Values:
 def value_rms_of(values: Values) -> Tensor:
     """Root mean square entry of the values of each key head, ``(B, Hkv)``."""
     mean_square = values.energy / (values.num_positions * values.value.shape[-1])
-    mean_square.masked_fill_(is_unknown(mean_square), torch.nan)
-    return values.per_key_head(mean_square).sqrt().to(torch.float32)
+    return values.per_key_head(nan_unless_finite(mean_square)).sqrt()
 
 
 def value_spread_of(values: Values) -> Tensor:
     """Share of the values' energy that differs between positions, for each key head, ``(B, Hkv)``."""
     # The order of a sum over positions depends on the memory format: one layer alone and several joined are to agree.
-    value, mask = values.value.to(values.energy.dtype).contiguous(), values.mask
+    value, mask = values.value, values.mask
+    value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()
     kept = value if mask is None else torch.where(mask[:, None, :, None], value, 0)
     mean = kept.sum(2, keepdim=True) / values.num_positions[..., None, None]
-    share = _energy(value - mean.to(value.dtype), mask) / values.energy
-    share.masked_fill_(is_unknown(share), torch.nan)
-    return values.per_key_head(share.clamp_(0, 1).to(torch.float32))
+    share = nan_unless_finite(_energy(value - mean.to(value.dtype), mask) / values.energy)
+    return values.per_key_head(share.clamp_(0, 1))
 
 
 def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mask: ``(B, L)`` bool, True where the position is not padding.
 
     Returns:
-        ``(B, Hkv)`` float32; NaN for a head that is not finite.
+        ``(B, Hkv)`` float64; NaN for a head that is not finite.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -115,7 +115,7 @@ def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mask: ``(B, L)`` bool, True where the position is not padding.
 
     Returns:
-        ``(B, Hkv)`` float32 in [0, 1]; NaN for a head whose values are zero or not finite.
+        ``(B, Hkv)`` float64 in [0, 1]; NaN for a head whose values are zero or not finite.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -130,6 +130,5 @@ def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
 def _energy(value: Tensor, mask: Tensor | None) -> Tensor:
     """The sum of squares over valid positions, ``(B, H, L, dv) -> (B, H)``."""
     # A norm per position first: one long sum in float32 would lose digits, and a float64 copy of the values costs more.
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    energy = torch.linalg.vector_norm(value, dim=-1, dtype=dtype).square()
+    energy = norms_of(value).square_()
     return (energy if mask is None else torch.where(mask[:, None], energy, 0)).sum(-1)

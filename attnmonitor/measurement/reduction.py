@@ -22,8 +22,8 @@ from attnmonitor.functional import query_gram
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.eigenvalues import Steps, solved
 from attnmonitor.functional.host_solver import HostSolver
+from attnmonitor.functional.precision import norms_of
 from attnmonitor.functional.queries import QueryGram
-from attnmonitor.functional.row_statistics import row_norms
 from attnmonitor.functional.summaries import FROM_ATTENTION, FROM_KEYS, FROM_QUERIES
 from attnmonitor.measurement.attention_values import (
     OTHER_OUTPUT,
@@ -160,7 +160,7 @@ class Reduction:
         if known is None:
             return
         if heads is not None and heads.rows is not None:
-            rows = replace(heads.rows, written=None if written is None else row_norms(written))
+            rows = replace(heads.rows, written=None if written is None else norms_of(written))
             self._pending[layer] = replace(heads, rows=rows)
             self.layers[layer] = replace(known, has_written=written is not None)
         else:  # more acts on it when its share has been computed already

@@ -65,6 +65,11 @@ def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (num_sequences, -1))
 
 
+def by_bmm_and_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1)
+    return weights.unflatten(0, v.shape[:2]) @ v
+
+
 class Grouped(nn.Module):
     """Query heads that share keys, which are repeated for them by ``repeat_heads``."""
 
@@ -91,7 +96,7 @@ class Grouped(nn.Module):
 @settings(max_examples=30, deadline=None)
 @given(
     way=st.sampled_from(sorted(REPEATS)),
-    attend=st.sampled_from([by_sdpa, by_matmul, by_einsum, by_bmm]),
+    attend=st.sampled_from([by_sdpa, by_matmul, by_einsum, by_bmm, by_bmm_and_matmul]),
     num_sequences=st.integers(1, 3),
     num_kv_heads=st.integers(1, 4),
     group=st.integers(2, 4),
@@ -107,14 +112,15 @@ def test_repeated_keys_are_captured_unrepeated(
     x = torch.randn(num_sequences, length, 8, dtype=torch.float64)
     (call,) = captured(model, x=x).calls
     with torch.no_grad():
-        q, k, _ = model.heads(x)
+        q, k, v = model.heads(x)
     repeated = repeat_heads(k, group)
     assert call.key.shape == k.shape
     assert torch.equal(call.key, k)
+    assert torch.equal(call.value, v)
     # Copies of a single key head are in both orders at once.
     assert call.tiled == (tiled and num_kv_heads > 1)
     assert call.error < 1e-10
-    own = q @ repeated.mT * 4**-0.5 if attend is not by_bmm else q @ repeated.mT
+    own = q @ repeated.mT * 4**-0.5 if attend not in (by_bmm, by_bmm_and_matmul) else q @ repeated.mT
     assert torch.allclose(call.logit_rows(torch.arange(length)).double(), own, atol=1e-5)
     sample = AttentionMonitor(model, {"x": x}, record=None, alerts=False).sample(0)
     coverage = sample.coverage["Grouped"]

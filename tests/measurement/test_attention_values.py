@@ -86,6 +86,18 @@ def test_layer_without_values_is_nan_with_a_reason() -> None:
     assert "capture(..., value=..., output=...)" in sample.coverage["Heads"].values_reason
 
 
+@pytest.mark.parametrize("way", ["fused", "written"])
+def test_only_the_head_with_infinite_values_is_unknown(way: str) -> None:
+    model, spoiled = Heads(way, num_kv_heads=4), Heads(way, num_kv_heads=4)
+    spoiled.v[:, 1, 3] = torch.inf
+    values = ("value_rms", "output_rms")
+    expected, found = sample_of(model, metrics=values), sample_of(spoiled, metrics=values)
+    for metric in values:
+        assert found.values[metric]["Heads"].isnan().tolist() == [False, True, False, False]
+        others = [0, 2, 3]
+        assert torch.equal(found.values[metric]["Heads"][others], expected.values[metric]["Heads"][others])
+
+
 def test_short_sequences_are_left_out() -> None:
     """A sequence of 3 among 40 has none of the rows that are verified."""
     valid = torch.arange(40) < torch.tensor([40, 3, 40])[:, None]

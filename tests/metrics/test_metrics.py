@@ -272,6 +272,16 @@ def test_size_enters_as_a_power(
         torch.testing.assert_close(after, grown * before, rtol=1e-4, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_sizes_whose_squares_leave_float32_count(size: float) -> None:
+    layer = causal_layer(GROUPED)
+    for case in (MetricCase(name) for name in METRICS if METRICS[name].summary in ("values", "checked_rows")):
+        scaled = "value" if "value" in case.inputs else "query"
+        after = case.per_sequence(replace(layer, **{scaled: size * getattr(layer, scaled)}))
+        grown = size if case.name in (*POWERS, "output_rms") else 1
+        torch.testing.assert_close(after, grown * case.per_sequence(layer), rtol=1e-5, atol=0, msg=case.name)
+
+
 @every_metric
 def test_scale_free_is_what_no_size_changes(case: MetricCase) -> None:
     moves = case.name in POWERS or case.name in CHANGES_WITH["size"]
