@@ -12,7 +12,7 @@ key_spectrum        `KeySpectrum`        d×d eigenvalues
 leverage, …         `PositionProfile`    d×d eigenvectors, one pass over positions for all of them
 field_moments       `FieldMoments`       two d×d products per head
 energy_spectrum     `EnergySpectrum`     d×d eigenvalues per head, or a sketch
-values              `Values`             two passes over the values
+values              `ValueMoments`       two passes over the values
 checked_rows        `CheckedRows`        a few passes over rows that verification rebuilds anyway
 rows                `AttentionRows`      some rows of the L×L logits
 weights             `InteractionSpectrum`  two d×d eigenproblems per head, on a schedule of its own

@@ -35,6 +35,11 @@ class Values:
     num_kv_heads: int
     tiled: bool = False
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds of every sequence, beside the mask."""
+        return [self.value]
+
     def of(self, sequences: slice) -> Values:
         """The values of some of the sequences."""
         mask = None if self.mask is None else self.mask[sequences]
@@ -48,15 +53,67 @@ class Values:
             layers[0], value=torch.cat([layer.value for layer in layers]), mask=torch.cat(masks) if masks else None
         )
 
-    @cached_property
-    def num_positions(self) -> Tensor:
-        """Valid positions, ``(B, 1)`` float64."""
-        return num_positions(self.value, self.mask)
+    def moments(self) -> ValueMoments:
+        """The energies of mean and deviations, in two passes over the values."""
+        dtype = torch.promote_types(self.value.dtype, torch.float32)
+        value, mask, number = self.value.to(dtype), self.mask, num_positions(self.value, self.mask)
+        if mask is None:
+            mean = value.mean(2, keepdim=True)
+        else:
+            total = torch.where(mask[:, None, :, None], value, 0).sum(2, keepdim=True)
+            mean = (total / number[..., None, None]).to(dtype)
+        # A norm per position first: one long sum in float32 would lose digits.
+        deviations = norms_of(value - mean).square_()
+        if mask is not None:
+            deviations = torch.where(mask[:, None], deviations, 0)
+        return ValueMoments(
+            number * norms_of(mean[:, :, 0]).square_(),
+            deviations.sum(-1),
+            number * value.shape[-1],
+            self.num_kv_heads,
+            self.tiled,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ValueMoments:
+    """What the statistics of a layer's values are made of.
+
+    Attributes:
+        of_mean: Energy that the values would have if each were their mean, ``(B, Hv)`` float64.
+        of_deviations: Energy of their deviations from it, ``(B, Hv)`` float64.
+        num_entries: Entries of a head at valid positions, ``(B, 1)`` float64.
+        num_kv_heads: As in `Values`.
+        tiled: As in `Values`.
+    """
+
+    of_mean: Tensor
+    of_deviations: Tensor
+    num_entries: Tensor
+    num_kv_heads: int
+    tiled: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds of every sequence."""
+        return [self.of_mean, self.of_deviations, self.num_entries]
+
+    def of(self, sequences: slice) -> ValueMoments:
+        """The moments of some of the sequences."""
+        of_mean, of_deviations, num_entries = (each[sequences] for each in self.tensors)
+        return ValueMoments(of_mean, of_deviations, num_entries, self.num_kv_heads, self.tiled)
+
+    @staticmethod
+    def joined(layers: Sequence[ValueMoments]) -> ValueMoments:
+        """The moments of layers of one shape, as those of one layer with all of their sequences."""
+        parts = zip(*(layer.tensors for layer in layers), strict=True)
+        of_mean, of_deviations, num_entries = (torch.cat(each) for each in parts)
+        return ValueMoments(of_mean, of_deviations, num_entries, layers[0].num_kv_heads, layers[0].tiled)
 
     @cached_property
     def energy(self) -> Tensor:
         """Sum of squares of each value head over valid positions, ``(B, Hv)`` float64."""
-        return _energy(self.value, self.mask)
+        return self.of_mean + self.of_deviations
 
     def per_key_head(self, per_value_head: Tensor) -> Tensor:
         """The mean over the values of each key head, ``(B, Hv) -> (B, Hkv)``."""
@@ -70,21 +127,16 @@ class Values:
         return per_key_head
 
 
-def value_rms_of(values: Values) -> Tensor:
+def value_rms_of(moments: ValueMoments) -> Tensor:
     """Root mean square entry of the values of each key head, ``(B, Hkv)``."""
-    mean_square = values.energy / (values.num_positions * values.value.shape[-1])
-    return values.per_key_head(nan_unless_finite(mean_square)).sqrt()
+    mean_square = moments.energy / moments.num_entries
+    return moments.per_key_head(nan_unless_finite(mean_square)).sqrt()
 
 
-def value_spread_of(values: Values) -> Tensor:
+def value_spread_of(moments: ValueMoments) -> Tensor:
     """Share of the values' energy that differs between positions, for each key head, ``(B, Hkv)``."""
-    # The order of a sum over positions depends on the memory format: one layer alone and several joined are to agree.
-    value, mask = values.value, values.mask
-    value = value.to(torch.promote_types(value.dtype, torch.float32)).contiguous()
-    kept = value if mask is None else torch.where(mask[:, None, :, None], value, 0)
-    mean = kept.sum(2, keepdim=True) / values.num_positions[..., None, None]
-    share = nan_unless_finite(_energy(value - mean.to(value.dtype), mask) / values.energy)
-    return values.per_key_head(share.clamp_(0, 1))
+    share = moments.of_deviations / moments.energy  # NaN where the energy is zero or not finite
+    return moments.per_key_head(share.clamp_(0, 1))
 
 
 def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -101,7 +153,7 @@ def value_rms(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         ValueError: The shapes do not fit.
     """
     check_heads("value", value, mask)
-    return value_rms_of(Values(value, mask, value.shape[1]))
+    return value_rms_of(Values(value, mask, value.shape[1]).moments())
 
 
 def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -124,11 +176,4 @@ def value_spread(value: Tensor, *, mask: Tensor | None = None) -> Tensor:
         Dong et al., "Attention is not all you need", 2021: the distance from rank one, relative.
     """
     check_heads("value", value, mask)
-    return value_spread_of(Values(value, mask, value.shape[1]))
-
-
-def _energy(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The sum of squares over valid positions, ``(B, H, L, dv) -> (B, H)``."""
-    # A norm per position first: one long sum in float32 would lose digits, and a float64 copy of the values costs more.
-    energy = norms_of(value).square_()
-    return (energy if mask is None else torch.where(mask[:, None], energy, 0)).sum(-1)
+    return value_spread_of(Values(value, mask, value.shape[1]).moments())

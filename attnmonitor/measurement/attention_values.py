@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
 from attnmonitor.functional import attention_row_statistics
 from attnmonitor.functional.row_statistics import CheckedRows, CheckedStatistic
-from attnmonitor.functional.values import Values
+from attnmonitor.functional.values import ValueMoments, Values
 from attnmonitor.metrics.catalog import METRICS
 
 __all__ = ["OTHER_OUTPUT", "UNKNOWN_PROJECTION", "kept_rows", "kept_values", "unknown_reason", "values_at_once"]
@@ -38,11 +40,15 @@ def values_at_once(call: AttentionCall, metrics: Sequence[str]) -> dict[str, Ten
     )
 
 
-def kept_values(call: AttentionCall) -> Values | None:
-    """A copy of its values, because the model may overwrite them; None where they are not known."""
+def kept_values(call: AttentionCall) -> Values | ValueMoments | None:
+    """The moments of its values, or a copy of them on a GPU; None where they are not known."""
     if call.value is None or _unknown_values(call):
         return None
-    return Values(call.value.clone(), call.key_mask, call.key.shape[1], call.tiled)
+    values = Values(call.value, call.key_mask, call.key.shape[1], call.tiled)
+    if call.value.device.type == "cpu":
+        return values.moments()
+    # A GPU computes those of all layers at the end: each launch counts. The model may overwrite the values until then.
+    return replace(values, value=call.value.clone(memory_format=torch.contiguous_format))
 
 
 def kept_rows(call: AttentionCall) -> CheckedRows:

@@ -29,7 +29,7 @@ from attnmonitor.functional.queries import QueryGram, query_gram
 from attnmonitor.functional.row_statistics import CheckedRows, CheckedStatistic
 from attnmonitor.functional.spectrum import Method
 from attnmonitor.functional.summaries import Summary, layer_summaries
-from attnmonitor.functional.values import Values
+from attnmonitor.functional.values import ValueMoments, Values
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 
@@ -49,7 +49,7 @@ class LayerHeads:
         scale: The softmax scale s.
         key_mask: ``(B, Lk)`` bool, True where the position is not padding; None where all are.
         query_mask: ``(B, Lq)`` bool, likewise.
-        values: The values.
+        values: The values, or their moments where they are not kept.
         rows: The rows that verification rebuilds.
 
     Raises:
@@ -61,7 +61,7 @@ class LayerHeads:
     scale: float = 1.0
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
-    values: Values | None = None
+    values: Values | ValueMoments | None = None
     rows: CheckedRows | None = None
 
     def __post_init__(self) -> None:
@@ -97,9 +97,9 @@ class LayerHeads:
 
     def _tensors(self) -> Iterator[Tensor]:
         query = self.query.gram if isinstance(self.query, QueryGram) else self.query
-        value = None if self.values is None else self.values.value
+        values = [] if self.values is None else self.values.tensors
         rows = [] if self.rows is None else self.rows.tensors
-        yield from (each for each in (query, self.key, value, *rows) if each is not None)
+        yield from (each for each in (query, self.key, *values, *rows) if each is not None)
 
     @property
     def kind(self) -> Hashable:
@@ -312,7 +312,8 @@ def _statistics(
         method=method,
         target_rank=target_rank and min(target_rank, layer.shape[-1]),
     )
-    found |= {"values": layer.values, "checked_rows": layer.rows}
+    moments = layer.values.moments() if isinstance(layer.values, Values) else layer.values
+    found |= {"values": moments, "checked_rows": layer.rows}
     values, counted = _values(metrics, found)
     residuals = []
     if "energy_shares" in found and "leverage" in found:
