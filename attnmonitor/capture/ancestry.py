@@ -101,7 +101,8 @@ class Ancestries:
     def add_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that the model is called with, each as a source of its own."""
         for x in _tensors(list(tensors)):
-            if self._notes.get(x) is None:
+            note = self._notes.get(x)
+            if note is None or note.sources == {_UNKNOWN}:  # a batch that was moved to the device is a new tensor
                 self._put(x, Ancestry(frozenset({self._new()})))
 
     def of(self, x: Tensor) -> Ancestry:
@@ -118,6 +119,11 @@ class Ancestries:
     def is_unseen(self, x: Any) -> bool:
         """Return whether ``x`` is a tensor that no seen function made."""
         return isinstance(x, Tensor) and self.of(x).sources == {_UNKNOWN}
+
+    def _is_new(self, x: Tensor) -> bool:
+        """Return whether the forward made ``x`` of no other tensor."""
+        note = self._notes.get(x)
+        return note is not None and max(note.sources) < 0
 
     def attend(self, output: Tensor, query: Ancestry) -> None:
         """Note that ``output`` is what an attention gave for queries made of ``query``."""
@@ -138,8 +144,11 @@ class Ancestries:
             self._write(args[0] if args[0]._base is None else args[0]._base, args[-1])
             return
         outputs = list(_tensors(output))
-        operands = [] if name in NEW else list(_tensors((args, kwargs)))
-        if not outputs or (len(outputs) == 1 and any(outputs[0] is x for x in operands)):
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        operands = [] if name in NEW else list(_tensors((args, given)))
+        if not outputs:
+            return
+        if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
             return
         axes = self._axes(name, func, args, kwargs, outputs)
         for x, of_x in zip(outputs, axes, strict=True):
@@ -212,9 +221,16 @@ class Ancestries:
         if name in _PUTS:
             return kinds
         full = [x for x in kinds if x.numel() == output.numel()]
+        if not any(self.of(x).inputs for x in full):  # columns of an input, times ones
+            full += [x for x in kinds if x.numel() < output.numel() and x.shape[:-1] == output.shape[:-1]]
         if name in ("mul", "multiply") and full:
-            return full[:1]  # a gate, or the angles of a rotary embedding, that another sequence may share
+            return [max(full, key=self._says)]  # a gate, or angles of rotation, may be those of another sequence
         return full or kinds
+
+    def _says(self, x: Tensor) -> tuple[bool, bool, bool]:
+        """Return what makes one of several operands say more of positions and axes than another."""
+        note = self.of(x)
+        return note.projected and note.axes is not None, bool(note.inputs), x.is_floating_point()
 
     def _picks_positions(self, name: str, args: Sequence[Any]) -> bool:
         """Return whether positions are picked by computed indices, which makes another sequence of them."""
@@ -243,6 +259,7 @@ class Ancestries:
         if not isinstance(first, Tensor):
             return unknown
         axes = self.of(first).axes
+        rearranges = name == "cdist" or name in _RESHAPES | _VIEWS | _REDUCTIONS
         if name == "embedding":
             lead = (axes or default_axes(first))[: len(shape) - 1]
             return [(*lead, axis_of(True, shape[-1]))]
@@ -251,8 +268,10 @@ class Ancestries:
         if name in _CONVOLUTIONS and first.dim() == len(shape) > 2:
             batch = self._before_weight(first)[0]
             return [(batch, axis_of(True, shape[1]), *(axis_of(False, size) for size in shape[2:]))]
-        if axes is None:
+        if axes is None and rearranges:
             return unknown
+        if axes is None:
+            return [self._like(x, args) for x in outputs]
         if name == "cdist" and isinstance(args[1], Tensor):
             others = self.of(args[1]).axes
             return [None if others is None else (*axes[:-1], others[-2])]
@@ -269,7 +288,7 @@ class Ancestries:
                 return unknown
             left = [axis for position, axis in enumerate(axes) if position != reduced % first.dim()]
             return [tuple(left) for _ in outputs]
-        return [self._like(x, first, args) for x in outputs]
+        return [self._like(x, args) for x in outputs]
 
     def _joined_axes(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Axes | None:
         """Return the axes of a stack, or of parts joined along the first axis where they are heads.
@@ -309,11 +328,11 @@ class Ancestries:
         axes = note.axes if note.projected and note.axes is not None else (None,) * x.dim()
         return tuple(axis_of(False, size) if axis is None else axis for axis, size in zip(axes, x.shape, strict=True))
 
-    def _like(self, output: Tensor, first: Tensor, args: Sequence[Any]) -> Axes | None:
+    def _like(self, output: Tensor, args: Sequence[Any]) -> Axes | None:
         """Return the axes of an operand of the same rank, resized where the output has another size."""
         operands = [x for x in _tensors(args) if x.dim() == output.dim()]
-        same = [x for x in operands if x.shape == output.shape]
-        chosen = next(iter(same or operands), None)
+        same = [x for x in operands if x.shape[:-1] == output.shape[:-1]]
+        chosen = max(same or operands, key=self._says, default=None)
         if chosen is None:
             return None
         axes = self.of(chosen).axes

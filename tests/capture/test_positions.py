@@ -160,6 +160,11 @@ class Detector(nn.Module):
         self.cross(target + queries, memory + position, memory, mask)
 
 
+def given_anew(model: nn.Module, batch: tuple[Tensor, ...]) -> object:
+    """Call the model with copies, as where the batch is moved to a device."""
+    return model(*(x.clone() for x in batch))
+
+
 def padded(shape: tuple[int, ...] = (2, LENGTH)) -> Tensor:
     valid = torch.ones(shape, dtype=torch.bool)
     valid[1, LENGTH - 5 :] = False
@@ -175,11 +180,51 @@ def expect(monitor: AttentionMonitor, layer: str, kept: tuple[Tensor, ...], rows
             assert torch.allclose(values[metric][layer].double(), expected[metric].mean(0), rtol=1e-4), metric
 
 
+MADE_WITH_NEW_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a constant times": lambda x: torch.full(x.shape, 2.0) * x,
+    "columns times ones": lambda x: x[..., :1] * torch.ones_like(x),
+    "a constant less": lambda x: 1 - x + torch.zeros(x.shape),
+    "where": lambda x: torch.where(x > 0, torch.zeros_like(x), x),
+    "addcmul": lambda x: torch.addcmul(torch.zeros_like(x), x, x),
+    "scatter": lambda x: torch.zeros_like(x).masked_scatter(torch.ones_like(x, dtype=torch.bool), x),
+    "out": lambda x: torch.mul(x, 2, out=torch.empty_like(x)),
+    "in place": lambda x: torch.zeros_like(x).add_(x),
+    "turned by a matrix": lambda x: (
+        x @ torch.linalg.qr(torch.arange(float(x.shape[-1] ** 2)).cos().view(x.shape[-1], -1))[0]
+    ),
+}
+
+
+class WithNewTensors(nn.Module):
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made, self.q, self.k = made, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k))
+        return self.made(q), self.made(k)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        q, k = self.heads(x)
+        return (q @ k.mT * 0.4).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1) @ k
+
+
+@pytest.mark.parametrize("made", MADE_WITH_NEW_TENSORS)
+def test_new_tensors_beside_the_heads_do_not_hide_them(made: str) -> None:
+    torch.manual_seed(0)
+    model, x, valid = WithNewTensors(MADE_WITH_NEW_TENSORS[made]), torch.randn(2, LENGTH, WIDTH), padded()
+    with torch.no_grad(), AttentionMonitor(model, (x, valid), record=None, alerts=False) as monitor:
+        expected = layer_statistics(*(each.double() for each in model.heads(x)), 0.4, valid, valid)
+        found = monitor.sample(0).values
+    for metric in ("query_rms", "energy_rms"):
+        assert torch.allclose(found[metric]["WithNewTensors"].double(), expected[metric].mean(0), rtol=1e-4), metric
+
+
 def test_self_or_cross_is_what_queries_and_keys_are_made_of() -> None:
     torch.manual_seed(0)
     model, valid = Detector(), padded()
     inputs = torch.randn(2, LENGTH, WIDTH), torch.randn(2, LENGTH, WIDTH), valid
-    with AttentionMonitor(model, inputs, record=None, alerts=False) as monitor:
+    with AttentionMonitor(model, inputs, record=None, alerts=False, forward=given_anew) as monitor:
         kinds = {name: layer.kind for name, layer in monitor.coverage.items()}
         assert kinds == {"encoder": "self", "own": "self", "cross": "cross"}
         everything = torch.ones_like(valid)

@@ -55,6 +55,12 @@ class Origin:
     made_of: MadeOf | None = None
     values_reached: bool = False
 
+    @property
+    def is_by_matrix(self) -> bool:
+        """Whether one of the operands has leading axes and the other is a single matrix."""
+        fewer, more = sorted((self.labeled.left.dim(), self.labeled.right.dim()))
+        return fewer == 2 < more
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:

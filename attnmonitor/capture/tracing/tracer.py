@@ -146,7 +146,8 @@ class Tracer:
             (product.right, product.right_axes, product.left, product.left_axes),
         ):
             trace = self._traces.get(operand)
-            if trace is not None:
+            # Features turned by one matrix for all sequences (a Hadamard one in a buffer) have begun no attention.
+            if trace is not None and (trace.stage == "after" or not trace.origin.is_by_matrix):
                 if trace.stage != "after" or trace.logged or trace.origin.values_reached:
                     self._end(trace, name)
                     if trace.origin.values_reached and product.contracted == {axes[trace.key_axis]}:
