@@ -335,7 +335,12 @@ def grouped_product(query: Tensor, key: Tensor) -> Tensor:
     """
     batch, num_query_heads, num_rows, head_dim = query.shape
     groups = query.to(_accumulation_dtype(query)).reshape(batch, key.shape[1], -1, head_dim)  # rows of a whole group
-    product = groups @ key.to(groups.dtype).transpose(-1, -2)
+    key = key.to(groups.dtype)
+    if key.device.type == "cpu" and not key.is_contiguous():
+        # `matmul` reads one sequence's heads where they are, and would copy those of several.
+        product = torch.stack([rows @ keys.mT for rows, keys in zip(groups, key, strict=True)])
+    else:
+        product = groups @ key.mT
     return product.reshape(batch, num_query_heads, num_rows, key.shape[-2])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,21 +100,29 @@ def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
             made of them.
     """
     num_sequences, num_heads, _, head_dim = heads.shape
-    # Of a symmetric matrix one of the four quarters need not be computed; a GPU prefers few launches.
-    half = head_dim // 2 if heads.device.type == "cpu" and head_dim >= 64 else 0
-    gram: Tensor | None = None
+    strips = _strips(head_dim, heads.device)
+    sums: list[Tensor] = []  # each contiguous: of parts of one matrix, every head would be a product of its own
     for block in blocks:
         flat = block.flatten(0, 1)
-        if gram is None:
-            gram = flat.new_zeros(len(flat), head_dim, head_dim)
-        gram[:, half:, half:].baddbmm_(flat[..., half:].mT, flat[..., half:])
-        if half:
-            gram[:, :half].baddbmm_(flat[..., :half].mT, flat)
-    if gram is None:
-        gram = heads.new_zeros(num_sequences * num_heads, head_dim, head_dim)
-    if half:
-        gram[:, half:, :half] = gram[:, :half, half:].mT
-    return gram.to(torch.float64).view(num_sequences, num_heads, head_dim, head_dim)
+        if not sums:
+            sums = [flat.new_zeros(len(flat), strip.stop - strip.start, head_dim - strip.start) for strip in strips]
+        for strip, found in zip(strips, sums, strict=True):
+            found.baddbmm_(flat[..., strip].mT, flat[..., strip.start :])
+    shape = num_sequences, num_heads, head_dim, head_dim
+    if len(sums) == 1:
+        return sums[0].to(torch.float64).view(shape)
+    gram = heads.new_zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64)
+    for strip, found in zip(strips, sums, strict=False):
+        gram[:, strip, strip.start :] = found
+        gram[:, strip.stop :, strip] = found[..., strip.stop - strip.start :].mT
+    return gram.view(shape)
+
+
+def _strips(head_dim: int, device: torch.device) -> list[slice]:
+    """Rows of a Gram matrix to compute at a time, from the diagonal on, because it is symmetric."""
+    count = 1 if device.type != "cpu" or head_dim < 64 else 2 if head_dim < 256 else 4
+    edges = [head_dim * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def is_short(heads: Tensor) -> bool:

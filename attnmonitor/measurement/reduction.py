@@ -1,9 +1,9 @@
 """From the attention of each layer, as a forward shows it, to the values of all heads.
 
 A layer's queries, keys and values are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone.
-With them stay the rows that verification rebuilt. All layers are finished together at the end of the forward: a batch
-of operations and of small eigenproblems costs little more than those of one layer, and right after a layer torch's own
-threads still spin and would slow down what is computed then.
+With them stay the rows that verification rebuilt. Pending layers are finished together: a batch of operations and of
+small eigenproblems costs little more than those of one layer, and right after a layer torch's own threads still spin
+and would slow down what is computed then.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics, summaries_of
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["LARGEST_BATCH", "ReducedLayer", "Reduction", "layer_heads", "pending_limit"]
+__all__ = ["LARGEST_BATCH_ELSEWHERE", "ReducedLayer", "Reduction", "layer_heads", "pending_limit"]
 
-LARGEST_BATCH = 2**27
-"""Pending layers may hold this many bytes wherever they are."""
+LARGEST_BATCH = 2**25
+"""Pending layers may hold this many bytes wherever they are; on a CPU the next ones get the same memory, while the
+system would have to clear more of it."""
+
+LARGEST_BATCH_ELSEWHERE = 2**27
+"""The same where it is no CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,14 +256,16 @@ class Reduction:
 def pending_limit(device: torch.device) -> int:
     """Bytes that pending layers may hold before they are finished.
 
-    On a GPU that is half of what torch's allocator holds and does not use, if this is more: finishing them in the
+    On a GPU that may be half of what torch's allocator holds and does not use, if this is more: finishing them in the
     middle of the forward makes the host wait for their eigenproblems. After a training step the memory of its
     activations is idle; the process does not grow by it.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return LARGEST_BATCH
+    if device.type != "cuda":
+        return LARGEST_BATCH_ELSEWHERE
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(LARGEST_BATCH, idle // 2)
+    return max(LARGEST_BATCH_ELSEWHERE, idle // 2)
 
 
 def layer_heads(call: AttentionCall, summaries: Collection[str] = FROM_QUERIES | FROM_KEYS) -> LayerHeads:

@@ -29,7 +29,7 @@ from attnmonitor.capture import AttentionCall, Layout, capture_attention
 from attnmonitor.capture.verify import NUM_CHECKED_ROWS
 from attnmonitor.functional import query_gram
 from attnmonitor.measurement.attention_values import kept_rows, kept_values
-from attnmonitor.measurement.reduction import LARGEST_BATCH
+from attnmonitor.measurement.reduction import LARGEST_BATCH_ELSEWHERE
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.cost.overhead import interleaved, ratio
@@ -98,7 +98,7 @@ def kept_bytes(shape: Shape, key_bytes: int = 2) -> float:
 def pending_bytes(shape: Shape) -> float:
     """Return the most bytes pending on one process: all its layers, or a full batch and one layer."""
     everything = kept_bytes(shape) / shape.tensor_parallel
-    return min(everything, LARGEST_BATCH + everything / shape.num_layers)
+    return min(everything, LARGEST_BATCH_ELSEWHERE + everything / shape.num_layers)
 
 
 # The counts: the real code on layers of the real shapes.

@@ -154,7 +154,7 @@ def test_launches_are_few_on_a_fake_gpu(monkeypatch):
             reduction.finish()
             sent = collected(reduction, DEFAULT_METRICS)
         # Layers that hold more than a batch wait for the end as well, in memory that the allocator has idle.
-        monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH", 0)
+        monkeypatch.setattr("attnmonitor.measurement.reduction.LARGEST_BATCH_ELSEWHERE", 0)
         for idle, is_pending in ((2**36, True), (0, False)):
             monkeypatch.setattr("torch.cuda.memory_reserved", lambda device, idle=idle: idle)
             reduction = Reduction(DEFAULT_METRICS, {}, strict=True)
