@@ -22,15 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
-from attnmonitor.measurement.quiet import not_compiled
 from attnmonitor.messages import error_text, warn
 from attnmonitor.monitor.monitor import AttentionMonitor
+from attnmonitor.monitor.step_hooks import add_step_hooks
 from attnmonitor.parallel.sharding import is_sharded
 
 __all__ = ["OptimizerSteps"]
@@ -75,20 +71,15 @@ class OptimizerSteps:
             self._members[optimizer] = 0
             self._expected |= _parameters(optimizer)
         self._keep_by(monitor.model if optimizer is None else optimizer)
-        handles = (
-            register_optimizer_step_pre_hook(self._contained(self._before)),
-            register_optimizer_step_post_hook(self._contained(self._after)),
-        )
-        for handle in handles:
-            weakref.finalize(monitor, handle.remove).atexit = False
-            monitor.on_close(handle.remove)
+        remove = add_step_hooks(self._contained(self._before), self._contained(self._after))
+        weakref.finalize(monitor, remove).atexit = False
+        monitor.on_close(remove)
         monitor.on_close(self._close)
 
-    def _contained(self, hook: Callable[[Optimizer, AttentionMonitor], None]) -> Callable[..., None]:
-        """Return the hook as torch calls it; an exception in it is one warning, raised if strict."""
+    def _contained(self, hook: Callable[[Optimizer, AttentionMonitor], None]) -> Callable[[Optimizer], None]:
+        """Return the hook as it is called; an exception in it is one warning, raised if strict."""
 
-        @not_compiled
-        def call(optimizer: Optimizer, *_: object) -> None:
+        def call(optimizer: Optimizer) -> None:
             if (monitor := self._monitor()) is None:
                 return
             try:

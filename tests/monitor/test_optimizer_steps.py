@@ -368,6 +368,33 @@ def test_a_forgotten_monitor_leaves_nothing_behind() -> None:
         assert len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks) == before
 
 
+class Changes:
+    """A logger that changes which monitors are attached, in the middle of an optimizer step."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        self.change = change
+
+    def log_sample(self, sample: Any) -> None:
+        if sample.global_step == 1:
+            self.change()
+
+
+def test_monitors_come_and_go_within_a_step() -> None:
+    model, other = fresh(), fresh()
+    settings: dict[str, Any] = {"probe": PROBE, "every_n_steps": 1, "record": None, "alerts": False}
+    new: list[AttentionMonitor] = []
+    closed = attach(model, name="closed", loggers=[Changes(lambda: closed.close())], **settings)
+    adds = attach(model, name="adds", loggers=[Changes(lambda: new.append(attach(other, **settings)))], **settings)
+    for _ in plain(model):
+        pass
+    for _ in plain(other):
+        pass
+    assert (closed.history.steps, adds.history.steps) == ([0, 1], [0, 1, 2, 3, 4])
+    assert new[0].history.steps == [0, 1, 2, 3, 4]
+    for monitor in (adds, *new):
+        monitor.close()
+
+
 def test_samples_go_on_where_nothing_keeps_the_monitor() -> None:
     model, seen = fresh(), list[int]()
 
