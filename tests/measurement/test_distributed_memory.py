@@ -199,11 +199,11 @@ def _while_unpacking(rank: int) -> dict[str, Any]:
         monitor = AttentionMonitor(model, token_batch(batch=4), record=None)
         memory.seen.clear()
 
-        def failing(*args: Any, memory: Memory = memory) -> None:
+        def failing(*args: Any, memory: Memory = memory, **options: Any) -> None:
             # The root's weights are unpacked before its forward reaches the embedding, where the hook notes it.
             if memory.seen == [4] and memory.room == 0:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            unpack(*args)
+            unpack(*args, **options)
 
         def with_room(calls: Any, memory: Memory = memory) -> None:
             memory.room = ENOUGH  # the failed forward is over

@@ -116,6 +116,10 @@ def missing_commands(page: Path) -> list[str]:
     return sorted(gone)
 
 
+def test_no_page_holds_an_unresolved_merge() -> None:
+    assert not [page.name for page in PAGES if re.search("^[<>]{7} ", page.read_text(), re.MULTILINE)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert broken_links(page) == []
