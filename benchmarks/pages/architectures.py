@@ -97,6 +97,9 @@ axes), `xformers.ops.memory_efficient_attention` (a tensor as bias,
 `transformer_engine.pytorch.DotProductAttention` (its three layouts, packed qkv, padding, bias); with scale, causal
 mask, window, soft-cap, ALiBi and cumulative lengths.
 
+Kernels in front of the attention need not be seen (Liger's rotary embeddings and norms): queries and keys are read
+where the attention takes them. A softmax that is such a kernel (Liger's, Megatron-LM's) hides the weights: it is named.
+
 Not captured: a softmax written as `exp / sum`, or in a scripted function; heads that are mixed before or after the
 softmax; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention whose softmax
 does not run over the positions its values come from (slot attention); products written as a broadcast multiplication

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -188,6 +189,34 @@ def test_products_of_other_ranks_are_measured(body: Callable[..., Tensor], heads
     assert call.query.shape == shape
 
 
+UNSEEN: dict[str, Callable[..., list[Tensor]]] = {
+    "rotary embedding": lambda q, k, v: [turn(q), turn(k), v],
+    "norm of keys": lambda q, k, v: [q, nn.functional.normalize(k, dim=-1), v],
+    "all three": lambda q, k, v: [turn(y) for y in (q, k, v)],
+}
+
+
+def turn(x: Tensor) -> Tensor:
+    return torch.cat([-x[..., 4:], x[..., :4]], -1) * torch.arange(1.0, 1 + x.shape[-2])[:, None].cos()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kernel", UNSEEN.values(), ids=UNSEEN)
+def test_what_an_unseen_kernel_makes_is_measured(kernel: Callable[..., list[Tensor]], fused: bool) -> None:
+    def body(layer: Layer, *heads: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction() if layer.is_unseen else nullcontext():
+            q, k, v = kernel(*heads)
+        return nn.functional.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT * 0.3).softmax(-1) @ v
+
+    model = sharpen(Layer(body))
+    model.is_unseen = False
+    (expected,) = captured(model, x=hidden()).calls
+    model.is_unseen = True
+    (found,) = captured(model, x=hidden()).calls
+    assert (found.kind, found.scale, found.layout.lead) == (expected.kind, expected.scale, expected.layout.lead)
+    torch.testing.assert_close((found.query, found.key), (expected.query, expected.key))
+
+
 def gated(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT * 0.3) * (1 + layer.gate)).softmax(-1) @ v
 
@@ -306,8 +335,23 @@ def capped_by_a_script(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return soft_cap(q @ k.mT, 5.0).softmax(-1) @ v
 
 
+def weighted_by_a_kernel(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT
+    with torch._C.DisableTorchFunction():  # a fused scale, mask and softmax
+        weights = logits.softmax(-1)
+    return weights @ v
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
-@pytest.mark.parametrize(("body", "reason"), [(mixed_and_added, "talking heads"), (capped_by_a_script, "scripted")])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (mixed_and_added, "talking heads"),
+        (capped_by_a_script, "logits come out of a function that cannot be seen"),
+        (weighted_by_a_kernel, "logits go into a function that cannot be seen"),
+    ],
+    ids=["mixed and added", "capped by a script", "weighted by a kernel"],
+)
 def test_reason_is_where_the_logits_went(body: Callable[..., Tensor], reason: str) -> None:
     result = captured(sharpen(Layer(body)), x=hidden())
     assert result.calls == []

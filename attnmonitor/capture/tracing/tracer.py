@@ -52,6 +52,7 @@ __all__ = ["Tracer"]
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
 MIXING = {"linear", "conv1d", "conv2d", "einsum", "matmul", "bmm"}
 PICKS = {"topk", "sort"}
+UNSEEN = "a function that cannot be seen: a scripted one, or no torch's"
 
 
 class Tracer:
@@ -87,6 +88,7 @@ class Tracer:
         self._traces = Notes[Trace]()
         self._operations = Operations(self._with_keys_first)
         self._untraced = Notes[bool]()
+        self._num_logits: dict[str, int] = {}  # of each layer's latest product
         self.ended: dict[str, str] = {}
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(self._operations.follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
@@ -132,8 +134,7 @@ class Tracer:
         """Note weights of logits that were not followed: their product with values begins no attention."""
         self._untraced.put(weights, True)
         if self._ancestries is not None and self._ancestries.is_unseen(logits):
-            layer = self._frames.current_layer()[0]
-            self.ended[layer] = "its logits come out of a function that cannot be seen: a scripted one, or no torch's"
+            self.ended[self._frames.current_layer()[0]] = f"its logits come out of {UNSEEN}"
 
     def _observe_product(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -166,12 +167,20 @@ class Tracer:
             if is_weight(other):
                 self._frames.note_projection(operand)
         layer, frame = self._frames.current_layer()
+        if any(self._is_unseen_softmax(x, layer) for x in (product.left, product.right)):
+            self.ended.setdefault(layer, f"its logits go into {UNSEEN}")
         trace = self._start(product, layer, frame, output.dtype)
         if trace is not None and name == "baddbmm":
             call = TracedCall(name, func, args, kwargs, output)
             trace = replace(self._operations.add_input(trace, call), calls=(call,))
         if trace is not None:
             self._traces.put(output, trace)
+            self._num_logits[layer] = output.numel()
+
+    def _is_unseen_softmax(self, x: Tensor, layer: str) -> bool:
+        """Return whether a layer's operand may be the softmax of its logits, by a function that cannot be seen."""
+        is_unseen = self._ancestries is not None and self._ancestries.is_unseen(x)
+        return is_unseen and x.numel() == self._num_logits.get(layer)
 
     def _note_reuse(self, trace: Trace, values: Tensor, output: Tensor) -> None:
         """Note that a layer weights values by what another layer computed from its own queries and keys."""
