@@ -110,7 +110,12 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "query_head",
         AnyOf(
             # A share is of squares. In a trained model of 135 million parameters the least head is 3.1 below its peers.
-            Threshold("output_share", "peers", fire_below=-4.4, clear_above=-3.4),
+            Threshold("output_share", "peers", fire_below=-4.8, clear_above=-3.8),
+            # A head that had written the most is not that far below the others when it falls by as much.
+            AllOf(
+                Threshold("output_share", "change", fire_below=-3.0, clear_above=-2.0),
+                Threshold("output_share", "peers", fire_below=-3.0, clear_above=-2.0),
+            ),
             Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
         ),
         grace=0,

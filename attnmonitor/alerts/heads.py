@@ -60,12 +60,18 @@ class Heads:
         return torch.stack([group.nanquantile(q, interpolation=toward) for group in groups])
 
     def minus_layer(self, row: Tensor) -> Tensor:
-        """Return an (N,) row minus the 75 % quantile over each layer's heads, NaN in a layer with one value."""
+        """Return an (N,) row minus the 75 % quantile of the layer's other heads; NaN where there is none."""
         groups = torch.split(row, list(self.layers.values()))
-        # Not the median: with grouped keys half of a layer's heads go dead together.
-        return torch.cat([x - x.nanquantile(0.75) if x.isfinite().sum() > 1 else x * torch.nan for x in groups])
+        # Not the median: with grouped keys half of a layer's heads go dead together. A head that falls far would pull
+        # its own reference down.
+        return torch.cat([x - _others(x).nanquantile(0.75, dim=1) for x in groups])
 
     def per_head(self, row: Tensor) -> Tensor:
         """Return a row of layers, (layers,), or of the run, (1,), repeated for each head, (N,)."""
         counts = list(self.layers.values()) if len(row) == len(self.layers) else [len(self)]
         return row.repeat_interleave(torch.tensor(counts))
+
+
+def _others(x: Tensor) -> Tensor:
+    """Return a row for each of H values, ``(H, H)``: all of them, but NaN in its own place."""
+    return x.expand(len(x), -1).clone().fill_diagonal_(torch.nan)

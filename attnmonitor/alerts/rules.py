@@ -52,7 +52,7 @@ class Threshold:
     Attributes:
         metric: Name from `attnmonitor.metrics.catalog.METRICS`.
         signal: What is compared with the levels: ``"value"`` is x; ``"peers"`` is x minus that of its peers in the same
-            sample, which for a head is the 75 % quantile of its layer, and for a layer the largest layer;
+            sample, which for a head is the 75 % quantile of its layer's other heads, and for a layer the largest one;
             ``"change"`` is rel; ``"offset"`` is x minus its median over the heads of the model, and ``"contrast"``
             rel minus its median over them; ``"robust_z"`` is the contrast over its robust spread, ``1.4826 MAD + 0.1``
             plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite and 0 elsewhere.

@@ -227,6 +227,24 @@ def test_sizes_of_heads_of_two_dimensions_are_not_judged(head_dim, rules):
     assert [event.rule for events in found for event in events if event.severity == "warning"] == rules
 
 
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "rules"),
+    [
+        ("value_rms", [1.0, 1.0], [1.0, 0.12], ["silent_value"]),  # of two heads each is the other's only peer
+        ("value_rms", [1.0, 0.5], [1.0, 0.25], []),
+        ("output_share", [0.05, 0.05, 0.6, 0.3], [0.09, 0.08, 0.005, 0.83], ["silent_output"]),  # wrote the most
+        ("output_share", [0.02, 0.01, 0.48, 0.49], [0.02, 0.005, 0.48, 0.495], []),
+    ],
+)
+def test_silent_heads_are_far_below_the_others(metric, before, after, rules):
+    run = healthy_run(40)
+    for index, sample in enumerate(run):
+        sample[metric] = {"layers.0": before if index < 35 else after}
+    events = events_of([rule for rule in DEFAULT_RULES if rule.kind == "silent_head"], run)
+    assert [event.rule for event in events] == rules
+    assert all((event.head, event.global_step) == (after.index(min(after)), 360) for event in events)
+
+
 def test_fewer_samples_than_grace_are_silent():
     run = healthy_run(24)
     for sample in run[12:]:
