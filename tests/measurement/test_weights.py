@@ -444,6 +444,15 @@ def test_large_bias_in_half_precision_rounds_no_weight_away() -> None:
     torch.testing.assert_close(monitor.sample(1).values[RATIO]["0"], before, rtol=1e-2, atol=0)
 
 
+def test_autocast_around_a_sample_changes_no_weight() -> None:
+    monitor = monitor_of(model_of())
+    expected = monitor.sample(0).values[RATIO]["0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(monitor.sample(1).values[RATIO]["0"], expected)
+        begun_within = monitor_of(model_of()).sample(0)
+    assert torch.equal(begun_within.values[RATIO]["0"], expected), begun_within.coverage["0"].weights_reason
+
+
 def test_reading_calls_no_hook_of_the_user() -> None:
     model, calls, asked = model_of(), [], []
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.hooks import replaced_hooks, same_versions, versions_of
+from attnmonitor.capture.verify import full_precision
 
 __all__ = ["ModuleWeight", "Observation", "ParameterRows", "UnreadableError", "observed", "storage_of"]
 
@@ -45,11 +46,13 @@ class Observation:
     Attributes:
         rows: A few rows of its input, ``(R, width)``, and the same of its output, ``(R, N)``, float32; empty where
             these are no tensors of one length.
+        dtype: Type of its output, which autocast may have made coarser than its weights.
         parameters: Its parameters then, and their versions.
         had_its_own: Whether these are the parameters it has outside of the forward.
     """
 
     rows: list[Tensor]
+    dtype: torch.dtype
     parameters: list[tuple[Tensor, int]]
     had_its_own: bool = True
 
@@ -64,7 +67,8 @@ def observed(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Observati
         rows: list[Tensor] = []
         if isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape[:-1] == output.shape[:-1]:
             rows = [each.detach().flatten(0, -2)[:NUM_OBSERVED].float() for each in (x, output)]
-        seen.setdefault(module, Observation(rows, versions_of(module.parameters())))
+        dtype = output.dtype if rows else torch.float32
+        seen.setdefault(module, Observation(rows, dtype, versions_of(module.parameters())))
 
     handles = [module.register_forward_hook(observe, with_kwargs=True) for module in modules]
     try:
@@ -176,10 +180,12 @@ class ModuleWeight:
         if module is None or not seen.rows:
             return
         inputs, outputs = (rows.to(weight.device) for rows in seen.rows)
-        centered, expected = outputs - outputs.mean(0), (inputs - inputs.mean(0)) @ weight.mT
+        with full_precision(weight):
+            centered, expected = outputs - outputs.mean(0), (inputs - inputs.mean(0)) @ weight.mT
         finite = centered.isfinite().all(0) & expected.isfinite().all(0)
         error = (centered - expected)[:, finite].norm()
-        rounding = 16 * torch.finfo(self._coarsest(module, self.dtype)).eps * outputs[:, finite].norm()
+        coarsest = self._coarsest(module, max(self.dtype, seen.dtype, key=lambda dtype: torch.finfo(dtype).eps))
+        rounding = 16 * torch.finfo(coarsest).eps * outputs[:, finite].norm()
         if not bool(error <= _TOLERANCE_IN_MODEL * centered[:, finite].norm() + rounding):
             raise self._unreadable(module, "in the model's forward its output is not that of its own weight")
 
@@ -193,12 +199,13 @@ class ModuleWeight:
         with (
             replaced_hooks(module.modules(), lambda key, hook: hook if key in self.hooks else None),
             _exact_activations(module, x),
+            full_precision(x),  # the caller's autocast is no part of the weight
         ):
             output = module(x)
-        response = output.detach().float().reshape(len(rows), -1)
-        origin = response[0]
-        weight = (response[1 : 1 + self.width] - origin).mT / length
-        found, expected = response[1 + self.width :] - origin, signs @ weight.mT
+            response = output.detach().float().reshape(len(rows), -1)
+            origin = response[0]
+            weight = (response[1 : 1 + self.width] - origin).mT / length
+            found, expected = response[1 + self.width :] - origin, signs @ weight.mT
         finite = found.isfinite().all(0) & expected.isfinite().all(0)
         coarsest = self._coarsest(module, dtype)
         bias = float(torch.finfo(coarsest).eps * origin[finite].norm())
