@@ -162,11 +162,11 @@ def test_checkpoint_that_was_only_read_is_not_continued(call: str, tmp_path: Pat
     callback, module = AttentionMonitorCallback(every_n_steps=2), Tested()
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     trainer = lightning.Trainer(max_steps=4, callbacks=[callback], enable_checkpointing=False, **quiet)
-    getattr(trainer, call)(module, data, ckpt_path=saved, weights_only=True)
+    getattr(trainer, call)(module, data, ckpt_path=saved)
     trainer.fit(module, DataLoader(TRAIN, 4))
     assert callback.monitor.history.steps == [0, 2, 4]
     trainer.fit_loop.epoch_loop.max_steps = 8
-    trainer.fit(module, DataLoader(TRAIN, 4), ckpt_path=saved, weights_only=True)
+    trainer.fit(module, DataLoader(TRAIN, 4), ckpt_path=saved)
     assert callback.monitor.history.steps == [0, 2, 4, 6, 8]
 
 

@@ -204,7 +204,7 @@ class Flex(torch.nn.Module):
         return flex_attention(q, k, v).transpose(1, 2).flatten(2)
 
 model = Flex()
-assert "torch._dynamo" not in sys.modules
+assert "torch._dynamo" not in sys.modules or torch.__version__.startswith("2.6.")  # which loads it with FlexAttention
 [layer] = AttentionMonitor(model, torch.randn(2, 6, 8), record=None).coverage.values()
 assert layer.measured and layer.num_query_heads == 2, layer
 """
