@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,13 @@ def model_without_attention() -> None:
             trainer_with_lightning_callback,
             "lightning.AttentionMonitorCallback is Lightning's .*use .*transformers.A",
         ),
-        (
+        pytest.param(
             lightning_with_trainer_callback,
             "transformers' Trainer; with Lightning's Trainer use .*lightning.A",
+            marks=pytest.mark.skipif(
+                version("lightning").startswith("2.5."),
+                reason="this Lightning stops before it asks a callback anything",
+            ),
         ),
         (lambda: watch(alerts="default"), "alerts='default' is not a list of rules; True turns on the default rules"),
         (lambda: watch(alerts=["enrgy_hot"]), "'enrgy_hot' is a name, not a rule; the default rule 'energy_hot' is"),

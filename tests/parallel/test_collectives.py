@@ -101,7 +101,12 @@ def _on_process(rank: int) -> dict[str, Any]:
     for name, call in {**CALLS, **UNEVEN}.items():
         tell(f"recorded {name}")
         with CollectiveRecorder() as recorder:
-            call(torch.ones(4))
+            try:
+                call(torch.ones(4))
+            except RuntimeError as error:
+                if "does not support" not in str(error):
+                    raise
+                continue
         found["not joinable"][name] = "; ".join(filter(None, map(why_not_joinable, recorder.calls)))
     return found
 
@@ -124,6 +129,8 @@ def test_group_of_one_process_may_communicate(processes: list[dict[str, Any]]) -
 @pytest.mark.parametrize("name", [*CALLS, *UNEVEN])
 def test_which_collectives_can_be_joined_with_zeros(name: str, processes: list[dict[str, Any]]) -> None:
     for found in processes:
+        if name not in found["not joinable"]:
+            pytest.skip("this version of gloo has no such collective")
         reason = found["not joinable"][name]
         if name in POINT_TO_POINT:
             assert "passes tensors between single processes" in reason
