@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -272,7 +273,9 @@ def test_forked_child_writes_to_a_file_beside(tmp_path: Path) -> None:
 
 
 def fill_the_disk(path: Path, send: Connection) -> None:
-    with warnings.catch_warnings(record=True) as caught:
+    # A busy machine may take so long to write that samples wait without a failure.
+    never = mock.patch("attnmonitor.record.writer._SLOW_SECONDS", math.inf)
+    with never, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         record = RecordWriter(path, run=RUN)
         for step in range(120):
