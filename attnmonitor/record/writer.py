@@ -49,7 +49,7 @@ _MAX_UNWRITTEN = 1000
 _MAX_UNWRITTEN_POINTS = 100_000  # of what training logged
 
 _MAX_FILES = 99  # the file asked for and those beside it
-_SLOW_SECONDS = 0.5  # after an attempt that took longer, the next one waits ten times as long
+SLOW_SECONDS = 0.5  # after an attempt that took longer, the next one waits ten times as long
 
 # What SQLite or Python says of one sample's values, not of the file.
 _SAMPLE_ERRORS = (
@@ -160,7 +160,7 @@ class RecordWriter:
         elif reason is not None:
             warn(f"{reason}. This run is recorded in {self.path} instead.")
         took = time.monotonic() - started
-        self._retry_at = started + (took if took < _SLOW_SECONDS else 10 * took)  # waiting must not slow training down
+        self._retry_at = started + (took if took < SLOW_SECONDS else 10 * took)  # waiting must not slow training down
 
     def _write(self) -> None:
         """Write all unwritten samples; count a failure that a retry may cure, raise `RecordError` for any other."""

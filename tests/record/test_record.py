@@ -274,7 +274,7 @@ def test_forked_child_writes_to_a_file_beside(tmp_path: Path) -> None:
 
 def fill_the_disk(path: Path, send: Connection) -> None:
     # A busy machine may take so long to write that samples wait without a failure.
-    never = mock.patch("attnmonitor.record.writer._SLOW_SECONDS", math.inf)
+    never = mock.patch("attnmonitor.record.writer.SLOW_SECONDS", math.inf)
     with never, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         record = RecordWriter(path, run=RUN)
