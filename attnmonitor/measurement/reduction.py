@@ -41,11 +41,11 @@ from attnmonitor.sample import LayerCoverage
 __all__ = ["LARGEST_BATCH_ELSEWHERE", "ReducedLayer", "Reduction", "layer_heads", "pending_limit"]
 
 LARGEST_BATCH = 2**25
-"""Pending layers may hold this many bytes wherever they are; on a CPU the next ones get the same memory, while the
-system would have to clear more of it."""
+"""Bytes that pending layers may hold on a CPU. The more they hold, the more memory the system has to clear for the
+layers that follow."""
 
 LARGEST_BATCH_ELSEWHERE = 2**27
-"""The same where it is no CPU."""
+"""Bytes that pending layers may hold on another device; on a GPU with idle memory they may hold more."""
 
 
 @dataclass(frozen=True, eq=False)
