@@ -33,7 +33,8 @@ from attnmonitor.measurement.quiet import default_torch_state, quiet
 from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.measurement.shares import Share
 from attnmonitor.measurement.tail import Tail, obstacle_now
-from attnmonitor.measurement.tail_calls import Recording, Skipping
+from attnmonitor.measurement.tail_calls import Recording
+from attnmonitor.measurement.tail_skipping import Skipping
 from attnmonitor.measurement.trust import judged_layer
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.measurement.weights import WeightMeasurement

@@ -1,10 +1,9 @@
 """What a forward does after its last attention: recorded at attach, then skipped, because no number depends on it.
 
-The MLP of the last layer, the head and the loss are a large part of a forward; so is its output projection, where no
-metric reads what the heads write. In the forward of attach every call of a torch function after the last attention is
-recorded. In a sample each of these calls returns what it returned then, a tensor as zeros of the same shape, type and
-device, and nothing is computed. The code of the model runs to its end as always: an exception instead would leave its
-counters half-way.
+The output projection and the MLP of the last layer, the head and the loss are a large part of a forward. In the forward
+of attach every call of a torch function after the last attention is recorded. In a sample each of these calls returns
+what it returned then, a tensor as zeros of the same shape, type and device, and nothing is computed. The code of the
+model runs to its end as always: an exception instead would leave its counters half-way.
 
 Nobody may notice the zeros, so they are used only where
 
@@ -21,9 +20,10 @@ again in full, and so are all that follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -32,7 +32,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from attnmonitor.measurement.tail_calls import Recording, Skipping, Trial
+from attnmonitor.measurement.tail_calls import Recording, Skippable
+from attnmonitor.measurement.tail_skipping import Skipping, Trial
 from attnmonitor.messages import error_text
 from attnmonitor.parallel.wrappers import unwrapped_modules
 
@@ -61,9 +62,8 @@ class Tail:
     def __init__(self, obstacle: str) -> None:
         self.obstacle = obstacle
         self.route = _in_full(obstacle)
-        self._seen: Sequence[str] = ()
-        self._calls: Sequence[Any] = ()
-        self._parts: object = None
+        self._part: Skippable | None = None
+        self._code_parts: object = None
 
     @classmethod
     def tried(
@@ -77,16 +77,14 @@ class Tail:
             numbers: What was measured in it, for a comparison.
             attempt: Measures the same in another forward.
         """
-        tail = cls(recording.obstacle())
-        if not tail.obstacle:
-            tail.obstacle = _difference(model, recording, numbers, attempt)
-            if tail.obstacle:  # a model may set something up in its first forward, as a classifier its kind of loss
-                with suppress(Exception):
-                    recording = Recording(model)
-                    numbers = attempt(recording)
-                    tail.obstacle = recording.obstacle() or _difference(model, recording, numbers, attempt)
+        part, may_differ = _found(model, recording, numbers, attempt)
+        if may_differ:  # a model may set something up in its first forward, as a classifier its kind of loss
+            with suppress(Exception):
+                recording = Recording(model)
+                part, _ = _found(model, recording, attempt(recording), attempt)
+        tail = cls(part.obstacle)
         tail.route = _in_full(tail.obstacle) if tail.obstacle else SKIPPED
-        tail._seen, tail._calls, tail._parts = recording.seen, recording.calls, _parts(model)
+        tail._part, tail._code_parts = part, _code_parts(model)
         return tail
 
     def run(self, model: nn.Module, forward: Callable[[Skipping | None], T], in_full: str = "") -> T:
@@ -98,12 +96,12 @@ class Tail:
             in_full: Why this one has to be run in full.
         """
         obstacle = in_full or self.obstacle or obstacle_now(model)
-        if not obstacle and _parts(model) != self._parts:
+        if not obstacle and _code_parts(model) != self._code_parts:
             obstacle = "modules were added or replaced since attach"
-        if obstacle:
+        if obstacle or self._part is None:
             self.route = _in_full(obstacle)
             return forward(None)
-        skipping = Skipping(self._seen, self._calls)
+        skipping = Skipping(self._part)
         try:
             result = forward(skipping)
         except Exception:
@@ -123,9 +121,32 @@ def _in_full(obstacle: str) -> str:
     return f"in full: {obstacle}"
 
 
-def _difference(model: nn.Module, recording: Recording, numbers: object, attempt: Callable[[Skipping], object]) -> str:
-    """Run a forward without the recorded calls; return how it differs from the recorded one, ``""`` if it does not."""
-    trial = Trial(model, recording)
+def _found(
+    model: nn.Module, recording: Recording, numbers: object, attempt: Callable[[Skipping], object]
+) -> tuple[Skippable, bool]:
+    """Return the largest part that is skipped without a difference, and whether a forward without one differed.
+
+    Where there is none, the obstacle is that of the last.
+    """
+    differed = False
+    for part in recording.skippable():
+        if not part.obstacle:
+            part = replace(part, obstacle=_difference(model, part, recording.statistics, numbers, attempt))
+            differed = bool(part.obstacle)
+        if not part.obstacle:
+            break
+    return part, differed
+
+
+def _difference(
+    model: nn.Module,
+    part: Skippable,
+    statistics: object,
+    numbers: object,
+    attempt: Callable[[Skipping], object],
+) -> str:
+    """Run a forward without a part; return how it differs from the recorded one, ``""`` if it does not."""
+    trial = Trial(model, part)
     try:
         found = attempt(trial)
     except Exception as error:
@@ -136,7 +157,7 @@ def _difference(model: nn.Module, recording: Recording, numbers: object, attempt
         return "two forwards of the probe give different numbers"
     if not trial.begun:
         return "two forwards of the probe do not compute the same attention"
-    return "" if trial.statistics == recording.statistics else "statistics are updated after the last attention"
+    return "" if trial.statistics == statistics else "statistics are updated after the last attention"
 
 
 def obstacle_now(model: nn.Module) -> str:
@@ -160,6 +181,6 @@ def obstacle_now(model: nn.Module) -> str:
     return ""
 
 
-def _parts(model: nn.Module) -> object:
+def _code_parts(model: nn.Module) -> object:
     """Return what the code of the model's forward is made of, for a comparison."""
     return [(id(module), type(module), vars(module).get("forward")) for module in model.modules()]

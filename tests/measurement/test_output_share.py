@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from reference import TWINS, Layer, checked_rows
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from attnmonitor import AttentionMonitor, Sample
 
@@ -100,6 +102,13 @@ class Model(nn.Module):
         return Layer(self.q, self.k, D**-0.5, visible=visible, **given)
 
 
+def num_products(measure: Callable[[], object]) -> int:
+    """Products of a matrix with rows, as projections compute them, that an operation of torch makes."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        measure()
+    return sum(event.count for event in profiled.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+
 def samples_of(model: nn.Module, probe: Tensor) -> list[Sample]:
     with AttentionMonitor(model, probe, metrics=["output_share"], alerts=False, record=None, strict=True) as monitor:
         return [monitor.sample(step) for step in range(2)]
@@ -115,6 +124,15 @@ def test_share_of_heads_is_that_of_the_twin(way: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         assert sample.coverage["Model"].values_reason == ""
         assert sample.diagnostics["after_last_attention"] == "skipped"
+
+
+def test_projection_of_the_last_layer_is_not_computed() -> None:
+    # Through the second weight of an adapter go the few rows that are read.
+    for way, num_read in {"linear": 0, "addmm": 0, "scaled by feature": 0, "with an adapter": 1}.items():
+        model, probe = Model(WAYS[way]), torch.randn(B, L, WIDTH)
+        with AttentionMonitor(model, probe, metrics=["output_share"], alerts=False, record=None) as monitor:
+            assert num_products(partial(model, probe)) > num_read
+            assert num_products(partial(monitor.sample, 0)) == num_read
 
 
 @pytest.mark.parametrize("way", UNREADABLE)

@@ -26,7 +26,7 @@ from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.tail import SKIPPED
 from attnmonitor.record import RunRecord
 
-METRICS = ("energy_rms", "key_rank")
+METRICS = ("energy_rms", "key_rank", "output_share")
 PROBE = token_batch(batch=2, length=8)
 GLOBAL_HOOKS: list[RemovableHandle] = []
 
