@@ -13,7 +13,7 @@ from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import MAX_NAMED, fault_names, short_layer_names, tail_of
+from attnmonitor.summary.names import MAX_NAMED, fault_names, first_names, short_layer_names, tail_of
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
 __all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table", "rich_layer_table"]
@@ -47,8 +47,8 @@ def layer_table(
 def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
     """A text table, one row per layer: how it was captured and verified, or why it was not measured.
 
-    Below it a line for what may be a mistake in the model, and one for each layer of whose weights, values or output
-    something could not be read or was left out.
+    Below it what may be a mistake in the model, and what could not be read or was left out of the weights, values and
+    outputs; layers of which the same is said share a line.
 
     Example:
         >>> layer = LayerCoverage("h.0", "sdpa", "self", 12, 4, 64, 0.125, 3e-7, ("bias",), sees="causal")
@@ -75,9 +75,12 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
     ]
     lines = [_aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
     structure = structure_notes(coverage)
+    layers_of: dict[str, list[str]] = {}
     for name, layer in coverage.items():
-        notes = (*structure.get(name, ()), layer.weights_reason, layer.weights_note, layer.values_reason)
-        lines += [printable(f"{name}: {note}", one_line=True) for note in notes if note]
+        for note in (*structure.get(name, ()), layer.weights_reason, layer.weights_note, layer.values_reason):
+            if note:
+                layers_of.setdefault(note, []).append(name)
+    lines += [printable(f"{first_names(layers)}: {note}", one_line=True) for note, layers in layers_of.items()]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.messages import printable
 from attnmonitor.record.counts import Doubt, RunCounts
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import MAX_NAMED, count_text, fault_names, short_layer_names, tail_of
+from attnmonitor.summary.names import count_text, fault_names, first_names, short_layer_names, tail_of
 
 __all__ = ["last_words", "verdict"]
 
@@ -76,8 +76,7 @@ def _not_measured_text(counts: RunCounts) -> str:
     if not counts.measured:
         name = tail_of(first.layer, _MAX_LAYER)
         return f"nothing measured in {count_text(len(missed), 'attention layer')} ({name}: {first.reason}){way_out}"
-    named = ", ".join(tail_of(layer.layer, _MAX_LAYER) for layer in missed[:MAX_NAMED])
-    named += f" and {len(missed) - MAX_NAMED} more" if len(missed) > MAX_NAMED else ""
+    named = first_names([tail_of(layer.layer, _MAX_LAYER) for layer in missed])
     return (
         f"{len(missed)} of {count_text(len(counts.coverage), 'layer')} not measured: {named} ({first.reason}){way_out}"
     )
@@ -103,9 +102,7 @@ _DOUBTS: Mapping[Doubt, Callable[[RunCounts], str]] = {
 
 def _alarms_text(places: Sequence[Sequence[AlertEvent]], coverage: Mapping[str, LayerCoverage]) -> str:
     heading, heads = _alarm_parts(places, coverage)
-    named = ", ".join(heads[:MAX_NAMED])
-    named += f" and {len(heads) - MAX_NAMED:,} more" if len(heads) > MAX_NAMED else ""
-    return f"{heading}: {named}" if heads else heading
+    return f"{heading}: {first_names(heads)}" if heads else heading
 
 
 def _alarm_parts(

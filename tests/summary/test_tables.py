@@ -9,7 +9,7 @@ import pytest
 from synthetic_runs import SyntheticRun
 
 from attnmonitor.sample import AlertEvent, LayerCoverage
-from attnmonitor.summary.tables import layer_table, print_layer_table
+from attnmonitor.summary.tables import coverage_table, layer_table, print_layer_table
 
 
 def test_table_has_row_per_layer_with_alarms(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +30,17 @@ def test_table_has_row_per_layer_with_alarms(capsys: pytest.CaptureFixture[str])
     assert "[seen]" in printed, "a reason is shown as it is, not read as rich markup"
     assert "head 2" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_layers_of_which_the_same_is_said_share_a_line() -> None:
+    unread, alike = "its output could not be read", "keys of all 4 heads are equal to another's"
+    coverage = {
+        name: LayerCoverage(name, "sdpa", "self", 4, 4, 8, 0.3, 1e-7, (), remarks=(alike,), values_reason=unread)
+        for name in ("h.0", "h.1", "h.2", "h.3", "h.4")
+    }
+    coverage["h.1"] = LayerCoverage("h.1", "sdpa", "self", 4, 4, 8, 0.3, 1e-7, (), values_reason=unread)
+    said = coverage_table(coverage).splitlines()[2 + 5 :]
+    assert said == [f"h.0, h.2, h.3 and 1 more: {alike}", f"h.0, h.1, h.2 and 2 more: {unread}"]
 
 
 def test_plain_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
