@@ -186,6 +186,8 @@ class IndexByOperations(TorchFunctionMode):
             return torch.ops.aten.index_put_(view, tensors, value)
         if function is torch.Tensor.copy_:
             return torch.ops.aten.copy_(*args)
+        if function is scaled_dot_product_attention:  # a torch built with CUDA asks the driver which kernel is best
+            return torch.empty_like(args[0])
         return function(*args, **(kwargs or {}))
 
     @staticmethod
