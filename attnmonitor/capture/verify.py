@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.heads import Lead
+from attnmonitor.parallel.workers import few_cores
 
 __all__ = [
     "HIDDEN",
@@ -253,7 +254,8 @@ class Attention:
             row_axis: The axis of ``output`` that counts query positions.
         """
         rows = checked_rows(self.query)
-        with full_precision(self.query):
+        entries = self.query.shape[:-2].numel() * len(rows) * self.key.shape[-2]
+        with full_precision(self.query), few_cores(entries, self.query.device):
             product = self._product(rows)
             # Code in half precision rounds its logits: one of 100 in bfloat16 is off by 0.25, which changes a sharp
             # softmax by as much. So the check rounds where the code did.

@@ -10,12 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.functional import query_gram
 from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.metrics.statistics import HeadStatistics, LayerHeads, head_statistics
-from attnmonitor.parallel.workers import MIN_WORK_PER_THREAD, map_on_cores, split_for_cores
+from attnmonitor.parallel.workers import (
+    MIN_ENTRIES_PER_THREAD,
+    MIN_WORK_PER_THREAD,
+    few_cores,
+    map_on_cores,
+    split_for_cores,
+)
 
 CPU = torch.device("cpu")
 
@@ -88,6 +98,39 @@ def test_each_core_gets_as_many_sequences(monkeypatch: pytest.MonkeyPatch) -> No
     heads = torch.randn(4, 8, 64, 64, generator=torch.Generator().manual_seed(0))
     head_statistics([LayerHeads(heads, heads)] * 10, ["key_rms"])
     assert sorted(found.values()) == [12, 14, 14]
+
+
+def test_small_operations_use_few_cores() -> None:
+    def cores(entries: int, device: torch.device = CPU) -> int:
+        with few_cores(entries, device):
+            return torch.get_num_threads()
+
+    sizes = (0, 2 * MIN_ENTRIES_PER_THREAD - 1, 2 * MIN_ENTRIES_PER_THREAD, 100 * MIN_ENTRIES_PER_THREAD)
+    assert [cores(size) for size in sizes] == [1, 1, 2, 3]
+    assert cores(0, torch.device("cuda")) == 3
+    with pytest.raises(ZeroDivisionError), few_cores(0, CPU):
+        _ = 1 / 0
+    assert torch.get_num_threads() == 3
+
+
+def test_rows_of_a_small_layer_are_verified_on_one_core() -> None:
+    used: dict[str, int] = {}
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            used[str(func)] = torch.get_num_threads()
+            return func(*args, **(kwargs or {}))
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(x, x, x).exp()
+
+    found: list[AttentionCall] = []
+    with Watched(), capture_attention(model := Layer(), found.append):
+        model(torch.randn(1, 2, 16, 8))
+    assert found[0].error is not None
+    assert used["aten._softmax.default"] == 1
+    assert used["aten.exp.default"] == 3
 
 
 @pytest.mark.parametrize("padded", [False, True])
