@@ -61,6 +61,12 @@ def capture_attention(
     """
     mode = AttentionMode(model, emit, {} if layouts is None else layouts, packed=packed)
     named, modules = watched_functions(mode.watch_function), watched_modules(mode.watch_function)
-    with mode.frames, listening(mode), named, modules, watched_kernels(mode.watch_kernel), mode:
-        yield mode.report
-    mode.report_missed()
+    try:
+        with mode.frames, listening(mode), named, modules, watched_kernels(mode.watch_kernel), mode:
+            yield mode.report
+        mode.report_missed()
+    finally:
+        # The mode and its parts refer to themselves by their observers. What they hold, down to a sample's numbers,
+        # would take memory until Python looks for such cycles, which programs that train let it do seldom.
+        for part in (*mode.parts, mode):
+            vars(part).clear()

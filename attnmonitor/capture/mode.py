@@ -60,9 +60,7 @@ class AttentionMode(TorchFunctionMode):
         self._calls: Counter[str] = Counter()
         self._failures: dict[str, str] = {}
         self._num_seen = 0
-        self._inside_mha = False
-        self._paused = False
-        self._emitting = False
+        self._inside_mha = self._paused = self._emitting = False
         self._repeats = Repeats()
         found = self._found_traced, self._missed, self._attends_in_matrices
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
@@ -74,7 +72,8 @@ class AttentionMode(TorchFunctionMode):
             "linear": self._observe_projection,
             "addmm": self._observe_projection,
         }
-        for observers in (self._repeats.observers, self._tracer.observers, self._written.observers, own):
+        self.parts = self._repeats, self._tracer, self._written
+        for observers in (*(part.observers for part in self.parts), own):
             for name, observer in observers.items():
                 self._observers.setdefault(name, []).append(observer)
         self._known: dict[Any, tuple[str, list[Observer]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor import AttentionMonitor
-from attnmonitor.capture import pattern
+from attnmonitor.capture import capture_attention, pattern
 from attnmonitor.capture.fused import read_sdpa
 from benchmarks.pages.third_party_models import captured, sharpen
 
@@ -532,3 +533,46 @@ def test_pattern_of_a_long_mask_is_read_in_blocks(monkeypatch: pytest.MonkeyPatc
     model = sharpen(Layer(lambda layer, q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, mask)))
     with AttentionMonitor(model, hidden(length), record=None, alerts=False) as monitor:
         assert monitor.coverage["Layer"].measured
+
+
+def num_matrices() -> int:
+    """How many tensors of the size of a layer's logits are alive."""
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor]
+    return len({x.untyped_storage()._cdata for x in tensors if x.untyped_storage().nbytes() == 4 * 2 * 4 * LENGTH**2})
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize(
+    "body",
+    [
+        added_in_a_view,
+        written_back,
+        in_place_of_a_view,
+        on_all_of_a_view,
+        written_over,
+        columns_written_over,
+        multiplied_by_a_mask,
+        with_a_key_of_nothing,
+        by_special_functions,
+        one_head_after_the_other,
+        heads_stacked,
+        mixed_and_added,
+        capped_by_a_script,
+        weighted_by_a_kernel,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_no_logits_outlive_their_layer(body: Callable[..., Tensor]) -> None:
+    alive = []
+
+    class Merged(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append(num_matrices())
+            return super().forward(x).transpose(1, 2).flatten(2)
+
+    model, layouts = nn.Sequential(*(Merged(body) for _ in range(3))), {}
+    for _ in range(2):  # the first time more is followed than later
+        with torch.no_grad(), capture_attention(model, lambda call: None, layouts=layouts):
+            model(hidden())
+        alive.append(num_matrices())
+    assert alive == [0] * 8

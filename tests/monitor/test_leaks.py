@@ -130,6 +130,7 @@ def attach_and_close(num_times: int, tmp_path: Path) -> None:
     assert all(monitor() is None for monitor in monitors)
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_no_activation_is_alive_after_a_sample(recwarn: Any) -> None:
     model = TinyGPT()
     seen: list[weakref.ref[Tensor]] = []
@@ -146,13 +147,46 @@ def test_no_activation_is_alive_after_a_sample(recwarn: Any) -> None:
     for fails in (False, True):
         seen.clear()
         sample = monitor.sample(int(fails))
-        gc.collect()
         assert len(seen) > 20
         # Only the probe itself is alive, and a view of its first half.
         alive = [tensor for reference in seen if (tensor := reference()) is not None]
         probe = monitor.probe.batch.untyped_storage().data_ptr()
         assert all(tensor.untyped_storage().data_ptr() == probe for tensor in alive)
         assert (sample.failure is not None) == fails
+
+
+class Unprojected(torch.nn.Module):
+    """Attention whose output meets no weight, by a kernel or by hand."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.attend = torch.nn.Linear(32, 96), attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4))
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (TinyGPT(), token_batch()),
+        (Unprojected(lambda q, k, v: (q @ k.mT).softmax(-1) @ v), torch.randn(2, 12, 32)),
+        (Unprojected(torch.nn.functional.scaled_dot_product_attention), torch.randn(2, 12, 32)),
+        (torch.nn.TransformerEncoderLayer(32, 2, batch_first=True), torch.randn(2, 12, 32)),
+    ],
+)
+def test_no_tensor_of_a_sample_waits_for_the_garbage_collector(model: torch.nn.Module, batch: Tensor) -> None:
+    monitor = AttentionMonitor(model, batch, record=None)
+    gc.collect()
+    monitor.sample(0)
+    left = num_tensors()
+    gc.collect()
+    assert num_tensors() == left
+
+
+def num_tensors() -> int:
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
 def test_dropped_model_is_freed() -> None:

@@ -121,10 +121,14 @@ class Trace:
 
 
 class TracedCall:
-    """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows."""
+    """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows.
 
-    def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        self.name, self.func, self.args, self.kwargs, self.output = name, func, args, kwargs, output
+    It is a part of the note on its output, so it may not keep the output alive: of that it has shape, type and device.
+    """
+
+    def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        self.name, self.func, self.args, self.kwargs = name, func, args, kwargs
+        self.output = _without_values(output)
         self.slot = 0
         self.condition: Any = None
         if name == "cat":
@@ -139,6 +143,17 @@ class TracedCall:
         else:
             self.operands = [*args, *kwargs.values()]
 
+    def drop_traced(self, output: Tensor) -> None:
+        """Keep shape, type and device alone of the traced operand: a layer's logits of every step are not kept."""
+        traced = self.operands[self.slot]
+        empty = _without_values(traced)
+
+        def drop(x: Tensor) -> Tensor:
+            return empty if x is traced else self.output if x is output else x
+
+        self.operands = [_with_tensors(drop, operand) for operand in self.operands]
+        self.args, self.kwargs = self._arguments(drop)
+
     def repeat_on(self, x: Tensor) -> Tensor:
         """Return the result of the same call on another first operand."""
         result: Tensor = self.func(x, *self.args[1:], **self.kwargs)
@@ -146,25 +161,41 @@ class TracedCall:
 
     def replay(self, trace: Trace, traced: Tensor | None = None) -> Apply:
         """Return the same call for some rows of the traced operand, with other operands cut to the same rows."""
-        target = self.operands[self.slot] if traced is None else traced
-        axis, num_rows = trace.query_axis, target.shape[trace.query_axis]
-
-        def place(argument: Any, x: Tensor, rows: Tensor) -> Any:
-            if argument is target:
-                return x
-            if isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
-                return [place(part, x, rows) for part in argument]
-            if not isinstance(argument, Tensor):
-                return argument
-            part = argument if traced is not None else rows_of(argument, rows, axis, num_rows)
-            return part.to(x.dtype) if traced is not None else part
+        axis = trace.query_axis
+        num_rows = (self.operands[self.slot] if traced is None else traced).shape[axis]
 
         def apply(x: Tensor, rows: Tensor) -> Tensor:
-            arguments = [place(argument, x, rows) for argument in self.args]
-            result: Tensor = self.func(*arguments, **{key: place(value, x, rows) for key, value in self.kwargs.items()})
+            target = self.operands[self.slot] if traced is None else traced
+
+            def place(argument: Tensor) -> Tensor:
+                if argument is target:
+                    return x
+                return argument.to(x.dtype) if traced is not None else rows_of(argument, rows, axis, num_rows)
+
+            args, kwargs = self._arguments(place)
+            result: Tensor = self.func(*args, **kwargs)
             return result
 
         return apply
+
+    def _arguments(self, change: Callable[[Tensor], Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of the call with their tensors changed."""
+        return (
+            [_with_tensors(change, argument) for argument in self.args],
+            {key: _with_tensors(change, argument) for key, argument in self.kwargs.items()},
+        )
+
+
+def _with_tensors(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    """Return an argument of a call with its tensors changed, those in a list too."""
+    if isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
+        return [change(part) if isinstance(part, Tensor) else part for part in argument]
+    return change(argument) if isinstance(argument, Tensor) else argument
+
+
+def _without_values(x: Tensor) -> Tensor:
+    """Return a tensor of the same shape, type and device that takes the memory of one value."""
+    return x.new_empty(()).expand(x.shape)
 
 
 def as_soft_cap(trace: Trace, cap: float) -> Trace:

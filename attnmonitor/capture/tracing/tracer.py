@@ -122,6 +122,7 @@ class Tracer:
         if elementwise and output.shape != call.operands[call.slot].shape:
             return
         moved = self._follow[name](trace, call) if trace.split is None else in_split(trace, trace.split, call)
+        call.drop_traced(output)
         if moved is None:
             self._end(trace, name)
         else:
@@ -158,7 +159,7 @@ class Tracer:
                     self._missed(trace.origin.layer, trace.ambiguity)
                 elif product.contracted == {axes[trace.key_axis]}:
                     call = TracedCall(name, func, args, kwargs, output)
-                    self._finish(trace, call, operand, axes, other, other_axes, product.out_axes)
+                    self._finish(trace, call, output, operand, axes, other, other_axes, product.out_axes)
                 elif product.contracted == {axes[trace.query_axis]}:
                     self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
                 else:
@@ -313,7 +314,15 @@ class Tracer:
     # The end of a trace.
 
     def _finish(
-        self, trace: Trace, call: TracedCall, weights: Tensor, axes: str, values: Tensor, value_axes: str, out_axes: str
+        self,
+        trace: Trace,
+        call: TracedCall,
+        output: Tensor,
+        weights: Tensor,
+        axes: str,
+        values: Tensor,
+        value_axes: str,
+        out_axes: str,
     ) -> None:
         """Report the attention that a product of ``weights`` and ``values``, with labeled axes, completes."""
         trace.origin.values_reached = True
@@ -325,4 +334,4 @@ class Tracer:
             own = values if before is None else before.source
             return values_by_head(own, value_axes, (batch, query, key), out_axes, lead)
 
-        self._found(trace.then(call.replay(trace, weights)), call.output, out_axes.index(query), by_head)
+        self._found(trace.then(call.replay(trace, weights)), output, out_axes.index(query), by_head)
