@@ -65,7 +65,7 @@ def all_sums(queries: QueryGram, keys: KeyGram) -> tuple[Tensor, Tensor]:
     """Least and most that running sums of all squared singular values can be, ``(B, Hq, d)``, the energy being 1."""
     fields = field_cores(queries, keys, keys.cholesky_root(), scale=1.0, with_bound=False)
     energy = (fields.energy / fields.size)[..., None]
-    finite = fields.core.masked_fill(is_unknown(energy)[..., None], 0)
+    finite = fields.core.masked_fill_(is_unknown(energy)[..., None], 0)  # which nobody else reads
     eigenvalues = eigenvalues_of(finite.flatten(0, 1)).flip(-1)
     sums = eigenvalues.view(*energy.shape[:2], -1).cumsum(-1, dtype=torch.float64) / energy
     slack = (fields.margin / fields.energy)[..., None] + 2 * TIE

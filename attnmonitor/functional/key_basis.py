@@ -93,8 +93,8 @@ class KeyGram:
         within the error that `field_cores` states. NaN where it fails, which only a Gram matrix from float32 can do.
         """
         scale = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        unit = torch.where(scale > 0, scale, 1)
-        scaled = self.gram / (unit[..., None] * unit[..., None, :])
+        inverse = torch.where(scale > 0, scale, 1).reciprocal_()
+        scaled = (self.gram * inverse[..., None]).mul_(inverse[..., None, :])
         scaled.diagonal(dim1=-2, dim2=-1).add_(self.gram.shape[-1] ** 2 * torch.finfo(torch.float64).eps)
         factor, info = torch.linalg.cholesky_ex(scaled)
         sound = (info == 0) & is_finite(self.energy)

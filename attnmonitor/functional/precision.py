@@ -109,10 +109,12 @@ def gram_of(heads: Tensor, blocks: Iterable[Tensor]) -> Tensor:
         for strip, found in zip(strips, sums, strict=True):
             found.baddbmm_(flat[..., strip].mT, flat[..., strip.start :])
     shape = num_sequences, num_heads, head_dim, head_dim
+    if not sums:  # there are no positions
+        return heads.new_zeros(shape, dtype=torch.float64)
     if len(sums) == 1:
         return sums[0].to(torch.float64).view(shape)
-    gram = heads.new_zeros(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64)
-    for strip, found in zip(strips, sums, strict=False):
+    gram = heads.new_empty(num_sequences * num_heads, head_dim, head_dim, dtype=torch.float64)
+    for strip, found in zip(strips, sums, strict=True):
         gram[:, strip, strip.start :] = found
         gram[:, strip.stop :, strip] = found[..., strip.stop - strip.start :].mT
     return gram.view(shape)
