@@ -67,11 +67,6 @@ class RowsOfUser:
         if not self._commit:
             _call_before_finish(run, self._send_pending)
 
-    @property
-    def num_pending(self) -> int:
-        """Points that have not been sent to W&B yet."""
-        return len(self._pending)
-
     def add(self, x_key: str, scalars: Mapping[str, float], media: Mapping[str, Any]) -> None:
         """Send a point with the row that is open, or keep it where that row has one already.
 

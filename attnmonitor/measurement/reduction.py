@@ -1,9 +1,9 @@
 """From the attention of each layer, as a forward shows it, to the values of all heads.
 
-A layer's queries, keys and values are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone.
-With them stay the rows that verification rebuilt. Pending layers are finished together: a batch of operations and of
-small eigenproblems costs little more than those of one layer, and right after a layer torch's own threads still spin
-and would slow down what is computed then.
+A layer's queries and keys are copied when its attention runs; of the queries a GPU keeps the Gram matrix alone. Of the
+values a CPU keeps moments, a GPU a copy. With them stay the rows that verification rebuilt. Pending layers are finished
+together: a batch of operations and of small eigenproblems costs little more than those of one layer, and right after a
+layer torch's own threads still spin and would slow down what is computed then.
 """
 
 from __future__ import annotations

@@ -111,7 +111,6 @@ class Score:
     recording: Recording
     delay: int | None  # in samples; None: not found
     found_by: str
-    found_kind: str
     is_first_true: bool  # the first head alarm after onset names faulty heads only
     healthy_named: int
     healthy_heads: int
@@ -134,7 +133,6 @@ def score(recording: Recording, detector: Detector) -> Score:
         recording,
         delay=samples_between(recording, recording.fault.onset, hits[0].step) if hits else None,
         found_by=hits[0].rule if hits else "",
-        found_kind=hits[0].kind if hits else "",
         is_first_true=bool(first) and all(alarm.units <= faulty for alarm in first),
         healthy_named=len(named),
         healthy_heads=len(everyone - faulty),
