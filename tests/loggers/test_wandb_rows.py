@@ -265,7 +265,7 @@ def lightning_run(folder: Path, log_every: int, callbacks: list[Any]) -> Any:
 
 
 def transformers_run(folder: Path, log_every: int, callbacks: list[Any]) -> Any:
-    from test_transformers_callback import trainer_of
+    from trainer_run import trainer_of
 
     folder.mkdir()
     with wandb.init(project="test", dir=folder):

@@ -192,6 +192,12 @@ def private_names() -> set[str]:
     return {name for name in found if is_private(name)}
 
 
+def test_test_files_do_not_import_each_other() -> None:
+    """Which of them can be imported depends on the folders of the same run."""
+    imports = nodes(("tests",), ast.ImportFrom)
+    assert not [place for place, node in imports if (node.module or "").startswith("test_")]
+
+
 def test_tests_import_nothing_private() -> None:
     found = [
         f"{place} {node.module}.{alias.name}"
