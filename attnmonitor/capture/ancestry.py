@@ -11,7 +11,7 @@ what was concluded from the first one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture.axes import Axes, Axis, axis_of, default_axes, num_positions, regrouped, resized, viewed
+from attnmonitor.capture.axes import (
+    Axes,
+    Axis,
+    axis_of,
+    axis_of_number,
+    default_axes,
+    is_plain_index,
+    num_positions,
+    regrouped,
+    resized,
+    viewed,
+)
+from attnmonitor.capture.nested import flat, tensors_in
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import LabeledProduct, is_weight, labeled
 
@@ -85,14 +97,17 @@ class Ancestries:
     Args:
         model: The model.
         unseen: Called when a tensor is met that no seen function made.
-        num_tokens: Returns how many positions the running layer's first input has.
+        first_input: Returns the first input of the running layer, None where it has none.
     """
 
     def __init__(
-        self, model: nn.Module, unseen: Callable[[], None] = lambda: None, num_tokens: Callable[[], int] = lambda: 0
+        self,
+        model: nn.Module,
+        unseen: Callable[[], None] = lambda: None,
+        first_input: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self._unseen = unseen
-        self._num_tokens = num_tokens
+        self._first_input = first_input
         self._notes = Notes[Ancestry]()
         self._count = 0
         self._picked_from: dict[int, frozenset[int]] = {}
@@ -100,7 +115,7 @@ class Ancestries:
 
     def add_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that the model is called with, each as a source of its own."""
-        for x in _tensors(list(tensors)):
+        for x in tensors_in(list(tensors)):
             note = self._notes.get(x)
             if note is None or note.sources == {_UNKNOWN}:  # a batch that was moved to the device is a new tensor
                 self._put(x, Ancestry(frozenset({self._new()})))
@@ -130,22 +145,33 @@ class Ancestries:
         known = self.of(output)
         self._notes.put(output, replace(known, sources=query.sources, attended=query.attended | {self._new()}))
 
-    def may_be_logits(self, x: Tensor, num_tokens: int) -> bool:
-        """Return whether ``x`` may hold a number per pair of positions, of so many tokens in all."""
+    def may_be_logits(self, x: Tensor) -> bool:
+        """Return whether ``x`` may hold a number per pair of positions of the running layer's first input."""
         axes = self.of(x).axes
         if axes is None or None in axes:
             return True
-        return num_positions(axes) > num_tokens
+        return num_positions(axes) > self._num_tokens()
+
+    def _num_tokens(self) -> int:
+        """Return how many positions the running layer's first input has; 0 where it has none."""
+        hidden = self._first_input()
+        if hidden is None:
+            return 0
+        note = self._notes.get(hidden)
+        if note is not None and note.projected and note.axes is not None and None not in note.axes:
+            return num_positions(note.axes)
+        return hidden.numel() // (hidden.shape[1] if hidden.dim() == 4 else hidden.shape[-1])
 
     def observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note what the outputs of a function are made of."""
         name = name.rstrip("_") if not name.startswith("_") else name
         if name in ("__setitem__", "copy"):
-            self._write(args[0] if args[0]._base is None else args[0]._base, args[-1])
+            target = args[0] if args[0]._base is None else args[0]._base
+            self._write(target, args[-1], args[1] if name == "__setitem__" else None)
             return
-        outputs = list(_tensors(output))
+        outputs = list(tensors_in(output))
         given = {key: value for key, value in kwargs.items() if key != "out"}
-        operands = [] if name in NEW else list(_tensors((args, given)))
+        operands = [] if name in NEW else list(tensors_in((args, given)))
         if not outputs:
             return
         if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
@@ -154,12 +180,15 @@ class Ancestries:
         for x, of_x in zip(outputs, axes, strict=True):
             self._put(x, replace(self._origin(name, args, operands, x), axes=of_x))
 
-    def _write(self, target: Tensor, value: Any) -> None:
+    def _write(self, target: Tensor, value: Any, index: Any) -> None:
         """Note what was written into a tensor: a new one is made of what fills it."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
         own, part = self.of(target), self.of(value)
+        at = axis_of_number(index, target.dim()) if value.dim() == target.dim() - 1 else None
         axes = part.axes if part.axes is not None and value.dim() == target.dim() else own.axes
+        if at is not None and part.projected and part.axes is not None and None not in part.axes:
+            axes = self._stacked(part.axes, at, target.shape[at], may_be_heads=True)
         if axes is not None:
             axes = tuple(resized(axis, size) for axis, size in zip(axes, target.shape, strict=True))
         sources = part.sources if not own.inputs else own.sources | part.sources
@@ -236,7 +265,7 @@ class Ancestries:
         """Return whether positions are picked by computed indices, which makes another sequence of them."""
         if not args or not isinstance(args[0], Tensor) or args[0].dim() > 3 or not args[0].is_floating_point():
             return False
-        by_index = name == "__getitem__" and any(isinstance(x, Tensor) for x in _flat(args[1]))
+        by_index = name == "__getitem__" and any(isinstance(x, Tensor) for x in flat(args[1]))
         return by_index or name in _PICKS
 
     # Axes.
@@ -249,7 +278,7 @@ class Ancestries:
             return unknown
         first = args[1] if name == "addmm" and len(args) > 1 else args[0]
         if name in _JOINS:  # an empty part has no axes
-            first = max(_tensors(args), key=Tensor.numel, default=None)
+            first = max(tensors_in(args), key=Tensor.numel, default=None)
             if (joined := self._joined_axes(name, args, kwargs, outputs[0])) is not None:
                 return [joined]
         shape = outputs[0].shape
@@ -277,8 +306,12 @@ class Ancestries:
             return [None if others is None else (*axes[:-1], others[-2])]
         if name in _RESHAPES:
             return [regrouped(axes, shape)]
-        if name in _VIEWS and not any(isinstance(x, Tensor) for x in _flat(list(args[1:]))):
-            views = list(_tensors(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
+        if (
+            name in _VIEWS
+            and not any(isinstance(x, Tensor) for x in flat(list(args[1:])))
+            and (name != "__getitem__" or is_plain_index(args[1]))
+        ):
+            views = list(tensors_in(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
             if len(views) == len(outputs):
                 is_learned = not self.of(first).inputs
                 return [viewed(axes, first.shape, view, is_learned=is_learned) for view in views]
@@ -291,28 +324,35 @@ class Ancestries:
         return [self._like(x, args) for x in outputs]
 
     def _joined_axes(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Axes | None:
-        """Return the axes of a stack, or of parts joined along the first axis where they are heads.
+        """Return the axes of a stack, also along an axis of size 1, or of heads joined along the first.
 
         Parts of one sequence that each have all positions of the running layer differ in what projects them.
         """
-        parts = list(_tensors(args[:1]))
+        parts = list(tensors_in(args[:1]))
         notes = [self.of(x) for x in parts]
         axes = notes[0].axes if notes else None
-        at = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        if name not in ("stack", "cat", "concat") or not isinstance(at, int) or axes is None or None in axes:
+        at = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        if not isinstance(at, int) or axes is None or None in axes:
             return None
-        own, at = num_positions(axes), at % output.dim()
+        at = 1 if name == "hstack" and output.dim() > 1 else at % output.dim()
         alike = all(
             note.projected and note.sources == notes[0].sources and x.shape == parts[0].shape
             for x, note in zip(parts, notes, strict=True)
         )
-        are_heads = len(parts) > 1 and alike and own == self._num_tokens()
         if name == "stack":
-            is_known = are_heads or own * len(parts) == self._num_tokens()
-            return (*axes[:at], axis_of(are_heads, len(parts)) if is_known else None, *axes[at:])
-        if are_heads and at == 0:
+            return self._stacked(axes, at, len(parts), may_be_heads=alike)
+        if alike and axes[at] == () and len(parts) == output.shape[at] > 1:
+            return self._stacked((*axes[:at], *axes[at + 1 :]), at, len(parts), may_be_heads=True)
+        if at == 0 and len(parts) > 1 and alike and num_positions(axes) == self._num_tokens():
             return ((*axis_of(True, len(parts)), *(axes[0] or ())), *axes[1:])
         return None
+
+    def _stacked(self, axes: Axes, at: int, number: int, *, may_be_heads: bool) -> Axes:
+        """Return the axes of parts on a new axis ``at``: heads where each part has all positions of the layer."""
+        own, num_tokens = num_positions(axes), self._num_tokens()
+        are_heads = may_be_heads and number > 1 and own == num_tokens
+        is_known = are_heads or own * number == num_tokens
+        return (*axes[:at], axis_of(are_heads, number) if is_known else None, *axes[at:])
 
     def _is_matrix(self, x: Tensor) -> bool:
         """Return whether ``x`` acts as a weight in a product: a parameter, or one matrix that no input made."""
@@ -330,9 +370,9 @@ class Ancestries:
 
     def _like(self, output: Tensor, args: Sequence[Any]) -> Axes | None:
         """Return the axes of an operand of the same rank, resized where the output has another size."""
-        operands = [x for x in _tensors(args) if x.dim() == output.dim()]
+        operands = [x for x in tensors_in(args) if x.dim() == output.dim()]
         same = [x for x in operands if x.shape[:-1] == output.shape[:-1]]
-        chosen = max(same or operands, key=self._says, default=None)
+        chosen = max(same or operands, key=lambda x: (*self._says(x), x.numel()), default=None)
         if chosen is None:
             return None
         axes = self.of(chosen).axes
@@ -353,17 +393,3 @@ class Ancestries:
                     by_label[label] = None if axes is None else axes[position]
         axes = tuple(by_label.get(label) for label in product.out_axes)
         return axes if len(axes) == output.dim() else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (x for x in _flat(value) if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _flat(part)
-    elif isinstance(value, Mapping):
-        yield from _flat(list(value.values()))
-    else:
-        yield value

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Axes", "Axis", "Factor", "axis_of", "default_axes", "num_positions", "regrouped", "resized", "viewed"]
+__all__ = [
+    "Axes",
+    "Axis",
+    "Factor",
+    "axis_of",
+    "axis_of_number",
+    "default_axes",
+    "is_plain_index",
+    "num_positions",
+    "regrouped",
+    "resized",
+    "viewed",
+]
 
 Factor = tuple[bool, int]
 """A factor of an axis: whether it counts features, and its size."""
@@ -90,3 +103,19 @@ def viewed(axes: Axes, shape: Sequence[int], view: Tensor, *, is_learned: bool) 
 def num_positions(axes: Axes) -> int:
     """Return how many positions there are along all axes."""
     return math.prod(size for axis in axes for is_feature, size in axis or () if not is_feature)
+
+
+def is_plain_index(index: Any) -> bool:
+    """Return whether an index gives a view; one with a list, ``x[:, [-1]]``, copies."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(x is None or x is ... or isinstance(x, slice) or type(x) is int for x in parts)
+
+
+def axis_of_number(index: Any, num_axes: int) -> int | None:
+    """Return the axis at which an index has its only number, ``x[:, 2]``; None for another index."""
+    parts = index if isinstance(index, tuple) else (index,)
+    numbers = [position for position, x in enumerate(parts) if type(x) is int]
+    if len(numbers) != 1 or not is_plain_index(index) or None in parts:
+        return None
+    at = numbers[0]
+    return num_axes - len(parts) + at if ... in parts[:at] else at

@@ -23,7 +23,7 @@ def suspect(frames: Frames, ancestries: Ancestries, name: str, func: Any, args: 
         frames.suspect()
         return
     x = args[0] if name in _SOFTMAXES and args else None
-    if isinstance(x, Tensor) and (frames.heads_were_mixed() or ancestries.may_be_logits(x, frames.num_tokens())):
+    if isinstance(x, Tensor) and (frames.heads_were_mixed() or ancestries.may_be_logits(x)):
         frames.suspect()
 
 

@@ -52,7 +52,7 @@ class AttentionMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.frames = Frames(model, self._note_inputs, self._take_turns)
-        self._ancestries = None if layouts else Ancestries(model, self.frames.suspect_hidden, self.frames.num_tokens)
+        self._ancestries = None if layouts else Ancestries(model, self.frames.suspect_hidden, self.frames.first_input)
         self.report = CaptureReport()
         self._emit = emit
         self._layouts = layouts

@@ -179,13 +179,10 @@ class Frames:
         """Return whether a running module has mixed the heads of its logits."""
         return any(frame.mixes_heads for frame in self._stack)
 
-    def num_tokens(self) -> int:
-        """Return how many positions the running layer's first input has; 0 where it has none."""
+    def first_input(self) -> Tensor | None:
+        """Return the first input of the running layer; None where it has none."""
         _, frame = self.current_layer()
-        if frame is None or not frame.inputs:
-            return 0
-        hidden = frame.inputs[0]
-        return hidden.numel() // (hidden.shape[1] if hidden.dim() == 4 else hidden.shape[-1])
+        return None if frame is None or not frame.inputs else frame.inputs[0]
 
     def running_call(self, module: nn.Module) -> Frame | None:
         """Return the innermost running call of ``module``."""

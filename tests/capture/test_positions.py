@@ -209,10 +209,37 @@ class WithNewTensors(nn.Module):
         return (q @ k.mT * 0.4).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1) @ k
 
 
-@pytest.mark.parametrize("made", MADE_WITH_NEW_TENSORS)
-def test_new_tensors_beside_the_heads_do_not_hide_them(made: str) -> None:
+MADE_OF_PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "split and joined": lambda x: torch.cat([torch.tanh(head) for head in x.split(1, 1)], 1),
+    "unsqueezed and joined": lambda x: torch.cat([x[:, 0, None], 2 * x[:, 1, None]], 1),
+    "joined in a module": lambda x: WithScale(lambda y: torch.hstack([y[:, :1], 2 * y[:, 1:]]))(x),
+    "unequal parts": lambda x: torch.cat([x[:, :1], 2 * x[:, 1:], x], 1),
+    "picked by a list": lambda x: x.transpose(1, 2).flatten(2).unflatten(2, (16, -1))[:, :, [-2]].transpose(1, 2),
+    "written head by head": lambda x: written(x),
+}
+"""Ways to make heads of other heads."""
+
+
+class WithScale(nn.Module):
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made, self.scale = made, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(x) * self.scale
+
+
+def written(x: Tensor) -> Tensor:
+    whole = torch.empty_like(x)
+    for head in range(x.shape[1]):
+        whole[:, head] = x[:, head] * (head + 1)
+    return whole
+
+
+@pytest.mark.parametrize("made", {**MADE_WITH_NEW_TENSORS, **MADE_OF_PARTS}.items(), ids=lambda item: item[0])
+def test_heads_are_found_whatever_they_are_made_of(made: tuple[str, Callable[[Tensor], Tensor]]) -> None:
     torch.manual_seed(0)
-    model, x, valid = WithNewTensors(MADE_WITH_NEW_TENSORS[made]), torch.randn(2, LENGTH, WIDTH), padded()
+    model, x, valid = WithNewTensors(made[1]), torch.randn(2, LENGTH, WIDTH), padded()
     with torch.no_grad(), AttentionMonitor(model, (x, valid), record=None, alerts=False) as monitor:
         expected = layer_statistics(*(each.double() for each in model.heads(x)), 0.4, valid, valid)
         found = monitor.sample(0).values
