@@ -174,6 +174,37 @@ def test_copies_of_other_axes_are_kept(copies: Repeat, attend: Callable[..., Ten
     assert call.error < 1e-6
 
 
+def rotated(k: Tensor) -> Tensor:
+    angles = torch.arange(float(k.shape[2]))[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+    return k * angles.cos() + torch.cat((-k[..., 2:], k[..., :2]), -1) * angles.sin()
+
+
+def normed(k: Tensor) -> Tensor:
+    first, second = nn.functional.rms_norm(k.reshape(k.shape), (4,)).chunk(2, dim=-1)
+    return torch.cat((2 * second, first - 1), -1) * torch.rsqrt(k.pow(2).mean(-1, keepdim=True))
+
+
+def by_head(k: Tensor) -> Tensor:
+    return k * torch.arange(1.0, 1 + k.shape[1])[:, None, None]
+
+
+@pytest.mark.parametrize("way", ["positions first", "tile"])
+@pytest.mark.parametrize("after", [rotated, normed, by_head], ids=lambda f: f.__name__)
+def test_keys_repeated_before_other_steps_are_unrepeated(way: str, after: Callable[[Tensor], Tensor]) -> None:
+    """Falcon and older Megatron-LM repeat keys before the rotary embedding; what differs by head makes other keys."""
+    repeat_heads, tiled = REPEATS[way]
+    torch.manual_seed(0)
+    model, x = Grouped(2, 3, lambda k, g: after(repeat_heads(k, g)), by_matmul), torch.randn(2, 5, 8)
+    (call,) = captured(model, x=x).calls
+    with torch.no_grad():
+        k = model.heads(x)[1]
+    expected = after(repeat_heads(k, 3)) if after is by_head else after(k)
+    assert call.key.shape == expected.shape
+    assert torch.allclose(call.key, expected, atol=1e-6)
+    assert call.error < 1e-6
+    assert call.tiled == (tiled and after is not by_head)
+
+
 @pytest.mark.parametrize("way", ["repeat_interleave", "tile"])
 def test_keys_changed_after_the_copy_fail_the_check(way: str) -> None:
     """A change in place keeps the note on the copy, so the keys are wrong: verification finds it."""

@@ -2,8 +2,9 @@
 
 Grouped-query attention written without kernel support copies each key head to the query heads that share it, by an
 expand, a repeat or `repeat_interleave`. A note on the copy holds the original keys, and passes through the views and
-casts that follow. Copies come in two orders: most code keeps the copies of a key head side by side (query head h reads
-key head h // g), some repeats the whole set of key heads (h % Hkv).
+casts that follow, and through what treats all heads alike, as rotary embeddings and norms after the copy do. Copies
+come in two orders: most code keeps the copies of a key head side by side (query head h reads key head h // g), some
+repeats the whole set of key heads (h % Hkv).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attnmonitor.capture.axes import is_plain_index
+from attnmonitor.capture.nested import tensors_in
 from attnmonitor.capture.tensor_notes import Notes
 
 __all__ = ["Repeated", "Repeats"]
@@ -32,6 +35,9 @@ _LAYOUT_CHANGES = {
     "mT",
 }
 
+_OF_ALL_HEADS = {"mul", "multiply", "add", "sub", "subtract", "div", "true_divide", "neg", "pow", "rsqrt", "mean"}
+_OF_ALL_HEADS |= {"layer_norm", "rms_norm", "normalize", "__getitem__", "chunk", "split", "cat", "concat"}
+
 
 @dataclass(frozen=True, eq=False)
 class Repeated:
@@ -45,6 +51,12 @@ class Repeated:
     source: Tensor
     tiled: bool
 
+    def axis(self, x: Tensor) -> int | None:
+        """Return the axis of heads of the copy ``x``, the only one along which it is larger; else None."""
+        pairs = enumerate(zip(self.source.shape, x.shape, strict=True))
+        larger = [axis for axis, (own, size) in pairs if own != size] if self.source.dim() == x.dim() else []
+        return larger[0] if len(larger) == 1 else None
+
 
 class Repeats:
     """Notes from repeated keys to the keys before repetition."""
@@ -55,6 +67,7 @@ class Repeats:
         self.observers |= dict.fromkeys(("reshape", "view", "flatten"), self._observe_merge)
         self.observers |= dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), self._observe_copies)
         self.observers |= {"repeat_interleave": self._observe_repeat_interleave}
+        self.observers |= dict.fromkeys(_OF_ALL_HEADS, self._observe_all_heads)
 
     def original(self, x: Tensor) -> Repeated | None:
         """Return ``x`` before its heads were repeated; None if they were not, or if something else was as well."""
@@ -84,7 +97,9 @@ class Repeats:
             return
         source = before.source
         if whole.dim() == 4:
-            if output.shape == whole.flatten(0, 1).shape:
+            if output.shape == whole.shape:
+                self._notes.put(output, before)
+            elif output.shape == whole.flatten(0, 1).shape:
                 self._notes.put(output, replace(before, source=source.flatten(0, 1)))
             return
         copies = next(axis for axis in range(5) if source.shape[axis] != whole.shape[axis])
@@ -108,3 +123,31 @@ class Repeats:
         before = self._notes.get(args[0]) if self._notes and args else None
         if before is not None and before.source.dim() == output.dim():
             self._notes.put(output, replace(before, source=func(before.source, *args[1:], **kwargs)))
+
+    def _observe_all_heads(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Note copies that a function treated alike: with operands that are copies as well, or the same for all heads.
+
+        What is done to the last axis leaves the others as they are: a cut, a join, a mean.
+        """
+        operands = list(tensors_in((args, kwargs))) if self._notes else []
+        known = [(x, note) for x in operands if (note := self._notes.get(x)) is not None]
+        if not known or (name == "__getitem__" and not is_plain_index(args[1])):
+            return
+        whole, before = known[0]
+        axis = before.axis(whole)
+        if axis is None or axis == whole.dim() - 1:
+            return
+        from_end = axis - whole.dim()
+        own = before.source.shape[axis]
+        alike = sum(
+            note.axis(x) == axis and note.source.shape[axis] == own and note.tiled == before.tiled for x, note in known
+        )
+        shared = sum(x.dim() < -from_end or x.shape[from_end] == 1 for x in operands)
+        if alike != len(known) or alike + shared != len(operands):
+            return
+        for x in tensors_in(output):
+            if x.shape[:-1] == whole.shape[:-1]:
+                parts = x.unflatten(axis, (-1, own) if before.tiled else (own, -1))
+                self._notes.put(x, replace(before, source=parts.select(axis if before.tiled else axis + 1, 0)))
