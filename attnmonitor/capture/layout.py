@@ -319,9 +319,10 @@ def _documents(attention: Attention, valid: Tensor | None, *, by_inputs: bool) -
     """Return the documents of rows that hold several; None where blocks are a part of the architecture."""
     shape, device = (len(attention.key), attention.key.shape[-2]), attention.key.device
     tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
-    blocks = blocks_in(*spans_of(attention, tokens), tokens)
-    if all(len(spans) < 2 for spans in blocks) or max(end - start for spans in blocks for start, end in spans) < 2:
-        return None
+    firsts, lasts = spans_of(attention, tokens)
+    blocks = blocks_in(firsts, lasts, tokens)
+    if all(len(spans) < 2 for spans in blocks) or not bool(((firsts < lasts) & tokens).any()):
+        return None  # each row is one sequence, or no token sees another
     sizes = {end - start for spans in blocks for start, end in spans[:-1]}
     last = max((spans[-1][1] - spans[-1][0] for spans in blocks if spans), default=0)
     in_step = len(sizes) == 1 and last <= max(sizes)

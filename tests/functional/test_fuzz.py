@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -337,7 +337,30 @@ def expected_range(seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
     return {metric: (torch.stack(means).amin(0), torch.stack(means).amax(0)) for metric, means in found.items()}
 
 
+TO_ITSELF_AMONG_HOLES = Recipe(
+    seed=0,
+    layers=[Heads(num_kv_heads=1, group=1, head_dim=1, value_dim=1)],
+    attend="fused",
+    width=3,
+    num_sequences=1,
+    length=10,
+    memory_length=None,
+    padding="holes",
+    causal=False,
+    window=1,
+    float_mask=False,
+    rotary=False,
+    scale=None,
+    sharpness=0.1,
+    offset=0.0,
+    dtype=torch.float64,
+    autocast=False,
+)
+"""Tokens that see only themselves, which are no documents."""
+
+
 @given(recipes())
+@example(TO_ITSELF_AMONG_HOLES)
 def test_sample_of_random_model_equals_reference(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     model, probe = Model(recipe).to(recipe.dtype).eval(), probe_of(recipe)
