@@ -13,6 +13,7 @@ from attnmonitor.functional import attention_row_statistics
 from attnmonitor.functional.row_statistics import CheckedRows, CheckedStatistic
 from attnmonitor.functional.values import ValueMoments, Values
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.parallel.workers import few_cores
 
 __all__ = ["OTHER_OUTPUT", "UNKNOWN_PROJECTION", "kept_rows", "kept_values", "unknown_reason", "values_at_once"]
 
@@ -46,7 +47,8 @@ def kept_values(call: AttentionCall) -> Values | ValueMoments | None:
         return None
     values = Values(call.value, call.key_mask, call.key.shape[1], call.tiled)
     if call.value.device.type == "cpu":
-        return values.moments()
+        with few_cores(call.value.numel(), call.value.device):
+            return values.moments()
     # A GPU computes those of all layers at the end: each launch counts. The model may overwrite the values until then.
     return replace(values, value=call.value.clone(memory_format=torch.contiguous_format))
 
