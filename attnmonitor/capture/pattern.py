@@ -56,7 +56,8 @@ def pattern_of(attention: Attention, candidates: Sequence[Tensor]) -> Pattern:
     Args:
         attention: The attention.
         candidates: Which positions may be the tokens, ``(B, L)`` bool each. One explains what is seen where no token
-            sees padding and every token sees itself.
+            sees padding and every token sees itself. Of ids both readings may: the ids 0 and 1 of two documents, or 0
+            for padding after the tokens.
     """
     by_row: dict[str, list[Tensor]] = {"itself": [], "sees_others": [], "first": []}
     shape = (len(attention.key), attention.key.shape[-2])
@@ -75,12 +76,23 @@ def pattern_of(attention: Attention, candidates: Sequence[Tensor]) -> Pattern:
         for number, valid in enumerate(candidates):
             fails[number] |= (seen & valid[:, rows, None] & ~valid[:, None, :]).any()
     found = {name: torch.cat(parts, dim=1) for name, parts in by_row.items()}
-    explained_by = None
+    explaining = []
     for valid, failed in zip(candidates, fails, strict=True):
         has_both = (~valid).any() & valid.any(-1).all()
-        if explained_by is None and bool(~failed & (found["itself"] | ~valid).all() & has_both):
-            explained_by = valid
+        if bool(~failed & (found["itself"] | ~valid).all() & has_both):
+            explaining.append(valid)
+    explained_by = next(
+        (x for n, x in enumerate(explaining) if not _is_document(x, explaining[:n], explaining[n:])), None
+    )
     return Pattern(seen_by_others=seen_by_others, looks_ahead=looks_ahead, explained_by=explained_by, **found)
+
+
+def _is_document(valid: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Return whether positions are one of two documents: their complement explains as much, and is not behind."""
+    if any(torch.equal(valid, ~other) for other in before):
+        return True
+    comes_first = bool((valid[:, :-1] >= valid[:, 1:]).all())
+    return not comes_first and any(torch.equal(valid, ~other) for other in after)
 
 
 def spans_of(attention: Attention, valid: Tensor) -> tuple[Tensor, Tensor]:

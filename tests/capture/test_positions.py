@@ -316,24 +316,30 @@ def test_attention_to_padding_is_said_with_its_mass() -> None:
         expect(monitor, "attn", model.attn.kept, valid, valid)
 
 
-SPANS = [[(0, 5), (5, 12)], [(0, 4), (4, 8), (8, 12)]]
+class Packed(Masked):
+    def forward(self, x: Tensor, document_ids: Tensor) -> None:
+        super().forward(x, document_ids)
 
 
 def same_document(ids: Tensor) -> Tensor:
     return (ids[:, :, None] == ids[:, None, :])[:, None]
 
 
+# The ids of two documents look like a padding mask.
+@pytest.mark.parametrize(
+    "spans", [[[(0, 5), (5, 12)], [(0, 4), (4, 8), (8, 12)]], [[(0, 5), (5, 12)], [(0, 8), (8, 12)]]]
+)
 @pytest.mark.parametrize("causal", [True, False])
-def test_packed_documents_are_fields_of_their_own(causal: bool) -> None:
+def test_packed_documents_are_fields_of_their_own(causal: bool, spans: list[list[tuple[int, int]]]) -> None:
     torch.manual_seed(0)
-    ids = torch.stack([torch.tensor([0] * 5 + [1] * 7), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)])
-    model = Masked(lambda ids: same_document(ids) & CAUSAL if causal else same_document(ids))
+    ids = torch.stack([torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(row)]) for row in spans])
+    model = Packed(lambda ids: same_document(ids) & CAUSAL if causal else same_document(ids))
     batch = torch.randn(2, LENGTH, WIDTH), ids
     with AttentionMonitor(model, batch, record=None, alerts=False) as monitor:
         coverage = monitor.coverage["attn"]
-        assert (coverage.sees, coverage.documents, coverage.outside) == ("documents", 5, ())
+        parts = [(row, *span) for row, own in enumerate(spans) for span in own]
+        assert (coverage.sees, coverage.documents, coverage.outside) == ("documents", len(parts), ())
         q, k = (y.detach().double() for y in model.attn.kept)
-        parts = [(row, *span) for row, spans in enumerate(SPANS) for span in spans]
         fields = [layer_statistics(q[r : r + 1, :, a:b], k[r : r + 1, :, a:b], SCALE, None, None) for r, a, b in parts]
         sample = monitor.sample(1)
         for metric in ("energy_rms", "energy_effective_rank", "key_incoherence"):
@@ -342,6 +348,15 @@ def test_packed_documents_are_fields_of_their_own(causal: bool) -> None:
     with AttentionMonitor(model, batch, record=None, alerts=False, packed="one") as monitor:
         assert monitor.coverage["attn"].documents == 0
         expect(monitor, "attn", model.attn.kept, None, None)
+
+
+def test_zeros_after_the_ids_of_a_document_are_padding() -> None:
+    torch.manual_seed(0)
+    valid = torch.arange(LENGTH) < torch.tensor([[5], [9]])
+    with AttentionMonitor(
+        model := Packed(same_document), (torch.randn(2, LENGTH, WIDTH), valid.long()), record=None
+    ) as monitor:
+        expect(monitor, "attn", model.attn.kept, valid, valid)
 
 
 def test_wrong_word_for_packed_is_refused() -> None:
