@@ -279,7 +279,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "mass",
         "run",
         AnyOf(
-            Threshold("energy_rms", "change", fire_above=0.55, clear_below=0.3, window=5, gap=2, quantile=0.75),
+            AllOf(
+                Threshold("energy_rms", "change", fire_above=0.55, clear_below=0.3, window=5, gap=2, quantile=0.75),
+                # Heads that learn at once grow too. ln 4: where the softmax of 3,000 Gaussian logits freezes.
+                Threshold("energy_rms", "value", fire_above=1.39, clear_below=1.1, quantile=0.75),
+            ),
             # Near 1 the excess changes by much where the ratio hardly does.
             AllOf(_sudden_fall("log_excess", -0.4), _sudden_fall("log", -0.25)),
         ),

@@ -227,6 +227,16 @@ def test_sizes_of_heads_of_two_dimensions_are_not_judged(head_dim, rules):
     assert [event.rule for events in found for event in events if event.severity == "warning"] == rules
 
 
+def test_logits_may_grow_in_all_heads_while_they_are_small():
+    """Where a model learns at once all heads sharpen; the softmax of no one freezes below ln 4."""
+    for grown, rules in ((3.0, []), (6.0, ["mass_shift"])):
+        run = healthy_run(60)
+        for sample in run[40:]:
+            sample["energy_rms"] = {layer: [grown] * len(heads) for layer, heads in sample["energy_rms"].items()}
+        events = events_of([rule for rule in DEFAULT_RULES if rule.name == "mass_shift"], run)
+        assert [event.rule for event in events][:1] == rules
+
+
 @pytest.mark.parametrize(
     ("metric", "before", "after", "rules"),
     [
