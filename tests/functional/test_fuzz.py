@@ -380,7 +380,8 @@ def test_sample_of_random_model_equals_reference(recipe: Recipe) -> None:
         for metric, (lowest, highest) in ranges.items():
             value = sample.values[metric][name].double()
             assert value.shape == lowest.shape == (sample.coverage[name].heads[METRICS[metric].scope == "kv_head"],)
-            slack = (2e-3 if metric in OVER_POSITIONS else 1e-4) * highest.abs() + 1e-6
+            # The measurement's rounding is one more draw: it may lie outside of the range of five, by about its width.
+            slack = (2e-3 if metric in OVER_POSITIONS else 1e-4) * highest.abs() + 1e-6 + (highest - lowest)
             inside = (value >= lowest - slack) & (value <= highest + slack)
             undefined = value.isnan() & (lowest.isnan() | (metric == "head_similarity" and has_flat_logits(seen)))
             assert (inside | undefined).all(), f"{name} {metric}: {value} is not in {lowest} … {highest}"
