@@ -31,7 +31,7 @@ from attnmonitor.capture.axes import (
     resized,
     viewed,
 )
-from attnmonitor.capture.nested import flat, tensors_in
+from attnmonitor.capture.nested import flat, plain_tensors
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import LabeledProduct, is_weight, labeled
 
@@ -115,7 +115,7 @@ class Ancestries:
 
     def add_inputs(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that the model is called with, each as a source of its own."""
-        for x in tensors_in(list(tensors)):
+        for x in plain_tensors(list(tensors)):
             note = self._notes.get(x)
             if note is None or note.sources == {_UNKNOWN}:  # a batch that was moved to the device is a new tensor
                 self._put(x, Ancestry(frozenset({self._new()})))
@@ -169,9 +169,9 @@ class Ancestries:
             target = args[0] if args[0]._base is None else args[0]._base
             self._write(target, args[-1], args[1] if name == "__setitem__" else None)
             return
-        outputs = list(tensors_in(output))
+        outputs = list(plain_tensors(output))
         given = {key: value for key, value in kwargs.items() if key != "out"}
-        operands = [] if name in NEW else list(tensors_in((args, given)))
+        operands = [] if name in NEW else list(plain_tensors((args, given)))
         if not outputs:
             return
         if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
@@ -278,7 +278,7 @@ class Ancestries:
             return unknown
         first = args[1] if name == "addmm" and len(args) > 1 else args[0]
         if name in _JOINS:  # an empty part has no axes
-            first = max(tensors_in(args), key=Tensor.numel, default=None)
+            first = max(plain_tensors(args), key=Tensor.numel, default=None)
             if (joined := self._joined_axes(name, args, kwargs, outputs[0])) is not None:
                 return [joined]
         shape = outputs[0].shape
@@ -311,7 +311,7 @@ class Ancestries:
             and not any(isinstance(x, Tensor) for x in flat(list(args[1:])))
             and (name != "__getitem__" or is_plain_index(args[1]))
         ):
-            views = list(tensors_in(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
+            views = list(plain_tensors(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
             if len(views) == len(outputs):
                 is_learned = not self.of(first).inputs
                 return [viewed(axes, first.shape, view, is_learned=is_learned) for view in views]
@@ -328,7 +328,7 @@ class Ancestries:
 
         Parts of one sequence that each have all positions of the running layer differ in what projects them.
         """
-        parts = list(tensors_in(args[:1]))
+        parts = list(plain_tensors(args[:1]))
         notes = [self.of(x) for x in parts]
         axes = notes[0].axes if notes else None
         at = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
@@ -370,7 +370,7 @@ class Ancestries:
 
     def _like(self, output: Tensor, args: Sequence[Any]) -> Axes | None:
         """Return the axes of an operand of the same rank, resized where the output has another size."""
-        operands = [x for x in tensors_in(args) if x.dim() == output.dim()]
+        operands = [x for x in plain_tensors(args) if x.dim() == output.dim()]
         same = [x for x in operands if x.shape[:-1] == output.shape[:-1]]
         chosen = max(same or operands, key=lambda x: (*self._says(x), x.numel()), default=None)
         if chosen is None:

@@ -142,7 +142,6 @@ class Frames:
         self._handles.clear()
         self._stack.clear()
         self._names.clear()
-        self.arguments.clear()
 
     def _enter_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called.add(name)

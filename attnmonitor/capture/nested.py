@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["flat", "tensors_in"]
+__all__ = ["flat", "plain_tensors"]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def plain_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the plain tensors in a value."""
     return (x for x in flat(value) if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested)
 

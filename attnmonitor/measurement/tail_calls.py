@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,15 +195,13 @@ class Recording(TorchFunctionMode):
         self._note_random_numbers()
         self.statistics = statistics_of(self._model)
 
-    def skippable(self) -> list[Skippable]:
-        """Return what may be skipped, the largest part first; to be asked when the forward's output is gone."""
+    def skippable(self) -> Iterator[Skippable]:
+        """Yield what may be skipped, the largest part first; to be asked when the forward's output is gone."""
         first = self._projecting[-1] + 1 if self._projecting else 0
-        seen = [*self._before, *self._outputs]
-        after_output = Skippable(seen, self._calls[first:], (), self._obstacle(first))
         own = self._before and all(output == output_of(self._before[-1]) for output in self._outputs)
-        if not (own and self._projecting and len(self._projecting) == len(self._outputs)):
-            return [after_output]
-        return [Skippable(self._before, self._calls, self._projecting, self._obstacle(0)), after_output]
+        if own and self._projecting and len(self._projecting) == len(self._outputs):
+            yield Skippable(self._before, self._calls, self._projecting, self._obstacle(0))
+        yield Skippable([*self._before, *self._outputs], self._calls[first:], (), self._obstacle(first))
 
     def _obstacle(self, first: int) -> str:
         """Why the calls from the first on cannot be skipped, ``""`` if they can."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from attnmonitor.capture.axes import is_plain_index
-from attnmonitor.capture.nested import tensors_in
+from attnmonitor.capture.nested import plain_tensors
 from attnmonitor.capture.tensor_notes import Notes
 
 __all__ = ["Repeated", "Repeats"]
@@ -131,7 +131,7 @@ class Repeats:
 
         What is done to the last axis leaves the others as they are: a cut, a join, a mean.
         """
-        operands = list(tensors_in((args, kwargs))) if self._notes else []
+        operands = list(plain_tensors((args, kwargs))) if self._notes else []
         known = [(x, note) for x in operands if (note := self._notes.get(x)) is not None]
         if not known or (name == "__getitem__" and not is_plain_index(args[1])):
             return
@@ -147,7 +147,7 @@ class Repeats:
         shared = sum(x.dim() < -from_end or x.shape[from_end] == 1 for x in operands)
         if alike != len(known) or alike + shared != len(operands):
             return
-        for x in tensors_in(output):
+        for x in plain_tensors(output):
             if x.shape[:-1] == whole.shape[:-1]:
                 parts = x.unflatten(axis, (-1, own) if before.tiled else (own, -1))
                 self._notes.put(x, replace(before, source=parts.select(axis if before.tiled else axis + 1, 0)))
