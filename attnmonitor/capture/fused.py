@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.nested import read_by
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
 __all__ = [
@@ -138,6 +139,7 @@ def read_flex(
 
     attention.nonlinear += [Step(modify), Step(hide)]
     attention.has_added = True
+    attention.masked_by = (*read_by(mask_mod), *mask_mod_other_buffers)
     attention.after.append(attend(value))
     # A mask function has no tensor to reduce, and evaluating it on every pair would grow with L². Padding hides a key
     # from all queries, also from that at its own position and the last one; other masks show it to one of these two.

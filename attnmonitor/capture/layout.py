@@ -137,7 +137,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
         if attention.documents is not None:
             found = replace(found, documents=attention.documents())
         elif pattern is not None:
-            found = replace(found, documents=_documents(attention, valid, by_inputs=around.masked_by_inputs))
+            found = replace(found, documents=_documents(attention, valid, around))
     outside = attention.outside_effects(query_mask, valid, is_self=square)
     if found.documents is not None:
         outside = tuple(name for name in outside if name != "window")
@@ -315,7 +315,7 @@ def fitting_mask(mask: Tensor | None, attention: Attention, *, may_append: bool)
 # Documents.
 
 
-def _documents(attention: Attention, valid: Tensor | None, *, by_inputs: bool) -> Documents | None:
+def _documents(attention: Attention, valid: Tensor | None, around: Surroundings) -> Documents | None:
     """Return the documents of rows that hold several; None where blocks are a part of the architecture."""
     shape, device = (len(attention.key), attention.key.shape[-2]), attention.key.device
     tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -326,13 +326,20 @@ def _documents(attention: Attention, valid: Tensor | None, *, by_inputs: bool) -
     sizes = {end - start for spans in blocks for start, end in spans[:-1]}
     last = max((spans[-1][1] - spans[-1][0] for spans in blocks if spans), default=0)
     in_step = len(sizes) == 1 and last <= max(sizes)
-    if in_step and not by_inputs:
+    if in_step and not around.masked_by_inputs:
         return None
-    length = shape[1]
+    length, unnumbered = shape[1], _unnumbered(shape, around.arguments)
     spans = [
         (row * length + start, row * length + end)
         for row, found in enumerate(blocks)
         for start, end in found
         if end - start > 1  # one token alone has no attention to measure
+        and not unnumbered[row, start:end].all()
     ]
     return documents_at(spans, device, tokens.flatten().cpu())
+
+
+def _unnumbered(shape: tuple[int, int], arguments: Mapping[str, Tensor]) -> Tensor:
+    """Return the positions that ids or labels leave out by a number below 0, such as padding that sees itself."""
+    whole = [x for x in arguments.values() if x.shape == shape and not x.is_floating_point() and not x.is_complex()]
+    return torch.stack([torch.zeros(shape, dtype=torch.bool), *((x < 0).cpu() for x in whole)]).any(0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from attnmonitor.capture.nested import flat, read_by
 from attnmonitor.parallel.fsdp import flattened_modules
 from attnmonitor.parallel.wrappers import unwrapped_modules, whole_name
 
@@ -147,7 +148,9 @@ class Frames:
         self.called.add(name)
         if not self._stack:
             self.arguments = dict(_named_tensors(module, args, kwargs))
-            self._entered(self.arguments.values())
+            given = [*args, *kwargs.values()]
+            masks = [value.mask_mod for value in flat(given) if type(value).__name__ == "BlockMask"]
+            self._entered([*self.arguments.values(), *(x for mask in masks for x in read_by(mask))])
         self._stack.append(Frame(name, module, [*args, *kwargs.values()]))
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

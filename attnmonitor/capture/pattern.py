@@ -78,13 +78,18 @@ def pattern_of(attention: Attention, candidates: Sequence[Tensor]) -> Pattern:
     found = {name: torch.cat(parts, dim=1) for name, parts in by_row.items()}
     explaining = []
     for valid, failed in zip(candidates, fails, strict=True):
-        has_both = (~valid).any() & valid.any(-1).all()
-        if bool(~failed & (found["itself"] | ~valid).all() & has_both):
+        if bool(~failed & (found["itself"] | ~valid).all()):
             explaining.append(valid)
     explained_by = next(
-        (x for n, x in enumerate(explaining) if not _is_document(x, explaining[:n], explaining[n:])), None
+        (x for n, x in enumerate(explaining) if _has_both(x) and not _is_document(x, explaining[:n], explaining[n:])),
+        None,
     )
     return Pattern(seen_by_others=seen_by_others, looks_ahead=looks_ahead, explained_by=explained_by, **found)
+
+
+def _has_both(valid: Tensor) -> bool:
+    """Return whether some positions are no tokens, and every sequence has a token."""
+    return bool((~valid).any() & valid.any(-1).all())
 
 
 def _is_document(valid: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

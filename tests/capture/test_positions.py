@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from reference import layer_statistics
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor
@@ -327,7 +330,12 @@ def same_document(ids: Tensor) -> Tensor:
 
 # The ids of two documents look like a padding mask.
 @pytest.mark.parametrize(
-    "spans", [[[(0, 5), (5, 12)], [(0, 4), (4, 8), (8, 12)]], [[(0, 5), (5, 12)], [(0, 8), (8, 12)]]]
+    "spans",
+    [
+        [[(0, 5), (5, 12)], [(0, 4), (4, 8), (8, 12)]],
+        [[(0, 5), (5, 12)], [(0, 8), (8, 12)]],
+        [[(0, 12)], [(0, 8), (8, 12)]],
+    ],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_documents_are_fields_of_their_own(causal: bool, spans: list[list[tuple[int, int]]]) -> None:
@@ -350,13 +358,83 @@ def test_packed_documents_are_fields_of_their_own(causal: bool, spans: list[list
         expect(monitor, "attn", model.attn.kept, None, None)
 
 
-def test_zeros_after_the_ids_of_a_document_are_padding() -> None:
+@pytest.mark.parametrize("lengths", [(5, 9), (5, LENGTH)])
+def test_zeros_after_the_ids_of_a_document_are_padding(lengths: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    valid = torch.arange(LENGTH) < torch.tensor([[5], [9]])
+    valid = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
     with AttentionMonitor(
         model := Packed(same_document), (torch.randn(2, LENGTH, WIDTH), valid.long()), record=None
     ) as monitor:
         expect(monitor, "attn", model.attn.kept, valid, valid)
+
+
+def block_mask(same: Callable[..., Tensor]) -> BlockMask:
+    return create_block_mask(same, 1, None, LENGTH, LENGTH, device="cpu")
+
+
+def of_one(ids: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return ids[b, i] == ids[b, j]
+
+
+def closed_over(ids: Tensor) -> BlockMask:
+    return block_mask(lambda b, h, i, j: ids[b, i] == ids[b, j])
+
+
+def composed(ids: Tensor) -> BlockMask:
+    return block_mask(and_masks(lambda b, h, i, j: i >= j, lambda b, h, i, j: ids[b, i] == ids[b, j]))
+
+
+IDS = torch.tensor([[0] * 7 + [1] * 5])
+RESTARTING = torch.cat([torch.arange(7), torch.arange(5)])[None]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")
+@pytest.mark.parametrize(
+    ("given", "mask", "count"),
+    [
+        (IDS, closed_over, 2),
+        (IDS, composed, 2),
+        (IDS, lambda ids: block_mask(partial(of_one, ids)), 2),
+        (RESTARTING, lambda positions: composed((positions == 0).cumsum(-1)), 2),
+        (composed(IDS), lambda mask: mask, 2),
+        ({"packed": composed(IDS)}, lambda masks: masks["packed"], 2),
+        (IDS, lambda _: block_mask(lambda b, h, i, j: (i >= j) & (i // 7 == j // 7)), 0),
+    ],
+    ids=["closed over", "composed", "partial", "positions that restart", "block mask", "of a mapping", "chunks"],
+)
+def test_documents_of_flex_masks_follow_from_inputs(
+    given: object, mask: Callable[[Any], BlockMask], count: int
+) -> None:
+    """One row of two documents looks like chunks of the architecture but for what its mask function reads."""
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, x: Tensor, given: object) -> None:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, 8).permute(2, 0, 3, 1, 4)
+            flex_attention(q, k, v, block_mask=mask(given))
+
+    with AttentionMonitor(Flex(), (torch.randn(1, LENGTH, WIDTH), given), record=None, alerts=False) as monitor:
+        coverage = next(iter(monitor.coverage.values()))
+        assert (coverage.documents, coverage.sees) == (count, "documents" if count else "window")
+
+
+@pytest.mark.parametrize("of_labels", [False, True])
+def test_padding_that_sees_itself_is_no_document(of_labels: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3, [0] * 9 + [-1] * 3])
+    model = Packed(lambda _: same_document(ids) & CAUSAL)
+    batch = torch.randn(2, LENGTH, WIDTH), torch.where(ids < 0, -100, 7) if of_labels else ids
+    with AttentionMonitor(model, batch, record=None, alerts=False) as monitor:
+        assert (monitor.coverage["attn"].documents, monitor.coverage["attn"].sees) == (3, "documents")
+        q, k = (y.detach().double() for y in model.attn.kept)
+        parts = [(0, 0, 5), (0, 5, 9), (1, 0, 9)]
+        fields = [layer_statistics(q[r : r + 1, :, a:b], k[r : r + 1, :, a:b], SCALE, None, None) for r, a, b in parts]
+        expected = torch.cat([field["energy_rms"] for field in fields]).mean(0)
+        assert torch.allclose(monitor.sample(1).values["energy_rms"]["attn"].double(), expected, rtol=1e-4)
 
 
 def test_wrong_word_for_packed_is_refused() -> None:
