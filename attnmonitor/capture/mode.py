@@ -64,7 +64,7 @@ class AttentionMode(TorchFunctionMode):
         self._repeats = Repeats()
         found = self._found_traced, self._missed, self._attends_in_matrices
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
-        self._written = WrittenOutputs(layouts)
+        self._written = WrittenOutputs(layouts, self.frames)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -353,7 +353,7 @@ class AttentionMode(TorchFunctionMode):
             self._emitting = False
             if len(turns) == 1:
                 length = turns[0].attention.query.shape[-2]
-                self._written.expect(layer, call.when_written, call.rows.output, rows, length)
+                self._written.expect(layer, frame, call.when_written, call.rows.output, rows, length)
         except Exception as error:
             if self._emitting:
                 raise

@@ -190,6 +190,15 @@ class Frames:
         """Return the innermost running call of ``module``."""
         return next((frame for frame in reversed(self._stack) if frame.module is module), None)
 
+    def call_in(self, frame: Frame | None) -> Frame | None:
+        """Return the running call that was made in a running call; None where there is none."""
+        at = next((number for number, running in enumerate(self._stack[:-1]) if running is frame), None)
+        return None if at is None else self._stack[at + 1]
+
+    def is_running(self, frame: Frame | None) -> bool:
+        """Return whether a call is running."""
+        return any(running is frame for running in self._stack)
+
     def has_explicit_record(self) -> bool:
         """Return whether a running call has registered its q and k explicitly."""
         return any(frame.recorded_by == "explicit" for frame in self._stack)

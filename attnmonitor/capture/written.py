@@ -2,8 +2,9 @@
 
 Which call that is, and how its input holds the heads, is found in the first forward by entries, not by shapes: some
 rows of the input must be the layer's output. Later forwards compare the same call again, without a wait. From there on
-the part of each head is followed: a learned scale multiplies it, an adapter beside the weight is added to it, and a sum
-with anything else ends it.
+the part of each head is followed: a learned scale multiplies it, an adapter beside the weight is added to it, a further
+weight in the same module (a factor, or a rotation before the weight) is applied to it, and a sum with anything else
+ends it.
 
 Letters: B sequences, L positions, H query heads, R rows, dv size of a value, n features after a weight.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.layout import Layouts, OutputPlace
+from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import labeled, ordered
 from attnmonitor.capture.verify import RebuiltRows, full_precision
@@ -50,6 +52,8 @@ class _Output:
         whole: The rows of whole sequences that its projection's input is compared with.
         length: L.
         place: Where it met a weight in the first forward; None in that one.
+        frame: The call of the layer.
+        projection: The call of the layer's part in which it met a weight; None where the layer itself applied it.
         num_fitting: Weights that were applied to something of its size since.
         num_weights: Weights that were applied to it.
     """
@@ -60,6 +64,8 @@ class _Output:
     whole: RebuiltRows
     length: int
     place: OutputPlace | None
+    frame: Frame | None
+    projection: Frame | None = None
     num_fitting: int = 0
     num_weights: int = 0
 
@@ -97,25 +103,34 @@ class WrittenOutputs:
 
     Args:
         layouts: What is known of each layer; where its output meets a weight is added.
+        frames: The running module calls.
     """
 
-    def __init__(self, layouts: Layouts) -> None:
+    def __init__(self, layouts: Layouts, frames: Frames) -> None:
         self._layouts = layouts
+        self._frames = frames
         self._expected: _Output | None = None
         self._parts = Notes[_Part | None]()
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_WEIGHTS, self._observe_weight)
         self.observers |= dict.fromkeys(_KEEPING, self._observe_keeping)
-        self.observers |= dict.fromkeys(_SCALING, self._observe_scale) | {"add": self._observe_sum}
+        self.observers |= dict.fromkeys(_SCALING, self._observe_scale)
+        self.observers |= {"add": self._observe_sum, "sub": self._observe_sum, "addcmul": self._observe_scaled_sum}
 
     def expect(
-        self, layer: str, listeners: Sequence[Listener], rows: Tensor | None, whole: RebuiltRows, length: int
+        self,
+        layer: str,
+        frame: Frame | None,
+        listeners: Sequence[Listener],
+        rows: Tensor | None,
+        whole: RebuiltRows,
+        length: int,
     ) -> None:
         """Look for the weight that the output of an attention meets, in place of that of the attention before."""
         self._expected = None
         if not listeners or rows is None or whole.output is None:
             return
         layout = self._layouts[layer]
-        self._expected = _Output(layer, listeners, rows, whole, length, layout.output_at)
+        self._expected = _Output(layer, listeners, rows, whole, length, layout.output_at, frame)
         if layout.output_at is None:
             self._layouts[layer] = replace(layout, output_at=_NOWHERE)
 
@@ -160,6 +175,7 @@ class WrittenOutputs:
             same = _holds(applied.x, expected, place)
             if known is not None or bool(same):
                 self._expected = None
+                expected.projection = self._frames.call_in(expected.frame)
                 self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place)
                 part = _Part(expected, torch.where(same, expected.rows, torch.nan), place)
                 self._parts.put(applied.given, part)
@@ -195,10 +211,21 @@ class WrittenOutputs:
                 self._parts.put(output, None)
             elif added is not None and added.output is part.output and added.place is None:
                 weights, is_inner = part.weights | added.weights, part.is_inner and added.is_inner
-                by_head = part.by_head + added.by_head
+                by_head = part.by_head + (added.by_head if name == "add" else -added.by_head)
                 self._note(output, replace(part, by_head=by_head, weights=weights, is_inner=is_inner))
             else:  # a bias belongs to no head
-                self._parts.put(output, part if _feature_scale(other, output) is not None else None)
+                is_kept = name == "add" or self._parts.get(args[0]) is part
+                self._parts.put(output, part if is_kept and _feature_scale(other, output) is not None else None)
+            return
+
+    def _observe_scaled_sum(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        for part, other in self._operands(args[1:], output):
+            factor = _feature_scale(other, output)
+            if factor is not None and part.place is None:
+                self._note(output, replace(part, by_head=part.by_head * factor))
+            self._parts.put(output, None)  # the sum with something else ends it
             return
 
     def _operands(self, args: Sequence[Any], output: Any) -> Iterator[tuple[_Part, Any]]:
@@ -211,7 +238,7 @@ class WrittenOutputs:
 
     def _note(self, x: Tensor, part: _Part) -> None:
         self._parts.put(x, part)
-        if not part.is_inner:
+        if not part.is_inner or self._frames.is_running(part.output.projection):
             is_whole = len(part.weights) == part.output.num_weights
             for listen in part.output.listeners:
                 listen(part.by_head if is_whole else None)

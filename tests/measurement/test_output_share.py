@@ -33,6 +33,20 @@ class Adapted(nn.Module):
         return result.to(x.dtype)
 
 
+class Rotated(nn.Module):
+    """A linear layer that rotates its input and scales its output, as PEFT's BOFT writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(WIDTH, WIDTH)
+        self.rotation = nn.Parameter(torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q)
+        self.scale = nn.Parameter(torch.rand(WIDTH, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x @ self.rotation)
+        return (result - self.base.bias) * self.scale.squeeze(-1) + self.base.bias
+
+
 def by_conv1d(model: Model, x: Tensor) -> Tensor:
     return torch.addmm(model.bias, x.reshape(-1, WIDTH), model.weight.mT).view(x.shape)
 
@@ -63,6 +77,9 @@ WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "after a weight on something else": after_others,
     "scaled by feature": lambda model, x: (linear(x, model.weight) * model.scale).mul_(2.0),
     "with an adapter": lambda model, x: model.adapted(x),
+    "rotated before": lambda model, x: model.rotated(x),
+    "in two factors": lambda model, x: model.factors(x),
+    "scaled in a sum": lambda model, x: torch.addcmul(x, linear(x, model.weight), model.scale),
     "then a further weight": lambda model, x: linear(linear(x, model.weight, model.bias), model.adapted.base.weight),
 }
 OTHER_WEIGHTS: dict[str, Callable[[Model], Tensor]] = {
@@ -70,6 +87,9 @@ OTHER_WEIGHTS: dict[str, Callable[[Model], Tensor]] = {
     "with an adapter": lambda model: (
         model.adapted.base.weight + 3 * model.adapted.up.weight @ model.adapted.down.weight
     ),
+    "rotated before": lambda model: model.rotated.scale * model.rotated.base.weight @ model.rotated.rotation.mT,
+    "in two factors": lambda model: model.factors[1].weight @ model.factors[0].weight,
+    "scaled in a sum": lambda model: model.weight * model.scale[:, None],
 }
 UNREADABLE: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "gated": lambda model, x: linear(x * torch.sigmoid(x), model.weight),
@@ -89,6 +109,8 @@ class Model(nn.Module):
         self.q, self.k, self.v = (torch.randn(B, H, L, D) for _ in range(3))
         self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
         self.scale, self.adapted = nn.Parameter(torch.rand(WIDTH)), Adapted()
+        self.rotated = Rotated()
+        self.factors = nn.Sequential(nn.Linear(WIDTH, 6, bias=False), nn.Linear(6, WIDTH))
         self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
