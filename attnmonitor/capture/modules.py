@@ -238,12 +238,12 @@ class Frames:
     def _has_parameters(self, module: nn.Module) -> bool:
         if next(module.parameters(), None) is not None:
             return True
-        return bool(self._flattened) and any(each in self._flattened for each in module.modules())
+        return any(each in self._flattened or _is_packed(each) for each in module.modules())
 
     def _has_matrices(self, module: nn.Module) -> bool:
         if any(parameter.dim() >= 2 for parameter in module.parameters()):
             return True
-        return bool(self._flattened) and any(self._flattened.get(each, 0) >= 2 for each in module.modules())
+        return any(self._flattened.get(each, 0) >= 2 or _is_packed(each) for each in module.modules())
 
     def _looks_like_attention(self, name: str, module: nn.Module) -> bool:
         return self._has_matrices(module) and _is_named_like_attention(name, module)
@@ -261,6 +261,11 @@ class Frames:
             around = any(name.startswith(f"{layer}.") for layer in layers & names)
             if not inside and not around and name not in layers:
                 yield name, modules[name]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer whose weight is no parameter, as quantized ones pack theirs."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _is_named_like_attention(name: str, module: nn.Module) -> bool:

@@ -76,6 +76,31 @@ def test_what_may_be_attention_is_named(body: Callable[..., Tensor]) -> None:
     assert (result.calls, list(result.missed)) == ([], ["0"])
 
 
+class Codes(nn.Module):
+    """A linear layer whose weight is in buffers, as GPTQ and AWQ keep it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("codes", (linear.weight.detach() * 100).to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) / 100)
+
+
+@pytest.mark.parametrize(
+    ("body", "found"), [(nn.functional.scaled_dot_product_attention, (["1"], [])), (outside_torch, ([], ["1"]))]
+)
+def test_layer_without_parameters_has_its_own_name(
+    body: Callable[..., Tensor], found: tuple[list[str], list[str]]
+) -> None:
+    model = nn.Sequential(nn.LayerNorm(WIDTH), Attn(body))
+    for name in ("query", "key", "value"):
+        setattr(model[1], name, Codes(getattr(model[1], name)))
+    result = captured(model, input=torch.randn(2, LENGTH, WIDTH))
+    assert ([call.layer for call in result.calls], list(result.missed)) == found
+
+
 def test_attention_on_a_graph_is_named_as_such() -> None:
     class MessagePassing(nn.Module):
         """The base class of this name in torch_geometric."""
