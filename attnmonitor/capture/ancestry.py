@@ -188,7 +188,8 @@ class Ancestries:
         at = axis_of_number(index, target.dim()) if value.dim() == target.dim() - 1 else None
         axes = part.axes if part.axes is not None and value.dim() == target.dim() else own.axes
         if at is not None and part.projected and part.axes is not None and None not in part.axes:
-            axes = self._stacked(part.axes, at, target.shape[at], may_be_heads=True)
+            counting = self._axis_of_parts(part.axes, target.shape[at], may_be_heads=True)
+            axes = (*part.axes[:at], counting, *part.axes[at:])
         if axes is not None:
             axes = tuple(resized(axis, size) for axis, size in zip(axes, target.shape, strict=True))
         sources = part.sources if not own.inputs else own.sources | part.sources
@@ -339,20 +340,21 @@ class Ancestries:
             note.projected and note.sources == notes[0].sources and x.shape == parts[0].shape
             for x, note in zip(parts, notes, strict=True)
         )
+        counting = self._axis_of_parts(axes, len(parts), may_be_heads=alike)
         if name == "stack":
-            return self._stacked(axes, at, len(parts), may_be_heads=alike)
+            return (*axes[:at], counting, *axes[at:])
         if alike and axes[at] == () and len(parts) == output.shape[at] > 1:
-            return self._stacked((*axes[:at], *axes[at + 1 :]), at, len(parts), may_be_heads=True)
-        if at == 0 and len(parts) > 1 and alike and num_positions(axes) == self._num_tokens():
-            return ((*axis_of(True, len(parts)), *(axes[0] or ())), *axes[1:])
+            return (*axes[:at], counting, *axes[at + 1 :])
+        if at == 0 and counting == ((True, len(parts)),):
+            return ((*counting, *(axes[0] or ())), *axes[1:])
         return None
 
-    def _stacked(self, axes: Axes, at: int, number: int, *, may_be_heads: bool) -> Axes:
-        """Return the axes of parts on a new axis ``at``: heads where each part has all positions of the layer."""
+    def _axis_of_parts(self, axes: Axes, number: int, *, may_be_heads: bool) -> Axis | None:
+        """Return the axis that counts parts: heads where each part has all positions of the layer."""
         own, num_tokens = num_positions(axes), self._num_tokens()
-        are_heads = may_be_heads and number > 1 and own == num_tokens
-        is_known = are_heads or own * number == num_tokens
-        return (*axes[:at], axis_of(are_heads, number) if is_known else None, *axes[at:])
+        if may_be_heads and own == num_tokens and number > 1:
+            return axis_of(True, number)
+        return axis_of(False, number) if own * number == num_tokens else None
 
     def _is_matrix(self, x: Tensor) -> bool:
         """Return whether ``x`` acts as a weight in a product: a parameter, or one matrix that no input made."""

@@ -15,6 +15,7 @@ __all__ = [
     "axis_of",
     "axis_of_number",
     "default_axes",
+    "index_parts",
     "is_plain_index",
     "num_positions",
     "regrouped",
@@ -105,15 +106,19 @@ def num_positions(axes: Axes) -> int:
     return math.prod(size for axis in axes for is_feature, size in axis or () if not is_feature)
 
 
+def index_parts(index: Any) -> tuple[Any, ...]:
+    """Return what an index says of each axis: ``:`` and ``2`` of ``x[:, 2]``."""
+    return index if isinstance(index, tuple) else (index,)
+
+
 def is_plain_index(index: Any) -> bool:
     """Return whether an index gives a view; one with a list, ``x[:, [-1]]``, copies."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(x is None or x is ... or isinstance(x, slice) or type(x) is int for x in parts)
+    return all(x is None or x is ... or isinstance(x, slice) or type(x) is int for x in index_parts(index))
 
 
 def axis_of_number(index: Any, num_axes: int) -> int | None:
     """Return the axis at which an index has its only number, ``x[:, 2]``; None for another index."""
-    parts = index if isinstance(index, tuple) else (index,)
+    parts = index_parts(index)
     numbers = [position for position, x in enumerate(parts) if type(x) is int]
     if len(numbers) != 1 or not is_plain_index(index) or None in parts:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.numbers import Numbers
 from attnmonitor.capture.tracing.trace import (
@@ -191,7 +192,7 @@ def _softmax_over(axis: int, *, logged: bool) -> Callable[[Tensor, Tensor], Tens
 
 def _written(index: Any, target: Tensor) -> Tensor:
     """Return which entries an index stands for, as a bool that broadcasts against the target."""
-    *before, last = index if isinstance(index, tuple) else (index,)
+    *before, last = index_parts(index)
     is_mask = isinstance(last, Tensor) and last.dtype == torch.bool and last.shape == target.shape[-last.dim() :]
     plain = all(part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in before)
     if is_mask and plain and (before or last.dim() == target.dim()):

@@ -86,7 +86,7 @@ class Trace:
         logged: Whether the weights are still logarithms.
         split: Set while the positions are viewed in other axes.
         fused_bias: Whether a bias was added within the product, before any rounding.
-        doubt: Why this cannot be measured, ``""`` if it can.
+        ambiguity: Why this cannot be measured, ``""`` if it can.
     """
 
     origin: Origin

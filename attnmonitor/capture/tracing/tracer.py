@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.ancestry import NEW, Ancestries
+from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
@@ -253,7 +254,7 @@ class Tracer:
         if part.split is None:
             if value.shape == target.shape:
                 self._traces.put(target, part)
-        elif repr(part.split.part) == repr(index if isinstance(index, tuple) else (index,)):
+        elif repr(part.split.part) == repr(index_parts(index)):
             self._traces.put(target, with_bias(trace, part.split.bias(target), target))
 
     def _write_through(self, split: Split) -> None:

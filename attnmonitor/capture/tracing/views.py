@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.tracing.split import Split, joined
 from attnmonitor.capture.tracing.trace import Trace, TracedCall, add_rows, size_along
 from attnmonitor.capture.verify import visible_keys
@@ -51,7 +52,7 @@ def reshaped(trace: Trace, call: TracedCall) -> Trace | None:
 def sliced(trace: Trace, call: TracedCall) -> Trace | None:
     """Follow a slice that removes columns, or one of both positions that may be written back."""
     before, after = call.operands[0].shape, call.output.shape
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    index = index_parts(call.args[1])
     if not all(part is None or part is Ellipsis or isinstance(part, slice) for part in index):
         return None
     if len(before) != len(after):
