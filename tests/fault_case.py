@@ -78,7 +78,7 @@ def in_capture(layer: str | None, error: BaseException) -> Inject:
             raise error
         return AttentionCall(**fields)
 
-    return lambda monitor, model, patch: patch.setattr("attnmonitor.capture.mode.AttentionCall", made)
+    return lambda monitor, model, patch: patch.setattr("attnmonitor.capture.emitter.AttentionCall", made)
 
 
 def in_reduction(layer: str, error: BaseException) -> Inject:

@@ -12,8 +12,8 @@
    model calls them.
 5. ``explicit.py``: for all else, the model calls ``capture(module, q, k, ...)`` itself.
 6. ``modules.py`` names the layer; ``verify.py`` rebuilds a few rows of its output from q, k and scale and compares.
-7. ``emit`` gets one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names the modules that
-   look like attention but gave no record. Nothing stays on the model.
+7. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
+   the modules that look like attention but gave no record. Nothing stays on the model.
 
 ``projections/`` finds W_Q and W_K of each head, on top of this.
 """

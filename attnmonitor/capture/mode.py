@@ -2,25 +2,22 @@
 
 A `TorchFunctionMode` sees every torch function that the model calls, whichever module, library or compiled wrapper it
 comes from. It looks up each function's name once and passes the call, after it has run, to its observers: the fused
-calls, the tracer of hand-written attention, the notes on repeated keys. What they find is named, verified and emitted
-here.
+calls, the tracer of hand-written attention, the notes on repeated keys. What they find goes to the `Emitter`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnmonitor.capture.ancestry import Ancestries, same_sequence
-from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
-from attnmonitor.capture.findings import Findings
+from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.call import AttentionCall
+from attnmonitor.capture.emitter import Emitter
 from attnmonitor.capture.fused import padded, read_flex, read_sdpa, with_lead, without_overrides
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
@@ -29,12 +26,10 @@ from attnmonitor.capture.layout import Layouts
 from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.operators import is_attention_operator, read_operator_call
-from attnmonitor.capture.parts import Turn, is_turn, joined, num_positions
 from attnmonitor.capture.tracing.repeats import Repeats
 from attnmonitor.capture.tracing.trace import ByHead, Trace, as_attention
 from attnmonitor.capture.tracing.tracer import Tracer
-from attnmonitor.capture.verify import Attention, RebuiltRows
-from attnmonitor.capture.written import WrittenOutputs
+from attnmonitor.capture.verify import Attention
 
 __all__ = ["AttentionMode"]
 
@@ -51,20 +46,15 @@ class AttentionMode(TorchFunctionMode):
         self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: Layouts, *, packed: str
     ) -> None:
         super().__init__()
-        self.frames = Frames(model, self._note_inputs, self._take_turns)
+        self.frames = Frames(model, self._note_inputs, lambda frame: self._emitter.take_turns(frame))
         self._ancestries = None if layouts else Ancestries(model, self.frames.suspect_hidden, self.frames.first_input)
-        self.report = CaptureReport()
-        self._emit = emit
-        self._layouts = layouts
-        self._findings = Findings(layouts, self.frames, self._ancestries, packed)
-        self._calls: Counter[str] = Counter()
+        self._emitter = Emitter(emit, layouts, self.frames, self._ancestries, self._unobserved, packed=packed)
+        self.report = self._emitter.report
         self._failures: dict[str, str] = {}
-        self._num_seen = 0
-        self._inside_mha = self._paused = self._emitting = False
+        self._inside_mha = self._is_paused = False
         self._repeats = Repeats()
-        found = self._found_traced, self._missed, self._attends_in_matrices
+        found = self._found_traced, self._emitter.missed, self._attends_in_matrices
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
-        self._written = WrittenOutputs(layouts, self.frames)
         self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -72,15 +62,16 @@ class AttentionMode(TorchFunctionMode):
             "linear": self._observe_projection,
             "addmm": self._observe_projection,
         }
-        self.parts = self._repeats, self._tracer, self._written
-        for observers in (*(part.observers for part in self.parts), own):
+        written = self._emitter.written
+        self.parts = self._repeats, self._tracer, written, self._emitter
+        for observers in (self._repeats.observers, self._tracer.observers, written.observers, own):
             for name, observer in observers.items():
                 self._observers.setdefault(name, []).append(observer)
         self._known: dict[Any, tuple[str, list[Observer]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
+        if self._is_paused:
             return func(*args, **kwargs)
         known = self._known.get(func)
         if known is None:
@@ -98,6 +89,15 @@ class AttentionMode(TorchFunctionMode):
             self._attempt(name, observe, name, func, args, kwargs, output)
         return output
 
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        """Run functions without looking at them."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _note_inputs(self, tensors: Iterable[Tensor]) -> None:
         if self._ancestries is not None:
             self._attempt("the model", self._ancestries.add_inputs, tensors)
@@ -107,11 +107,11 @@ class AttentionMode(TorchFunctionMode):
         try:
             observe(*args)
         except Exception as error:
-            if self._emitting:
+            if self._emitter.is_emitting:
                 raise
             layer, reason = self.frames.current_layer()[0], f"a call of {what} could not be followed: {error}"
             if what in _CERTAINLY_ATTENTION:
-                self._missed(layer, reason)
+                self._emitter.missed(layer, reason)
             else:
                 self._failures[layer] = reason
 
@@ -135,6 +135,10 @@ class AttentionMode(TorchFunctionMode):
                 return without_overrides(func)(*args, **kwargs)
         finally:
             self._inside_mha = False
+
+    def _how(self, otherwise: str) -> str:
+        """Return how the record of an attention says it was found."""
+        return "mha" if self._inside_mha else otherwise
 
     def _observe_projection(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -161,7 +165,9 @@ class AttentionMode(TorchFunctionMode):
         made_of = self._made_of(query, key)
         lead = self._lead(layer, query.shape[:-2], frame, query.shape[-2], made_of)
         if lead is None:
-            self._missed(layer, f"cannot tell sequences from heads in fused attention on queries {tuple(query.shape)}")
+            self._emitter.missed(
+                layer, f"cannot tell sequences from heads in fused attention on queries {tuple(query.shape)}"
+            )
             return
         before = self._repeats.original(key)
         is_repeated = before is not None and before.source.shape[2:] == key.shape[2:]
@@ -174,17 +180,14 @@ class AttentionMode(TorchFunctionMode):
         if values_before is not None and values_before.source.shape[-2:] == operands[2].shape[-2:]:
             attention.value = lead.values(values_before.source)
         attention.operands_in = output.dtype
-        self._found(layer, frame, attention, "sdpa", output, -2, made_of)
+        self._emitter.found(layer, frame, attention, self._how("sdpa"), output, -2, made_of)
 
     def _observe_operator(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         result = output[0] if isinstance(output, tuple) else output
-        self._paused = True
-        try:
+        with self._unobserved():
             call = read_operator_call(func, args, kwargs, result)
-        finally:
-            self._paused = False
         self._found_kernel(call, result)
 
     def _made_of(self, query: Tensor, key: Tensor) -> MadeOf | None:
@@ -197,13 +200,13 @@ class AttentionMode(TorchFunctionMode):
         self, layer: str, sizes: Sequence[int], frame: Frame | None, num_rows: int, made_of: MadeOf | None
     ) -> Lead | None:
         """Return which leading axes of a layer's operands count heads; None where that is unclear."""
-        known = self._layouts.get(self._name_of_next(layer))
+        known = self._emitter.known(layer)
         if known is not None and known.lead is not None:
             return known.lead.resized(sizes, heads=False) or known.lead.resized(sizes, heads=True)
         return lead_of(sizes, made_of) or lead_by_shape(sizes, frame, num_rows)
 
     def _attends_in_matrices(self, layer: str) -> bool:
-        known = self._layouts.get(self._name_of_next(layer))
+        known = self._emitter.known(layer)
         return known is not None and known.lead == Lead(())
 
     def _found_traced(self, trace: Trace, output: Tensor, row_axis: int, by_head: Callable[[Lead], ByHead]) -> None:
@@ -211,14 +214,16 @@ class AttentionMode(TorchFunctionMode):
         num_rows = origin.product.query.shape[-2]
         lead = self._lead(origin.layer, origin.product.batch, origin.frame, num_rows, origin.made_of)
         if lead is None:
-            self._missed(
+            self._emitter.missed(
                 origin.layer, f"cannot tell sequences from heads in logits with leading axes {origin.product.batch}"
             )
             return
         attention = as_attention(trace, lead)
         attention.exact = trace.exact
         attention.value, attention.heads_of = by_head(lead)
-        self._found(origin.layer, origin.frame, attention, "traced", output, row_axis, origin.made_of)
+        self._emitter.found(
+            origin.layer, origin.frame, attention, self._how("traced"), output, row_axis, origin.made_of
+        )
 
     def record_explicit(self, module: nn.Module, attention: Attention, output: Tensor | None) -> None:
         """Record the attention that a module registered, unless this call of it has a record already."""
@@ -230,13 +235,13 @@ class AttentionMode(TorchFunctionMode):
         if frame is None or not frame.recorded_by:
             made_of = self._made_of(attention.query, attention.key)
             attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
-            self._attempt("capture", self._found, layer, frame, attention, "explicit", output, -2, made_of)
+            self._attempt("capture", self._emitter.found, layer, frame, attention, "explicit", output, -2, made_of)
 
     def watch_kernel(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an attention function of transformers, and record its arguments if no attention was found inside it."""
-        seen = self._num_seen
+        seen = self._emitter.num_seen
         result = kernel(*args, **kwargs)
-        if self._num_seen == seen:
+        if self._emitter.num_seen == seen:
             self._attempt("an attention kernel", self._record_kernel, result[0], args, kwargs)
         return result
 
@@ -245,19 +250,16 @@ class AttentionMode(TorchFunctionMode):
         attention = read_interface_call(*args, **kwargs)
         made_of = self._made_of(attention.query, attention.key)
         attention = with_lead(attention, usual_lead(attention.query.shape[:2]))
-        self._found(layer, frame, attention, "interface", output, 1, made_of)
+        self._emitter.found(layer, frame, attention, "interface", output, 1, made_of)
 
     def watch_function(
         self, read: Callable[..., KernelCall], kernel: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run a kernel known by name, and record its arguments instead of what it does inside."""
-        if self._paused:
+        if self._is_paused:
             return kernel(*args, **kwargs)
-        self._paused = True
-        try:
+        with self._unobserved():
             result = kernel(*args, **kwargs)
-        finally:
-            self._paused = False
         self._attempt("an attention kernel", self._record_function, read, kernel, args, kwargs, result)
         return result
 
@@ -273,127 +275,11 @@ class AttentionMode(TorchFunctionMode):
             made_of = MadeOf(of_query, of_key, (None,) * 4)
             self._ancestries.attend(output, of_query)
         attention = with_lead(call.attention, usual_lead(call.attention.query.shape[:2]))
-        self._found(layer, frame, attention, "kernel", call.arranged(output), call.row_axis, made_of)
-
-    def _name_of_next(self, name: str) -> str:
-        """Return the name of a layer's next call: that of a second one ends in ``#2``."""
-        count = self._calls[name] + 1
-        return name if count == 1 else f"{name}#{count}"
-
-    def _next_name(self, name: str) -> str:
-        next_name = self._name_of_next(name)
-        self._calls[name] += 1
-        return next_name
-
-    def _missed(self, name: str, reason: str) -> None:
-        self._num_seen += 1
-        self.report.missed[self._next_name(name)] = reason
-
-    def _found(
-        self,
-        name: str,
-        frame: Frame | None,
-        attention: Attention,
-        how: str,
-        output: Tensor | None,
-        row_axis: int,
-        made_of: MadeOf | None,
-    ) -> None:
-        """Emit one attention, unless its module registers its own. The mode is paused: nothing here is observed."""
-        if self._ancestries is not None and made_of is not None and output is not None:
-            self._ancestries.attend(output, made_of.query)
-        if how != "explicit" and self.frames.has_explicit_record():
-            return
-        if torch._C._functorch.is_functorch_wrapped_tensor(attention.query):
-            self._missed(name, "it runs inside of torch.func (vmap, grad), whose tensors cannot be read")
-            return
-        self._num_seen += 1
-        turn = Turn(attention, how, output if attention.exact else None, row_axis, made_of)
-        if frame is not None and self._is_turn(name, turn, frame):
-            frame.turns.append(turn)
-            left = num_positions(frame) - sum(len(x.query) * x.query.shape[-2] for x in frame.attentions())
-            if left <= 0:
-                self._take_turns(frame, complete=left == 0)
-            return
-        self._take(name, frame, [turn])
-
-    def _is_turn(self, name: str, turn: Turn, frame: Frame) -> bool:
-        """Return whether an attention is one of several of a module that are sequences of one layer."""
-        known, made_of = self._layouts.get(self._name_of_next(name)), turn.made_of
-        if known is not None:
-            return known.in_turns and is_turn(turn.attention, frame)
-        if made_of is None or same_sequence(made_of.query, made_of.key) is False or not is_turn(turn.attention, frame):
-            return False
-        return all(x.query.shape[1::2] == turn.attention.query.shape[1::2] for x in frame.attentions())
-
-    def _take_turns(self, frame: Frame, *, complete: bool = False) -> None:
-        """Take what a module computed in turns: as one layer if they have all positions, else each by itself."""
-        turns, frame.turns = frame.turns, []
-        together = complete and len({turn.attention.scale for turn in turns}) == 1
-        for each in [turns] if together else [[turn] for turn in turns]:
-            self._take(frame.name, frame, each)
-
-    def _take(self, name: str, frame: Frame | None, turns: Sequence[Turn]) -> None:
-        """Verify and emit one layer."""
-        if frame is not None:
-            frame.recorded_by, frame.num_found = turns[0].how, frame.num_found + 1
-        layer = self._next_name(name)
-        self._paused = True
-        try:
-            found = [self._verified(layer, frame, turn) for turn in turns]
-            call, rows = found[0]
-            if len(turns) > 1:
-                call = joined(
-                    [call for call, _ in found],
-                    [turn.attention.output_rows(turn.output, turn.row_axis) for turn in turns],
-                )
-                self._layouts[layer] = replace(self._layouts[layer], in_turns=True)
-            self._emitting = True
-            self._emit(call)
-            self._emitting = False
-            if len(turns) == 1:
-                length = turns[0].attention.query.shape[-2]
-                self._written.expect(layer, frame, call.when_written, call.rows.output, rows, length)
-        except Exception as error:
-            if self._emitting:
-                raise
-            self.report.missed[layer] = f"its attention could not be rebuilt: {error}"
-        finally:
-            self._paused = False
-
-    def _verified(self, layer: str, frame: Frame | None, turn: Turn) -> tuple[AttentionCall, RebuiltRows]:
-        """Return the record of an attention, and its rebuilt rows as they are before documents are cut."""
-        attention, how, output, row_axis = turn.attention, turn.how, turn.output, turn.row_axis
-        layout, query_mask, key_mask = self._findings.layout(
-            layer, frame, attention, turn.made_of, may_append=self._inside_mha
-        )
-        types = [attention.query.dtype, *([] if output is None else [output.dtype])]
-        rows = attention.rebuilt(output, row_axis)
-        call = AttentionCall(
-            layer=layer,
-            query=attention.query,
-            key=attention.key,
-            value=attention.value,
-            tiled=attention.tiled,
-            scale=attention.scale,
-            query_mask=query_mask,
-            key_mask=key_mask,
-            kind="self" if layout.is_self else "cross",
-            how="mha" if self._inside_mha else how,
-            outside=layout.outside,
-            precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
-            logit_rows=attention.logit_rows,
-            rows=rows,
-            layout=layout,
-            gained_bias=attention.is_biased() if attention.may_be_biased and "bias" not in layout.outside else None,
-        )
-        if layout.documents is not None:
-            call = by_document(call, layout.documents, attention.output_rows(output, row_axis))
-        return call, rows
+        self._emitter.found(layer, frame, attention, "kernel", call.arranged(output), call.row_axis, made_of)
 
     def report_missed(self) -> None:
         """Add every module that looks like attention and gave no record to the report."""
-        reasons = self._tracer.ended, self._failures
-        found = unrecorded(self.frames, self._calls, reasons, all_seen=self._ancestries is not None)
+        reasons = self._tracer.endings.reasons, self._failures
+        found = unrecorded(self.frames, self._emitter.num_calls, reasons, all_seen=self._ancestries is not None)
         for name, reason in found:
             self.report.missed.setdefault(name, reason)

@@ -214,6 +214,13 @@ class Frames:
                 return frame.name, frame
         return whole_name(self._model), None
 
+    def is_of_running_layer(self, call: Frame | None) -> bool:
+        """Return whether the running layer is that of an earlier call, or is inside or around it."""
+        running = self.current_layer()[1]
+        if running is None or call is None:
+            return True
+        return call.module in running.module.modules() or running.module in call.module.modules()
+
     def _without_hooks(self) -> tuple[str, nn.Module] | None:
         """Return name and module of the innermost module that runs although no hook of it ran; None if none."""
         top = self._stack[-1] if self._stack else None

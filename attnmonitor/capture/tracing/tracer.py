@@ -21,10 +21,10 @@ from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
+from attnmonitor.capture.tracing.endings import MIXING, Endings
 from attnmonitor.capture.tracing.operands import made_of
 from attnmonitor.capture.tracing.operations import (
     ADDITIONS,
-    EXPONENTIALS,
     IN_PLACE,
     PERMUTATIONS,
     SOFTMAXES,
@@ -51,9 +51,7 @@ from attnmonitor.capture.tracing.views import (
 __all__ = ["Tracer"]
 
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
-MIXING = {"linear", "conv1d", "conv2d", "einsum", "matmul", "bmm"}
 PICKS = {"topk", "sort"}
-UNSEEN = "a function that cannot be seen: a scripted one, or no torch's"
 
 
 class Tracer:
@@ -68,7 +66,7 @@ class Tracer:
         attends_in_matrices: Whether a layer was found to attend in products of two matrices, one sequence at a time.
 
     Attributes:
-        ended: For each layer in which a trace ended, by which operation.
+        endings: Why traces ended.
     """
 
     def __init__(
@@ -89,8 +87,7 @@ class Tracer:
         self._traces = Notes[Trace]()
         self._operations = Operations(self._with_keys_first)
         self._untraced = Notes[bool]()
-        self._num_logits: dict[str, int] = {}  # of each layer's latest product
-        self.ended: dict[str, str] = {}
+        self.endings = Endings(frames, ancestries, missed)
         self.observers: dict[str, Callable[..., None]] = dict.fromkeys(self._operations.follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self._follow = {**self._operations.follow, "baddbmm": self._operations.add_input}
@@ -101,7 +98,8 @@ class Tracer:
 
     def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         if name in SOFTMAXES and args and self._traces.get(args[0]) is None:
-            self._note_untraced(args[0], output)
+            self._untraced.put(output, True)  # its product with values begins no attention
+            self.endings.note_unseen_logits(args[0])
         elif args and self._untraced.get(args[0]) and (name in CASTS or name == "dropout"):
             self._untraced.put(output, True)
         if not self._traces or not isinstance(output, Tensor):
@@ -125,18 +123,12 @@ class Tracer:
         moved = self._follow[name](trace, call) if trace.split is None else in_split(trace, trace.split, call)
         call.drop_traced(output)
         if moved is None:
-            self._end(trace, name)
+            self.endings.end(trace, name)
         else:
             # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
             self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
             if moved.split is not None and getattr(func, "__name__", "") in IN_PLACE:
                 self._write_through(moved.split)
-
-    def _note_untraced(self, logits: Any, weights: Tensor) -> None:
-        """Note weights of logits that were not followed: their product with values begins no attention."""
-        self._untraced.put(weights, True)
-        if self._ancestries is not None and self._ancestries.is_unseen(logits):
-            self.ended[self._frames.current_layer()[0]] = f"its logits come out of {UNSEEN}"
 
     def _observe_product(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -152,9 +144,11 @@ class Tracer:
             # Features turned by one matrix for all sequences (a Hadamard one in a buffer) have begun no attention.
             if trace is not None and (trace.stage == "after" or not trace.origin.is_by_matrix):
                 if trace.stage != "after" or trace.logged or trace.origin.values_reached:
-                    self._end(trace, name)
-                    if trace.origin.values_reached and product.contracted == {axes[trace.key_axis]}:
-                        self._note_reuse(trace, other, output)
+                    self.endings.end(trace, name)
+                    is_rollout = self._traces.get(other) is not None  # a product of two layers' weights
+                    is_reused = trace.origin.values_reached and product.contracted == {axes[trace.key_axis]}
+                    if is_reused and not is_rollout:
+                        self.endings.note_reuse(trace, output)
                     return
                 if trace.ambiguity:
                     self._missed(trace.origin.layer, trace.ambiguity)
@@ -164,43 +158,20 @@ class Tracer:
                 elif product.contracted == {axes[trace.query_axis]}:
                     self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
                 else:
-                    self._end(trace, name)
+                    self.endings.end(trace, name)
                 return
             if is_weight(other):
                 self._frames.note_projection(operand)
         layer, frame = self._frames.current_layer()
-        if any(self._is_unseen_softmax(x, layer) for x in (product.left, product.right)):
-            self.ended.setdefault(layer, f"its logits go into {UNSEEN}")
+        for operand in (product.left, product.right):
+            self.endings.note_unseen_weights(layer, operand)
         trace = self._start(product, layer, frame, output.dtype)
         if trace is not None and name == "baddbmm":
             call = TracedCall(name, func, args, kwargs, output)
             trace = replace(self._operations.add_input(trace, call), calls=(call,))
         if trace is not None:
             self._traces.put(output, trace)
-            self._num_logits[layer] = output.numel()
-
-    def _is_unseen_softmax(self, x: Tensor, layer: str) -> bool:
-        """Return whether a layer's operand may be the softmax of its logits, by a function that cannot be seen."""
-        is_unseen = self._ancestries is not None and self._ancestries.is_unseen(x)
-        return is_unseen and x.numel() == self._num_logits.get(layer)
-
-    def _note_reuse(self, trace: Trace, values: Tensor, output: Tensor) -> None:
-        """Note that a layer weights values by what another layer computed from its own queries and keys."""
-        origin, is_rollout = trace.origin, self._traces.get(values) is not None  # a product of two layers' weights
-        if is_rollout or self._is_running(origin):
-            return
-        if self._ancestries is not None and origin.made_of is not None:
-            self._ancestries.attend(output, origin.made_of.query)
-        layer = self._frames.current_layer()[0]
-        self._missed(layer, f"it attends by the queries and keys of {origin.layer} and has none of its own")
-
-    def _is_running(self, origin: Origin) -> bool:
-        """Return whether the running layer is the one that computed a product, or is inside or around it."""
-        running = self._frames.current_layer()[1]
-        if running is None or origin.frame is None:
-            return True
-        one, other = running.module, origin.frame.module
-        return one in other.modules() or other in one.modules()
+            self.endings.note_logits(layer, output)
 
     def observe_other(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note that logits or weights went into a function that is not followed."""
@@ -212,27 +183,9 @@ class Tracer:
         for x in (*args, *kwargs.values()):
             trace = self._traces.get(x)
             if trace is not None and (output.numel() >= x.numel() or name in PICKS):
-                self._end(trace, name)
+                self.endings.end(trace, name)
                 if name in MIXING and trace.stage != "after":
                     self._operations.mixed.put(output, trace.origin)
-
-    def _end(self, trace: Trace, name: str) -> None:
-        """Note why the attention of a layer cannot be measured, if no other use of the same product is."""
-        what, when = ("weights", "after") if trace.stage == "after" else ("logits", "before")
-        reason = f"its {what} go through {name}, which cannot be followed"
-        if name in MIXING:
-            reason = (
-                f"its heads are mixed by {name} {when} the softmax (talking heads), so no head has a field of its own"
-            )
-        if not trace.origin.values_reached:
-            self.ended.setdefault(trace.origin.layer, reason)
-            if name in MIXING and trace.stage != "after" and trace.origin.frame is not None:
-                trace.origin.frame.mixes_heads = True
-            made_of = trace.origin.made_of
-            # Random features are exponentials of a product with constants.
-            of_constants = made_of is not None and made_of.query.inputs and not made_of.key.inputs
-            if name in EXPONENTIALS and trace.stage != "after" and not of_constants:
-                self._frames.suspect()  # a softmax by hand; other products are no attention
 
     def _observe_normalizer(
         self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -294,7 +247,7 @@ class Tracer:
         mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
         for call in trace.calls:
             mirrored = mirrored and self._follow[call.name](mirrored, call)
-        if mirrored and not self._is_running(origin):
+        if mirrored and not self._frames.is_of_running_layer(origin.frame):
             mirrored.origin.values_reached = origin.values_reached
         return mirrored and replace(mirrored, calls=trace.calls, ambiguity=trace.ambiguity)
 
