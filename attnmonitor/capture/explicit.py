@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
+from attnmonitor.capture.fused import add_mask, attend, hide_future
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import pushed, thread_stack
 
@@ -76,10 +76,7 @@ def capture(
         )
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if mask is not None:
-        attention.affine.append(mask_step(mask, query.shape[-2]))
-        attention.visible.extend(mask_visibility(mask, key))
-        attention.masked_by = (mask,)
-        attention.has_added = mask.is_floating_point()
+        add_mask(attention, mask, attention.affine)
     if causal:
         attention.affine.append(Step(hide_future))
     if value is not None:

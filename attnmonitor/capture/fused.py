@@ -15,10 +15,11 @@ from attnmonitor.capture.nested import read_by
 from attnmonitor.capture.verify import Attention, Step, grouped_product, visible_keys
 
 __all__ = [
+    "add_mask",
+    "add_soft_cap",
     "attend",
     "hide_future",
     "mask_step",
-    "mask_visibility",
     "padded",
     "read_flex",
     "read_sdpa",
@@ -40,10 +41,7 @@ def read_sdpa(
     """Return the attention of one ``scaled_dot_product_attention``, with its operands as they are."""
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value=value)
     if attn_mask is not None:
-        attention.affine.append(mask_step(attn_mask, query.shape[-2]))
-        attention.visible.extend(mask_visibility(attn_mask, key))
-        attention.masked_by = (attn_mask,)
-        attention.has_added = attn_mask.is_floating_point()
+        add_mask(attention, attn_mask, attention.affine)
     if is_causal:
         attention.nonlinear.append(Step(hide_future))
     attention.after.append(attend(value))
@@ -158,11 +156,25 @@ def mask_step(mask: Tensor, num_rows: int) -> Step:
     return Step(apply)
 
 
-def mask_visibility(mask: Tensor, key: Tensor) -> list[Tensor]:
-    """Return the keys that a mask ``(*lead, Lq, Lk)`` shows, as ``(*lead, Lk)``; none without a key axis."""
-    if mask.shape[-1] != key.shape[-2]:
-        return []
-    return [visible_keys(mask if mask.dim() >= 2 else mask[None])]
+def add_mask(attention: Attention, mask: Tensor, steps: list[Step]) -> None:
+    """Add a mask to an attention, bool (True = visible) or additive, broadcast against ``(B, Hq, Lq, Lk)``.
+
+    Args:
+        attention: The attention.
+        mask: The mask.
+        steps: The steps of the attention that it is the next of.
+    """
+    steps.append(mask_step(mask, attention.query.shape[-2]))
+    attention.masked_by = (mask,)
+    attention.has_added |= mask.is_floating_point()
+    if mask.shape[-1] == attention.key.shape[-2]:
+        attention.visible.append(visible_keys(mask if mask.dim() >= 2 else mask[None]))
+
+
+def add_soft_cap(attention: Attention, cap: float) -> None:
+    """Add ``cap · tanh(logits / cap)`` as the next step of an attention."""
+    attention.nonlinear.append(Step(lambda x, rows: cap * torch.tanh(x / cap)))
+    attention.outside.add("softcap")
 
 
 def hide_future(x: Tensor, rows: Tensor) -> Tensor:

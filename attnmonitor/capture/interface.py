@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture.fused import attend, hide_future, mask_step, mask_visibility
+from attnmonitor.capture.fused import add_mask, add_soft_cap, attend, hide_future, mask_step
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
@@ -99,8 +99,7 @@ def read_interface_call(
     attention = Attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, exact=dropout == 0)
     attention.value, attention.heads_of = value, lambda x: x.transpose(1, 2)
     if softcap is not None:
-        attention.nonlinear.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
-        attention.outside.add("softcap")
+        add_soft_cap(attention, softcap)
     if position_bias is not None:
         attention.nonlinear.append(mask_step(position_bias, num_rows))
         attention.has_added = True
@@ -113,10 +112,7 @@ def read_interface_call(
             )
         attention.visible.append(valid[:, None])
     elif isinstance(attention_mask, Tensor):
-        attention.nonlinear.append(mask_step(attention_mask, num_rows))
-        attention.visible.extend(mask_visibility(attention_mask, key))
-        attention.masked_by = (attention_mask,)
-        attention.has_added |= attention_mask.is_floating_point()
+        add_mask(attention, attention_mask, attention.nonlinear)
     if (is_causal if is_causal is not None else getattr(module, "is_causal", False)) and num_rows > 1:
         attention.nonlinear.append(Step(hide_future))
     if sliding_window is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.documents import Documents, documents_at
-from attnmonitor.capture.fused import attend, mask_step, mask_visibility
+from attnmonitor.capture.fused import add_mask, add_soft_cap, attend
 from attnmonitor.capture.verify import Attention, Step
 from attnmonitor.parallel.threads import ProcessSetting, pushed, thread_stack
 
@@ -247,17 +247,14 @@ def _add_terms(attention: Attention, named: Mapping[str, Any], places: _Places) 
     """Add what acts on the logits of a call: soft-cap, ALiBi, bias and what is hidden."""
     softcap, slopes, bias = named.get("softcap"), named.get("alibi_slopes"), _bias(named)
     if softcap:
-        attention.nonlinear.append(Step(lambda x, rows: softcap * torch.tanh(x / softcap)))
-        attention.outside.add("softcap")
+        add_soft_cap(attention, softcap)
     if slopes is not None:
         slope = slopes.reshape(*slopes.shape[:-1], slopes.shape[-1], 1, 1)
         attention.nonlinear.append(
             Step(lambda x, rows: x - slope * (places.queries[rows][:, None] - places.keys).abs())
         )
     if isinstance(bias, Tensor):
-        attention.nonlinear.append(mask_step(bias, attention.query.shape[-2]))
-        attention.visible.extend(mask_visibility(bias, attention.key))
-        attention.masked_by, attention.has_added = (bias,), True
+        add_mask(attention, bias, attention.nonlinear)
     left, right = _window(named, places)
     chunk = named.get("attention_chunk") or 0
 

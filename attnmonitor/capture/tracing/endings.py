@@ -57,7 +57,7 @@ class Endings:
             self._frames.suspect()  # a softmax by hand; other products are no attention
 
     def note_logits(self, layer: str, logits: Tensor) -> None:
-        """Note how many logits the layer has, to know weights by that are made of them unseen."""
+        """Note how many logits the layer has: as many as weights that are made of them unseen."""
         self._num_logits[layer] = logits.numel()
 
     def note_unseen_logits(self, logits: Any) -> None:
