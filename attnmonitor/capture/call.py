@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.layout import Layout
-from attnmonitor.capture.verify import HIDDEN, RebuiltRows, checked_rows, grouped_product
+from attnmonitor.capture.verify import HIDDEN, Comparison, RebuiltRows, checked_rows, grouped_product
 
-__all__ = ["AttentionCall", "CaptureReport", "by_document"]
+__all__ = ["AttentionCall", "CaptureReport", "by_document", "with_own_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,28 +88,35 @@ def by_document(
         output_rows: Maps rows ``(R,)`` to what the layer computed in them, ``(B, Hq, R, dv)``.
     """
     documents, length = documents.to(call.query.device), call.query.shape[-2]
-    query, key = documents.cut(call.query), documents.cut(call.key)
-    logit_rows = documents.rows(call.logit_rows, length)
-    rows = checked_rows(query)
-    logits = logit_rows(rows)
-    whole_keys = key.repeat(1, query.shape[1] // key.shape[1], 1, 1) if call.tiled else key
-    return replace(
+    cut = replace(
         call,
-        query=query,
-        key=key,
+        query=documents.cut(call.query),
+        key=documents.cut(call.key),
         value=None if call.value is None else documents.cut(call.value),
         query_mask=documents.valid,
         key_mask=documents.valid,
-        logit_rows=logit_rows,
-        rows=RebuiltRows(
-            rows,
-            call.scale * grouped_product(query.index_select(-2, rows), whole_keys),
-            logits <= HIDDEN,
-            None if output_rows is None else documents.of_rows(output_rows, length, rows),
-            call.rows.comparisons,
-            logits,
-        ),
+        logit_rows=documents.rows(call.logit_rows, length),
     )
+    own_rows = None if output_rows is None else partial(documents.of_rows, output_rows, length)
+    return with_own_rows(cut, own_rows, call.rows.comparisons)
+
+
+def with_own_rows(
+    call: AttentionCall, output_rows: Callable[[Tensor], Tensor] | None, comparisons: tuple[Comparison, ...]
+) -> AttentionCall:
+    """Return an attention with rows of its own, after its sequences were cut or joined.
+
+    Args:
+        call: The attention.
+        output_rows: Maps its rows ``(R,)`` to what the layer computed in them, ``(B, Hq, R, dv)``; None where that is
+            not known.
+        comparisons: The layer's output as rebuilt and as it is, from before.
+    """
+    rows = checked_rows(call.query)
+    logits = call.logit_rows(rows)
+    product = call.scale * grouped_product(call.query.index_select(-2, rows), call.key, tiled=call.tiled)
+    output = None if output_rows is None else output_rows(rows)
+    return replace(call, rows=RebuiltRows(rows, product, logits <= HIDDEN, output, comparisons, logits))
 
 
 @dataclass

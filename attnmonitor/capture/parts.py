@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnmonitor.capture.call import AttentionCall
+from attnmonitor.capture.call import AttentionCall, with_own_rows
 from attnmonitor.capture.heads import MadeOf
 from attnmonitor.capture.modules import Frame
-from attnmonitor.capture.verify import HIDDEN, Attention, RebuiltRows, checked_rows, grouped_product
+from attnmonitor.capture.verify import Attention
 
 __all__ = ["Turn", "is_turn", "joined", "num_positions"]
 
@@ -79,14 +79,12 @@ def joined(calls: Sequence[AttentionCall], outputs: Sequence[Callable[[Tensor], 
 
     query, key = (torch.cat([padded(getattr(call, name)) for call in calls]) for name in ("query", "key"))
     values = [call.value for call in calls if call.value is not None]
-    rows = checked_rows(query)
-    keys = key.repeat(1, query.shape[1] // key.shape[1], 1, 1) if first.tiled else key
-    written = [output(own_rows(call, rows)) for call, output in zip(calls, outputs, strict=True) if output is not None]
-    comparisons = tuple(each for call in calls for each in call.rows.comparisons)
-    logits = logit_rows(rows)
-    product = first.scale * grouped_product(query.index_select(-2, rows), keys)
-    output = torch.cat(written) if len(written) == len(calls) else None
-    return replace(
+    known = [output for output in outputs if output is not None]
+
+    def output_rows(rows: Tensor) -> Tensor:
+        return torch.cat([output(own_rows(call, rows)) for call, output in zip(calls, known, strict=True)])
+
+    whole = replace(
         first,
         query=query,
         key=key,
@@ -94,6 +92,7 @@ def joined(calls: Sequence[AttentionCall], outputs: Sequence[Callable[[Tensor], 
         query_mask=mask("query_mask"),
         key_mask=mask("key_mask"),
         logit_rows=logit_rows,
-        rows=RebuiltRows(rows, product, logits <= HIDDEN, output, comparisons, logits),
         when_written=[],
     )
+    comparisons = tuple(each for call in calls for each in call.rows.comparisons)
+    return with_own_rows(whole, output_rows if len(known) == len(calls) else None, comparisons)

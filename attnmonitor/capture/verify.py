@@ -213,12 +213,11 @@ class Attention:
     def _product(self, rows: Tensor, *, as_rounded: bool = False) -> Tensor:
         """Return ``s q kᵀ`` in some rows, ``(B, Hq, R, Lk)``; as the code rounded it if asked for."""
         query, key = self.query.index_select(-2, rows), self.key
-        if self.tiled:
-            key = key.repeat(1, query.shape[1] // key.shape[1], 1, 1)
         if not as_rounded:
-            return self.scale * grouped_product(query, key)
+            return self.scale * grouped_product(query, key, tiled=self.tiled)
         query, key = (x.to(self.operands_in) if self.operands_in else x for x in (query, key))
-        return _rounded(self.scale * _rounded(grouped_product(query, key), self.logits_in), self.logits_in)
+        product = grouped_product(query, key, tiled=self.tiled)
+        return _rounded(self.scale * _rounded(product, self.logits_in), self.logits_in)
 
     def _with_bias(self, product: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return product and bias in the code's layout."""
@@ -330,11 +329,14 @@ def checked_rows(query: Tensor) -> Tensor:
     return torch.arange(length - count, count * length, max(length, 1), device=query.device) // max(count, 1)
 
 
-def grouped_product(query: Tensor, key: Tensor) -> Tensor:
+def grouped_product(query: Tensor, key: Tensor, *, tiled: bool = False) -> Tensor:
     """Return ``q kᵀ`` where groups of query heads share a key head.
 
-    Shapes: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``.
+    Shapes: ``(B, Hq, R, d), (B, Hkv, Lk, d) -> (B, Hq, R, Lk)``. Query head h reads key head h % Hkv where ``tiled``,
+    else h // (Hq / Hkv).
     """
+    if tiled:
+        key = key.repeat(1, query.shape[1] // key.shape[1], 1, 1)
     batch, num_query_heads, num_rows, head_dim = query.shape
     groups = query.to(_accumulation_dtype(query)).reshape(batch, key.shape[1], -1, head_dim)  # rows of a whole group
     key = key.to(groups.dtype)
