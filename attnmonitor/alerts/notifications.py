@@ -137,8 +137,8 @@ def notifications_of(
     by_rule: dict[str, list[AlertEvent]] = {}
     for event in sorted(events, key=lambda event: event.scope != "run"):
         if event not in symptoms:
-            told = replace(event, value=at_alarm.get(event.key, event.value))
-            by_rule.setdefault(first_of[_place_of(event, coverage)].rule, []).append(told)
+            shown = replace(event, value=at_alarm.get(event.key, event.value))
+            by_rule.setdefault(first_of[_place_of(event, coverage)].rule, []).append(shown)
     kinds = {alarm.rule: alarm.kind for alarm in first_of.values()}
     return [
         _notification(

@@ -44,7 +44,7 @@ class Findings:
         """
         layout = self._layouts.get(layer)
         if layout is None or not layout.fits(attention):
-            layout = self._layouts[layer] = self._examined(layer, frame, attention, made_of)
+            layout = self._layouts[layer] = self._examined(frame, attention, made_of)
         key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
         query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
         query_mask = fitting_mask(query_mask, attention, may_append=may_append and layout.is_self)
@@ -52,7 +52,7 @@ class Findings:
             self._positions[layer] = (None if made_of is None else made_of.query, key_mask)
         return layout, query_mask, key_mask
 
-    def _examined(self, layer: str, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
+    def _examined(self, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
         """Find out what an attention does beside ``s q kᵀ``."""
         num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
         is_self = None if made_of is None else same_sequence(made_of.query, made_of.key)

@@ -147,19 +147,19 @@ class EvidenceTaker:
     def _look_at_healthy(
         self, keeper: Keeper, alerts: Alerts, coverage: Mapping[str, LayerCoverage], global_step: int
     ) -> None:
-        """Look at the heads of the layer whose turn it is, and keep those that are well."""
+        """Look at the heads of the layer whose turn it is, and keep those without an alarm."""
         layer = self._turn
         if layer is None or layer not in keeper.layers:
             return
-        unwell = {_head_of(alarm, coverage) for alarm in alerts.firing if alarm.head is not None}
-        unwell |= {_head(coverage, at, scope, head) for scope, at, head in alerts.pending if head is not None and at}
+        alarming = {_head_of(alarm, coverage) for alarm in alerts.firing if alarm.head is not None}
+        alarming |= {_head(coverage, at, scope, head) for scope, at, head in alerts.pending if head is not None and at}
         for scope, number in _scopes(coverage[layer]):
             kept = _whole(keeper, (layer, scope, 0), coverage)
             if kept is None:
                 return
             for evidence in self._look(kept, layer, scope, range(number), coverage, global_step):
                 head = (layer, scope, evidence.head)
-                if head not in unwell and (head in self._healthy or len(self._healthy) < _MOST_HEALTHY):
+                if head not in alarming and (head in self._healthy or len(self._healthy) < _MOST_HEALTHY):
                     self._healthy[head] = evidence
 
 

@@ -26,16 +26,15 @@ from attnmonitor.parallel.wrappers import unwrapped_modules
 
 __all__ = [
     "Collective",
+    "CollectiveMode",
     "CollectiveRecorder",
     "LoneCollectiveError",
     "group_of",
-    "is_collective",
     "is_point_to_point",
     "name_of",
     "no_collectives",
     "run_with_zeros",
     "running_module",
-    "specified",
     "why_not_joinable",
 ]
 
@@ -74,27 +73,46 @@ class LoneCollectiveError(RuntimeError):
         )
 
 
-class _CollectiveStop(TorchDispatchMode):
-    """Raises LoneCollectiveError at the first collective over more than one process, before it starts."""
+class CollectiveMode(TorchDispatchMode):
+    """Sees each collective that this process starts while the context is open."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model = model
-        self.found: LoneCollectiveError | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(each, dtensor_class()) for each in types):
             return NotImplemented  # DTensor then calls plain operations and collectives
-        if is_collective(func):
-            call = specified(func, args, kwargs)
-            group = group_of(call)
-            if group is None or group.size() > 1:
-                self.found = LoneCollectiveError(call, running_module(self._model), group)
-                raise self.found
-        return func(*args, **kwargs)
+        if not _is_collective(func):
+            return func(*args, **kwargs)
+        call = _specified(func, args, kwargs)
+        self.before(call)
+        result = func(*args, **kwargs)
+        self.after(call)
+        return result
+
+    def before(self, call: Collective) -> None:
+        """Do something before a collective starts; if this raises, it is not started."""
+
+    def after(self, call: Collective) -> None:
+        """Do something when a collective has started."""
+
+
+class _CollectiveStop(CollectiveMode):
+    """Raises LoneCollectiveError at the first collective over more than one process, before it starts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self.found: LoneCollectiveError | None = None
+
+    def before(self, call: Collective) -> None:
+        group = group_of(call)
+        if group is None or group.size() > 1:
+            self.found = LoneCollectiveError(call, running_module(self._model), group)
+            raise self.found
 
 
 @contextmanager
@@ -113,7 +131,7 @@ def no_collectives(model: nn.Module) -> Iterator[None]:
         raise stop.found
 
 
-class CollectiveRecorder(TorchDispatchMode):
+class CollectiveRecorder(CollectiveMode):
     """Records every collective that this process starts while the context is open.
 
     A collective that fails to start is not recorded: on a GPU, memory for its result may be missing.
@@ -122,20 +140,13 @@ class CollectiveRecorder(TorchDispatchMode):
         calls: The collectives in order, as `run_with_zeros` takes them.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[Collective] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(issubclass(each, dtensor_class()) for each in types):
-            return NotImplemented  # DTensor then calls plain operations and collectives
-        result = func(*args, **kwargs)
-        if is_collective(func):
-            self.calls.append(specified(func, args, kwargs))
-        return result
+    def after(self, call: Collective) -> None:
+        """Record a collective."""
+        self.calls.append(call)
 
 
 def is_point_to_point(call: Collective) -> bool:
@@ -164,12 +175,12 @@ def _lists(arguments: Any) -> Iterator[Sequence[Any]]:
     yield from (each for each in (*args, *kwargs.values()) if isinstance(each, list | tuple) and each)
 
 
-def is_collective(func: Any) -> bool:
+def _is_collective(func: Any) -> bool:
     """Return whether an operation of the dispatcher passes tensors between processes."""
     return getattr(func, "namespace", "") in _NAMESPACES and func._opname not in _LOCAL_OPERATIONS
 
 
-def specified(func: Any, args: Any, kwargs: Any) -> Collective:
+def _specified(func: Any, args: Any, kwargs: Any) -> Collective:
     """Return a call of a collective, without the contents of its tensors."""
     specs = tree_map_only(Tensor, lambda x: _TensorSpec(x.shape, x.dtype, x.device), (args, kwargs))
     return (func, *specs)

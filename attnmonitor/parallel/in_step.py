@@ -12,21 +12,18 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import distributed, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.parallel.collectives import (
+    Collective,
+    CollectiveMode,
     group_of,
-    is_collective,
     name_of,
     running_module,
-    specified,
     why_not_joinable,
 )
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
-from attnmonitor.parallel.sharding import dtensor_class
 
 __all__ = ["NotTogetherError", "OtherProcessError", "in_step"]
 
@@ -101,33 +98,30 @@ def in_step(exchange: Exchange, ranks: Sequence[int], model: nn.Module) -> Itera
         del failure  # else this frame would keep the tensors of a failed forward alive
 
 
-class _InStep(TorchDispatchMode):
+class _InStep(CollectiveMode):
     """Waits before each collective until all of its processes have come to it.
 
     Attributes:
         ended: What has ended the forward on all processes.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, exchange: Exchange, ranks: Sequence[int], model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._exchange = exchange
         self._ranks = tuple(ranks)
         self._model = model
         self.ended: Exception | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(issubclass(each, dtensor_class()) for each in types):
-            return NotImplemented  # DTensor then calls plain operations and collectives
-        if is_collective(func):
-            call = specified(func, args, kwargs)
-            group = group_of(call)
-            ranks = self._ranks if group is None else tuple(distributed.get_process_group_ranks(group))
-            if len(ranks) > 1:
-                self._come(_Next(name_of(call), ranks, running_module(self._model), why_not_joinable(call)))
-        return func(*args, **kwargs)
+    def before(self, call: Collective) -> None:
+        """Wait until all processes of a collective are about to start it."""
+        group = group_of(call)
+        ranks = self._ranks if group is None else tuple(distributed.get_process_group_ranks(group))
+        if len(ranks) <= 1:
+            return
+        if self.ended is None:
+            self._tell(_Next(name_of(call), ranks, running_module(self._model), why_not_joinable(call)))
+        if self.ended is not None:
+            raise self.ended
 
     def end(self, failure: Exception | None) -> None:
         """Tell the others that the forward has ended here, and wait until it has on all of them."""
@@ -135,24 +129,17 @@ class _InStep(TorchDispatchMode):
         if failure is not None and not isinstance(self.ended, MissingProcessError):
             self.ended = failure  # as it is
 
-    def _come(self, own: _Next) -> None:
-        """Wait until all processes of a collective are about to start it."""
-        if self.ended is None:
-            self._tell(own)
-        if self.ended is not None:
-            raise self.ended
-
     def _tell(self, own: _Next) -> None:
         may_go_on = False
         while not may_go_on and self.ended is None:
             try:
-                told = dict(zip(self._ranks, self._exchange.gather(own), strict=True))
+                by_rank = dict(zip(self._ranks, self._exchange.gather(own), strict=True))
             except MissingProcessError as error:
                 self.ended = error
                 return
-            started = {each.call for each in told.values() if each.collective and _is_complete(each, told)}
-            have_all_ended = not any(each.collective for each in told.values())
-            self.ended = _why_ended(told, bool(started) or have_all_ended)
+            started = {each.call for each in by_rank.values() if each.collective and _is_complete(each, by_rank)}
+            have_all_ended = not any(each.collective for each in by_rank.values())
+            self.ended = _why_ended(by_rank, bool(started) or have_all_ended)
             may_go_on = own.call in started or have_all_ended
 
 
@@ -161,16 +148,16 @@ def _text(failure: Exception) -> str:
     return str(failure) if isinstance(failure, ValueError) else traceback.format_exception_only(failure)[-1].strip()
 
 
-def _is_complete(call: _Next, told: dict[int, _Next]) -> bool:
-    return all(rank in told and told[rank].call == call.call for rank in call.ranks)
+def _is_complete(call: _Next, by_rank: dict[int, _Next]) -> bool:
+    return all(rank in by_rank and by_rank[rank].call == call.call for rank in call.ranks)
 
 
-def _why_ended(told: dict[int, _Next], fits: bool) -> Exception | None:
+def _why_ended(by_rank: dict[int, _Next], fits: bool) -> Exception | None:
     """Return what ends the forward on all processes, the same on each."""
-    for rank, each in told.items():
+    for rank, each in by_rank.items():
         if each.failure is not None:
             return OtherProcessError(f"on process {rank}: {each.failure[0]}", each.failure[1])
-    for each in told.values():
+    for each in by_rank.values():
         if each.not_joinable:
             return NotTogetherError(f"{each.not_joinable}, in {each.place}")
     if fits:
@@ -179,6 +166,6 @@ def _why_ended(told: dict[int, _Next], fits: bool) -> Exception | None:
         f"process {rank} comes to {f'{each.collective} of processes {[*each.ranks]} in {each.place}'}"
         if each.collective
         else f"process {rank} to the end"
-        for rank, each in told.items()
+        for rank, each in by_rank.items()
     ]
     return NotTogetherError(f"its processes do not run the same collectives: {', '.join(said[:8])}")

@@ -1,6 +1,6 @@
 """What training logged beside the heads, in panels below a metric's curves: one for losses, one for learning rates.
 
-The panels share the axis of steps with the curves, so a reader sees whether the loss or the heads told first.
+The panels share the axis of steps with the curves, so a reader sees which changed first, the loss or the heads.
 """
 
 from __future__ import annotations

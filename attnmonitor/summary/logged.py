@@ -28,8 +28,8 @@ def logged_title(name: str) -> str:
 
 def shown_curves(logged: Mapping[str, _Curve]) -> dict[str, _Curve]:
     """Losses and learning rates among the curves that training logged; where there is neither, the first others."""
-    told = {name: curve for name, curve in logged.items() if logged_title(name) != "logged"}
-    return told or dict(list(logged.items())[:_MOST_OTHERS])
+    known = {name: curve for name, curve in logged.items() if logged_title(name) != "logged"}
+    return known or dict(list(logged.items())[:_MOST_OTHERS])
 
 
 def loss_and_rate(logged: Mapping[str, _Curve]) -> dict[str, _Curve]:
