@@ -38,7 +38,8 @@ def _apart_from_others(
     """A head this far from the others, in the direction of the sign; it clears half way back.
 
     It must have moved itself: where the others leave a head behind, the fault is theirs. With ``offset`` it must also
-    have left the median head: one that comes from below and catches up has woken up, one that comes down has settled.
+    have left the median head: one that comes from below and catches up has started late, one that comes down has
+    settled.
     """
     levels: dict[Signal, float] = {"contrast": contrast, "robust_z": robust_z, "change": OWN_SHARE * contrast}
     if offset is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import METRICS, check_metric_names
@@ -38,11 +38,7 @@ Signal = Literal["value", "peers", "change", "offset", "contrast", "robust_z", "
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
 GRACE = 25
-"""Samples in which heads wake up, each in its own time: no head is named then, and no drift is measured from then."""
-
-_SCOPES = ("query_head", "kv_head", "layer", "run")
-_SIGNALS = ("value", "peers", "change", "offset", "contrast", "robust_z", "non_finite")
-_READINGS = ("identity", "log", "log_slack", "log_excess")
+"""Samples in which heads start to learn, not all at once: no head is named then, and no drift is measured from then."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,8 @@ class Threshold:
     def check(self, scope: Scope) -> None:
         """Raise ValueError when the threshold cannot work in a rule of that scope."""
         check_metric_names([self.metric], argument="metric")
-        _check_choice("signal", self.signal, _SIGNALS)
-        _check_choice("reading", self.reading, _READINGS)
+        _check_choice("signal", self.signal, get_args(Signal))
+        _check_choice("reading", self.reading, get_args(Reading))
         if self.signal == "peers" and scope == "run":
             raise ValueError("signal='peers': the run has no peers; use a rule about heads or layers")
         _check_levels(self)
@@ -102,7 +98,11 @@ class Threshold:
 
     @property
     def levels(self) -> tuple[float, float, float]:
-        """Sign, firing level, clearing level: the condition holds where ``sign · signal > sign · firing level``."""
+        """Sign, firing level, clearing level: the condition holds where ``sign · signal > sign · firing level``.
+
+        Raises:
+            ValueError: The levels of one direction are not both given.
+        """
         if self.fire_above is not None and self.clear_below is not None:
             return 1.0, self.fire_above, self.clear_below
         if self.fire_below is not None and self.clear_above is not None:
@@ -220,7 +220,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         try:
-            _check_choice("scope", self.scope, _SCOPES)
+            _check_choice("scope", self.scope, get_args(Scope))
             _make_whole(self, "patience", 1)
             _make_whole(self, "grace", 0)
             _make_whole(self, "hold", 0)

@@ -40,7 +40,19 @@ _CERTAINLY_ATTENTION = {"scaled_dot_product_attention", "flex_attention", "captu
 
 
 class AttentionMode(TorchFunctionMode):
-    """The function mode of one capture: follows a forward and emits every attention that it recognizes."""
+    """The function mode of one capture: follows a forward and emits every attention that it recognizes.
+
+    Args:
+        model: As in `attnmonitor.capture.capture_attention`.
+        emit: As there.
+        layouts: As there.
+        packed: As there.
+
+    Attributes:
+        frames: The running module calls; their hooks are on the model while this context is open.
+        report: The attention that could not be recorded.
+        parts: The objects that it works with; they refer to it, and it to them.
+    """
 
     def __init__(
         self, model: nn.Module, emit: Callable[[AttentionCall], None], layouts: Layouts, *, packed: str

@@ -34,7 +34,18 @@ _FUSED_NAME = re.compile(r"^(c_attn|to_qkv|wqkv|qkv|qkv_proj|query_key_value)$",
 
 
 class Frame:
-    """One running call of one module: its name, the module, and its input activations."""
+    """One running call of one module.
+
+    Attributes:
+        name: The module's name.
+        module: The module.
+        inputs: Its input activations.
+        projected: Those of them, and learned sequences, that a weight was applied to.
+        recorded_by: How its latest attention was found, as in `AttentionCall`; ``""`` before there is one.
+        num_found: Layers that were found in it.
+        mixes_heads: Whether it has mixed the heads of its logits.
+        turns: Attentions that wait for others of the same loop, as `attnmonitor.capture.parts.Turn`.
+    """
 
     def __init__(self, name: str, module: nn.Module, arguments: Iterable[Any]) -> None:
         self.name = name

@@ -104,6 +104,9 @@ class WrittenOutputs:
     Args:
         layouts: What is known of each layer; where its output meets a weight is added.
         frames: The running module calls.
+
+    Attributes:
+        observers: Called by the mode with each function of these names.
     """
 
     def __init__(self, layouts: Layouts, frames: Frames) -> None:

@@ -159,7 +159,11 @@ def output_share(
 
 
 def projected_rows(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, **settings: Any) -> CheckedRows:
-    """Compute rows as `checked_rows` does, with what each head writes through the output projection."""
+    """Compute rows as `checked_rows` does, with what each head writes through the output projection.
+
+    Raises:
+        ValueError: ``projection`` is not ``(D, Hq · dv)``, or as `checked_rows`.
+    """
     rows = checked_rows(query, key, value, **settings)
     assert rows.output is not None
     _, num_heads, _, head_dim = rows.output.shape

@@ -41,7 +41,11 @@ def num_positions(heads: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def query_padding(query: Tensor, mask: Tensor | None, query_mask: Tensor | None) -> Tensor | None:
-    """The queries' mask: ``query_mask`` where given, else the keys' ``mask``, which then must fit the queries."""
+    """The queries' mask: ``query_mask`` where given, else the keys' ``mask``.
+
+    Raises:
+        ValueError: The keys' mask is taken, and does not fit the queries.
+    """
     if query_mask is None and mask is not None and mask.shape[-1] != query.shape[2]:
         raise ValueError(
             f"mask {tuple(mask.shape)} masks the keys and does not fit query {tuple(query.shape)}: pass query_mask "

@@ -84,12 +84,13 @@ class Probe:
             is passed by keyword, any other as one argument.
         skip_hooks: Called with every forward hook and pre-hook of the model's modules; returns True for one that the
             probe's forward must not call. None calls all of them.
+        packed: ``"documents"`` to cut rows of several documents, ``"one"`` to leave them whole.
 
     Attributes:
         batch: A detached copy of the batch; None before there is one.
         fingerprint: 12 hex digits of the SHA-256 over names, shapes, dtypes and bytes of the batch's tensors.
         source: Why the loader's first batch was not drawn; empty where it was, or where a batch was given.
-        packed: ``"documents"`` where rows of several documents are cut, ``"one"`` where they are left whole.
+        packed: As given.
         in_state: Whether the batch is saved with the monitor's state, because a resumed run cannot draw it again.
 
     Raises:
@@ -125,7 +126,11 @@ class Probe:
         self.settle(model, batch)
 
     def settle(self, model: nn.Module, batch: Any) -> None:
-        """Check the batch and keep a copy of it."""
+        """Check the batch and keep a copy of it.
+
+        Raises:
+            ValueError, RejectedBatchError: As the constructor.
+        """
         self.close()
         device = _device(model)
         tensors = dict(tensors_of(batch))

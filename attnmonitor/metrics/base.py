@@ -59,6 +59,9 @@ class HeadMetric(Metric):
         Args:
             values: ``(B, num_heads)``. A NaN makes that head's mean NaN and leaves the others alone.
             counted: ``(B, num_heads)`` bool: the values that count; the others are as if their sequence were not there.
+
+        Raises:
+            ValueError: ``values`` is not ``(B, num_heads)``.
         """
         if values.ndim != 2 or values.shape[1] != self.num_heads:
             raise ValueError(

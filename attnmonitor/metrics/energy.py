@@ -23,7 +23,16 @@ __all__ = [
 
 
 class _SpectrumMetric(HeadMetric):
-    """A statistic of the field's spectrum."""
+    """A statistic of the field's spectrum.
+
+    Args:
+        num_heads: Query heads, or KV heads where ``per`` says so.
+        scale: Softmax scale; ``d ** -0.5`` by default.
+        per: As in `energy_spectrum`.
+        method: As in `energy_spectrum`.
+        setting: As in `HeadMetric`.
+        kwargs: Passed on to `torchmetrics.Metric`.
+    """
 
     def __init__(
         self,
@@ -48,7 +57,16 @@ class _SpectrumMetric(HeadMetric):
 
 
 class EnergyEffectiveRank(_SpectrumMetric):
-    """Fewest singular components that hold ``fraction`` of the variance (σ²) of the energy field."""
+    """Fewest singular components that hold ``fraction`` of the variance (σ²) of the energy field.
+
+    Args:
+        num_heads: Query heads, or KV heads where ``per`` says so.
+        fraction: In (0, 1].
+        kwargs: ``scale``, ``per`` and ``method`` as in `energy_spectrum`; others go to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``num_heads`` is less than 1, or ``fraction`` is not in (0, 1].
+    """
 
     name = "energy_effective_rank"
 

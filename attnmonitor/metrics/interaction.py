@@ -14,7 +14,16 @@ __all__ = ["InteractionEffectiveRank", "InteractionParticipationRatio"]
 
 
 class InteractionEffectiveRank(HeadMetric):
-    """Fewest components that hold ``fraction`` of the variance of W_Qᵀ W_K."""
+    """Fewest components that hold ``fraction`` of the variance of W_Qᵀ W_K.
+
+    Args:
+        num_heads: Query heads.
+        fraction: In (0, 1].
+        kwargs: Passed on to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``num_heads`` is less than 1, or ``fraction`` is not in (0, 1].
+    """
 
     name = "interaction_effective_rank"
 

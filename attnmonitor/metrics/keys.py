@@ -41,7 +41,16 @@ class _KeyMetric(HeadMetric):
 
 
 class _EnergyCutMetric(_KeyMetric):
-    """A statistic of the subspace that carries a fraction of the key energy."""
+    """A statistic of the subspace that carries a fraction of the key energy.
+
+    Args:
+        num_heads: KV heads.
+        energy: The fraction, in (0, 1].
+        kwargs: Passed on to `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``num_heads`` is less than 1, or ``energy`` is not in (0, 1].
+    """
 
     def __init__(self, num_heads: int, *, energy: float = 0.9, **kwargs: Any) -> None:
         check_fraction("energy", energy)

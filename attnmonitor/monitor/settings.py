@@ -1,4 +1,4 @@
-"""Arguments of a monitor, checked: an error quotes the argument, what arrived and the way out."""
+"""Arguments of a monitor, checked: each ValueError quotes the argument, what arrived and the way out."""
 
 from __future__ import annotations
 

@@ -68,6 +68,10 @@ def reading(path: Path, *, search_damage: bool = False) -> Iterator[sqlite3.Conn
     Args:
         path: The record.
         search_damage: Search all pages for damage first, for a few seconds at most.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RecordError: The file is damaged, not a run record, or of another schema version.
     """
     if path.is_dir() or not path.exists():
         # While a run is written, it is the log beside its file that grows.

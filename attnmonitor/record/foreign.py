@@ -107,7 +107,11 @@ def check_undamaged(db: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def content_checked(path: Path) -> Iterator[None]:
-    """Turn errors over the content of a record into a `RecordError`: wrong types, texts that are not JSON, sizes."""
+    """Turn errors over the content of a record into a `RecordError`: wrong types, texts that are not JSON, sizes.
+
+    Raises:
+        RecordError: There was one.
+    """
     try:
         yield
     except RecordError:

@@ -104,7 +104,11 @@ class ParameterRows:
         return self.module, self.parameter, self.start
 
     def read(self) -> Tensor:
-        """Return the rows as they are now, ``(N, width)`` float32."""
+        """Return the rows as they are now, ``(N, width)`` float32.
+
+        Raises:
+            UnreadableError: They are on the meta device.
+        """
         weight: Tensor = getattr(self.module(), self.parameter).detach()[self.start : self.stop]
         if weight.is_meta:
             raise UnreadableError(f"{self.name}.{self.parameter} is on the meta device outside of the module's forward")

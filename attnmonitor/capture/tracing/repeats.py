@@ -59,7 +59,11 @@ class Repeated:
 
 
 class Repeats:
-    """Notes from repeated keys to the keys before repetition."""
+    """Notes from repeated keys to the keys before repetition.
+
+    Attributes:
+        observers: Called by the mode with each function of these names.
+    """
 
     def __init__(self) -> None:
         self._notes = Notes[Repeated]()

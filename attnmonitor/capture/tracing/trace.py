@@ -124,6 +124,16 @@ class TracedCall:
     """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows.
 
     It is a part of the note on its output, so it may not keep the output alive: of that it has shape, type and device.
+
+    Attributes:
+        name: The function's plain name.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        output: Its output, without the values.
+        operands: The arguments in a uniform order: of ``cat`` its parts, of ``where`` the two that are chosen from.
+        slot: Index of the traced operand.
+        condition: The condition of ``where``.
     """
 
     def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:

@@ -67,6 +67,7 @@ class Tracer:
 
     Attributes:
         endings: Why traces ended.
+        observers: Called by the mode with each function of these names.
     """
 
     def __init__(
