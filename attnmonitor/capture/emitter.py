@@ -1,4 +1,4 @@
-"""What becomes of an attention that was found in a forward: it gets its layer's name, is verified, and is emitted."""
+"""What becomes of an attention that was found: it gets its layer's name, is verified, and is emitted."""
 
 from __future__ import annotations
 
