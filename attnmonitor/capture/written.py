@@ -11,6 +11,7 @@ Letters: B sequences, L positions, H query heads, R rows, dv size of a value, n 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -52,8 +53,9 @@ class _Output:
         whole: The rows of whole sequences that its projection's input is compared with.
         length: L.
         place: Where it met a weight in the first forward; None in that one.
-        frame: The call of the layer.
-        projection: The call of the layer's part in which it met a weight; None where the layer itself applied it.
+        call: Returns the call of the layer, while it runs. Not kept here: its inputs would be kept with it.
+        projection: Returns the call of the layer's part in which it met a weight, likewise; None where the layer itself
+            applied it.
         num_fitting: Weights that were applied to something of its size since.
         num_weights: Weights that were applied to it.
     """
@@ -64,8 +66,8 @@ class _Output:
     whole: RebuiltRows
     length: int
     place: OutputPlace | None
-    frame: Frame | None
-    projection: Frame | None = None
+    call: Callable[[], Frame | None]
+    projection: Callable[[], Frame | None] = lambda: None
     num_fitting: int = 0
     num_weights: int = 0
 
@@ -133,7 +135,7 @@ class WrittenOutputs:
         if not listeners or rows is None or whole.output is None:
             return
         layout = self._layouts[layer]
-        self._expected = _Output(layer, listeners, rows, whole, length, layout.output_at, frame)
+        self._expected = _Output(layer, listeners, rows, whole, length, layout.output_at, _weakly(frame))
         if layout.output_at is None:
             self._layouts[layer] = replace(layout, output_at=_NOWHERE)
 
@@ -178,7 +180,7 @@ class WrittenOutputs:
             same = _holds(applied.x, expected, place)
             if known is not None or bool(same):
                 self._expected = None
-                expected.projection = self._frames.call_in(expected.frame)
+                expected.projection = _weakly(self._frames.call_in(expected.call()))
                 self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place)
                 part = _Part(expected, torch.where(same, expected.rows, torch.nan), place)
                 self._parts.put(applied.given, part)
@@ -241,10 +243,14 @@ class WrittenOutputs:
 
     def _note(self, x: Tensor, part: _Part) -> None:
         self._parts.put(x, part)
-        if not part.is_inner or self._frames.is_running(part.output.projection):
+        if not part.is_inner or self._frames.is_running(part.output.projection()):
             is_whole = len(part.weights) == part.output.num_weights
             for listen in part.output.listeners:
                 listen(part.by_head if is_whole else None)
+
+
+def _weakly(call: Frame | None) -> Callable[[], Frame | None]:
+    return (lambda: None) if call is None else weakref.ref(call)
 
 
 def _applied(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Applied | None:
