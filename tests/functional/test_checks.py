@@ -10,10 +10,13 @@ from drawn_layers import draw
 
 from attnmonitor.functional import (
     attention_row_statistics,
+    attention_tau,
     energy_effective_rank,
     energy_spectrum,
     key_incoherence,
     leverage_scores,
+    output_rms,
+    output_share,
 )
 
 
@@ -37,6 +40,10 @@ from attnmonitor.functional import (
         (lambda q, k: key_incoherence(k, mask=torch.ones(1, 19, dtype=torch.bool)), r"expected bool \(1, 20\)"),
         (lambda q, k: key_incoherence(k, mask=torch.ones(1, 20)), "got torch.float32"),
         (lambda q, k: attention_row_statistics(lambda rows: rows, 5, num_rows=0), "num_rows=0"),
+        (lambda q, k: attention_tau(q, k, num_rows=0), "num_rows=0: must be at least 1; 8 rows"),
+        (lambda q, k: output_rms(q, k, k[:, :1]), r"value \(1, 1, 20, 8\) and key \(1, 2, 20, 8\): expected the same"),
+        (lambda q, k: output_share(q, k, k, torch.ones(32, 31)), r"projection \(32, 31\): expected \(D, 32\)"),
+        (lambda q, k: output_share(q, k, k, torch.ones(32)), r"projection \(32,\): expected \(D, 32\)"),
     ],
 )
 def test_errors_quote_argument_and_what_arrived(call, message):
