@@ -81,13 +81,16 @@ class Findings:
     def _surroundings(self, attention: Attention, made_of: MadeOf | None) -> Surroundings:
         arguments, ancestries = self._frames.arguments, self._ancestries
         if ancestries is None or made_of is None:
-            return Surroundings(arguments, self._packed, on_main_input=False, masked_by_inputs=False)
-        masks = [ancestries.of(mask).inputs for mask in attention.masked_by]
+            return Surroundings(
+                arguments, self._packed, on_main_input=False, masked_by_inputs=False, masked_alike=False
+            )
+        masks = [ancestries.of(mask) for mask in attention.masked_by]
         plain = [ancestries.of(x).inputs for name, x in arguments.items() if is_padding_argument(name) and x.dim() == 2]
         main = next((ancestries.of(x).inputs for x in arguments.values()), frozenset())
         return Surroundings(
             arguments,
             self._packed,
             on_main_input=bool(main & made_of.key.inputs),
-            masked_by_inputs=bool(frozenset().union(*masks) - frozenset().union(*plain)),
+            masked_by_inputs=bool(frozenset().union(*(mask.inputs for mask in masks)) - frozenset().union(*plain)),
+            masked_alike=bool(masks) and all(max(mask.sources) < 0 for mask in masks),
         )

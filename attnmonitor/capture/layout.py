@@ -102,12 +102,14 @@ class Surroundings:
         packed: ``"documents"`` to cut rows that hold several, ``"one"`` to leave them whole.
         on_main_input: Whether the keys are positions of the model's first input.
         masked_by_inputs: Whether a mask follows from an input of the model beside its padding mask.
+        masked_alike: Whether all masks follow from none, so that they are those of any text and show no padding.
     """
 
     arguments: Mapping[str, Tensor]
     packed: str
     on_main_input: bool
     masked_by_inputs: bool
+    masked_alike: bool
 
 
 def examined(known: Layout, attention: Attention, query_mask: Tensor | None, around: Surroundings) -> Layout:
@@ -127,7 +129,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
         given = _given_padding(attention, around)
         if attention.documents is None and _hides_tokens(attention, arrived):
             pattern = pattern_of(attention, _candidates(attention, around.arguments))
-            valid = _valid_keys(pattern, arrived)
+            valid = arrived if around.masked_alike else _valid_keys(pattern, arrived, given)
         if given is not None and (valid is None or bool((valid & ~given).any())):
             valid = given if valid is None else valid & given
         query_mask = valid
@@ -250,11 +252,19 @@ def _candidates(attention: Attention, arguments: Mapping[str, Tensor]) -> list[T
     return [valid.to(attention.key.device) for valid in readings if valid.shape == shape]
 
 
-def _valid_keys(pattern: Pattern, arrived: Tensor | None) -> Tensor | None:
-    """Return the keys that are tokens where padding may see itself or everything; ``arrived`` where all is plain."""
+def _valid_keys(pattern: Pattern, arrived: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """Return the keys that are tokens where padding may see itself or everything; ``arrived`` where all is plain.
+
+    Args:
+        pattern: What is seen.
+        arrived: The keys that every mask shows to some query.
+        given: The tokens by the model's own padding argument.
+    """
     if pattern.explained_by is not None:
         return pattern.explained_by if arrived is None else arrived & pattern.explained_by
     padding = _self_seeing(pattern)
+    if given is not None:
+        padding = padding & ~given
     if not bool(padding.any()):
         return arrived
     return ~padding if arrived is None else arrived & ~padding

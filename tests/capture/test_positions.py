@@ -509,6 +509,20 @@ def test_window_with_gaps_of_padding_is_no_document() -> None:
         expect(monitor, "attn", model.attn.kept, valid, valid)
 
 
+CHUNKS = (torch.arange(LENGTH)[:, None] // 11 == torch.arange(LENGTH) // 11) & CAUSAL
+
+
+@pytest.mark.parametrize(
+    "mask", [lambda _: CHUNKS & torch.ones(()).bool(), lambda valid: CHUNKS & valid[:, None, None]]
+)
+def test_token_alone_in_its_chunk_is_no_padding(mask: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, valid = Masked(mask), torch.ones(2, LENGTH, dtype=torch.bool)
+    with AttentionMonitor(model, {"x": torch.randn(2, LENGTH, WIDTH), "attention_mask": valid}, record=None) as monitor:
+        assert monitor.coverage["attn"].sees == "window"
+        expect(monitor, "attn", model.attn.kept, None, None)
+
+
 def test_padding_inside_a_document_is_not_measured() -> None:
     torch.manual_seed(0)
     ids, valid = torch.tensor([[1] * 5 + [2] * 7] * 2), torch.ones(2, LENGTH, dtype=torch.bool)
