@@ -55,10 +55,12 @@ class Step:
     Attributes:
         apply: ``apply(x, rows)``: the code's operation on rows ``rows`` of its operand, in the code's own layout.
         rearranges: Whether it only rearranges entries (a view, a transpose), and so applies to product and bias alike.
+        shifts: Whether it adds the same number to all entries of a row, as code that subtracts their maximum.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
     rearranges: bool = False
+    shifts: bool = False
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -441,6 +441,34 @@ def test_rows_of_logits_are_those_that_enter_the_softmax() -> None:
     assert call.outside == ("bias", "softcap")
 
 
+LESS_MAXIMUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "amax": lambda x: (x - x.amax(-1, keepdim=True)).softmax(-1),
+    "detached": lambda x: x.sub(x.max(dim=-1, keepdim=True)[0].detach()).softmax(-1),
+    "without its axis": lambda x: (x - x.max(-1).values.unsqueeze(-1).float()).softmax(-1),
+    "of all": lambda x: (x - x.max()).flatten(0, 1).softmax(-1).view(x.shape),
+    "with a sink": lambda x: with_sink(torch.cat([x, torch.zeros_like(x[..., :1])], -1)),
+}
+
+
+def with_sink(x: Tensor) -> Tensor:
+    return (x - x.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
+
+
+@pytest.mark.parametrize("weigh", LESS_MAXIMUM.values(), ids=LESS_MAXIMUM)
+def test_maximum_that_code_subtracts_stays_in_the_logits(weigh: Callable[[Tensor], Tensor]) -> None:
+    seen = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+        seen["logits"] = (q @ k.mT * 0.4).masked_fill(blocked, -torch.inf)
+        return weigh(seen["logits"]) @ v
+
+    (call,) = captured(sharpen(HandWritten(attend)), x=hidden()).calls
+    rows = torch.tensor([0, 5, 11])
+    assert torch.allclose(call.logit_rows(rows), seen["logits"][:, :, rows], atol=1e-5)
+    assert call.error is not None
+    assert float(call.error) < 1e-5
+
+
 @pytest.mark.parametrize("hidden_by", [-1e4, -1e9, -torch.inf])
 def test_added_mask_is_no_bias(hidden_by: float) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:

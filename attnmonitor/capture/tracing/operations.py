@@ -48,6 +48,7 @@ class Operations:
     Attributes:
         numbers: The plain numbers among a model's operands.
         normalizers: Logarithms of sums over the keys, of the product they belong to.
+        maxima: Largest entries of rows, or of all, of the product they belong to.
         mixed: Logits whose heads were mixed, of the product they belong to.
         follow: The operations by name.
     """
@@ -56,6 +57,7 @@ class Operations:
         self._mirrored = mirrored
         self.numbers = Numbers()
         self.normalizers = Notes[Origin]()
+        self.maxima = Notes[Origin]()
         self.mixed = Notes[Origin]()
         follow: dict[str, Follow] = dict.fromkeys(SCALINGS, self._scale)
         follow |= dict.fromkeys(ADDITIONS, self._add)
@@ -107,6 +109,9 @@ class Operations:
             axes = (trace.query_axis, trace.key_axis, trace.first_column)
             over = _softmax_over(trace.key_axis, logged=True)
             return trace.then(over, stage="after", softmax_axes=axes, logged=True)
+        is_maximum = self.maxima.get(other) is trace.origin and size_along(other, trace.key_axis) == 1
+        if is_maximum and call.name != "add" and call.slot == 0:
+            return trace.then(call.replay(trace), shifts=True)
         if isinstance(other, Tensor) and other.is_floating_point():
             trace = replace(trace, has_added=True)
             if call.name == "add":

@@ -110,14 +110,26 @@ class Trace:
     fused_bias: bool = False
     ambiguity: str = ""
 
-    def then(self, apply: Apply, *, rearranges: bool = False, **changes: Any) -> Trace:
+    def then(self, apply: Apply, *, rearranges: bool = False, shifts: bool = False, **changes: Any) -> Trace:
         """Return the trace after one more step."""
         trace = replace(self, **{"capped": False, **changes})
-        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, rearranges))))
+        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, rearranges, shifts))))
 
     def steps_of(self, stage: str) -> list[Step]:
         """Return the steps of one stage, in order."""
         return [step for at, step in self.steps if at == stage]
+
+    def without_last_shift(self) -> Trace:
+        """Return the trace without shifts of whole rows right before the softmax, which does not notice them."""
+        before = [number for number, (stage, _) in enumerate(self.steps) if stage != "after"]
+        steps = list(self.steps)
+        for number in reversed(before):
+            step = steps[number][1]
+            if step.shifts:
+                del steps[number]
+            elif not step.rearranges:
+                break
+        return replace(self, steps=tuple(steps))
 
 
 class TracedCall:
@@ -238,6 +250,7 @@ def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
 
 def as_attention(trace: Trace, lead: Lead) -> Attention:
     """Return the attention of a finished trace, with operands ``(B, H, L, d)``."""
+    trace = trace.without_last_shift()
     origin, product = trace.origin, trace.origin.product
     num_rows, num_keys = product.query.shape[-2], product.key.shape[-2]
     query = product.query

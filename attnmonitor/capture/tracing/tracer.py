@@ -94,6 +94,7 @@ class Tracer:
         self._follow = {**self._operations.follow, "baddbmm": self._operations.add_input}
         self.observers |= self._operations.numbers.observers
         self.observers |= {"logsumexp": self._observe_normalizer, "__setitem__": self._observe_write}
+        self.observers |= dict.fromkeys(("amax", "max", *CASTS, *RESHAPES), self._observe_maximum)
 
     # Observers of torch functions.
 
@@ -194,6 +195,22 @@ class Tracer:
         trace = self._traces.get(args[0]) if args else None
         if trace is not None and isinstance(output, Tensor) and size_along(output, trace.key_axis) == 1:
             self._operations.normalizers.put(output, trace.origin)
+
+    def _observe_maximum(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Note the largest logits of rows, which code subtracts before the softmax."""
+        if name != "amax":
+            self._observe(name, func, args, kwargs, output)
+        if not self._traces:
+            return
+        largest = output[0] if isinstance(output, tuple) else output
+        trace = self._traces.get(args[0]) if args else None
+        origin = self._operations.maxima.get(args[0]) if args else None
+        if trace is not None and largest.numel() < args[0].numel():
+            origin = trace.origin
+        if origin is not None:
+            self._operations.maxima.put(largest, origin)
 
     def _observe_write(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Follow a number written into logits, and a bias on a part of them that is written back."""
