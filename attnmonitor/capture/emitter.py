@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestries, same_sequence
+from attnmonitor.capture.ancestries import Ancestries
+from attnmonitor.capture.ancestry import same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.findings import Findings
 from attnmonitor.capture.heads import MadeOf

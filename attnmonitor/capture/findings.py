@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestries, Ancestry, same_sequence
+from attnmonitor.capture.ancestries import Ancestries
+from attnmonitor.capture.ancestry import Ancestry, same_sequence
 from attnmonitor.capture.heads import MadeOf
 from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
 from attnmonitor.capture.modules import Frame, Frames

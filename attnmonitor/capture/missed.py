@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.modules import Frames, is_graph_attention
 
 __all__ = ["suspect", "unrecorded"]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.call import AttentionCall
 from attnmonitor.capture.emitter import Emitter
 from attnmonitor.capture.fused import padded, read_flex, read_sdpa, with_lead, without_overrides
@@ -75,7 +75,8 @@ class AttentionMode(TorchFunctionMode):
             "addmm": self._observe_projection,
         }
         written = self._emitter.written
-        self.parts = self._repeats, self._tracer, written, self._emitter
+        followers = [] if self._ancestries is None else [self._ancestries]
+        self.parts: list[object] = [self._repeats, self._tracer, written, self._emitter, *followers]
         for observers in (self._repeats.observers, self._tracer.observers, written.observers, own):
             for name, observer in observers.items():
                 self._observers.setdefault(name, []).append(observer)

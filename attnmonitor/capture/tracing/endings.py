@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.modules import Frames
 from attnmonitor.capture.tracing.operations import EXPONENTIALS
 from attnmonitor.capture.tracing.trace import Trace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnmonitor.capture.ancestry import Ancestries
+from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.axes import Axis
 from attnmonitor.capture.heads import MadeOf, common_lead_axes
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct

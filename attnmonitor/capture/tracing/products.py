@@ -14,7 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "ordered", "pairwise_product"]
+__all__ = ["PRODUCTS", "LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "ordered", "pairwise_product"]
+
+PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
+"""The functions that `labeled` reads."""
 
 
 @dataclass(frozen=True)

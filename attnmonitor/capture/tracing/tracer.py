@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.ancestry import NEW, Ancestries
+from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.axes import index_parts
+from attnmonitor.capture.feature_axes import NEW
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
@@ -30,7 +31,14 @@ from attnmonitor.capture.tracing.operations import (
     SOFTMAXES,
     Operations,
 )
-from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, is_weight, labeled, pairwise_product
+from attnmonitor.capture.tracing.products import (
+    PRODUCTS,
+    LabeledProduct,
+    PairwiseProduct,
+    is_weight,
+    labeled,
+    pairwise_product,
+)
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
 from attnmonitor.capture.tracing.trace import (
@@ -50,7 +58,6 @@ from attnmonitor.capture.tracing.views import (
 
 __all__ = ["Tracer"]
 
-PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
 PICKS = {"topk", "sort"}
 
 
