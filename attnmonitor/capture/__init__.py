@@ -11,8 +11,10 @@
    that ``kernels.py`` and ``kernel_modules.py`` know by name (flash_attn, xformers, Transformer Engine), wherever a
    model calls them.
 5. ``explicit.py``: for all else, the model calls ``capture(module, q, k, ...)`` itself.
-6. ``modules.py`` names the layer; ``verify.py`` rebuilds a few rows of its output from q, k and scale and compares.
-7. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
+6. ``modules.py`` names the layer. ``ancestries.py`` follows what tensors are made of, from which ``heads.py`` tells
+   heads from sequences, and ``findings.py`` self from cross attention; ``layout.py`` keeps what was found of a layer.
+7. ``verify.py`` rebuilds a few rows of the layer's output from q, k and scale and compares.
+8. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
    the modules that look like attention but gave no record. Nothing stays on the model.
 
 ``projections/`` finds W_Q and W_K of each head, on top of this.
