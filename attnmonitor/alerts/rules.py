@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import METRICS, check_metric_names
+from attnmonitor.sample import AlarmScope
 
 __all__ = [
     "AllOf",
@@ -33,7 +34,6 @@ __all__ = [
     "leaves",
 ]
 
-Scope = Literal["query_head", "kv_head", "layer", "run"]
 Signal = Literal["value", "peers", "change", "offset", "contrast", "robust_z", "non_finite"]
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
@@ -77,7 +77,7 @@ class Threshold:
     quantile: float | None = None
     skip: int = 0
 
-    def check(self, scope: Scope) -> None:
+    def check(self, scope: AlarmScope) -> None:
         """Raise ValueError when the threshold cannot work in a rule of that scope."""
         check_metric_names([self.metric], argument="metric")
         _check_choice("signal", self.signal, get_args(Signal))
@@ -140,7 +140,7 @@ class FiringShare:
     layers: float = 2 / 3
     clear_heads: float = 0.1
 
-    def check(self, scope: Scope) -> None:
+    def check(self, scope: AlarmScope) -> None:
         """Raise ValueError when a share is invalid or the rule is not about the run."""
         if scope != "run":
             raise ValueError(f"scope={scope!r}: a share of firing heads needs a rule of scope 'run'")
@@ -208,7 +208,7 @@ class Rule:
 
     name: str
     kind: str
-    scope: Scope
+    scope: AlarmScope
     when: Condition
     patience: int = 2
     grace: int = GRACE
@@ -220,7 +220,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         try:
-            _check_choice("scope", self.scope, get_args(Scope))
+            _check_choice("scope", self.scope, get_args(AlarmScope))
             _make_whole(self, "patience", 1)
             _make_whole(self, "grace", 0)
             _make_whole(self, "hold", 0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from attnmonitor.functional.precision import full_precision
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.functional.summaries import layer_summaries
 from attnmonitor.measurement.kept import KeptLayer
-from attnmonitor.sample import HeadEvidence, Position
+from attnmonitor.sample import HeadEvidence, Position, Scope
 
 __all__ = ["evidence_of"]
 
-Scope = Literal["query_head", "kv_head"]
 TokenAt = Callable[[int, int], str | None]
 
 _MOST_POSITIONS = 8  # by leverage, and as many by energy share

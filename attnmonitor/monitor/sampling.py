@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from attnmonitor.alerts.actions import Actions, requests_of
 from attnmonitor.alerts.judged import judged_values
@@ -20,7 +20,7 @@ from attnmonitor.monitor.schedules import whole_number
 from attnmonitor.monitor.views import MonitorViews
 from attnmonitor.parallel.exchange import MissingProcessError
 from attnmonitor.record.history import History
-from attnmonitor.sample import AlertEvent, ByLayer, HeadEvidence, LayerCoverage, Sample
+from attnmonitor.sample import AlertEvent, ByLayer, HeadEvidence, LayerCoverage, Sample, Scope
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.verdict import verdict
 
@@ -159,7 +159,7 @@ class MonitorSampling(MonitorViews):
             return measure()
 
     @not_compiled
-    def inspect(self, layer: str, head: int, *, scope: Literal["query_head", "kv_head"] = "query_head") -> HeadEvidence:
+    def inspect(self, layer: str, head: int, *, scope: Scope = "query_head") -> HeadEvidence:
         """Return what a head does now, as it is kept for every alarm: runs the probe once, on this process.
 
         Args:

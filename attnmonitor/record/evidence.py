@@ -5,13 +5,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from attnmonitor.record.schema import EVIDENCE_TABLE
 from attnmonitor.record.texts import decode_json, json_of, storable, typed
-from attnmonitor.sample import HeadEvidence, Position
+from attnmonitor.sample import HeadEvidence, Position, Scope
 
 __all__ = ["EncodedEvidence", "decode_evidence", "encode_evidence", "evidence_rows", "insert_evidence"]
 
@@ -95,9 +95,7 @@ def _digits(number: float, digits: int) -> float:
     return float(f"{number:.{digits}g}")
 
 
-def _decoded(
-    content: dict[str, Any], layer: str, head: int, scope: Literal["query_head", "kv_head"], rule: str | None
-) -> HeadEvidence:
+def _decoded(content: dict[str, Any], layer: str, head: int, scope: Scope, rule: str | None) -> HeadEvidence:
     def counts(values: Any) -> list[int]:
         return [typed(value, int) for value in _some(values)]
 

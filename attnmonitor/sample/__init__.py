@@ -7,7 +7,6 @@ from attnmonitor.sample.records import (
     ByLayer,
     LayerCoverage,
     Sample,
-    Scope,
     head_name,
     heads_concerned,
     html_of,
@@ -17,9 +16,11 @@ from attnmonitor.sample.records import (
     still_firing,
     worst_first,
 )
+from attnmonitor.sample.scopes import AlarmScope, Scope
 
 __all__ = [
     "AlarmKey",
+    "AlarmScope",
     "AlertEvent",
     "ByLayer",
     "HeadEvidence",

@@ -8,11 +8,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from attnmonitor.messages import printable
+from attnmonitor.sample.scopes import Scope
 
 __all__ = ["HeadEvidence", "Position"]
 
@@ -50,7 +50,7 @@ class HeadEvidence:
 
     layer: str
     head: int
-    scope: Literal["query_head", "kv_head"]
+    scope: Scope
     global_step: int
     rule: str | None
     positions: list[Position]

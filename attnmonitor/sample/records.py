@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnmonitor.messages import did_you_mean
 from attnmonitor.sample.evidence import HeadEvidence
+from attnmonitor.sample.scopes import AlarmScope, Scope
 
 __all__ = [
     "AlarmKey",
@@ -30,12 +31,10 @@ __all__ = [
 ]
 
 _Value = TypeVar("_Value")
-Scope = Literal["query_head", "kv_head"]
 _FAR_OUT = 4.0  # times the limit; healthy heads that learn late reach 3
+
 AlarmKey = tuple[str, str | None, str, int | None]
 """What makes two events those of one alarm: rule, layer, scope, head."""
-
-Scopes = Literal["query_head", "kv_head", "layer", "run"]
 
 
 class ByLayer(dict[str, _Value]):
@@ -174,7 +173,7 @@ class AlertEvent:
 
     rule: str
     kind: str
-    scope: Scopes
+    scope: AlarmScope
     layer: str | None
     head: int | None
     value: float
