@@ -1,4 +1,4 @@
-"""What one tensor is made of: the sequences that its positions come from, and which of its axes count features.
+"""What one tensor is made of: the sequences of its positions, and which of its axes count features.
 
 Whether attention is self or cross, and which leading axes of its operands count heads, cannot be read off shapes: two
 sequences may have one length, and heads and windows one count. It follows from what queries and keys are made of.

@@ -1,4 +1,4 @@
-"""Alarms: which fire, in what order to look at them, and the names and indices of the heads they are about."""
+"""Alarms: which fire, in what order to look at them, and which heads they are about."""
 
 from __future__ import annotations
 
