@@ -185,7 +185,7 @@ class DistributedMeasurement(Measurement):
             self._collectives[probe] = done.calls  # of the model as it is now
             parts = [each.part for each in outcomes if each.part is not None]
             if parts:
-                result = Measured(*joined_shares(self._own.share, parts))
+                result = joined_shares(self._own.share, parts)
             return self._joined(result, [each.missing for each in outcomes])
         finally:
             del result  # else the frame of what is raised here would keep the tensors of the failed forward alive

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attnmonitor.measurement.measured import LayerValues, Measured
-from attnmonitor.measurement.shares import Part
+from attnmonitor.measurement.measured import Measured
 
 __all__ = ["Outcome", "common_failure", "free_frames"]
 
@@ -35,7 +33,7 @@ class Outcome:
     missing: Mapping[str, str]
     failure: str = ""
     out_of_memory: bool = False
-    part: Part | None = None
+    part: Measured | None = None
 
     @classmethod
     def of(cls, result: Measured | Exception, *, with_part: bool = False) -> Outcome:
@@ -44,9 +42,8 @@ class Outcome:
             failure = f"{type(result).__name__}: {result}"[:_REASON_LENGTH]
             return cls({}, failure, isinstance(result, torch.OutOfMemoryError))
         missing = {name: layer for name, layer in result.coverage.items() if not layer.measured}
-        part: Part = _copied(result.values), _copied(result.spread), result.coverage, result.diagnostics
         reasons = {name: layer.reason[:_REASON_LENGTH] for name, layer in missing.items()}
-        return cls(reasons, part=part if with_part else None)
+        return cls(reasons, part=result if with_part else None)
 
 
 def common_failure(outcomes: Mapping[int, Outcome], result: Measured | Exception) -> Exception:
@@ -71,7 +68,3 @@ def free_frames(failure: Exception) -> None:
             visited.add(id(error))
             error.__traceback__ = None
             pending += [error.__cause__, error.__context__]
-
-
-def _copied(table: LayerValues) -> dict[str, dict[str, Tensor]]:
-    return {metric: dict(layers) for metric, layers in table.items()}

@@ -93,6 +93,6 @@ class ReplicaMeasurement(Measurement):
         try:
             if any(each.failure for each in outcomes):
                 raise common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
-            return Measured(*joined_shares(self.share, [each.part for each in outcomes if each.part is not None]))
+            return joined_shares(self.share, [each.part for each in outcomes if each.part is not None])
         finally:
             del result  # else the frame of what is raised here would keep the tensors of the failed forward alive

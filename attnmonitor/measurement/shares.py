@@ -7,19 +7,12 @@ is computed by one process as it would be alone, so its numbers have the same bi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
+from attnmonitor.measurement.measured import LayerValues, Measured
 
-from attnmonitor.sample import LayerCoverage
-
-__all__ = ["Part", "Share", "joined_shares"]
-
-Tables = dict[str, dict[str, Tensor]]
-Part = tuple[Tables, Tables, Mapping[str, LayerCoverage], Mapping[str, Any]]
-"""What a process has finished: values, spread, coverage of its layers, diagnostics."""
+__all__ = ["Share", "joined_shares"]
 
 
 @dataclass(frozen=True)
@@ -45,27 +38,28 @@ class Share:
         return self.place_of(layer) == self.place
 
 
-def joined_shares(
-    share: Share, parts: Sequence[Part]
-) -> tuple[Tables, Tables, dict[str, LayerCoverage], dict[str, Any]]:
-    """Join what all processes have finished: values, spread, coverage and diagnostics, in the order of one process."""
-    coverage = {name: layer for _, _, layers, _ in parts for name, layer in layers.items()}
+def joined_shares(share: Share, parts: Sequence[Measured]) -> Measured:
+    """Join what all processes have finished, with the layers in the order of one process."""
+    coverage = {name: layer for part in parts for name, layer in part.coverage.items()}
     order = {name: coverage[name] for name in dict.fromkeys([*share.layers, *coverage]) if name in coverage}
+    counts = [sum(layer.measured for layer in part.coverage.values()) for part in parts]
 
-    diagnostics = dict(parts[0][3])
-    counts = [sum(layer.measured for layer in layers.values()) for _, _, layers, _ in parts]
+    def known(name: str) -> list[tuple[float, int]]:
+        """Return a number of each process that has measured a layer, and how many it has."""
+        return [(float(part.diagnostics[name]), count) for part, count in zip(parts, counts, strict=True) if count]
+
+    diagnostics = dict(parts[0].diagnostics)
     for name in diagnostics:
-        known = [(part[3][name], count) for part, count in zip(parts, counts, strict=True) if count]
         if name.endswith("_fraction"):
-            total = sum(count for _, count in known)
-            diagnostics[name] = sum(value * count for value, count in known) / total if total else math.nan
+            total = sum(count for _, count in known(name))
+            diagnostics[name] = sum(value * count for value, count in known(name)) / total if total else math.nan
         elif name == "invariant_residual":
-            diagnostics[name] = max((value for value, _ in known), default=math.nan)
-    values, spread = ([part[0] for part in parts], [part[1] for part in parts])
-    return _joined_tables(share, values), _joined_tables(share, spread), order, diagnostics
+            diagnostics[name] = max((value for value, _ in known(name)), default=math.nan)
+    values, spread = ([part.values for part in parts], [part.spread for part in parts])
+    return Measured(_joined_tables(share, values), _joined_tables(share, spread), order, diagnostics)
 
 
-def _joined_tables(share: Share, tables: Sequence[Tables]) -> Tables:
+def _joined_tables(share: Share, tables: Sequence[LayerValues]) -> LayerValues:
     return {
         metric: {name: tables[share.place_of(name)][metric][name] for name in layers}
         for metric, layers in tables[0].items()

@@ -9,14 +9,13 @@ discards gradients that are being accumulated. This is the one file to change wh
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import distributed, nn
 
-from attnmonitor.parallel.sharding import loaded_class
+from attnmonitor.parallel.sharding import loaded_class, objects_of
 
 __all__ = ["enclosing_fsdp1", "flattened_modules", "restored_shards", "through_wrapper"]
 
@@ -33,8 +32,7 @@ def enclosing_fsdp1(model: nn.Module) -> nn.Module:
     wrapper = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     if not wrapper or not distributed.is_initialized():
         return model
-    # A module does not know what holds it. The type is asked, because isinstance would call properties of any object.
-    wrappers = [each for each in gc.get_objects() if issubclass(type(each), wrapper)]
+    wrappers = objects_of(wrapper)
     while (around := next((each for each in wrappers if each.module is model), None)) is not None:
         model = around
     for other in wrappers:

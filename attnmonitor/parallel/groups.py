@@ -6,14 +6,13 @@ model, and the first rank of each group writes, logs and alerts.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import distributed, nn
 
-from attnmonitor.parallel.sharding import dtensor_class, loaded_class
+from attnmonitor.parallel.sharding import dtensor_class, loaded_class, objects_of
 
 __all__ = ["ModelGroup", "model_group"]
 
@@ -66,6 +65,4 @@ def _named_groups(model: nn.Module) -> Iterator[tuple[int, ...]]:
 def _replicas_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     """Return the DDP wrappers around a model, which does not know what holds it."""
     ddp = nn.parallel.DistributedDataParallel
-    # The type is asked, because isinstance would call properties of any object.
-    wrappers = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
-    return [each for each in wrappers if any(module is model for module in each.modules())]
+    return [each for each in objects_of(ddp) if any(module is model for module in each.modules())]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import distributed, nn
 
-__all__ = ["check_known_sharding", "dtensor_class", "is_sharded", "loaded_class"]
+__all__ = ["check_known_sharding", "dtensor_class", "is_sharded", "loaded_class", "objects_of"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -51,8 +51,7 @@ def _is_pipeline_stage(model: nn.Module) -> bool:
     stages = loaded_class("torch.distributed.pipelining.stage", "_PipelineStageBase")
     if not stages:
         return False
-    # A module does not know what holds it. The type is asked, because isinstance would call properties of any object.
-    held = [each.submod for each in gc.get_objects() if issubclass(type(each), stages) and hasattr(each, "submod")]
+    held = [stage.submod for stage in objects_of(stages) if hasattr(stage, "submod")]
     return any(module is model for submodule in held for module in submodule.modules())
 
 
@@ -64,3 +63,9 @@ def dtensor_class() -> Any:
 def loaded_class(module: str, name: str) -> Any:
     """Return a class for ``isinstance`` without importing its module; an empty tuple where that is not imported."""
     return getattr(sys.modules.get(module), name, ())
+
+
+def objects_of(kind: Any) -> list[Any]:
+    """Return all objects of a class, to find what holds a module: the module itself does not know."""
+    # The type is asked, because isinstance would call properties of any object.
+    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
