@@ -12,7 +12,8 @@
    model calls them.
 5. ``explicit.py``: for all else, the model calls ``capture(module, q, k, ...)`` itself.
 6. ``modules.py`` names the layer. ``ancestries.py`` follows what tensors are made of, from which ``heads.py`` tells
-   heads from sequences, and ``findings.py`` self from cross attention; ``layout.py`` keeps what was found of a layer.
+   heads from sequences, and ``findings.py`` self from cross attention. ``examination.py`` finds masks, padding and
+   documents; ``layouts.py`` keeps what was found of a layer.
 7. ``verify.py`` rebuilds a few rows of the layer's output from q, k and scale and compares.
 8. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
    the modules that look like attention but gave no record. Nothing stays on the model.
@@ -32,7 +33,7 @@ from attnmonitor.capture.explicit import capture, listening
 from attnmonitor.capture.interface import watched_kernels
 from attnmonitor.capture.kernel_modules import watched_modules
 from attnmonitor.capture.kernels import watched_functions
-from attnmonitor.capture.layout import Layout, Layouts
+from attnmonitor.capture.layouts import Layout, Layouts
 from attnmonitor.capture.mode import AttentionMode
 
 __all__ = ["AttentionCall", "CaptureReport", "Layout", "Layouts", "capture", "capture_attention"]

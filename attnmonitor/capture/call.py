@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.documents import Documents
-from attnmonitor.capture.layout import Layout
+from attnmonitor.capture.layouts import Layout
 from attnmonitor.capture.verify import HIDDEN, Comparison, RebuiltRows, checked_rows, grouped_product
 
 __all__ = ["AttentionCall", "CaptureReport", "by_document", "with_own_rows"]

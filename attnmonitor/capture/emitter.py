@@ -15,7 +15,7 @@ from attnmonitor.capture.ancestry import same_sequence
 from attnmonitor.capture.call import AttentionCall, CaptureReport, by_document
 from attnmonitor.capture.findings import Findings
 from attnmonitor.capture.heads import MadeOf
-from attnmonitor.capture.layout import Layout, Layouts
+from attnmonitor.capture.layouts import Layout, Layouts
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.parts import Turn, is_turn, joined, num_positions
 from attnmonitor.capture.verify import Attention, RebuiltRows

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.ancestry import Ancestry, same_sequence
+from attnmonitor.capture.examination import Surroundings, examined, fitting_mask, is_padding_argument
 from attnmonitor.capture.heads import MadeOf
-from attnmonitor.capture.layout import Layout, Layouts, Surroundings, examined, fitting_mask, is_padding_argument
+from attnmonitor.capture.layouts import Layout, Layouts
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.verify import Attention
 

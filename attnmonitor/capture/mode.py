@@ -22,7 +22,7 @@ from attnmonitor.capture.fused import padded, read_flex, read_sdpa, with_lead, w
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
 from attnmonitor.capture.kernels import KernelCall
-from attnmonitor.capture.layout import Layouts
+from attnmonitor.capture.layouts import Layouts
 from attnmonitor.capture.missed import suspect, unrecorded
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.operators import is_attention_operator, read_operator_call

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from attnmonitor.capture.layout import Layouts, OutputPlace
+from attnmonitor.capture.layouts import Layouts, OutputPlace
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import labeled, ordered

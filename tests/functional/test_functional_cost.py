@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import Layout, capture_attention
-from attnmonitor.capture.layout import OutputPlace
+from attnmonitor.capture.layouts import OutputPlace
 from attnmonitor.functional import attention_row_statistics, query_gram, row_logits, value_rms, value_spread
 from attnmonitor.functional.attention import ROW_STATISTICS
 from attnmonitor.functional.checked_rows import projected_rows

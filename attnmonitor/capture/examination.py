@@ -1,7 +1,7 @@
-"""What is found out of a layer's attention at its first forward, and read at later ones.
+"""Finds out what a layer's attention does beside ``s q kᵀ``, at its first forward.
 
-Self or cross, which positions are padding, which keys a query sees, and the documents in a row: finding these out reads
-values, for which the host waits for the device. So it is done once, and a `Layout` keeps what was found.
+Which positions are padding, which keys a query sees, what acts on the logits, and the documents in a row: finding these
+out reads values, for which the host waits for the device. So it is done once, and a `Layout` keeps what was found.
 """
 
 from __future__ import annotations
@@ -16,81 +16,15 @@ from torch import Tensor
 
 from attnmonitor.capture.documents import Documents, blocks_in, documents_at
 from attnmonitor.capture.head_facts import NO_POSITION, head_facts
-from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.layouts import Layout
 from attnmonitor.capture.pattern import Pattern, pattern_of, row_blocks, spans_of
 from attnmonitor.capture.verify import Attention, checked_rows
 
-__all__ = ["Layout", "Layouts", "OutputPlace", "Surroundings", "examined", "fitting_mask", "is_padding_argument"]
+__all__ = ["Surroundings", "examined", "fitting_mask", "is_padding_argument"]
 
 _VALID_NAME = re.compile(r"(^|_)attention_mask$")
 _PADDING_NAME = re.compile(r"(^|_)padding_mask$")
 _NUM_ROWS = 64  # rows on which masses of attention are measured
-
-
-@dataclass(frozen=True)
-class OutputPlace:
-    """Where the output of an attention meets a weight, and how it is laid out there.
-
-    Attributes:
-        number: How many weights were applied to something of its size before; -1 where it meets none.
-        rows_first: Whether positions come before sequences.
-        heads_last: Whether the head is the inner factor of a feature's index.
-    """
-
-    number: int
-    rows_first: bool = False
-    heads_last: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """What is known of one layer.
-
-    Attributes:
-        lead: Which leading axes of its operands count heads; None for the usual order.
-        is_self: Whether queries and keys are of one sequence.
-        between_channels: Whether features attend to features.
-        rows_of: The layer whose keys are the positions of this layer's queries, ``""`` if none is known.
-        key_mask: ``(B, Lk)``, True for a token, where the masks that arrive do not show it.
-        documents: Where its rows are cut, None where they are not.
-        outside: What acts on its logits outside ``s q kᵀ``.
-        sees: ``"causal"``, ``"both"``, ``"window"``, ``"documents"``, ``"cross"`` or ``"channels"``.
-        future_mass: Mean attention probability on later positions, NaN where it does not apply.
-        padding_mass: The same on padding.
-        reach_back: How many earlier positions a query sees at most, None for all or where it does not apply.
-        reach_ahead: The same of later positions.
-        remarks: What stands out in its queries, keys and weights.
-        in_turns: Whether its code loops over its positions, so that its sequences come one after the other.
-        positions: Sequences and keys of the forward in which this was found.
-        output_at: Where its output meets a weight; None where that was not looked for.
-    """
-
-    lead: Lead | None = None
-    is_self: bool = True
-    between_channels: bool = False
-    rows_of: str = ""
-    key_mask: Tensor | None = None
-    documents: Documents | None = None
-    outside: tuple[str, ...] = ()
-    sees: str = ""
-    future_mass: float = math.nan
-    padding_mass: float = math.nan
-    reach_back: int | None = None
-    reach_ahead: int | None = None
-    remarks: tuple[str, ...] = ()
-    in_turns: bool = False
-    positions: tuple[int, int] = (0, 0)
-    output_at: OutputPlace | None = None
-
-    def fits(self, attention: Attention) -> bool:
-        """Return whether what was kept of the positions is of a forward of the same sequences."""
-        return self.positions == (len(attention.key), attention.key.shape[-2]) or (
-            self.key_mask is None and self.documents is None
-        )
-
-
-Layouts = dict[str, Layout]
-"""What is known of each layer, by its name."""
 
 
 @dataclass(frozen=True)
