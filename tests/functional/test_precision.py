@@ -15,6 +15,7 @@ from attnmonitor.functional import (
     key_participation_ratio,
     key_rank,
 )
+from attnmonitor.functional.key_basis import key_gram
 from attnmonitor.functional.precision import position_blocks
 
 
@@ -61,3 +62,18 @@ def test_inputs_that_overflow_when_squared_are_measured(case: MetricCase, dtype:
 def test_size_of_float32_keys_does_not_matter(statistic, size):
     _, key = draw((1, 2, 2, 40, 8))
     torch.testing.assert_close(statistic(size * key), statistic(key), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_float32_cannot_hold_are_read_in_float64(masked):
+    """Too small, too large, and keys that differ by little more than the rounding of their mean."""
+    key = torch.randn(2, 4, 40, 8, generator=torch.Generator().manual_seed(0))
+    key[0, 0] *= 1e-15
+    key[1, 1] *= 1e25
+    key[1, 2] = 100 + 1e-5 * key[1, 2]
+    mask = torch.arange(40) < torch.tensor([30, 20])[:, None] if masked else None
+    found, exact = key_gram(key, mask, dtype=torch.float32), key_gram(key, mask)
+    for sequence, head in ((0, 0), (1, 1), (1, 2)):
+        for name in ("gram", "energy", "mean"):
+            assert torch.equal(getattr(found, name)[sequence, head], getattr(exact, name)[sequence, head])
+    torch.testing.assert_close(found.gram[0, 1], exact.gram[0, 1], rtol=1e-4, atol=1e-4)
