@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.verify import deviation_where_finite
 from attnmonitor.measurement.collected import Key
 from attnmonitor.measurement.reduction import ReducedLayer
 from attnmonitor.sample import LayerCoverage
@@ -49,6 +51,8 @@ def judged_layer(
     if not layer.comparisons:
         return found
     error = float(on_host["error", name])
+    if math.isnan(error):
+        error = deviation_where_finite(layer.comparisons)
     return replace(found, error=error, reason=mismatch(error, layer.precision))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import TWINS, Layer, checked_rows
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor, Sample
@@ -96,6 +97,25 @@ def test_only_the_head_with_infinite_values_is_unknown(way: str) -> None:
         assert found.values[metric]["Heads"].isnan().tolist() == [False, True, False, False]
         others = [0, 2, 3]
         assert torch.equal(found.values[metric]["Heads"][others], expected.values[metric]["Heads"][others])
+
+
+def test_nan_of_a_key_makes_its_head_unknown_alone() -> None:
+    """A kernel that adds its mask spreads it over all rows of the head, also those that do not see the key."""
+    q, k, v = torch.randn(3, 2, 4, 40, 8, generator=torch.Generator().manual_seed(0))
+    k[:, 1, 20] = torch.nan
+    factors = [1.0]
+
+    class Added(nn.Module):
+        def forward(self, key: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction(), sdpa_kernel(SDPBackend.MATH):
+                output = scaled_dot_product_attention(q, key, v, is_causal=True) * factors[0]
+            capture(self, q, key, value=v, output=output, causal=True)
+            return output
+
+    with AttentionMonitor(Added(), k, metrics=["energy_rms"], alerts=False, record=None) as monitor:
+        assert monitor.sample(0).values["energy_rms"]["Added"].isnan().tolist() == [False, True, False, False]
+        for factors[0] in (1.01, torch.nan):
+            assert "differs from the layer's output" in monitor.sample(1).coverage["Added"].reason
 
 
 def test_short_sequences_are_left_out() -> None:
