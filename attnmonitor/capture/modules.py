@@ -26,7 +26,7 @@ from attnmonitor.capture.nested import flat, read_by
 from attnmonitor.parallel.fsdp import flattened_modules
 from attnmonitor.parallel.wrappers import unwrapped_modules, whole_name
 
-__all__ = ["Frame", "Frames", "is_graph_attention"]
+__all__ = ["Frame", "Frames", "is_graph_attention", "is_linear_layer"]
 
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _QUERY_NAME = re.compile(r"^(q|query|to_q|wq|q_proj|query_proj|q_lin|lin_query)$", re.IGNORECASE)
@@ -256,12 +256,12 @@ class Frames:
     def _has_parameters(self, module: nn.Module) -> bool:
         if next(module.parameters(), None) is not None:
             return True
-        return any(each in self._flattened or _is_packed(each) for each in module.modules())
+        return any(each in self._flattened or is_linear_layer(each) for each in module.modules())
 
     def _has_matrices(self, module: nn.Module) -> bool:
         if any(parameter.dim() >= 2 for parameter in module.parameters()):
             return True
-        return any(self._flattened.get(each, 0) >= 2 or _is_packed(each) for each in module.modules())
+        return any(self._flattened.get(each, 0) >= 2 or is_linear_layer(each) for each in module.modules())
 
     def _looks_like_attention(self, name: str, module: nn.Module) -> bool:
         return self._has_matrices(module) and _is_named_like_attention(name, module)
@@ -281,9 +281,9 @@ class Frames:
                 yield name, modules[name]
 
 
-def _is_packed(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer whose weight is no parameter, as quantized ones pack theirs."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+def is_linear_layer(module: nn.Module) -> bool:
+    """Return whether a module has the sizes of a linear layer, also one whose weight is packed and no parameter."""
+    return all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
 
 
 def _is_named_like_attention(name: str, module: nn.Module) -> bool:

@@ -35,9 +35,9 @@ __all__ = [
     "checked_rows",
     "deviation_where_finite",
     "deviations",
-    "full_precision",
     "grouped_product",
     "visible_keys",
+    "without_autocast",
 ]
 
 HIDDEN = -9e3
@@ -261,7 +261,7 @@ class Attention:
 
     def logit_rows(self, rows: Tensor) -> Tensor:
         """Return rows of the logits as they enter the softmax, ``(B, Hq, R, Lk)`` float32, -inf where hidden."""
-        with full_precision(self.query):
+        with without_autocast(self.query):
             logits = self.restore(self._softmax_argument(self._product(rows), rows)).float()
             return logits.masked_fill(logits <= HIDDEN, -torch.inf)
 
@@ -274,7 +274,7 @@ class Attention:
         """
         rows = checked_rows(self.query)
         entries = self.query.shape[:-2].numel() * len(rows) * self.key.shape[-2]
-        with full_precision(self.query), few_cores(entries, self.query.device):
+        with without_autocast(self.query), few_cores(entries, self.query.device):
             product = self._product(rows)
             # Code in half precision rounds its logits: one of 100 in bfloat16 is off by 0.25, which changes a sharp
             # softmax by as much. So the check rounds where the code did.
@@ -315,7 +315,7 @@ class Attention:
         layer's logits are still small. A window hides part of the past (also chunks and packed documents).
         """
         rows = checked_rows(self.query)
-        with full_precision(self.query):
+        with without_autocast(self.query):
             plain = self._product(rows)
             product, bias = self._with_bias(plain, rows)
             large = 1e3 / product.abs().amax().clamp_min(1e-30)
@@ -381,7 +381,7 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast: the probe may run under the user's, the check must not be rounded by it."""
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which a product is not rounded by autocast, under which the user's probe may run."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

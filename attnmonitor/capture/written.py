@@ -24,7 +24,7 @@ from attnmonitor.capture.layouts import Layouts, OutputPlace
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import labeled, ordered
-from attnmonitor.capture.verify import RebuiltRows, full_precision
+from attnmonitor.capture.verify import RebuiltRows, without_autocast
 
 __all__ = ["Listener", "WrittenOutputs"]
 
@@ -153,7 +153,7 @@ class WrittenOutputs:
         number = part.output.num_weights
         if part.place is not None:
             part.output.num_weights += 1
-        with full_precision(part.by_head):
+        with without_autocast(part.by_head):
             through = replace(
                 part,
                 by_head=_through(part.by_head, applied.matrix, part.place),

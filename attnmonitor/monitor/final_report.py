@@ -16,7 +16,7 @@ from attnmonitor.sample import Sample
 from attnmonitor.summary.names import fault_text
 from attnmonitor.summary.tables import print_layer_table
 from attnmonitor.summary.timeline import run_timeline
-from attnmonitor.summary.verdict import last_words
+from attnmonitor.summary.verdict import closing_lines
 
 __all__ = ["print_final_report"]
 
@@ -40,7 +40,7 @@ def print_final_report(monitor: AttentionMonitor) -> None:
 
 def _print(monitor: AttentionMonitor, sample: Sample) -> None:
     name = f" {monitor.name!r}" if monitor.name else ""
-    print(f"\n{last_words(monitor.summary, f'attnmonitor{name}: ', _WIDTH)}")
+    print(f"\n{closing_lines(monitor.summary, f'attnmonitor{name}: ', _WIDTH)}")
     places = most_severe_first(monitor.summary.firing, monitor.summary.coverage)
     if len(places) > 1:
         kinds = Counter(fault_text(kind) for events in places for kind in {event.kind for event in events})

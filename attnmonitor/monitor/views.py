@@ -11,7 +11,7 @@ from attnmonitor.record.counts import RunState
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import Curve, TrainingLog
 from attnmonitor.sample import AlertEvent, Sample
-from attnmonitor.summary.notebook import report_way, run_html
+from attnmonitor.summary.notebook import report_hint, run_html
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
@@ -72,7 +72,7 @@ class MonitorViews:
             coverage=summary.coverage,
             step=None if sample is None else sample.global_step,
             bars=run_timeline(self.logged, self.firing, summary.coverage, alarmed, history.steps),
-            way_on="This monitor writes no record." if path is None else report_way(path),
+            hint="This monitor writes no record." if path is None else report_hint(path),
         )
 
     @property

@@ -31,7 +31,7 @@ from attnmonitor.summary.style import ALARM_COLOR, OTHER_HEADS_COLOR, PAPER_GRAY
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
 
-__all__ = ["heatmap_png", "report_way", "run_html"]
+__all__ = ["heatmap_png", "report_hint", "run_html"]
 
 Coverage = Mapping[str, LayerCoverage]
 
@@ -50,7 +50,7 @@ def run_html(
     coverage: Coverage,
     step: int | None,
     bars: Sequence[str] = (),
-    way_on: str = "",
+    hint: str = "",
 ) -> str:
     """Return verdict, bars, heatmap and the way to the report as HTML.
 
@@ -62,7 +62,7 @@ def run_html(
         coverage: How each layer was captured, or why not.
         step: Optimizer steps at the latest sample; None before the first.
         bars: Lines of text, of `run_timeline`.
-        way_on: A command or a place to look at, with words before it.
+        hint: A command or a place to look at, with words before it.
     """
     shown = [*(event.metric for event in firing[:1]), _METRIC, *values]
     metric = next((name for name in shown if values.get(name)), None)
@@ -71,8 +71,8 @@ def run_html(
         parts.append(f"<pre style='margin: 0 0 .6em; line-height: 1.2'>{escape(chr(10).join(bars))}</pre>")
     if metric is not None and step is not None:
         parts.append(_heatmap(values[metric], metric, firing, coverage, step))
-    if way_on:
-        parts.append(f"<p style='margin: .4em 0 0'>{way_on}</p>")
+    if hint:
+        parts.append(f"<p style='margin: .4em 0 0'>{hint}</p>")
     return f"<div class='attnmonitor'>{''.join(parts)}</div>"
 
 
@@ -125,7 +125,7 @@ def _(record: RunRecord) -> str:
             coverage=coverage,
             step=int(steps[-1]) if len(steps) else None,
             bars=run_timeline(record.logged, firing, coverage, trajectories, steps),
-            way_on=report_way(record.path),
+            hint=report_hint(record.path),
         )
     except Exception as error:  # the file is gone, or another program's: the cell has the reason
         return f"<p>{_text(error_text(error))}</p>"
@@ -141,11 +141,11 @@ def _(sample: Sample) -> str:
         firing=sample.firing,
         coverage=sample.coverage,
         step=sample.global_step,
-        way_on="All charts: <code>attnmonitor report RUN</code>, where RUN is <code>monitor.record_path</code>",
+        hint="All charts: <code>attnmonitor report RUN</code>, where RUN is <code>monitor.record_path</code>",
     )
 
 
-def report_way(path: Path) -> str:
+def report_hint(path: Path) -> str:
     """Return the command that makes the report of a record, as HTML."""
     return f"All charts: <code>attnmonitor report {_text(shlex.quote(str(path)))}</code>"
 

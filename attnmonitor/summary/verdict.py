@@ -15,7 +15,7 @@ from attnmonitor.record.counts import Doubt, RunCounts
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import count_text, fault_names, first_names, short_layer_names, tail_of
 
-__all__ = ["last_words", "verdict"]
+__all__ = ["closing_lines", "verdict"]
 
 _MOST_LAST = 5  # heads on lines of their own at the end of a run
 _MAX_LAYER = 40  # characters of the name of a layer
@@ -121,7 +121,7 @@ def _alarm_parts(
     return f"{number} {'needs' if len(others) == 1 else 'need'} a look", heads
 
 
-def last_words(counts: RunCounts, opening: str, width: int = 80) -> str:
+def closing_lines(counts: RunCounts, opening: str, width: int = 80) -> str:
     """Return the verdict in lines of at most ``width`` characters, with the five worst heads on lines of their own.
 
     Args:

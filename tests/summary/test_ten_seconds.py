@@ -15,7 +15,7 @@ from attnmonitor.alerts import Alerts
 from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
-from attnmonitor.summary.verdict import last_words, verdict
+from attnmonitor.summary.verdict import closing_lines, verdict
 
 Values = dict[str, dict[str, torch.Tensor]]
 
@@ -146,7 +146,7 @@ def test_headline_names_the_worst_head_or_what_is_unknown(name: str, tmp_path: P
     assert record.state == case.state == summary.state, line
     for words in case.says:
         assert words in line, line
-    ending = last_words(summary, "attnmonitor: ")
+    ending = closing_lines(summary, "attnmonitor: ")
     print(ending)
     assert max(map(len, ending.splitlines())) <= 80
     assert len(ending.splitlines()) <= 16

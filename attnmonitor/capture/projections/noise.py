@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnmonitor.capture import AttentionCall
+from attnmonitor.capture.modules import is_linear_layer
 from attnmonitor.capture.tensor_notes import Notes
 
 __all__ = ["Draws", "Patterns", "block_norms", "is_norm", "noisy", "note_call"]
@@ -138,9 +139,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def _is_packed(module: nn.Module) -> bool:
     """Return whether a module without parameters has a weight: in buffers, packed codes, or an object of a library."""
-    if all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features")):
-        return True
-    return any(
+    return is_linear_layer(module) or any(
         buffer.dim() >= 2 and (buffer.dtype in _PACKED or name.rpartition(".")[2] == "weight")
         for name, buffer in module.named_buffers()
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnmonitor.capture.hooks import replaced_hooks, same_versions, versions_of
-from attnmonitor.capture.verify import full_precision
+from attnmonitor.capture.verify import without_autocast
 
 __all__ = ["ModuleWeight", "Observation", "ParameterRows", "UnreadableError", "observed", "storage_of"]
 
@@ -184,7 +184,7 @@ class ModuleWeight:
         if module is None or not seen.rows:
             return
         inputs, outputs = (rows.to(weight.device) for rows in seen.rows)
-        with full_precision(weight):
+        with without_autocast(weight):
             centered, expected = outputs - outputs.mean(0), (inputs - inputs.mean(0)) @ weight.mT
         finite = centered.isfinite().all(0) & expected.isfinite().all(0)
         error = (centered - expected)[:, finite].norm()
@@ -203,7 +203,7 @@ class ModuleWeight:
         with (
             replaced_hooks(module.modules(), lambda key, hook: hook if key in self.hooks else None),
             _exact_activations(module, x),
-            full_precision(x),  # the caller's autocast is no part of the weight
+            without_autocast(x),  # the caller's autocast is no part of the weight
         ):
             output = module(x)
             response = output.detach().float().reshape(len(rows), -1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnmonitor.capture.hooks import replaced_hooks
 from attnmonitor.capture.projections.noise import Draws
 from attnmonitor.capture.projections.reading import ModuleWeight, ParameterRows, UnreadableError
-from attnmonitor.capture.verify import full_precision
+from attnmonitor.capture.verify import without_autocast
 
 __all__ = ["Coordinates", "HeadGain", "Weights", "match_columns", "mha_projections"]
 
@@ -54,7 +54,7 @@ class _LinearMap:
         if self.source is None:
             return weight
         inner = self.source.weight(weights).flatten(0, -2)
-        with full_precision(weight):
+        with without_autocast(weight):
             return weight @ inner
 
 
@@ -151,7 +151,7 @@ def match_columns(coordinates: Tensor, draws: Draws) -> Coordinates:
     widths = torch.tensor([draws.noise[module][0].shape[-1] for module in modules])
     noise = torch.cat([torch.cat(draws.noise[module]) for module in modules], -1)
     wanted, offered = _standardized(coordinates.flatten(1)), _standardized(noise)
-    with full_precision(wanted):  # the caller's autocast would round a correlation of 1 to 0.996
+    with without_autocast(wanted):  # the caller's autocast would round a correlation of 1 to 0.996
         best, column = (wanted.mT @ offered).abs().max(-1)
     if not bool((best > MATCH).all()):
         raise _UnmatchedError(f"{int((best <= MATCH).sum())} of {len(best)} coordinates follow no column of a weight")
