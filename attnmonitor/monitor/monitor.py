@@ -21,12 +21,14 @@ from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import NoMeasurement, RankMeasurement
 from attnmonitor.measurement.tokens import ProbeTokens, checked_decode
+from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.evidence import EvidenceTaker
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_requests_of
 from attnmonitor.monitor.sampling import MonitorSampling
+from attnmonitor.monitor.saved_state import STATE_FORMAT, check_state
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
 from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_processes, check_weights_every
 from attnmonitor.parallel.sharding import check_known_sharding
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["AttentionMonitor"]
 
 T = TypeVar("T")
-
-_STATE_FORMAT = 1
 
 
 class AttentionMonitor(MonitorSampling):
@@ -295,7 +295,7 @@ class AttentionMonitor(MonitorSampling):
             return {**self._state, "global_step": self.global_step}
         self._deliver_late()
         return {
-            "format": _STATE_FORMAT,
+            "format": STATE_FORMAT,
             "global_step": self.global_step,
             "failures": self.failures,
             "summary": self.summary.state_dict(),
@@ -317,10 +317,7 @@ class AttentionMonitor(MonitorSampling):
         Raises:
             ValueError: ``state`` was not made by `state_dict` of this version.
         """
-        if state.get("format") != _STATE_FORMAT:
-            raise ValueError(
-                f"state: format {state.get('format')!r} is not {_STATE_FORMAT}, the one this version reads"
-            )
+        check_state(state)
         self._deliver_late()
         self.global_step = state["global_step"]
         if self.probe.batch is None:
@@ -344,8 +341,13 @@ class AttentionMonitor(MonitorSampling):
             self._failures.warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
             return
         with default_torch_state():
-            self.history.load_state_dict(state["history"])
-            self._log.load_state_dict(state.get("logged", {}))
+            parts = {"history": self.history, "logged": self._log}
+            for name, part in parts.items():
+                try:
+                    part.load_state_dict(state.get(name, {}))
+                except Exception as error:
+                    reason = error_text(error)
+                    self._failures.warn(f"the state of {name!r} cannot be read ({reason}): it begins anew")
             if reason := self._alerts.continue_from(state["alerts"]):
                 self._failures.warn(f"the state of alerts cannot be read ({reason}): alert baselines begin anew")
 

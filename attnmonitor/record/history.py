@@ -88,12 +88,14 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the trajectories of a run with the same layers; a metric that it did not measure is NaN."""
-        self._steps = list(state["steps"])
-        for metric in self._rows:
-            saved = state["values"].get(metric)
-            if saved is None:
-                saved = torch.full((len(self._steps), sum(self._widths(metric))), torch.nan)
-            self._rows[metric] = list(saved.float().cpu())
+        steps, rows = list(state["steps"]), dict(self._rows)
+        for metric in rows:
+            shape = len(steps), sum(self._widths(metric))
+            saved = state["values"].get(metric, torch.full(shape, torch.nan))
+            if saved.shape != shape:
+                raise ValueError(f"{metric} is {tuple(saved.shape)} and not {shape}, samples by heads")
+            rows[metric] = list(saved.float().cpu())
+        self._steps, self._rows = steps, rows
 
     def _drop_from(self, global_step: int) -> None:
         keep = len(self._steps)

@@ -94,11 +94,11 @@ class TrainingLog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue saved curves."""
-        self._curves = {
+        curves = {
             name: list(zip(curve["steps"].tolist(), curve["values"].tolist(), strict=True))
             for name, curve in state.items()
         }
-        self._latest = {name: curve[-1][0] for name, curve in self._curves.items() if curve}
+        self._curves, self._latest = curves, {name: curve[-1][0] for name, curve in curves.items() if curve}
         self._strides, self._unread, self._new = {}, [], []
 
     def _read(self) -> None:

@@ -6,6 +6,7 @@ import gc
 import io
 import warnings
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -406,6 +407,34 @@ def test_unreadable_alert_state_begins_anew(alerts: Any) -> None:
 def test_state_of_another_format_is_refused() -> None:
     with pytest.raises(ValueError, match="state: format None is not 1"):
         monitor_of(TinyGPT()).load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("changed", "quoted"),
+    [
+        (lambda state: None, "state=None is a NoneType"),
+        (lambda state: list(state), r"state=\['format', .* is a list"),
+        (lambda state: {"format": 1, "step": 7}, "state holds format, step, and no global_step, failures, "),
+        (lambda state: {**state, "global_step": "7"}, r"state\['global_step'\]='7' is a str"),
+        (lambda state: {**state, "history": [1]}, r"state\['history'\]=\[1\] is a list"),
+    ],
+)
+def test_changed_state_is_refused_with_what_arrived(changed: Callable[[dict[str, Any]], Any], quoted: str) -> None:
+    monitor = monitor_of(TinyGPT())
+    with pytest.raises(ValueError, match=rf"^{quoted}.*; give what `state_dict\(\)` returned"):
+        monitor.load_state_dict(changed(monitor.state_dict()))
+    assert monitor.global_step == -1
+
+
+@pytest.mark.parametrize(("part", "value"), [("history", {}), ("history", {"steps": [0, 1]}), ("logged", {"loss": 3})])
+def test_unreadable_part_of_a_state_begins_anew(part: str, value: Any) -> None:
+    monitor, other = monitor_of(TinyGPT()), monitor_of(TinyGPT())
+    monitor.sample(0)
+    with pytest.warns(UserWarning, match=f"the state of '{part}' cannot be read .*: it begins anew"):
+        other.load_state_dict({**monitor.state_dict(), part: value})
+    other.sample(1)
+    assert other.history.steps == ([1] if part == "history" else [0, 1])
+    assert other.failures == 0
 
 
 def test_steps_are_asked_once_and_skipped_ones_too() -> None:
