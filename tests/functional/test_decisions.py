@@ -108,12 +108,12 @@ def reference_variances(query, key, mask) -> torch.Tensor:
     return torch.linalg.svdvals(0.25 * torch.linalg.qr(query).R @ torch.linalg.qr(key).R.mT).square()
 
 
-def check_decisions(family: str, number: int, seed: int) -> Counter[str]:
+def check_decisions(family: str, number: int, seed: int, *, padded: bool = False) -> Counter[str]:
     """Assert that no count is wrong and no error as large as its margin; return how many there were of what."""
     generator = torch.Generator().manual_seed(seed)
     query, key = (each.to(TYPES.get(family, torch.float32)) for each in heads(family, number, generator))
     mask = None
-    if family == "padding":
+    if padded or family == "padding":
         mask = torch.arange(LENGTH) < LENGTH - torch.randint(0, 30, (number, 1), generator=generator)
         query, key = (torch.where(mask[:, None, :, None], each, torch.inf) for each in (query, key))
     exact = reference_variances(query, key, mask)
@@ -157,6 +157,14 @@ def test_no_count_is_wrong(family):
         assert seen["in float64"] > 200, "these spectra are made to need it"
     if family in {"queries nearly orthogonal to keys", "padding"}:
         assert seen["from all"] > 250, "float32 decides these"
+    if family in {"outlying positions", "equal positions", "padding"}:
+        assert seen["certified"] > 550, "float32 certifies these"
+
+
+@pytest.mark.parametrize("family", ["condition number 1e6", "an outlying channel"])
+def test_no_count_of_padded_heads_is_wrong(family):
+    """Also where float64 Gram matrices do not decide, and triangular factors are read."""
+    check_decisions(family, 100, 1, padded=True)
 
 
 @pytest.mark.parametrize("decay", [0.6, 0.0])
