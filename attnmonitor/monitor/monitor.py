@@ -341,7 +341,7 @@ class AttentionMonitor(MonitorSampling):
             self._failures.warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
             return
         with default_torch_state():
-            parts = {"history": self.history, "logged": self._log}
+            parts: dict[str, History | TrainingLog] = {"history": self.history, "logged": self._log}
             for name, part in parts.items():
                 try:
                     part.load_state_dict(state.get(name, {}))
