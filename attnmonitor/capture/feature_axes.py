@@ -40,6 +40,7 @@ _VIEWS = {
 }
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel"}
 _REDUCTIONS = {"amax", "amin", "max", "min", "mean", "sum"}
+_REARRANGING = _RESHAPES | _VIEWS | _REDUCTIONS | {"cdist"}
 
 
 class FeatureAxes:
@@ -61,52 +62,66 @@ class FeatureAxes:
         unknown: list[Axes | None] = [None] * len(outputs)
         if name in NEW or not args:
             return unknown
-        first = args[1] if name == "addmm" and len(args) > 1 else args[0]
-        if name in JOINS:  # an empty part has no axes
-            first = max(plain_tensors(args), key=Tensor.numel, default=None)
+        x = args[1] if name == "addmm" and len(args) > 1 else args[0]
+        if name in JOINS:
             if (joined := self._joined_axes(name, args, kwargs, outputs[0])) is not None:
                 return [joined]
-        shape = outputs[0].shape
+            x = max(plain_tensors(args), key=Tensor.numel, default=None)  # an empty part has no axes
         if name in PRODUCTS:
             product = labeled(name, args, kwargs)
             return unknown if product is None else [self._product_axes(product, outputs[0])]
-        if not isinstance(first, Tensor):
+        if not isinstance(x, Tensor):
             return unknown
-        axes = self._of(first).axes
-        rearranges = name == "cdist" or name in _RESHAPES | _VIEWS | _REDUCTIONS
+        if (weighted := self._weighted_axes(name, x, outputs[0].shape)) is not None:
+            return [weighted]
+        axes = self._of(x).axes
+        if name in _REARRANGING:
+            rearranged = unknown if axes is None else self._rearranged_axes(name, func, args, kwargs, axes, outputs)
+            if rearranged is not None:
+                return rearranged
+        return [self._like(output, args) for output in outputs]
+
+    def _weighted_axes(self, name: str, x: Tensor, shape: Sequence[int]) -> Axes | None:
+        """Return the axes of what a weight gives for ``x``; None for a function that applies none."""
         if name == "embedding":
-            lead = (axes or default_axes(first))[: len(shape) - 1]
-            return [(*lead, axis_of(True, shape[-1]))]
+            lead = (self._of(x).axes or default_axes(x))[: len(shape) - 1]
+            return (*lead, axis_of(True, shape[-1]))
         if name in ("linear", "addmm"):
-            return [(*self._before_weight(first)[:-1], axis_of(True, shape[-1]))]
-        if name in CONVOLUTIONS and first.dim() == len(shape) > 2:
-            batch = self._before_weight(first)[0]
-            return [(batch, axis_of(True, shape[1]), *(axis_of(False, size) for size in shape[2:]))]
-        if axes is None and rearranges:
-            return unknown
-        if axes is None:
-            return [self._like(x, args) for x in outputs]
+            return (*self._before_weight(x)[:-1], axis_of(True, shape[-1]))
+        if name in CONVOLUTIONS and x.dim() == len(shape) > 2:
+            batch = self._before_weight(x)[0]
+            return (batch, axis_of(True, shape[1]), *(axis_of(False, size) for size in shape[2:]))
+        return None
+
+    def _rearranged_axes(
+        self,
+        name: str,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        axes: Axes,
+        outputs: Sequence[Tensor],
+    ) -> list[Axes | None] | None:
+        """Return the axes after a function that moves, splits, joins or drops ``axes``; None for another form of it."""
+        x: Tensor = args[0]
         if name == "cdist" and isinstance(args[1], Tensor):
             others = self._of(args[1]).axes
             return [None if others is None else (*axes[:-1], others[-2])]
         if name in _RESHAPES:
-            return [regrouped(axes, shape)]
-        if (
-            name in _VIEWS
-            and not any(isinstance(x, Tensor) for x in flat(list(args[1:])))
-            and (name != "__getitem__" or is_plain_index(args[1]))
-        ):
-            views = list(plain_tensors(func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs)))
+            return [regrouped(axes, outputs[0].shape)]
+        has_plain_index = name != "__getitem__" or is_plain_index(args[1])
+        if name in _VIEWS and has_plain_index and not any(isinstance(each, Tensor) for each in flat(list(args[1:]))):
+            views = list(plain_tensors(func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs)))
             if len(views) == len(outputs):
-                is_learned = not self._of(first).inputs
-                return [viewed(axes, first.shape, view, is_learned=is_learned) for view in views]
-        if name in _REDUCTIONS and outputs[0].dim() == first.dim() - 1:
+                is_learned = not self._of(x).inputs
+                return [viewed(axes, x.shape, view, is_learned=is_learned) for view in views]
+        if name in _REDUCTIONS and outputs[0].dim() == x.dim() - 1:
             reduced = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if not isinstance(reduced, int):
-                return unknown
-            left = [axis for position, axis in enumerate(axes) if position != reduced % first.dim()]
+                return [None] * len(outputs)
+            left = [axis for position, axis in enumerate(axes) if position != reduced % x.dim()]
             return [tuple(left) for _ in outputs]
-        return [self._like(x, args) for x in outputs]
+        return None
 
     def says(self, x: Tensor) -> tuple[bool, bool, bool]:
         """Return what makes one of several operands say more of positions and axes than another."""
