@@ -120,24 +120,27 @@ def _with_masses(
     padding_mass = mass_on_padding / count if padded and count else math.nan
     future_mass = later_mass / count if square and count else math.nan
     back, ahead = _reach(torch.stack(reached).amax(0)) if square else (None, None)
-    if layout.between_channels:
-        sees = "channels"
-    elif not layout.is_self:
-        sees = "cross"
-    elif layout.documents is not None:
-        sees = "documents"
-    elif "window" in layout.outside:
-        sees = "window"
-    else:
-        sees = "both" if not square or ahead != 0 else "causal"
     return replace(
         layout,
-        sees=sees,
+        sees=_sees(layout, looks_ahead=not square or ahead != 0),
         future_mass=future_mass,
         padding_mass=padding_mass,
         reach_back=back,
         reach_ahead=ahead,
     )
+
+
+def _sees(layout: Layout, *, looks_ahead: bool) -> str:
+    """Return what a layer's queries see, in the words of `Layout`."""
+    if layout.between_channels:
+        return "channels"
+    if not layout.is_self:
+        return "cross"
+    if layout.documents is not None:
+        return "documents"
+    if "window" in layout.outside:
+        return "window"
+    return "both" if looks_ahead else "causal"
 
 
 def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> Tensor:
