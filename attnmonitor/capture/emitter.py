@@ -17,7 +17,7 @@ from attnmonitor.capture.findings import Findings
 from attnmonitor.capture.heads import MadeOf
 from attnmonitor.capture.layouts import Layout, Layouts
 from attnmonitor.capture.modules import Frame, Frames
-from attnmonitor.capture.parts import Turn, is_turn, joined, num_positions
+from attnmonitor.capture.turns import Found, is_turn, joined, num_positions
 from attnmonitor.capture.verify import Attention, RebuiltRows
 from attnmonitor.capture.written import WrittenOutputs
 
@@ -113,23 +113,23 @@ class Emitter:
             self.missed(name, "it runs inside of torch.func (vmap, grad), whose tensors cannot be read")
             return
         self.num_seen += 1
-        turn = Turn(attention, how, output if attention.exact else None, row_axis, made_of)
-        if frame is not None and self._is_turn(name, turn, frame):
-            frame.turns.append(turn)
+        found = Found(attention, how, output if attention.exact else None, row_axis, made_of)
+        if frame is not None and self._is_turn(name, found, frame):
+            frame.turns.append(found)
             left = num_positions(frame) - sum(len(x.query) * x.query.shape[-2] for x in frame.attentions())
             if left <= 0:
                 self.take_turns(frame, complete=left == 0)
             return
-        self._take(name, frame, [turn])
+        self._take(name, frame, [found])
 
-    def _is_turn(self, name: str, turn: Turn, frame: Frame) -> bool:
+    def _is_turn(self, name: str, found: Found, frame: Frame) -> bool:
         """Return whether an attention is one of several of a module that are sequences of one layer."""
-        known, made_of = self.known(name), turn.made_of
+        known, made_of = self.known(name), found.made_of
         if known is not None:
-            return known.in_turns and is_turn(turn.attention, frame)
-        if made_of is None or same_sequence(made_of.query, made_of.key) is False or not is_turn(turn.attention, frame):
+            return known.in_turns and is_turn(found.attention, frame)
+        if made_of is None or same_sequence(made_of.query, made_of.key) is False or not is_turn(found.attention, frame):
             return False
-        return all(x.query.shape[1::2] == turn.attention.query.shape[1::2] for x in frame.attentions())
+        return all(x.query.shape[1::2] == found.attention.query.shape[1::2] for x in frame.attentions())
 
     def take_turns(self, frame: Frame, *, complete: bool = False) -> None:
         """Take what a module computed in turns: as one layer if they have all positions, else each by itself."""
@@ -138,7 +138,7 @@ class Emitter:
         for each in [turns] if together else [[turn] for turn in turns]:
             self._take(frame.name, frame, each)
 
-    def _take(self, name: str, frame: Frame | None, turns: Sequence[Turn]) -> None:
+    def _take(self, name: str, frame: Frame | None, turns: Sequence[Found]) -> None:
         """Emit one layer, or report why it cannot be verified."""
         if frame is not None:
             frame.recorded_by, frame.num_found = turns[0].how, frame.num_found + 1
@@ -151,12 +151,12 @@ class Emitter:
                 raise
             self.report.missed[layer] = f"its attention could not be rebuilt: {error}"
 
-    def _verify_and_emit(self, layer: str, frame: Frame | None, turns: Sequence[Turn]) -> None:
-        found = [self._verified(layer, frame, turn) for turn in turns]
-        call, rows = found[0]
+    def _verify_and_emit(self, layer: str, frame: Frame | None, turns: Sequence[Found]) -> None:
+        verified = [self._verified(layer, frame, turn) for turn in turns]
+        call, rows = verified[0]
         if len(turns) > 1:
             outputs = [turn.attention.output_rows(turn.output, turn.row_axis) for turn in turns]
-            call = joined([call for call, _ in found], outputs)
+            call = joined([call for call, _ in verified], outputs)
             self._layouts[layer] = replace(self._layouts[layer], in_turns=True)
         self.is_emitting = True
         self._emit(call)
@@ -165,15 +165,15 @@ class Emitter:
             length = turns[0].attention.query.shape[-2]
             self.written.expect(layer, frame, call.when_written, call.rows.output, rows, length)
 
-    def _verified(self, layer: str, frame: Frame | None, turn: Turn) -> tuple[AttentionCall, RebuiltRows]:
+    def _verified(self, layer: str, frame: Frame | None, found: Found) -> tuple[AttentionCall, RebuiltRows]:
         """Return the record of an attention, and its rebuilt rows as they are before documents are cut."""
-        attention, output = turn.attention, turn.output
-        may_append = turn.how == "mha"
+        attention, output = found.attention, found.output
+        may_append = found.how == "mha"
         layout, query_mask, key_mask = self._findings.layout(
-            layer, frame, attention, turn.made_of, may_append=may_append
+            layer, frame, attention, found.made_of, may_append=may_append
         )
         types = [attention.query.dtype, *([] if output is None else [output.dtype])]
-        rows = attention.rebuilt(output, turn.row_axis)
+        rows = attention.rebuilt(output, found.row_axis)
         call = AttentionCall(
             layer=layer,
             query=attention.query,
@@ -184,7 +184,7 @@ class Emitter:
             query_mask=query_mask,
             key_mask=key_mask,
             kind="self" if layout.is_self else "cross",
-            how=turn.how,
+            how=found.how,
             outside=layout.outside,
             precision=max(types, key=lambda dtype: torch.finfo(dtype).eps),
             logit_rows=attention.logit_rows,
@@ -193,5 +193,5 @@ class Emitter:
             gained_bias=attention.is_biased() if attention.may_be_biased and "bias" not in layout.outside else None,
         )
         if layout.documents is not None:
-            call = by_document(call, layout.documents, attention.output_rows(output, turn.row_axis))
+            call = by_document(call, layout.documents, attention.output_rows(output, found.row_axis))
         return call, rows

@@ -44,7 +44,7 @@ class Frame:
         recorded_by: How its latest attention was found, as in `AttentionCall`; ``""`` before there is one.
         num_found: Layers that were found in it.
         mixes_heads: Whether it has mixed the heads of its logits.
-        turns: Attentions that wait for others of the same loop, as `attnmonitor.capture.parts.Turn`.
+        turns: Attentions that wait for others of the same loop, as `attnmonitor.capture.turns.Found`.
     """
 
     def __init__(self, name: str, module: nn.Module, arguments: Iterable[Any]) -> None:

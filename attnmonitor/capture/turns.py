@@ -18,12 +18,20 @@ from attnmonitor.capture.heads import MadeOf
 from attnmonitor.capture.modules import Frame
 from attnmonitor.capture.verify import Attention
 
-__all__ = ["Turn", "is_turn", "joined", "num_positions"]
+__all__ = ["Found", "is_turn", "joined", "num_positions"]
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
-    """One turn of a loop, as it was found."""
+class Found:
+    """An attention as it was found: of a whole layer, or of one turn of a loop.
+
+    Attributes:
+        attention: The attention.
+        how: The way it was found, as in `AttentionCall`.
+        output: What the layer computed, in the code's layout; None where its rows cannot be compared.
+        row_axis: The axis of ``output`` that counts query positions.
+        made_of: What its operands are made of; None where it is not followed.
+    """
 
     attention: Attention
     how: str
