@@ -101,6 +101,9 @@ def _with_masses(
     padded = key_mask is not None and not bool(key_mask.all())
     sums = torch.zeros(3, device=rows.device)  # rows that see something, mass later, on padding
     reached = []
+    # Where queries have keys of their own and more (a prefix, a cache, a learned key), these stand before or after.
+    more = max(num_keys - num_rows, 0) if layout.is_self else 0
+    own_keys = [slice(more, num_keys), slice(0, num_rows)] if more else [slice(None)]
     for part in row_blocks(attention, rows):
         logits = attention.logit_rows(part)
         weights = logits.softmax(-1).nan_to_num(0.0)
@@ -115,14 +118,15 @@ def _with_masses(
         seen = (logits > -torch.inf) & counted[..., None]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None, :]
-        reached.append(_reached(seen, part, key_mask))
+        reached.append(torch.stack([_reached(seen, part, key_mask, own) for own in own_keys]))
     count, later_mass, mass_on_padding = sums.tolist()
     padding_mass = mass_on_padding / count if padded and count else math.nan
     future_mass = later_mass / count if square and count else math.nan
-    back, ahead = _reach(torch.stack(reached).amax(0)) if square else (None, None)
+    reaches = [_reach(each) for each in torch.stack(reached).amax(0).tolist()]
+    back, ahead = reaches[0] if square else (None, None)
     return replace(
         layout,
-        sees=_sees(layout, looks_ahead=not square or ahead != 0),
+        sees=_sees(layout, looks_ahead=all(later != 0 for _, later in reaches)),
         future_mass=future_mass,
         padding_mass=padding_mass,
         reach_back=back,
@@ -143,14 +147,16 @@ def _sees(layout: Layout, *, looks_ahead: bool) -> str:
     return "both" if looks_ahead else "causal"
 
 
-def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> Tensor:
+def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None, own: slice) -> Tensor:
     """Return how many positions the rows see at most before and after their own, and how many there are, ``(4,)``.
 
     Args:
         seen: ``(B, H, R, Lk)``, which keys a row sees.
         rows: ``(R,)``, the rows.
         key_mask: ``(B, Lk)``, True for a token.
+        own: The keys that are of the queries' positions.
     """
+    seen, key_mask = seen[..., own], None if key_mask is None else key_mask[:, own]
     ahead = torch.arange(seen.shape[-1], device=rows.device) - rows[:, None]  # (R, Lk)
     there = seen.any(-1, keepdim=True)
     if key_mask is not None:
@@ -158,9 +164,9 @@ def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None) -> Tensor:
     return torch.stack([(sign * ahead).where(which, 0).amax() for sign in (-1, 1) for which in (seen, there)])
 
 
-def _reach(reached: Tensor) -> tuple[int | None, int | None]:
+def _reach(reached: list[int]) -> tuple[int | None, int | None]:
     """Return how many earlier and later positions the rows see at most, None where some row sees all there are."""
-    back, all_back, later, all_later = reached.tolist()
+    back, all_back, later, all_later = reached
     # A query that sees one position after it differs from one that sees all of one position.
     return (None if back == all_back else back), (None if later == all_later > 0 else later)
 

@@ -523,6 +523,29 @@ def test_token_alone_in_its_chunk_is_no_padding(mask: Callable[[Tensor], Tensor]
         expect(monitor, "attn", model.attn.kept, None, None)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("first", [True, False], ids=["prefix", "appended"])
+def test_further_keys_do_not_hide_that_attention_is_causal(first: bool, causal: bool) -> None:
+    class Extended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.more = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(3, HEADS, 8))
+
+        def forward(self, x: Tensor) -> None:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, HEADS, 8).permute(2, 0, 3, 1, 4)
+            seen, all_seen = (CAUSAL if causal else torch.ones_like(CAUSAL)), torch.ones(LENGTH, 3, dtype=torch.bool)
+            more = self.more.transpose(0, 1).expand(len(x), -1, -1, -1)
+            k, v, mask = (
+                torch.cat(parts if first else parts[::-1], -2 if parts[1].dim() == 4 else -1)
+                for parts in ([more, k], [more, v], [all_seen, seen])
+            )
+            scaled_dot_product_attention(q, k, v, mask)
+
+    with AttentionMonitor(nn.Sequential(Extended()), torch.randn(2, LENGTH, WIDTH), record=None) as monitor:
+        coverage = monitor.coverage["0"]
+        assert (coverage.kind, coverage.sees, coverage.num_keys) == ("self", "causal" if causal else "both", LENGTH + 3)
+
+
 def test_padding_inside_a_document_is_not_measured() -> None:
     torch.manual_seed(0)
     ids, valid = torch.tensor([[1] * 5 + [2] * 7] * 2), torch.ones(2, LENGTH, dtype=torch.bool)
