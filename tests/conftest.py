@@ -36,6 +36,15 @@ def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch uses one thread: a dispatch mode sees only the thread that entered it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def uncollected() -> Iterator[None]:
     """Python does not look for cycles of references: what only they keep stays, as in a run between two looks."""
     gc.collect()

@@ -27,6 +27,8 @@ from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.cost.gpu.launches import CountLaunches
 from benchmarks.cost.scale import NoMasks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @Solvable
 def measure_everything(query, key, mask, method):
@@ -59,15 +61,6 @@ def no_contents(problem):
     """A solution of the right shapes, as fake tensors have it."""
     matrices = problem.matrices
     return torch.empty_like(matrices[..., 0]), torch.empty_like(matrices) if problem.vectors else None
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A dispatch mode sees nothing but the thread that entered it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(length=64, head_dim=32, device="cpu", dtype=torch.float32):

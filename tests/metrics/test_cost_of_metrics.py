@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from itertools import permutations
 from typing import Any
@@ -18,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnmonitor import DEFAULT_METRICS, METRICS, OPT_IN_METRICS, WEIGHT_METRICS
 from attnmonitor.capture import Layouts, capture_attention
 from attnmonitor.measurement.reduction import Reduction
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTH = 24
 OF_PROBE = [name for name in METRICS if name not in WEIGHT_METRICS]
@@ -86,15 +87,6 @@ class CountedFactorizations(TorchFunctionMode):
             self.counted.kernels[kernel] += 1
             self.counted.work += multiplications * args[0].numel() * args[0].shape[-1]
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A dispatch mode sees only the thread that entered it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
