@@ -87,9 +87,10 @@ ADVICE = {
         "Look at the norms of those positions' keys and at outlier channels of the residual stream; try QK-norm.",
     ),
     "rank_collapse": Advice(
-        "keys lose rank",
-        "The keys lie in few directions, so the head can hardly distinguish positions.",
-        "Lower the learning rate, and look at weight decay and at the singular values of this head's W_K.",
+        "keys or tokens lose rank",
+        "A head's keys lie in few directions, or a layer's tokens are alike: attention hardly tells positions apart.",
+        "Lower the learning rate. Of a head look at weight decay and at the singular values of its W_K, of a layer at "
+        "skip connections, norms and the scale of the embedding.",
     ),
     "non_finite": Advice(
         "values are not finite",
@@ -99,7 +100,7 @@ ADVICE = {
     "broken_start": Advice(
         "training starts broken",
         "Most heads are far outside the range of healthy runs, usually from early on; the loss may look normal.",
-        "Add warm-up, lower the learning rate, check the initial scale of W_Q and W_K, add QK-norm.",
+        "Add warm-up, lower the learning rate, check the initial scale of the embedding, W_Q and W_K, add QK-norm.",
     ),
     "mass": Advice(
         "many heads at once: the run is at fault",
