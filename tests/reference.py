@@ -245,7 +245,7 @@ def output_share(layer: Layer) -> Tensor:
             for heads in layer.heads
         ]
     ).double()
-    return energy / energy.nansum(1, keepdim=True)
+    return (energy / energy.nansum(1, keepdim=True)).masked_fill(energy == 0, 0)
 
 
 def similarity(layer: Layer) -> Tensor:

@@ -10,6 +10,7 @@ Letters: U is the number of units the rule may alarm: heads, layers, or 1 for th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -182,7 +183,8 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
         "contrast": "against the other heads",
         "robust_z": "robust z",
     }[leaf.signal]
+    was = "" if math.isnan(baseline) else f", was {baseline:.3g}"  # an offset needs no past
     return (
-        f"{what} is {value:.3g}, was {baseline:.3g} "
+        f"{what} is {value:.3g}{was} "
         f"({name} {signal:+.2f} in {FORMULA[leaf.reading].format(leaf.metric)}, limit {limit:+.2f}{caveat})"
     )

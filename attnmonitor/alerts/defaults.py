@@ -66,6 +66,11 @@ def _sudden_fall(reading: Reading, level: float) -> Threshold:
     return Threshold(metric, "change", reading, fire_below=level, clear_above=level / 2, window=5, gap=2, quantile=0.25)
 
 
+def _far_below_the_model(metric: str) -> Threshold:
+    """A thousandth of the model's median head: where most heads of a layer are at fault, they are no reference."""
+    return Threshold(metric, "offset", fire_below=-7.0, clear_above=-6.0)
+
+
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
 """A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
 
@@ -76,10 +81,18 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "dead",
         "dead_head",
         "query_head",
-        AllOf(
-            Threshold("energy_rms", "peers", fire_below=-4.0, clear_above=-3.0),
-            Threshold("energy_rms", "value", fire_below=-3.0, clear_above=-2.5),
+        AnyOf(
+            AllOf(
+                Threshold("energy_rms", "peers", fire_below=-4.0, clear_above=-3.0),
+                Threshold("energy_rms", "value", fire_below=-3.0, clear_above=-2.5),
+            ),
+            AllOf(
+                _far_below_the_model("energy_rms"),
+                # Where tokens become alike with depth, as at the start of a deep post-norm model, heads are at -8.
+                Threshold("energy_rms", "value", fire_below=-11.5, clear_above=-10.5),
+            ),
         ),
+        least_heads=LEAST_HEADS,
         patience=1,
         grace=0,
     ),
@@ -101,7 +114,16 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "silent_value",
         "silent_head",
         "kv_head",
-        Threshold("value_rms", "peers", fire_below=-1.8, clear_above=-1.4),
+        AnyOf(
+            Threshold("value_rms", "peers", fire_below=-1.8, clear_above=-1.4),
+            _far_below_the_model("value_rms"),
+            # Whatever the head attends to, it reads the same, and the other heads of its layer do not.
+            AllOf(
+                Threshold("value_spread", "peers", fire_below=-5.0, clear_above=-4.0),
+                Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8),
+            ),
+        ),
+        least_heads=LEAST_HEADS,
         grace=0,
         optional=True,
     ),
@@ -118,7 +140,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
                 Threshold("output_share", "peers", fire_below=-3.0, clear_above=-2.0),
             ),
             Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
+            _far_below_the_model("output_share"),
         ),
+        least_heads=LEAST_HEADS,
         grace=0,
         optional=True,
     ),
@@ -255,6 +279,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         AnyOf(
             Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
             Threshold("key_norm_participation", "value", "identity", fire_below=0.25, clear_above=0.35, quantile=0.5),
+            # All heads are dead. Queries that are zero at initialization are not, from the first steps on.
+            Threshold("energy_rms", "value", fire_below=-11.5, clear_above=-10.5, quantile=1.0),
         ),
         grace=0,
     ),

@@ -59,7 +59,8 @@ def evaluate(
     if threshold.signal == "change":
         return change, reference
     if threshold.signal == "offset":
-        return torch.where(reference.peers.isnan(), change, x - x.nanmedian()), reference
+        can_compare = int(x.isfinite().sum()) >= least_heads
+        return x - x.nanmedian() if can_compare else change, reference
     shift = (x.nanmedian() - reference.peers).nan_to_num(nan=0.0)
     contrast = change - shift
     if threshold.signal == "contrast":

@@ -147,7 +147,7 @@ def output_share(
         num_rows: How many rows to read, evenly spaced.
 
     Returns:
-        ``(B, Hq)`` float64; NaN where `output_rms` is, and where no head writes anything.
+        ``(B, Hq)`` float64; 0 where no head writes anything, NaN where `output_rms` is.
 
     Raises:
         ValueError: The shapes do not fit, or ``num_rows`` is less than 1.

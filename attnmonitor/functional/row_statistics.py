@@ -144,7 +144,9 @@ def _output_rms(rows: CheckedRows) -> Tensor:
 
 def _output_share(rows: CheckedRows) -> Tensor:
     energy = rows.energies["written"]
-    return energy / energy.nansum(-1, keepdim=True)
+    total = energy.nansum(-1, keepdim=True)
+    # Where no head writes anything, the share of each is 0.
+    return energy / total.clamp_min_(torch.finfo(total.dtype).tiny)
 
 
 def _head_similarity(rows: CheckedRows) -> Tensor:

@@ -21,9 +21,7 @@ UNKNOWN_PROJECTION = (
     "its output projection is not known, so output_share is not: no weight that can be read is applied to its output "
     "as it is"
 )
-OTHER_OUTPUT = (
-    "the input of its output projection is not its output as at attach, or what it writes is zero or not finite"
-)
+OTHER_OUTPUT = "the input of its output projection is not its output as at attach, or what it writes is not finite"
 
 
 def values_at_once(call: AttentionCall, metrics: Sequence[str]) -> dict[str, Tensor]:

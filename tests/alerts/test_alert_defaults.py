@@ -247,12 +247,43 @@ def test_logits_may_grow_in_all_heads_while_they_are_small():
     ],
 )
 def test_silent_heads_are_far_below_the_others(metric, before, after, rules):
-    run = healthy_run(40)
+    run = healthy_run(40, layers=1, heads=len(before))
     for index, sample in enumerate(run):
         sample[metric] = {"layers.0": before if index < 35 else after}
     events = events_of([rule for rule in DEFAULT_RULES if rule.kind == "silent_head"], run)
     assert [event.rule for event in events] == rules
     assert all((event.head, event.global_step) == (after.index(min(after)), 360) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("metric", "rule", "patience"),
+    [
+        ("energy_rms", "dead", 1),
+        ("value_rms", "silent_value", 2),
+        ("value_spread", "silent_value", 2),
+        ("output_share", "silent_output", 2),
+    ],
+)
+@pytest.mark.parametrize("broken", [1, 3, 4])
+def test_heads_at_zero_are_named_without_a_past(metric, rule, patience, broken):
+    """Also where all heads of a layer, or most, are zero, and no other is left to compare with."""
+    run = healthy_run(patience)
+    for sample in run:
+        sample[metric] = {f"layers.{layer}": [0.2, 0.3, 0.25, 0.25] for layer in range(3)}
+        sample[metric]["layers.1"] = [0.0] * broken + [0.25] * (4 - broken)
+    found = events_of(list(DEFAULT_RULES), run)
+    all_alike = metric == "value_spread" and broken == 4  # a collapse of the layer's tokens, not of a head
+    assert [(event.rule, event.layer, event.head) for event in found if event.head is not None] == (
+        [] if all_alike else [(rule, "layers.1", head) for head in range(broken)]
+    )
+    assert "nan" not in "".join(event.message for event in found)
+
+
+def test_run_whose_heads_are_all_dead_is_named():
+    run = healthy_run(2)
+    for sample in run:
+        sample["energy_rms"] = {layer: [0.0] * len(heads) for layer, heads in sample["energy_rms"].items()}
+    assert [(event.rule, event.global_step) for event in events_of(list(DEFAULT_RULES), run)] == [("broken_start", 10)]
 
 
 def test_fewer_samples_than_grace_are_silent():

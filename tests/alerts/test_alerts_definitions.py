@@ -126,7 +126,8 @@ def signals(threshold: Threshold, rows, is_excluded, kept: Reference, is_kept, l
         (0 if math.isnan(level) else spread) + abs(shift) / 3 + 0.1 for level, shift in zip(peers, moved, strict=True)
     ]
     z = [contrast[head] / spreads[head] for head in heads]
-    offset = [change[head] if math.isnan(peers[head]) else now[head] - median(now) for head in heads]
+    can_compare = sum(not math.isnan(value) for value in now) >= least_heads
+    offset = [now[head] - median(now) if can_compare else change[head] for head in heads]
     found = {"value": now, "change": change, "offset": offset, "contrast": contrast, "robust_z": z}
     return found[threshold.signal]
 
