@@ -96,22 +96,21 @@ def evidence_of(
 
 def _members(kept: KeptLayer, scope: Scope, head: int) -> tuple[int, list[int]]:
     """Return the KV head, and the query heads in the model's order that are taken together."""
-    num_heads, num_kv_heads = kept.num_heads["query_head"], kept.num_heads["kv_head"]
-    group = num_heads // num_kv_heads
-
-    def read_by(query_head: int) -> int:
-        return query_head % num_kv_heads if kept.tiled else query_head // group
-
     if scope == "query_head":
-        return read_by(head), [head]
-    return head, [query_head for query_head in range(num_heads) if read_by(query_head) == head]
+        return _place(kept, head) // _group(kept), [head]
+    members = [each for each in range(kept.num_heads["query_head"]) if _place(kept, each) // _group(kept) == head]
+    return head, members
 
 
 def _place(kept: KeptLayer, head: int) -> int:
     """Return where the queries of a head are, which stand beside those of the heads that share its key head."""
     num_kv_heads = kept.num_heads["kv_head"]
-    group = kept.num_heads["query_head"] // num_kv_heads
-    return (head % num_kv_heads) * group + head // num_kv_heads if kept.tiled else head
+    return (head % num_kv_heads) * _group(kept) + head // num_kv_heads if kept.tiled else head
+
+
+def _group(kept: KeptLayer) -> int:
+    """Return how many query heads share a key head."""
+    return kept.num_heads["query_head"] // kept.num_heads["kv_head"]
 
 
 def _stacked(kept: KeptLayer, grouped: Sequence[Sequence[int]]) -> QueryGram:
