@@ -7,13 +7,14 @@ import logging
 import operator
 import unicodedata
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 __all__ = [
     "AttentionMonitorWarning",
     "did_you_mean",
     "error_text",
+    "first_names",
     "nearest",
     "needed",
     "printable",
@@ -80,6 +81,17 @@ def did_you_mean(name: object, known: Collection[str], *, otherwise: str) -> str
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"{otherwise} {', '.join(known) or 'none'}"
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many there are beside them.
+
+    Example:
+        >>> first_names(["h.0", "h.1", "h.2", "h.3", "h.4"])
+        'h.0, h.1, h.2 and 2 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def nearest(name: object, known: Collection[str]) -> str | None:

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from attnmonitor.messages import first_names
+
 __all__ = ["modules_run"]
 
 _MOST_NAMED = 12
@@ -22,6 +24,5 @@ def modules_run(forward: Callable[[], object]) -> str:
             forward()
     finally:
         handle.remove()
-    named = ", ".join(f"{name} ({number})" for name, number in ran.most_common(_MOST_NAMED))
-    more = f" and {len(ran) - _MOST_NAMED} more" if len(ran) > _MOST_NAMED else ""
-    return f"modules that ran: {named or 'none'}{more}"
+    named = first_names([f"{name} ({number})" for name, number in ran.most_common()], _MOST_NAMED)
+    return f"modules that ran: {named or 'none'}"

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnmonitor.messages import first_names
 from attnmonitor.parallel.process_state import first_import
 
 __all__ = ["load_complete"]
@@ -23,7 +25,7 @@ __all__ = ["load_complete"]
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = ("module.", "model.")  # stripped from the front only: a part of a model may have these names
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
-_MAX_NAMED = 4
+_named = partial(first_names, most=4)
 
 
 def load_complete(kind: Any, folder: str, where: Mapping[str, Any]) -> tuple[Any, list[str]]:
@@ -130,10 +132,6 @@ def _remarks(model: Any, info: Mapping[str, Any]) -> list[str]:
 def _extra_text(info: Mapping[str, Any]) -> str:
     extra = sorted(info.get("unexpected_keys", ()))
     return f"; in the checkpoint, but not in the model: {_named(extra)}" if extra else ""
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "")
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], str]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from attnmonitor.alerts.firing import course_text
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["MAX_NAMED", "count_text", "fault_names", "fault_text", "first_names", "short_layer_names", "tail_of"]
-
-MAX_NAMED = 3
-"""Heads or layers named in one line of text; of the others it gives the number."""
-
+__all__ = ["count_text", "fault_names", "fault_text", "short_layer_names", "tail_of"]
 
 _FAULTS = {"mass": "many heads changed at once", "non_finite": "values are not finite"}
 """Kinds of faults that are sentences to a person; the others are their own words."""
@@ -55,17 +51,6 @@ def fault_names(events: Iterable[AlertEvent], *, courses: bool = True) -> str:
 def count_text(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it is not one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def first_names(names: Sequence[str]) -> str:
-    """The first `MAX_NAMED` names, and how many there are beside them.
-
-    Example:
-        >>> first_names(["h.0", "h.1", "h.2", "h.3", "h.4"])
-        'h.0, h.1, h.2 and 2 more'
-    """
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def tail_of(name: str, most: int) -> str:

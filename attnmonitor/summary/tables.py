@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
-from attnmonitor.messages import printable
+from attnmonitor.messages import first_names, printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import MAX_NAMED, fault_names, first_names, short_layer_names, tail_of
+from attnmonitor.summary.names import fault_names, short_layer_names, tail_of
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
 __all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table", "rich_layer_table"]
 
 _MAX_LAYER = 24  # characters
+_MAX_ALARMS = 3
 
 TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
 """Columns of a layer table where none are asked for."""
@@ -157,8 +158,8 @@ def _table(
         ]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
-        more = [f"and {len(alarms) - MAX_NAMED} more"] if len(alarms) > MAX_NAMED else []
-        row = [tail_of(short[layer], _MAX_LAYER), *cells, "; ".join(alarms[:MAX_NAMED] + more)]
+        more = [f"and {len(alarms) - _MAX_ALARMS} more"] if len(alarms) > _MAX_ALARMS else []
+        row = [tail_of(short[layer], _MAX_LAYER), *cells, "; ".join(alarms[:_MAX_ALARMS] + more)]
         rows.append([printable(cell, one_line=True) for cell in row])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows
