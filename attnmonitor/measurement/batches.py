@@ -2,7 +2,7 @@
 
 What holds them may be mappings, tuples, lists, dataclasses and objects with attributes (a PyG ``Batch``), nested at
 will. A tensor may be sparse or nested, or of a subclass. Everything else in a batch (numbers, text, None, objects
-without a tensor) stays as it is.
+without attributes) stays as it is.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any], inside: frozenset
     """Return the batch with ``function`` applied to each tensor; what holds them keeps its type where it can."""
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, np.ndarray):
-        return batch.copy()  # a later write of the user must not reach it
+    if isinstance(batch, (np.ndarray, set)):
+        return batch.copy()  # a later write must not reach it
     if id(batch) in inside:
         return batch
     inside |= {id(batch)}
@@ -41,11 +41,20 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any], inside: frozenset
         return type(batch)(*(map_tensors(value, function, inside) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, function, inside) for value in batch)
-    if next(tensors_of(batch), None) is None:
-        return batch
-    mapped = copy.copy(batch)
-    for name in _attributes_of(batch):
-        object.__setattr__(mapped, name, map_tensors(getattr(mapped, name), function, inside))
+    if next(tensors_of(batch), None) is not None:
+        return _with_parts(batch, lambda part: map_tensors(part, function, inside))
+    with suppress(Exception):  # a forward may write into it: into an empty cache of keys and values, for example
+        return _with_parts(batch, lambda part: map_tensors(part, function, inside))
+    return batch
+
+
+def _with_parts(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a copy of an object with ``function`` applied to each attribute; one without attributes as it is."""
+    names = _attributes_of(batch)
+    mapped = copy.copy(batch) if names else batch
+    if mapped is not batch:  # a logger, say, is its own copy
+        for name in names:
+            object.__setattr__(mapped, name, function(getattr(mapped, name)))
     return mapped
 
 
@@ -124,5 +133,5 @@ def copied(batch: Any) -> Any:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return the batch on another device."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """Return a copy of the batch on a device."""
+    return map_tensors(batch, lambda x: x.detach().clone() if x.device == device else x.to(device, non_blocking=True))

@@ -179,7 +179,9 @@ class Probe:
             self._passing.close()
 
     def run(self, model: nn.Module) -> None:
-        """Run the model once on the batch, moved to where the model is now; the output is dropped.
+        """Run the model once on a copy of the batch, moved to where the model is; the output is dropped.
+
+        The forward may write into what it is given: it normalizes images in place, or fills a cache.
 
         Raises:
             RuntimeError: There is no batch yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from attnmonitor import AttentionMonitor
@@ -191,6 +192,47 @@ def test_later_write_to_an_array_does_not_reach_the_probe() -> None:
     probe = Probe(WithExtra(), {"src": X, "extra": array})
     array[:] = 7
     assert probe.batch["extra"].tolist() == [0, 1, 2]
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> None:
+        self.count += 1
+
+
+WRITES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "a tensor": (lambda: torch.ones(4, 12, 16), lambda x: x.mul_(2.0)),
+    "a view of a tensor": (lambda: torch.ones(4, 12, 16), lambda x: x[:, 1:].zero_()),
+    "a list": (list, lambda calls: calls.append(1)),
+    "a mapping": (dict, lambda seen: seen.update(n=len(seen))),
+    "a set": (set, lambda seen: seen.add(len(seen))),
+    "an array": (lambda: np.zeros(3), lambda x: x.fill(7)),
+    "an object": (Counter, Counter.add),
+    "an empty cache": (DynamicCache, lambda cache: cache.update(X[:, None], X[:, None], 0)),
+    "a static cache": (lambda: {"length": torch.zeros(1)}, lambda cache: cache["length"].add_(12)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_forward_that_writes_into_its_batch_changes_no_probe(name: str) -> None:
+    made, write = WRITES[name]
+    met: list[str] = []
+
+    class Writer(WithExtra):
+        def forward(self, src: Tensor, extra: Any) -> Tensor:
+            met.append(repr(vars(extra) if isinstance(extra, Counter) else extra))
+            src.mul_(0.5)
+            write(extra)
+            return super().forward(src, extra)
+
+    src, extra = X.clone(), made()
+    with AttentionMonitor(Writer(), {"src": src, "extra": extra}, record=None, alerts=False) as monitor:
+        first, second = (monitor.sample(step).values["energy_rms"]["self_attn"] for step in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(src, X)
+    assert len({repr(vars(extra) if isinstance(extra, Counter) else extra), *met}) == 1
 
 
 def test_batch_with_a_sparse_entry_per_sequence_is_not_halved() -> None:
