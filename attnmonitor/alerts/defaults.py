@@ -66,9 +66,12 @@ def _sudden_fall(reading: Reading, level: float) -> Threshold:
     return Threshold(metric, "change", reading, fire_below=level, clear_above=level / 2, window=5, gap=2, quantile=0.25)
 
 
-def _far_below_the_model(metric: str) -> Threshold:
-    """A thousandth of the model's median head: where most heads of a layer are at fault, they are no reference."""
-    return Threshold(metric, "offset", fire_below=-7.0, clear_above=-6.0)
+def _zero_beside_the_model(metric: str) -> Threshold:
+    """As good as zero beside the model's median head, for layers in which most heads are at fault.
+
+    The first layer of a healthy post-norm model, which reads small embeddings, is at -7 (energy) and -4 (values).
+    """
+    return Threshold(metric, "offset", fire_below=-10.0, clear_above=-9.0)
 
 
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
@@ -86,11 +89,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
                 Threshold("energy_rms", "peers", fire_below=-4.0, clear_above=-3.0),
                 Threshold("energy_rms", "value", fire_below=-3.0, clear_above=-2.5),
             ),
-            AllOf(
-                _far_below_the_model("energy_rms"),
-                # Where tokens become alike with depth, as at the start of a deep post-norm model, heads are at -8.
-                Threshold("energy_rms", "value", fire_below=-11.5, clear_above=-10.5),
-            ),
+            _zero_beside_the_model("energy_rms"),
         ),
         least_heads=LEAST_HEADS,
         patience=1,
@@ -116,7 +115,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "kv_head",
         AnyOf(
             Threshold("value_rms", "peers", fire_below=-1.8, clear_above=-1.4),
-            _far_below_the_model("value_rms"),
+            _zero_beside_the_model("value_rms"),
             # Whatever the head attends to, it reads the same, and the other heads of its layer do not.
             AllOf(
                 Threshold("value_spread", "peers", fire_below=-5.0, clear_above=-4.0),
@@ -140,7 +139,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
                 Threshold("output_share", "peers", fire_below=-3.0, clear_above=-2.0),
             ),
             Threshold("output_rms", "peers", fire_below=-2.2, clear_above=-1.6),
-            _far_below_the_model("output_share"),
+            _zero_beside_the_model("output_share"),
         ),
         least_heads=LEAST_HEADS,
         grace=0,
@@ -280,7 +279,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
             Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
             Threshold("key_norm_participation", "value", "identity", fire_below=0.25, clear_above=0.35, quantile=0.5),
             # All heads are dead. Queries that are zero at initialization are not, from the first steps on.
-            Threshold("energy_rms", "value", fire_below=-11.5, clear_above=-10.5, quantile=1.0),
+            Threshold("energy_rms", "value", fire_below=-14.0, clear_above=-13.0, quantile=1.0),
         ),
         grace=0,
     ),
