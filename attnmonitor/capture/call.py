@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.comparison import Comparison
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.layouts import Layout
-from attnmonitor.capture.verify import HIDDEN, Comparison, RebuiltRows, checked_rows, grouped_product
+from attnmonitor.capture.verify import HIDDEN, RebuiltRows, checked_rows, grouped_product
 
 __all__ = ["AttentionCall", "CaptureReport", "by_document", "with_own_rows"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.verify import deviations
+from attnmonitor.capture.comparison import deviations
 from attnmonitor.functional.averages import mean_of_sums, sequence_sums, spread_of_sums
 from attnmonitor.measurement.reduction import Reduction
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
+from attnmonitor.capture.comparison import Comparison, deviations
 from attnmonitor.capture.documents import Documents
-from attnmonitor.capture.verify import Comparison, deviations
 from attnmonitor.functional.queries import QueryGram
 from attnmonitor.measurement.reduction import layer_heads
 from attnmonitor.measurement.trust import mismatch

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture import AttentionCall
-from attnmonitor.capture.verify import Comparison
+from attnmonitor.capture.comparison import Comparison
 from attnmonitor.functional import query_gram
 from attnmonitor.functional.checks import num_positions
 from attnmonitor.functional.eigenvalues import Steps, solved

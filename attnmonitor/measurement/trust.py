@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.verify import deviation_where_finite
+from attnmonitor.capture.comparison import deviation_where_finite
 from attnmonitor.measurement.collected import Key
 from attnmonitor.measurement.reduction import ReducedLayer
 from attnmonitor.sample import LayerCoverage
