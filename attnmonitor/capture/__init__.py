@@ -14,7 +14,7 @@
 6. ``modules.py`` names the layer. ``ancestries.py`` follows what tensors are made of, from which ``heads.py`` tells
    heads from sequences, and ``findings.py`` self from cross attention. ``examination.py`` finds masks, padding and
    documents; ``layouts.py`` keeps what was found of a layer.
-7. ``verify.py`` rebuilds a few rows of the layer's output from q, k and scale and compares.
+7. ``verify.py`` rebuilds a few rows of the layer's output from q, k and scale; ``comparison.py`` compares.
 8. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
    the modules that look like attention but gave no record. Nothing stays on the model.
 
