@@ -28,7 +28,8 @@ from attnmonitor import DEFAULT_METRICS
 from attnmonitor.capture import AttentionCall, Layout, capture_attention
 from attnmonitor.capture.verify import NUM_CHECKED_ROWS
 from attnmonitor.functional import query_gram
-from attnmonitor.measurement.attention_values import kept_rows, kept_values
+from attnmonitor.functional.values import Values
+from attnmonitor.measurement.attention_values import kept_rows
 from attnmonitor.measurement.reduction import LARGEST_BATCH_ELSEWHERE
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
@@ -148,14 +149,14 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
         kept: list[LayerHeads] = []
 
         def emit(call: AttentionCall) -> None:
-            others = {"values": kept_values(call), "rows": kept_rows(call)}
-            kept[:] = [LayerHeads(query_gram(call.query), call.key, call.scale, **others)]
+            assert call.value is not None
+            values = Values(call.value, call.key_mask, call.key.shape[1])  # a CPU keeps their moments
+            kept[:] = [LayerHeads(query_gram(call.query), call.key, call.scale, values=values, rows=kept_rows(call))]
 
         def sample() -> None:
             with capture_attention(layer, emit, layouts=NoMasks()):
                 layer(x)
-            as_on_a_gpu = [replace(layer, key=layer.key.double()) for layer in kept if layer.key is not None]
-            head_statistics(as_on_a_gpu, DEFAULT_METRICS, method="randomized")
+            head_statistics([as_on_a_gpu(layer) for layer in kept], DEFAULT_METRICS, method="randomized")
 
         found = {"forward": products(lambda: layer(x)), "sample": products(sample)}
         found["kept bytes"] = sum(x.numel() * x.element_size() for x in tensors(kept[0]))
@@ -164,6 +165,18 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
             seconds = interleaved({"forward": lambda: layer(x), "sample": sample}, repeats=3)
             found["share of time"] = ratio(seconds["sample"], seconds["forward"]) - 1
     return found
+
+
+def as_on_a_gpu(layer: LayerHeads) -> LayerHeads:
+    """The layer in float64, of which a CPU reads no value to decide how to go on; a GPU never does."""
+    assert layer.key is not None and layer.rows is not None and isinstance(layer.values, Values)
+    output = None if layer.rows.output is None else layer.rows.output.double()
+    return replace(
+        layer,
+        key=layer.key.double(),
+        values=replace(layer.values, value=layer.values.value.double()),
+        rows=replace(layer.rows, logits=layer.rows.logits.double(), output=output),
+    )
 
 
 def products(work: Callable[[], object]) -> float:

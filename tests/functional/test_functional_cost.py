@@ -25,7 +25,7 @@ from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.metrics.statistics import LayerHeads, head_statistics
 from benchmarks.cost.gpu.launches import CountLaunches
-from benchmarks.cost.scale import NoMasks
+from benchmarks.cost.scale import SHAPES, NoMasks, counted, forward_products, kept_bytes, measured_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,6 +222,15 @@ def test_measurement_runs_off_the_cpu(method, masked):
         "certified",
     }
     assert {value.device.type for value in found.values()} == {"cuda"}
+
+
+def test_counts_of_a_large_model_are_near_its_formulas():
+    """The real code on fake tensors, as `benchmarks.cost.scale` prints it."""
+    shape = SHAPES[-1]
+    found = counted(shape, torch.bfloat16)
+    assert found["forward"] == pytest.approx(forward_products(shape), rel=1e-3)
+    assert found["kept bytes"] == pytest.approx(kept_bytes(shape), rel=1e-3)
+    assert 1 <= (found["sample"] - found["forward"]) / measured_products(shape) < 1.15
 
 
 def peak_bytes(length: int) -> int:
