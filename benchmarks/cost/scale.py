@@ -169,7 +169,9 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
 
 def as_on_a_gpu(layer: LayerHeads) -> LayerHeads:
     """The layer in float64, of which a CPU reads no value to decide how to go on; a GPU never does."""
-    assert layer.key is not None and layer.rows is not None and isinstance(layer.values, Values)
+    assert layer.key is not None
+    assert layer.rows is not None
+    assert isinstance(layer.values, Values)
     output = None if layer.rows.output is None else layer.rows.output.double()
     return replace(
         layer,
