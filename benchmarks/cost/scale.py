@@ -168,7 +168,7 @@ def counted(shape: Shape, dtype: torch.dtype, *, real: bool = False) -> dict[str
 
 
 def as_on_a_gpu(layer: LayerHeads) -> LayerHeads:
-    """The layer in float64, of which a CPU reads no value to decide how to go on; a GPU never does."""
+    """The layer in float64, where a CPU decides nothing by its values, as a GPU does not."""
     assert layer.key is not None
     assert layer.rows is not None
     assert isinstance(layer.values, Values)
