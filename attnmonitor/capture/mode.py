@@ -183,7 +183,11 @@ class AttentionMode(TorchFunctionMode):
             )
             return
         before = self._repeats.original(key)
-        is_repeated = before is not None and before.source.shape[2:] == key.shape[2:]
+        is_repeated = (
+            before is not None
+            and before.source.shape[2:] == key.shape[2:]
+            and before.source.shape[:-2].numel() % lead.num_sequences == 0  # copies that pass for sequences are kept
+        )
         if before is not None and is_repeated:
             named["key"] = before.source
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))

@@ -174,6 +174,21 @@ def test_copies_of_other_axes_are_kept(copies: Repeat, attend: Callable[..., Ten
     assert call.error < 1e-6
 
 
+@pytest.mark.parametrize("attend", [by_sdpa, by_matmul], ids=lambda f: f.__name__)
+def test_one_head_that_all_operands_repeat_is_measured(attend: Callable[..., Tensor]) -> None:
+    class OneHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return attend(*(part[:, None].repeat(1, 3, 1, 1) for part in self.qkv(x).chunk(3, -1)))
+
+    (call,) = captured(OneHead(), x=torch.randn(2, 5, 8)).calls
+    assert call.query.shape == call.key.shape
+    assert call.error < 1e-6
+
+
 def rotated(k: Tensor) -> Tensor:
     angles = torch.arange(float(k.shape[2]))[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
     return k * angles.cos() + torch.cat((-k[..., 2:], k[..., :2]), -1) * angles.sin()
