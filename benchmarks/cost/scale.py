@@ -233,7 +233,7 @@ def main() -> None:
             f"| {shape.name} | {kept_bytes(shape) / 1e9:.2f} | {found['kept bytes'] / 1e9:.2f} "
             f"| {shape.tensor_parallel} | {pending_bytes(shape) / 1e9:.2f} |"
         )
-    print("\n| model | FSDP gathers | in | tensor parallel sums | in | the monitor gathers |")
+    print("\n| model | FSDP gathers | in | tensor parallel sums | in | the monitor exchanges |")
     for shape in SHAPES:
         gathered = 2 * shape.weights / shape.tensor_parallel
         summed = 2 * shape.num_layers * SEQUENCES * LENGTH * shape.width * 2 * (shape.tensor_parallel > 1)
