@@ -91,7 +91,7 @@ def threshold_finding(
         threshold,
         metric_past,
         frozen=frozen.grown_to(len(heads)),
-        is_frozen=has_alarm if threshold.quantile is None else heads.per_head(has_alarm),
+        is_frozen=heads.per_head(has_alarm) if rule.scope in ("layer", "run") else has_alarm,
         least_heads=rule.least_heads,
     )
     value, baseline = metric_past.rows[-1], invert_reading(threshold.reading, reference.base)
@@ -99,7 +99,7 @@ def threshold_finding(
     if threshold.quantile is not None:
         per_layer = rule.scope == "layer"
         signal, value, baseline = (
-            heads.quantile(row, threshold.quantile, per_layer=per_layer, least=sign > 0)
+            heads.quantile(row, threshold.quantile, per_layer=per_layer, least=sign > 0).expand(len(has_alarm))
             for row in (signal, value, baseline)
         )
     if threshold.signal == "peers":

@@ -12,13 +12,17 @@ healthy heads reach the extremes of all of them.
 
 from __future__ import annotations
 
-from attnmonitor.alerts.rules import GRACE, AllOf, AnyOf, FiringShare, Reading, Rule, Signal, Threshold
+from attnmonitor.alerts.rules import GRACE, AllOf, AnyOf, Condition, FiringShare, Reading, Rule, Signal, Threshold
 
 __all__ = ["DEFAULT_RULES"]
 
 
 OWN_SHARE = 0.25
 """Share of a contrast that a head's own change must make up."""
+
+LEAST_ENERGY = 1.0
+"""Standard deviation of the logits, in a quarter of the heads, from which fading and sinks are judged. Queries and keys
+drawn at random give 0.8 to 1.2; QK-normalized heads of 8 dimensions stay at 1.0 to 1.3 while they learn."""
 
 LEAST_HEADS = 6
 """From so many heads on, their median cancels what all share. With fewer there is only the head's own past."""
@@ -72,6 +76,16 @@ def _zero_beside_the_model(metric: str) -> Threshold:
     The first layer of a healthy post-norm model, which reads small embeddings, is at -7 (energy) and -4 (values).
     """
     return Threshold(metric, "offset", fire_below=-10.0, clear_above=-9.0)
+
+
+def _while_heads_attend(when: Condition) -> AllOf:
+    """The same, unless the logits of most heads are as small as those of a random start.
+
+    Then every head attends nearly uniformly, whatever its queries and keys are, and without anything to learn some
+    drift or decay. An alarm that has begun lasts: a fault may make the logits small.
+    """
+    sharp = Threshold("energy_rms", "value", "identity", fire_above=LEAST_ENERGY, clear_below=0.0, quantile=0.75)
+    return AllOf(when, sharp)
 
 
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
@@ -192,9 +206,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "query_faded",
         "dead_head",
         "query_head",
-        AnyOf(
-            _apart_from_others("query_rms", -0.42, -2.2, offset=-0.1),
-            _slow_drift("query_rms", -0.95, -4.0, offset=-0.1),
+        _while_heads_attend(
+            AnyOf(
+                _apart_from_others("query_rms", -0.42, -2.2, offset=-0.1),
+                _slow_drift("query_rms", -0.95, -4.0, offset=-0.1),
+            )
         ),
         least_heads=LEAST_HEADS,
     ),
@@ -202,8 +218,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "key_faded",
         "dead_head",
         "kv_head",
-        AnyOf(
-            _apart_from_others("key_rms", -0.42, -2.5, offset=-0.1), _slow_drift("key_rms", -0.95, -4.0, offset=-0.1)
+        _while_heads_attend(
+            AnyOf(
+                _apart_from_others("key_rms", -0.42, -2.5, offset=-0.1),
+                _slow_drift("key_rms", -0.95, -4.0, offset=-0.1),
+            )
         ),
         least_heads=LEAST_HEADS,
     ),
@@ -211,22 +230,24 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "energy_cold",
         "dead_head",
         "query_head",
-        _apart_from_others("energy_rms", -1.0, -3.5, offset=-0.1),
+        _while_heads_attend(_apart_from_others("energy_rms", -1.0, -3.5, offset=-0.1)),
         least_heads=LEAST_HEADS,
     ),
     Rule(
         "key_sink",
         "key_sink",
         "kv_head",
-        AnyOf(
-            _apart_from_others("key_leverage_max", -0.4, -2.2, "log_slack"),
-            # It jumps where the number of directions that hold 90 % of the keys changes by one.
-            _apart_from_others("key_incoherence", 0.4, 4.0),
-            # Each of the two fluctuates for its own reasons, a few dominant keys move both: lower levels for both.
-            AllOf(
-                _apart_from_others("key_leverage_max", -0.3, -1.5, "log_slack"),
-                _apart_from_others("key_incoherence", 0.2, 1.5),
-            ),
+        _while_heads_attend(
+            AnyOf(
+                _apart_from_others("key_leverage_max", -0.4, -2.2, "log_slack"),
+                # It jumps where the number of directions that hold 90 % of the keys changes by one.
+                _apart_from_others("key_incoherence", 0.4, 4.0),
+                # Each of the two fluctuates for its own reasons, a few dominant keys move both: lower levels for both.
+                AllOf(
+                    _apart_from_others("key_leverage_max", -0.3, -1.5, "log_slack"),
+                    _apart_from_others("key_incoherence", 0.2, 1.5),
+                ),
+            )
         ),
         least_heads=LEAST_HEADS,
     ),
@@ -234,7 +255,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "key_rank",
         "rank_collapse",
         "kv_head",
-        _apart_from_others("key_participation_ratio", -0.8, -5.0, "log_excess"),
+        _while_heads_attend(_apart_from_others("key_participation_ratio", -0.8, -5.0, "log_excess")),
         least_heads=LEAST_HEADS,
     ),
     # Rotary positions spread keys of rank 1 over several directions: there only the weights show the collapse.
@@ -259,12 +280,13 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         optional=True,
     ),
     # The tokens of deep layers become one vector: whatever a head attends to, it reads the same. The keys show it too,
-    # but not under rotary positions, which turn one key into many.
+    # but not under rotary positions, which turn one key into many. A model that has nothing to learn comes to tell its
+    # tokens apart by e^-7 only; where signals die with depth they fall below e^-9 within ten samples.
     Rule(
         "depth_collapse",
         "rank_collapse",
         "layer",
-        Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=1.0),
+        Threshold("value_spread", "value", fire_below=-8.0, clear_above=-6.9, quantile=1.0),
         grace=0,
         optional=True,
     ),
@@ -287,7 +309,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "tokens_alike",
         "broken_start",
         "run",
-        Threshold("value_spread", "value", fire_below=-6.9, clear_above=-5.8, quantile=0.25),
+        Threshold("value_spread", "value", fire_below=-8.0, clear_above=-6.9, quantile=0.25),
         grace=0,
         optional=True,
     ),

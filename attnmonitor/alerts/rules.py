@@ -61,7 +61,8 @@ class Threshold:
         window: Samples in the baseline.
         gap: Samples between the baseline's end and now.
         quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used; between two
-            heads, the one that is further from firing.
+            heads, the one that is further from firing. In a rule about heads, with signal ``"value"``: the quantile
+            over all heads of the model, the same for each.
         skip: Samples at the beginning of a head's past that belong to no baseline.
     """
 
@@ -88,11 +89,14 @@ class Threshold:
         _make_whole(self, "window", 1)
         _make_whole(self, "gap", 1)
         _make_whole(self, "skip", 0)
+        if self.quantile is not None and not 0.0 <= self.quantile <= 1.0:
+            raise ValueError(f"quantile={self.quantile!r}: must be in [0, 1]")
         if scope in ("layer", "run"):
-            if self.quantile is None or not 0.0 <= self.quantile <= 1.0:
-                raise ValueError(f"quantile={self.quantile!r}: a rule of scope {scope!r} needs a quantile in [0, 1]")
+            if self.quantile is None:
+                raise ValueError(f"quantile=None: a rule of scope {scope!r} needs a quantile in [0, 1]")
         elif self.quantile is not None:
-            raise ValueError(f"quantile={self.quantile!r}: only rules of scope 'layer' or 'run' take a quantile")
+            if self.signal != "value":
+                raise ValueError(f"quantile={self.quantile!r}: in a rule about heads it needs signal='value'")
         elif METRICS[self.metric].scope != scope:
             raise ValueError(f"scope={scope!r}: {self.metric} belongs to scope {METRICS[self.metric].scope!r}")
 

@@ -7,6 +7,7 @@ batch, and returns the batch to train on.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -137,3 +138,20 @@ CHANGES: dict[str, Change] = {
     "layer-wise rates": decay_by_layer,
     "low-rank fine-tuning": adapt_low_rank,
 }
+
+
+def do_not_clip(run: Run, since: int, batch: Tensor) -> Tensor:
+    """Leave gradients as large as they are."""
+    run.largest_gradient = math.inf
+    return batch
+
+
+def grow_rate(run: Run, since: int, batch: Tensor) -> Tensor:
+    """Double the learning rate ten times over the last four fifths of the run, without clipping gradients."""
+    share = since / run.setting.num_steps
+    run.rate_factor = 2.0 ** max(0.0, 12.5 * (share - 0.2))
+    return do_not_clip(run, since, batch)
+
+
+CARELESS: dict[str, Change] = {"no clipping": do_not_clip, "growing rate": grow_rate}
+"""How training may be set up from its first step so that its loss comes to rise."""

@@ -1,4 +1,4 @@
-"""What the runs train on: Python's documentation, Python's source, noise, and drawn images; never a download."""
+"""What the runs train on: Python's documentation and source, noise, random walks, drawn images; never a download."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def batch_at(setting: Setting, step: int) -> Batch:
     draw = torch.Generator().manual_seed(setting.seed * 100_003 + step)
     if setting.family == "vit":
         return _images(setting, draw)
-    if setting.data == "noise":
-        shape = (setting.batch_size, setting.shape.length + 1)
-        return torch.randint(setting.shape.vocabulary, shape, generator=draw)
+    if setting.data != "text":
+        shape, vocabulary = (setting.batch_size, setting.shape.length + 1), setting.shape.vocabulary
+        drawn = torch.randint(vocabulary, shape, generator=draw)
+        return drawn if setting.data == "noise" else (drawn % 5 - 2).cumsum(dim=1) % vocabulary
     prose, code = texts(setting.shape.vocabulary)
     is_new = setting.new_text_at is not None and step >= setting.new_text_at
     text = code if is_new else prose
@@ -48,7 +49,7 @@ def probe_of(setting: Setting) -> Tensor:
 
 
 def _images(setting: Setting, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return striped images under noise as patches, and the class of their direction and width of stripes."""
+    """Return striped images under noise as patches, and the class of their direction of stripes, or a class drawn."""
     side = round(setting.shape.length**0.5)
     labels = torch.randint(setting.shape.vocabulary, (setting.batch_size,), generator=draw)
     angle = labels[:, None, None] * torch.pi / setting.shape.vocabulary
@@ -56,4 +57,6 @@ def _images(setting: Setting, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     down, right = torch.meshgrid(torch.arange(4.0 * side), torch.arange(4.0 * side), indexing="ij")
     stripes = (0.8 * (down * angle.cos() + right * angle.sin()) + phase).sin()
     images = stripes + 0.5 * torch.randn(stripes.shape, generator=draw)
+    if setting.data == "noise":
+        labels = torch.randint(setting.shape.vocabulary, (setting.batch_size,), generator=draw)
     return images.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3).flatten(1, 2).contiguous(), labels

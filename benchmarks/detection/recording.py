@@ -36,7 +36,7 @@ class Setting:
     new_text_at: int | None = None  # step from which the text is of another kind
     batch_size: int = 4
     layout: Layout = "pre_norm"
-    data: Literal["text", "noise"] = "text"
+    data: Literal["text", "noise", "walk"] = "text"
     change: str = ""  # name of what training does differently, from `changes.CHANGES`
     change_at: int = 300
     sample_every: int = 10

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnmonitor import AttentionMonitor
 from attnmonitor.functional import interaction_participation_ratio
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from benchmarks.detection.changes import CHANGES
+from benchmarks.detection.changes import CARELESS, CHANGES
 from benchmarks.detection.data import batch_at, probe_of
 from benchmarks.detection.faults import Fault, Injection
 from benchmarks.detection.models import Attention, TinyLM, TinyViT
@@ -40,6 +40,7 @@ class Run:
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
     rate_factor: float = 1.0  # of a change of the learning rate
+    largest_gradient: float = 1.0  # norm to which gradients are clipped
     average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, where a change needs it
 
     @classmethod
@@ -88,11 +89,11 @@ class Run:
     def _step(self, step: int, injection: Injection | None) -> None:
         batch = batch_at(self.setting, step)
         if self.setting.change:
-            batch = CHANGES[self.setting.change](self, step - self.setting.change_at, batch)
+            batch = (CHANGES | CARELESS)[self.setting.change](self, step - self.setting.change_at, batch)
         loss = self.model.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.largest_gradient)
         self.loss.append(loss.item())
         self.gradient_norm.append(norm.item())
         half = self.setting.num_steps // 2

@@ -227,6 +227,31 @@ def test_sizes_of_heads_of_two_dimensions_are_not_judged(head_dim, rules):
     assert [event.rule for events in found for event in events if event.severity == "warning"] == rules
 
 
+@pytest.mark.parametrize(
+    ("metric", "faulty", "rule"),
+    [
+        ("query_rms", 0.4, "query_faded"),
+        ("key_rms", 0.4, "key_faded"),
+        ("energy_rms", 0.1, "energy_cold"),
+        ("key_leverage_max", 0.98, "key_sink"),
+        ("key_participation_ratio", 1.1, "key_rank"),
+    ],
+)
+def test_fading_and_sinks_need_logits_that_matter(metric, faulty, rule):
+    """Where all logits are as small as those of a random start nothing is named; an alarm that began before lasts."""
+    for small_from, found in ((0, []), (45, [(rule, 41)])):
+        run, watch = healthy_run(70), Alerts([each for each in DEFAULT_RULES if each.name == rule])
+        for index, sample in enumerate(run):
+            if index >= 40:
+                sample[metric]["layers.1"][2] = faulty
+            if index >= small_from:
+                for heads in sample["energy_rms"].values():
+                    heads[:] = [0.3 * energy for energy in heads]
+        events = [event for index, sample in enumerate(run) for event in watch.observe(tensors(sample), index)]
+        assert [(event.rule, event.global_step) for event in events if event.severity == "warning"] == found
+        assert len(watch.firing) == len(found)
+
+
 def test_logits_may_grow_in_all_heads_while_they_are_small():
     """Where a model learns at once all heads sharpen; the softmax of no one freezes below ln 4."""
     for grown, rules in ((3.0, []), (6.0, ["mass_shift"])):

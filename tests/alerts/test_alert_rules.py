@@ -75,8 +75,9 @@ def test_bounds_of_levels_quantiles_and_shares():
     for quantile in (-0.1, 1.1, None):
         with pytest.raises(ValueError, match=f"quantile={quantile}"):
             Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=quantile).check("layer")
-    with pytest.raises(ValueError, match="only rules of scope 'layer' or 'run' take a quantile"):
-        Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=0.5).check("query_head")
+    Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=0.5).check("kv_head")  # of all heads of the model
+    with pytest.raises(ValueError, match=r"quantile=0\.5: in a rule about heads it needs signal='value'"):
+        Threshold("query_rms", "change", fire_above=1.0, clear_below=1.0, quantile=0.5).check("query_head")
     FiringShare(heads=1.0, layers=1.0, clear_heads=1.0).check("run")
     for name in ("heads", "layers", "clear_heads"):
         for share in (0.0, 1.01):

@@ -142,6 +142,15 @@ def test_layer_and_run_rules_use_quantiles_over_heads():
     assert (event.layer, event.head) == (None, None)
 
 
+@pytest.mark.parametrize(("quantile", "named"), [(0.75, [("b", 1)]), (0.5, [])])
+def test_rules_about_heads_may_ask_for_a_quantile_over_all(quantile, named):
+    """The keys of one KV head are large; three of six query heads, in both layers, are."""
+    own = Threshold("key_rms", "value", "identity", fire_above=2.0, clear_below=1.0)
+    rule = plain_rule(scope="kv_head", when=AllOf(own, replace(own, metric="query_rms", quantile=quantile)))
+    samples = [{"query_rms": {"a": [0, 9, 0], "b": [9, 9, 0]}, "key_rms": {"a": [0], "b": [0, 5]}}] * 3
+    assert [(event.layer, event.head) for event in events_of(rule, samples)] == named
+
+
 @pytest.mark.parametrize(
     ("fields", "values", "message"),
     [

@@ -38,6 +38,7 @@ def sick_run(num_samples: int = 50, onset: int = 35) -> list[tuple[int, dict, No
             for metric in metrics
         }
         values["key_participation_ratio"] = {layer: v + 8 for layer, v in values["key_participation_ratio"].items()}
+        values["energy_rms"] = {layer: v + 1 for layer, v in values["energy_rms"].items()}
         values["key_norm_participation"] = {layer: v + 0.4 for layer, v in values["key_norm_participation"].items()}
         if index >= onset:
             values["query_rms"]["layers.1"][2] *= 0.2

@@ -1,0 +1,61 @@
+"""Count alarms on runs in which attention has nothing to learn, or next to nothing.
+
+    python -m benchmarks.detection.noise --docs docs/alert-evaluation.md
+
+trains on tokens and labels that are drawn at random, and on random walks, of which only the last position tells, with
+heads of several sizes. Queries and keys drift or decay then, and no head is at fault. The first call takes about two
+minutes on one core, later ones read the recordings from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
+from benchmarks.detection.document import publish
+from benchmarks.detection.models import FAMILIES, Shape
+from benchmarks.detection.natural import control_table
+from benchmarks.detection.recording import Recording, Setting
+from benchmarks.detection.runs import recordings
+from benchmarks.detection.score import cached, rule_detector
+
+SETS = {"dev": (61, 62), "report": (9201, 9202)}
+"""Seeds."""
+
+
+def settings(name: str) -> Iterator[tuple[str, Setting]]:
+    """Yield the runs of a set, each with what it trains on."""
+    for seed in SETS[name]:
+        for head_dim in (2, 4, 8, 16):
+            shape = Shape(3, 4, head_dim, length=24)
+            for family in FAMILIES:
+                of_tokens = Setting(family, seed, 2e-3, shape, num_steps=300, sample_every=5, data="noise")
+                yield f"random tokens, heads of size {head_dim}", of_tokens
+        for family in FAMILIES:
+            walk = Setting(family, seed, 2e-3, Shape(3, 4, 8, length=48), num_steps=300, sample_every=5, data="walk")
+            yield "random walk", walk
+        labels = Setting("vit", seed, 2e-3, Shape(3, 4, 8, vocabulary=8, length=64), num_steps=300, sample_every=5)
+        yield "random labels of images", replace(labels, data="noise")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "noise")
+    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs: dict[str, list[Recording]] = {}
+    for title, setting in settings(arguments.name):
+        runs.setdefault(title, []).extend(recordings(setting, [], arguments.cache / arguments.name))
+        print(title, setting.family, setting.seed, flush=True)
+    publish(control_table(runs, cached(rule_detector(COLLECTED_BY_DEFAULT))), "noise", arguments.docs)
+
+
+if __name__ == "__main__":
+    main()
