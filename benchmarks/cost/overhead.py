@@ -126,16 +126,15 @@ def share_of_training(repeats: int) -> dict[str, float]:
         with quiet(model):
             probe.run(model)
 
-    seconds = interleaved(
-        {"step": step, "probe forward": bare, "default": default.take, "with opt-in": opted.take}, repeats
-    )
-    return {
-        "step_seconds": statistics.median(seconds["step"]),
-        **{
-            name: ratio(seconds[name], seconds["step"]) / DEFAULT_STEPS_BETWEEN_SAMPLES
-            for name in ("probe forward", "default", "with opt-in")
-        },
+    samples: dict[str, Callable[[], object]] = {
+        "probe forward": bare,
+        "eigenproblems": eigenproblems(model, probe),
+        "default": default.take,
+        "with opt-in": opted.take,
     }
+    seconds = interleaved({"step": step, **samples}, repeats)
+    shares = {name: ratio(seconds[name], seconds["step"]) / DEFAULT_STEPS_BETWEEN_SAMPLES for name in samples}
+    return {"step_seconds": statistics.median(seconds["step"]), **shares}
 
 
 def gpt_30m(vocabulary: int) -> SmallGPT:
@@ -173,7 +172,7 @@ def main() -> None:
 
     training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
     print("\nslowdown of training with the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
-    for column in ("probe forward", "default", "with opt-in"):
+    for column in ("probe forward", "eigenproblems", "default", "with opt-in"):
         print(f"{column:34s}{training[column]:10.2%}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2))

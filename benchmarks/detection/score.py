@@ -61,12 +61,12 @@ def rule_detector(rules: Iterable[Rule], stride: int = 1) -> Detector:
 
 def cached(detector: Detector) -> Detector:
     """Return the same detector, computing each recording once."""
-    known: dict[int, list[Alarm]] = {}
+    known: dict[int, tuple[Recording, list[Alarm]]] = {}  # which keeps the recording: another could have its id later
 
     def alarms(recording: Recording) -> list[Alarm]:
         if id(recording) not in known:
-            known[id(recording)] = detector(recording)
-        return known[id(recording)]
+            known[id(recording)] = recording, detector(recording)
+        return known[id(recording)][1]
 
     return alarms
 
