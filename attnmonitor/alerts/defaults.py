@@ -88,6 +88,9 @@ def _while_heads_attend(when: Condition) -> AllOf:
     return AllOf(when, sharp)
 
 
+LARGE_LOGITS = Threshold("energy_rms", "value", fire_above=0.0, clear_below=-0.7)
+"""A head's own logits spread by more than 1: below that it attends nearly uniformly, however much it has grown."""
+
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
 """A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
 
@@ -175,15 +178,18 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "logit_blowup",
         "query_head",
         # Queries that grow while their keys, or their overlap with them, shrink are no blowup: the logits must follow.
-        AnyOf(
-            AllOf(
-                _apart_from_others("query_rms", 0.55, 2.8, offset=0.2),
-                Threshold("energy_rms", fire_above=0.25, clear_below=0.1),
+        AllOf(
+            AnyOf(
+                AllOf(
+                    _apart_from_others("query_rms", 0.55, 2.8, offset=0.2),
+                    Threshold("energy_rms", fire_above=0.25, clear_below=0.1),
+                ),
+                AllOf(
+                    _slow_drift("query_rms", 0.8, 4.0, offset=0.2),
+                    Threshold("energy_rms", fire_above=0.25, clear_below=0.1, window=20, gap=40, skip=GRACE),
+                ),
             ),
-            AllOf(
-                _slow_drift("query_rms", 0.8, 4.0, offset=0.2),
-                Threshold("energy_rms", fire_above=0.25, clear_below=0.1, window=20, gap=40, skip=GRACE),
-            ),
+            LARGE_LOGITS,
         ),
         least_heads=LEAST_HEADS,
     ),
@@ -199,7 +205,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         "energy_hot",
         "logit_blowup",
         "query_head",
-        _apart_from_others("energy_rms", 1.3, 4.0, offset=0.2),
+        AllOf(_apart_from_others("energy_rms", 1.3, 4.0, offset=0.2), LARGE_LOGITS),
         least_heads=LEAST_HEADS,
     ),
     Rule(

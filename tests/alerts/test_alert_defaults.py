@@ -304,6 +304,16 @@ def test_heads_at_zero_are_named_without_a_past(metric, rule, patience, broken):
     assert "nan" not in "".join(event.message for event in found)
 
 
+@pytest.mark.parametrize(("size", "rules"), [(0.1, set()), (1.0, {"query_grown", "energy_hot"})])
+def test_small_logits_that_grow_are_no_blowup(size, rules):
+    run = healthy_run(60)
+    for index, sample in enumerate(run):
+        sample["energy_rms"] = {layer: [size * x for x in heads] for layer, heads in sample["energy_rms"].items()}
+        for moved in ("query_rms", "energy_rms"):
+            sample[moved]["layers.1"][2] *= 5.0 if index >= 40 else 1.0
+    assert {event.rule for event in events_of(list(DEFAULT_RULES), run) if event.head == 2} == rules
+
+
 def test_run_whose_heads_are_all_dead_is_named():
     run = healthy_run(2)
     for sample in run:
