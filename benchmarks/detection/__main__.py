@@ -10,7 +10,6 @@ and the rules that were scored into the document's folder. Thresholds were chose
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,7 +17,7 @@ import torch
 
 from attnmonitor.alerts import DEFAULT_RULES, save_rules
 from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
-from benchmarks.detection.document import publish
+from benchmarks.detection.document import command_line, publish
 from benchmarks.detection.pictures import pictures
 from benchmarks.detection.runs import SAMPLE_EVERY
 from benchmarks.detection.score import cached, median_delay, rule_detector, score
@@ -67,11 +66,7 @@ def measured_section(runs: RecordedSet, name: str, images: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "", SETS).parse_args()
     torch.set_num_threads(1)
     mpl.use("Agg")
     images = (arguments.docs.parent if arguments.docs else arguments.cache) / "images"

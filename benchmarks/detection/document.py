@@ -1,7 +1,8 @@
-"""Tables in Markdown, and the sections of a document that a benchmark writes."""
+"""Tables in Markdown, the sections of a document that a benchmark writes, and the arguments of its command."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,3 +39,19 @@ def publish(section: str, name: str, document: Path | None) -> None:
     before, rest = document.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
     document.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
+
+
+def command_line(description: str, cache: str, sets: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser of what all these commands take: the cache, the document, and the set where there are some.
+
+    Args:
+        description: The docstring of the command; its first line is shown.
+        cache: Folder of the command's recordings, in that of all.
+        sets: Names of the sets to choose from.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    if sets:
+        parser.add_argument("--set", choices=sorted(sets), default="report", dest="name")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / cache)
+    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
+    return parser

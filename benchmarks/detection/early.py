@@ -10,7 +10,6 @@ long (about twenty minutes on one core).
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import DEFAULT_RULES
 from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from benchmarks.detection.document import publish, table
+from benchmarks.detection.document import command_line, publish, table
 from benchmarks.detection.models import Shape
 from benchmarks.detection.recording import Recording, SampleValues, Setting, cache_name, load, recording_of, save
 from benchmarks.detection.score import rule_detector
@@ -117,10 +116,7 @@ def measured_section(cache: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "early")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "early").parse_args()
     torch.set_num_threads(1)
     publish(measured_section(arguments.cache), "early", arguments.docs)
 

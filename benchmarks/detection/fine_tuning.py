@@ -10,15 +10,13 @@ are kept in a cache: only the first call takes long (about a quarter of an hour 
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from attnmonitor.alerts import DEFAULT_RULES
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
-from benchmarks.detection.document import publish, table
+from benchmarks.detection.document import command_line, publish, table
 from benchmarks.detection.faults import Fault
 from benchmarks.detection.natural import Failure, told
 from benchmarks.detection.recording import Recording, Setting
@@ -64,10 +62,7 @@ def measured_section(healthy: dict[str, Recording], broken: list[Recording]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "fine_tuning")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "fine_tuning").parse_args()
     torch.set_num_threads(1)
     faults = tuple(fault for _, fault in FAULTS.values())
     healthy, broken = {}, []

@@ -10,7 +10,6 @@ more than one way to watch a loss, so three are compared. Recordings are kept in
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 
 from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
 from benchmarks.detection.baselines import spikes
-from benchmarks.detection.document import publish, share, share_and_interval, table
+from benchmarks.detection.document import command_line, publish, share, share_and_interval, table
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.natural import control_table, gradient_alarm, loss_alarm
 from benchmarks.detection.recording import Recording, Setting
@@ -183,11 +182,7 @@ def measured_section(name: str, cache: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "leads")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "leads", SETS).parse_args()
     torch.set_num_threads(1)
     publish(measured_section(arguments.name, arguments.cache), "leads", arguments.docs)
 

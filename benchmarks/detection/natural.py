@@ -10,7 +10,6 @@ in a cache: only the first call takes long (about half an hour on one core).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
 from benchmarks.detection.baselines import spikes
 from benchmarks.detection.changes import CHANGES
-from benchmarks.detection.document import publish, share, share_and_interval, table
+from benchmarks.detection.document import command_line, publish, share, share_and_interval, table
 from benchmarks.detection.faults import Fault
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.recording import Recording, Setting
@@ -351,11 +350,8 @@ def measured_section(name: str, cache: Path, kind: str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
+    parser = command_line(__doc__, "natural", SETS)
     parser.add_argument("--only", metavar="KIND", help="failures of one kind of fault, and the runs beside them")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "natural")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     section = measured_section(arguments.name, arguments.cache, arguments.only)

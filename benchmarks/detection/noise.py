@@ -9,15 +9,13 @@ minutes on one core, later ones read the recordings from a cache.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
-from benchmarks.detection.document import publish
+from benchmarks.detection.document import command_line, publish
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.natural import control_table
 from benchmarks.detection.recording import Recording, Setting
@@ -44,11 +42,7 @@ def settings(name: str) -> Iterator[tuple[str, Setting]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=sorted(SETS), default="report", dest="name")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "noise")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "noise", SETS).parse_args()
     torch.set_num_threads(1)
     runs: dict[str, list[Recording]] = {}
     for title, setting in settings(arguments.name):

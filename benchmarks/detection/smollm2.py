@@ -10,7 +10,6 @@ in one head, and replays the default rules on the recordings. These are kept in 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import DEFAULT_RULES
 from benchmarks.detection.changes import low_rank_additions
-from benchmarks.detection.document import publish, share, table
+from benchmarks.detection.document import command_line, publish, share, table
 from benchmarks.detection.faults import Fault, Injection
 from benchmarks.detection.models import Shape
 from benchmarks.detection.recording import Recording, SampleValues, Setting, cache_name, load, recording_of, save
@@ -240,10 +239,7 @@ def alarm_cell(alarms: list[Alarm]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attnmonitor-collapse" / "smollm2")
-    parser.add_argument("--docs", type=Path, help="document whose measured section is rewritten; else printed")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "smollm2").parse_args()
     torch.set_num_threads(1)
     healthy, *broken = recordings(HEALTHY, FAULTS, arguments.cache)
     faster = replace(HEALTHY, learning_rate=10 * HEALTHY.learning_rate)
