@@ -10,14 +10,17 @@ key, written once (``compare_set``), decides whether an exchange has succeeded: 
 also where one is late by about the limit.
 
 A request to the store has no limit of its own: it waits for ever where the machine that hosts the store is gone without
-a word. So an exchange runs in a thread, which is left behind if it does not come back.
+a word. So an exchange runs in a thread, which is left behind if it does not come back. The end of the program waits for
+it a little: up to Python 3.13, a thread that returns from the store while Python ends aborts the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import pickle
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,6 +37,7 @@ _SUCCESS = b"complete"
 _MAX_NAMED = 8  # of missing processes in a message
 
 _num_made: Counter[tuple[int, ...]] = Counter()
+_ends: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # one per thread that asks the store
 
 
 class MissingProcessError(RuntimeError):
@@ -201,24 +205,35 @@ def _in_time(limit: float, requests: Callable[[threading.Event], Any]) -> Any:
         requests: Makes them; called with an event that is set when the limit has passed.
     """
     found: list[tuple[Any, Exception | None]] = []
-    is_over = threading.Event()
+    is_over, has_ended = threading.Event(), threading.Event()
+    _ends.add(has_ended)
 
     def work() -> None:
         try:
             found.append((requests(is_over), None))
         except Exception as error:
             found.append((None, error))
+        finally:
+            has_ended.set()
 
     # A daemon: where the store never answers, the program can still end.
-    thread = threading.Thread(target=work, name="attnmonitor", daemon=True)
-    thread.start()
-    thread.join(limit)  # not by reading a clock, which may stand still
-    if thread.is_alive():
-        is_over.set()
-        thread.join(ANSWER_LIMIT)
+    threading.Thread(target=work, name="attnmonitor", daemon=True).start()
+    try:
+        has_ended.wait(limit)  # not by reading a clock, which may stand still
+    finally:
+        is_over.set()  # also at Ctrl-C, after which `Thread.join` takes a running thread for ended
+    has_ended.wait(ANSWER_LIMIT)
     result, error = found[0] if found else (None, TimeoutError(f"{limit + ANSWER_LIMIT:.3g} s"))
     if isinstance(error, (distributed.DistError, TimeoutError)):
         raise MissingProcessError(f"the processes' common store does not answer: {error}") from error
     if error is not None:
         raise error
     return result
+
+
+@atexit.register
+def _wait_for_threads() -> None:
+    """Wait up to `ANSWER_LIMIT` for each thread that asks the store."""
+    for has_ended in list(_ends):
+        if not has_ended.wait(ANSWER_LIMIT):
+            break  # the others ask the same store

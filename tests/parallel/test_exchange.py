@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -111,21 +114,63 @@ def _host_store(port: Any) -> None:
     time.sleep(600)
 
 
-def test_store_that_does_not_answer_is_given_up() -> None:
+@pytest.fixture
+def host() -> Iterator[tuple[int, int]]:
+    """Yield the process that hosts a store, and its port."""
     context = multiprocessing.get_context("forkserver")
     receive, send = context.Pipe(duplex=False)
-    host = context.Process(target=_host_store, args=(send,), daemon=True)
-    host.start()
-    store = dist.TCPStore("127.0.0.1", receive.recv(), is_master=False, wait_for_workers=False)
+    process = context.Process(target=_host_store, args=(send,), daemon=True)
+    process.start()
+    yield process.pid, receive.recv()
+    process.kill()
+
+
+def test_store_that_does_not_answer_is_given_up(host: tuple[int, int]) -> None:
+    pid, port = host
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     exchange = "attnmonitor.parallel.exchange"
     try:
         made = Exchange([0, 1])
-        os.kill(host.pid, signal.SIGSTOP)  # as a machine that is gone without a word
+        os.kill(pid, signal.SIGSTOP)  # as a machine that is gone without a word
         with mock.patch(f"{exchange}.TIME_LIMIT", 0.5), mock.patch(f"{exchange}.ANSWER_LIMIT", 0.5):
             for each in (made, Exchange([0, 1])):
                 with pytest.raises(MissingProcessError, match="common store does not answer: 1 s"):
                     each.gather(0)
     finally:
-        host.kill()
+        os.kill(pid, signal.SIGKILL)
         dist.destroy_process_group()
+
+
+ENDING = """
+import os, signal, sys, threading
+import torch.distributed as dist
+from attnmonitor.parallel import exchange
+
+pid, port = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+made = exchange.Exchange([0, 1])
+threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+try:
+    made.gather(0)
+except KeyboardInterrupt:
+    print("interrupted")  # the thread still runs
+exchange.TIME_LIMIT = 0.2
+normal, exchange.ANSWER_LIMIT = exchange.ANSWER_LIMIT, 0.2
+os.kill(pid, signal.SIGSTOP)
+try:
+    made.gather(0)
+except exchange.MissingProcessError as error:
+    print(error)
+exchange.ANSWER_LIMIT = normal
+os.kill(pid, signal.SIGKILL)  # the thread returns while the program ends
+sys.exit(7)
+"""
+
+
+def test_left_threads_do_not_abort_an_ending_program(host: tuple[int, int]) -> None:
+    command = [sys.executable, "-c", ENDING, *map(str, host)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    said = "interrupted\nthe processes' common store does not answer: 0.4 s\n"
+    assert (ended.stdout, ended.returncode) == (said, 7), ended.stderr
