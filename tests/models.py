@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class CausalSelfAttention(nn.Module):
@@ -88,6 +89,20 @@ class TinyGPT(nn.Module):
             x = block(x) if draw > 0.2 else x
         if self.batch_norm is not None:
             x = self.batch_norm(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(x)
+
+
+class CheckpointedGPT(TinyGPT):
+    """Each block is recomputed in the backward pass by ``torch.utils.checkpoint`` itself, in eval mode as well."""
+
+    def __init__(self, *, use_reentrant: bool, dropout: float) -> None:
+        super().__init__(dropout=dropout)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = self.tokens(token_ids) + self.positions(torch.arange(token_ids.shape[1], device=token_ids.device))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
         return self.head(x)
 
 

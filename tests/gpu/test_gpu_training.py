@@ -10,26 +10,15 @@ from typing import Any
 import pytest
 import torch
 from gpu_runs import DEVICE, ForwardWithoutWaits, reproducible
-from models import TinyGPT, language_loss, token_batch
+from models import CheckpointedGPT, TinyGPT, language_loss, token_batch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
 
 STEPS = 8
-
-
-class Checkpointed(TinyGPT):
-    """Each block is recomputed in the backward pass."""
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        x = self.tokens(token_ids) + self.positions(torch.arange(token_ids.shape[1], device=token_ids.device))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return self.head(x)
 
 
 def batches() -> list[Tensor]:
@@ -84,7 +73,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[..., list[Tensor]]]] = {
     "bfloat16 autocast": (lambda: TinyGPT(dropout=0.1), in_bfloat16),
     "float16 gradient scaler": (lambda: TinyGPT(dropout=0.1), with_scaler),
     "compiled": (lambda: TinyGPT(dropout=0.1), compiled),
-    "checkpointing": (lambda: Checkpointed(dropout=0.1), plain),
+    "checkpointing": (lambda: CheckpointedGPT(use_reentrant=False, dropout=0.1), plain),
     "FSDP2 on one rank": (lambda: TinyGPT(dropout=0.1), sharded),
 }
 

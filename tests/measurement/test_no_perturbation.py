@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TinyGPT, everything, language_loss, token_batch, train
+from models import CheckpointedGPT, TinyGPT, everything, language_loss, token_batch, train
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
@@ -54,22 +53,6 @@ def checkpointed(build: Callable[[], PreTrainedModel], *, use_reentrant: bool) -
     model = build()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     return model
-
-
-class Checkpointed(TinyGPT):
-    """Each block recomputed in the backward pass by ``torch.utils.checkpoint`` itself, in eval mode as well."""
-
-    use_reentrant = True
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        x = self.tokens(token_ids) + self.positions(torch.arange(token_ids.shape[1]))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
-        return self.head(x)
-
-
-class CheckpointedWithoutReentry(Checkpointed):
-    use_reentrant = False
 
 
 def half_frozen() -> TinyGPT:
@@ -168,8 +151,8 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[..., list[float]]]] = {
     "gpt2": (gpt2, plain_steps),
     "llama": (llama, plain_steps),
     "batch norm, train and eval modules mixed": (half_frozen, plain_steps),
-    "checkpointing with reentry": (lambda: Checkpointed(dropout=0.2), plain_steps),
-    "checkpointing without reentry": (lambda: CheckpointedWithoutReentry(dropout=0.2), plain_steps),
+    "checkpointing with reentry": (lambda: CheckpointedGPT(use_reentrant=True, dropout=0.2), plain_steps),
+    "checkpointing without reentry": (lambda: CheckpointedGPT(use_reentrant=False, dropout=0.2), plain_steps),
     "gpt2 checkpointing with reentry": (lambda: checkpointed(gpt2, use_reentrant=True), plain_steps),
     "llama checkpointing without reentry": (lambda: checkpointed(llama, use_reentrant=False), plain_steps),
     "bfloat16 autocast": (llama, steps_in_bfloat16),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fault_case import hooks
+from kept_samples import KeptSamples
 from models import TinyGPT, token_batch, train
 
 from attnmonitor import AttentionMonitor
@@ -37,19 +38,11 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Logger:
-    def __init__(self) -> None:
-        self.num_samples = 0
-
-    def log_sample(self, sample: Any) -> None:
-        self.num_samples += 1
-
-
 @pytest.mark.parametrize("when", ["before training", "after it"])
 @pytest.mark.parametrize("how", COPIES)
 def test_copy_of_a_monitor_is_closed_and_has_its_results(how: str, when: str, tmp_path: Path) -> None:
     model = TinyGPT()
-    optimizer, logger = torch.optim.SGD(model.parameters(), 0.1), Logger()
+    optimizer, logger = torch.optim.SGD(model.parameters(), 0.1), KeptSamples()
     model.monitor = monitor = attach(
         model,
         optimizer,
@@ -78,7 +71,7 @@ def test_copy_of_a_monitor_is_closed_and_has_its_results(how: str, when: str, tm
     assert before[0] == hooks(model, optimizer)
     assert copied.history.steps == before[1]
     assert monitor.history.steps == [*(before[1] or [0]), len(before[1] or [0])]
-    assert logger.num_samples == len(monitor.history.steps)
+    assert len(logger.samples) == len(monitor.history.steps)
     monitor.close()
 
 

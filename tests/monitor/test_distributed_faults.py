@@ -27,6 +27,7 @@ from fault_case import (
     raising,
     with_weights,
 )
+from kept_samples import KeptSamples
 from models import TinyGPT, token_batch, train_step
 from processes import on_processes, spread, tell
 from torch import Tensor
@@ -72,11 +73,6 @@ class Case:
         STAGES[self.stage][0](self.where, self.error)(monitor, monitor.model, patch)
 
 
-class Logger:
-    def log_sample(self, sample: Sample) -> None:
-        pass
-
-
 def act(event: Any, sample: Sample) -> None:
     pass
 
@@ -90,7 +86,7 @@ def in_eval(where: str, error: Exception) -> Inject:
 
 
 def in_logger(where: str, error: Exception) -> Inject:
-    return lambda monitor, model, patch: patch.setattr(Logger, "log_sample", raising(error))
+    return lambda monitor, model, patch: patch.setattr(KeptSamples, "log_sample", raising(error))
 
 
 def in_action(where: str, error: Exception) -> Inject:
@@ -144,7 +140,7 @@ def run(case: Case | None, how: str, *, watched: bool = True) -> End:
     samples: dict[int, Sample] = {}
     monitor = None
     if watched:
-        settings: dict[str, Any] = {"record": "record.sqlite", "loggers": [Logger()], "alerts": [ALWAYS]}
+        settings: dict[str, Any] = {"record": "record.sqlite", "loggers": [KeptSamples()], "alerts": [ALWAYS]}
         monitor = attach(model, optimizer, token_batch(), every_n_steps=1, actions={"always": act}, **settings)
         sample = monitor.sample
         monitor.sample = lambda step: samples.setdefault(step, sample(step))  # type: ignore[method-assign]

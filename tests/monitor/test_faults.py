@@ -37,6 +37,7 @@ from fault_case import (
     with_batch,
     with_weights,
 )
+from kept_samples import KeptSamples
 from models import TinyGPT, everything, token_batch, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -52,14 +53,6 @@ from attnmonitor.record import RunRecord
 
 ALWAYS = Threshold("query_rms", "value", fire_above=-20.0, clear_below=-21.0, quantile=0.5)
 FIRES_AT_STEP_3 = Rule("always", "test", "run", ALWAYS, patience=4, grace=0)
-
-
-class Logger:
-    def __init__(self) -> None:
-        self.samples: list[Sample] = []
-
-    def log_sample(self, sample: Sample) -> None:
-        self.samples.append(sample)
 
 
 class Tracker:
@@ -229,10 +222,10 @@ FAULTS: dict[str, FaultCase] = {
         sampled=False,
     ),
     "an exception without a text": FaultCase(
-        lambda monitor, model, patch: patch.setattr(Logger, "log_sample", raising(WithoutTextError())),
-        "Logger failed and was ignored: WithoutTextError",
+        lambda monitor, model, patch: patch.setattr(KeptSamples, "log_sample", raising(WithoutTextError())),
+        "KeptSamples failed and was ignored: WithoutTextError",
         NONE,
-        settings={"loggers": [Logger()]},
+        settings={"loggers": [KeptSamples()]},
     ),
     "the schedule": FaultCase(
         lambda *_: None, "the schedule failed", NONE, settings={"schedule": failing_schedule}, sampled=False
@@ -250,10 +243,10 @@ FAULTS: dict[str, FaultCase] = {
         settings={"alerts": [FIRES_AT_STEP_3], "actions": {"always": failing_action}},
     ),
     "a logger": FaultCase(
-        lambda monitor, model, patch: patch.setattr(Logger, "log_sample", raising(OSError("tracker is gone"))),
-        "Logger failed and was ignored: OSError",
+        lambda monitor, model, patch: patch.setattr(KeptSamples, "log_sample", raising(OSError("tracker is gone"))),
+        "KeptSamples failed and was ignored: OSError",
         NONE,
-        settings={"loggers": [Logger()]},
+        settings={"loggers": [KeptSamples()]},
     ),
     "a logger of scalars": FaultCase(
         lambda monitor, model, patch: patch.setattr(Tracker, "log_metrics", raising(TimeoutError("no answer"))),
@@ -452,7 +445,7 @@ def test_finished_wandb_run_costs_only_its_curves(in_own_folder: Path) -> None:
     run = wandb.init(project="test", dir=in_own_folder)
     model, optimizer = new_run()
     with collected_warnings() as messages:
-        kept = Logger()
+        kept = KeptSamples()
         monitor = attach(
             model, optimizer, token_batch(), schedule=1, loggers=[WandbLogger(run, image_share=0), kept], record=None
         )
@@ -466,7 +459,7 @@ def test_finished_wandb_run_costs_only_its_curves(in_own_folder: Path) -> None:
 
 
 def test_record_closes_if_a_logger_fails_to_close() -> None:
-    class Sticky(Logger):
+    class Sticky(KeptSamples):
         def close(self) -> None:
             raise BrokenPipeError("gone")
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_case import collected_warnings, in_module
+from kept_samples import KeptSamples
 from models import TinyGPT, token_batch, train_step
 from processes import FSDP2, PATIENCE, on_processes, spread, tell
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.distributed import nn as dist_nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from attnmonitor import AttentionMonitor, Sample
+from attnmonitor import AttentionMonitor
 from attnmonitor.alerts import Rule, Threshold
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.measurement.distributed import DistributedMeasurement
@@ -193,16 +194,8 @@ class End:
     seconds: float = 0.0
 
 
-class Logger:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def log_sample(self, sample: Sample) -> None:
-        self.count += 1
-
-
 def run(case: Case, *, watched: bool = True) -> End:
-    rank, logger = dist.get_rank(), Logger()
+    rank, logger = dist.get_rank(), KeptSamples()
     torch.manual_seed(rank // 2 if case.how.in_pairs else 0)
     model: nn.Module = TinyGPT(num_kv_heads=2, dropout=0.0 if "tensor" in case.setup else 0.1)
     if not case.how.late:
@@ -246,7 +239,7 @@ def run(case: Case, *, watched: bool = True) -> End:
                 patch.undo()
             own = 0 if "tensor" in case.setup else rank
             losses.append(train_step(model, optimizer, token_batch(seed=10 * step + own, batch=4)))
-    end.warnings, end.logged = tuple(messages), logger.count
+    end.warnings, end.logged = tuple(messages), len(logger.samples)
     state = [value for values in optimizer.state.values() for value in values.values()]
     trained = [getattr(each, "_local_tensor", each).detach().clone() for each in (*model.parameters(), *state)]
     end.trained = [*trained, *losses, torch.get_rng_state()]

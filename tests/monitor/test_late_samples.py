@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_samples import KeptSamples
 from models import TinyGPT, everything, token_batch, train
 from torch import Tensor
 
@@ -31,16 +32,6 @@ def host_route(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnmonitor.measurement.measurement.choose_route", lambda *_: CHOICE)
 
 
-class Kept:
-    """A logger that keeps the samples, and the step at which each arrived."""
-
-    def __init__(self) -> None:
-        self.samples: list[Sample] = []
-
-    def log_sample(self, sample: Sample) -> None:
-        self.samples.append(sample)
-
-
 def same(one: Sample, other: Sample) -> bool:
     return all(
         torch.equal(heads, getattr(other, table)[metric][layer])
@@ -55,7 +46,7 @@ def run(steps: int = 14, **settings: Any) -> tuple[list[Sample], list[Tensor], A
     torch.manual_seed(0)
     model = TinyGPT(dropout=0.1, num_kv_heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    kept = Kept()
+    kept = KeptSamples()
     monitor = attach(model, optimizer, token_batch(), every_n_steps=6, strict=True, loggers=[kept], **settings)
     train(model, optimizer, steps)
     monitor.close()
@@ -86,7 +77,7 @@ def test_late_sample_is_delivered_by_steps_not_by_time(host_route: None) -> None
 
 
 def test_next_sample_delivers_the_late_one_first(host_route: None) -> None:
-    kept = Kept()
+    kept = KeptSamples()
     monitor = AttentionMonitor(TinyGPT(), token_batch(), 2, record=None, strict=True, loggers=[kept])
     returned = [monitor.on_step(step) for step in range(5)]
     assert [sample and sample.global_step for sample in returned] == [None, None, 0, None, 2]
@@ -107,7 +98,7 @@ ENDS: dict[str, Callable[[AttentionMonitor], object]] = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_nothing_is_lost_at(end: str, host_route: None) -> None:
-    kept = Kept()
+    kept = KeptSamples()
     monitor = AttentionMonitor(TinyGPT(), token_batch(), 100, record=None, strict=True, loggers=[kept])
     assert monitor.on_step(0) is None
     ENDS[end](monitor)
@@ -165,7 +156,7 @@ def test_copy_of_a_monitor_has_no_late_sample(host_route: None) -> None:
 
 @pytest.mark.filterwarnings("ignore::attnmonitor.messages.AttentionMonitorWarning")
 def test_failure_of_a_late_sample_is_nan_with_its_reason(host_route: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept()
+    kept = KeptSamples()
     monitor = AttentionMonitor(TinyGPT(), token_batch(), 100, record=None, loggers=[kept])
     monitor.on_step(0)
     monkeypatch.setattr("attnmonitor.measurement.unfinished.Transfer.result", lambda self: 1 / 0)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from kept_samples import KeptSamples
 from models import CausalSelfAttention, TinyGPT, everything, token_batch, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -285,14 +286,7 @@ def test_failing_logger_does_not_affect_the_others() -> None:
         def log_sample(self, sample: Sample) -> None:
             raise OSError("tracker is gone")
 
-    class Kept:
-        def __init__(self) -> None:
-            self.samples: list[Sample] = []
-
-        def log_sample(self, sample: Sample) -> None:
-            self.samples.append(sample)
-
-    kept = Kept()
+    kept = KeptSamples()
     monitor = monitor_of(TinyGPT(), strict=False, loggers=[Broken(), kept])
     with pytest.warns(UserWarning, match="Broken failed and was ignored: OSError: tracker is gone") as caught:
         monitor.sample(0), monitor.sample(1)
