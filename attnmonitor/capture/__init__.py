@@ -3,7 +3,8 @@
     with capture_attention(model, emit) as report:
         model(**batch)
 
-1. ``mode.py``: a torch function mode sees every torch function that the model calls, in any module or library.
+1. ``mode.py``: a torch function mode sees every torch function that the model calls, in any module or library, and
+   passes it to its observers as a ``FunctionCall``.
 2. ``fused.py``: ``scaled_dot_product_attention`` and FlexAttention have q, k and scale as arguments.
 3. ``tracing/``: hand-written attention is a product ``q kᵀ``, followed through scale, mask and bias to its softmax and
    its values. ``nn.MultiheadAttention`` is run with the mode on inside it, and is then found in the same ways.

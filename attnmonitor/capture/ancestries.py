@@ -8,7 +8,7 @@ count features pass as `feature_axes` says. Later forwards use what was conclude
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attnmonitor.capture.ancestry import UNKNOWN, Ancestry
 from attnmonitor.capture.axes import axis_of_number, default_axes, num_positions, resized
 from attnmonitor.capture.feature_axes import CONVOLUTIONS, JOINS, NEW, FeatureAxes
+from attnmonitor.capture.function_call import FunctionCall
 from attnmonitor.capture.nested import flat, plain_tensors
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.products import PRODUCTS, is_weight
@@ -102,21 +103,22 @@ class Ancestries:
             return num_positions(note.axes)
         return hidden.numel() // (hidden.shape[1] if hidden.dim() == 4 else hidden.shape[-1])
 
-    def observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def observe(self, call: FunctionCall) -> None:
         """Note what the outputs of a function are made of."""
+        name, args, output = call.name, call.args, call.output
         name = name.rstrip("_") if not name.startswith("_") else name
         if name in ("__setitem__", "copy"):
             target = args[0] if args[0]._base is None else args[0]._base
             self._write(target, args[-1], args[1] if name == "__setitem__" else None)
             return
         outputs = list(plain_tensors(output))
-        given = {key: value for key, value in kwargs.items() if key != "out"}
+        given = {key: value for key, value in call.kwargs.items() if key != "out"}
         operands = [] if name in NEW else list(plain_tensors((args, given)))
         if not outputs:
             return
         if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
             return
-        axes = self._feature_axes.of_outputs(name, func, args, kwargs, outputs)
+        axes = self._feature_axes.of_outputs(name, call, outputs)
         for x, of_x in zip(outputs, axes, strict=True):
             self._put(x, replace(self._origin(name, args, operands, x), axes=of_x))
 

@@ -6,7 +6,7 @@ heads is known as a part of the features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from attnmonitor.capture.axes import (
     resized,
     viewed,
 )
+from attnmonitor.capture.function_call import FunctionCall
 from attnmonitor.capture.nested import flat, plain_tensors
 from attnmonitor.capture.tracing.products import PRODUCTS, LabeledProduct, is_weight, labeled
 
@@ -55,20 +56,25 @@ class FeatureAxes:
         self._of = of
         self._num_tokens = num_tokens
 
-    def of_outputs(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: list[Tensor]
-    ) -> list[Axes | None]:
-        """Return the axes of what a function returned; None for an output where they are not known."""
+    def of_outputs(self, name: str, call: FunctionCall, outputs: list[Tensor]) -> list[Axes | None]:
+        """Return the axes of what a function returned; None for an output where they are not known.
+
+        Args:
+            name: The function's name, without the ``_`` of its form in place.
+            call: The call.
+            outputs: The plain tensors in its output.
+        """
+        args = call.args
         unknown: list[Axes | None] = [None] * len(outputs)
         if name in NEW or not args:
             return unknown
         x = args[1] if name == "addmm" and len(args) > 1 else args[0]
         if name in JOINS:
-            if (joined := self._joined_axes(name, args, kwargs, outputs[0])) is not None:
+            if (joined := self._joined_axes(name, call, outputs[0])) is not None:
                 return [joined]
             x = max(plain_tensors(args), key=Tensor.numel, default=None)  # an empty part has no axes
         if name in PRODUCTS:
-            product = labeled(name, args, kwargs)
+            product = labeled(call)
             return unknown if product is None else [self._product_axes(product, outputs[0])]
         if not isinstance(x, Tensor):
             return unknown
@@ -76,7 +82,7 @@ class FeatureAxes:
             return [weighted]
         axes = self._of(x).axes
         if name in _REARRANGING:
-            rearranged = unknown if axes is None else self._rearranged_axes(name, func, args, kwargs, axes, outputs)
+            rearranged = unknown if axes is None else self._rearranged_axes(name, call, axes, outputs)
             if rearranged is not None:
                 return rearranged
         return [self._like(output, args) for output in outputs]
@@ -94,15 +100,10 @@ class FeatureAxes:
         return None
 
     def _rearranged_axes(
-        self,
-        name: str,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        axes: Axes,
-        outputs: Sequence[Tensor],
+        self, name: str, call: FunctionCall, axes: Axes, outputs: Sequence[Tensor]
     ) -> list[Axes | None] | None:
         """Return the axes after a function that moves, splits, joins or drops ``axes``; None for another form of it."""
+        args = call.args
         x: Tensor = args[0]
         if name == "cdist" and isinstance(args[1], Tensor):
             others = self._of(args[1]).axes
@@ -111,12 +112,12 @@ class FeatureAxes:
             return [regrouped(axes, outputs[0].shape)]
         has_plain_index = name != "__getitem__" or is_plain_index(args[1])
         if name in _VIEWS and has_plain_index and not any(isinstance(each, Tensor) for each in flat(list(args[1:]))):
-            views = list(plain_tensors(func(torch.empty(x.shape, device="meta"), *args[1:], **kwargs)))
+            views = list(plain_tensors(call.func(torch.empty(x.shape, device="meta"), *args[1:], **call.kwargs)))
             if len(views) == len(outputs):
                 is_learned = not self._of(x).inputs
                 return [viewed(axes, x.shape, view, is_learned=is_learned) for view in views]
         if name in _REDUCTIONS and outputs[0].dim() == x.dim() - 1:
-            reduced = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            reduced = call.argument(1, "dim")
             if not isinstance(reduced, int):
                 return [None] * len(outputs)
             left = [axis for position, axis in enumerate(axes) if position != reduced % x.dim()]
@@ -128,15 +129,15 @@ class FeatureAxes:
         note = self._of(x)
         return note.projected and note.axes is not None, bool(note.inputs), x.is_floating_point()
 
-    def _joined_axes(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Axes | None:
+    def _joined_axes(self, name: str, call: FunctionCall, output: Tensor) -> Axes | None:
         """Return the axes of a stack, also along an axis of size 1, or of heads joined along the first.
 
         Parts of one sequence that each have all positions of the running layer differ in what projects them.
         """
-        parts = list(plain_tensors(args[:1]))
+        parts = list(plain_tensors(call.args[:1]))
         notes = [self._of(x) for x in parts]
         axes = notes[0].axes if notes else None
-        at = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        at = call.argument(1, "dim", call.kwargs.get("axis", 0))
         if not isinstance(at, int) or axes is None or None in axes:
             return None
         at = 1 if name == "hstack" and output.dim() > 1 else at % output.dim()

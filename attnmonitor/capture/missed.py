@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnmonitor.capture.ancestries import Ancestries
+from attnmonitor.capture.function_call import FunctionCall
 from attnmonitor.capture.modules import Frames, is_graph_attention
 
 __all__ = ["suspect", "unrecorded"]
@@ -17,12 +17,12 @@ _SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "logsumexp"
 _READS_OUTSIDE = {"numpy", "data_ptr", "tolist", "__array__", "__dlpack__"}
 
 
-def suspect(frames: Frames, ancestries: Ancestries, name: str, func: Any, args: Sequence[Any]) -> None:
+def suspect(frames: Frames, ancestries: Ancestries, call: FunctionCall) -> None:
     """Note where a function may be attention: a softmax of numbers per pair of positions, or of another library."""
-    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) or name in _READS_OUTSIDE:
+    if isinstance(call.func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) or call.name in _READS_OUTSIDE:
         frames.suspect()
         return
-    x = args[0] if name in _SOFTMAXES and args else None
+    x = call.args[0] if call.name in _SOFTMAXES and call.args else None
     if isinstance(x, Tensor) and (frames.heads_were_mixed() or ancestries.may_be_logits(x)):
         frames.suspect()
 

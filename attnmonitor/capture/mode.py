@@ -7,8 +7,9 @@ calls, the tracer of hand-written attention, the notes on repeated keys. What th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.call import AttentionCall
 from attnmonitor.capture.emitter import Emitter
+from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.fused import padded, read_flex, read_sdpa, with_lead, without_overrides
 from attnmonitor.capture.heads import Lead, MadeOf, common_lead_axes, lead_by_shape, lead_of, usual_lead
 from attnmonitor.capture.interface import read_interface_call
@@ -32,8 +34,6 @@ from attnmonitor.capture.tracing.tracer import Tracer
 from attnmonitor.capture.verify import Attention
 
 __all__ = ["AttentionMode"]
-
-Observer = Callable[..., None]
 
 # Operations that are attention for certain: where one cannot be read, its layer is missed.
 _CERTAINLY_ATTENTION = {"scaled_dot_product_attention", "flex_attention", "capture", "an attention kernel"}
@@ -67,7 +67,6 @@ class AttentionMode(TorchFunctionMode):
         self._repeats = Repeats()
         found = self._found_traced, self._emitter.missed, self._attends_in_matrices
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
-        self._observers: dict[str, list[Observer]] = {}
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
             "flex_attention": self._observe_flex,
@@ -77,6 +76,7 @@ class AttentionMode(TorchFunctionMode):
         written = self._emitter.written
         followers = [] if self._ancestries is None else [self._ancestries]
         self.parts: list[object] = [self._repeats, self._tracer, written, self._emitter, *followers]
+        self._observers: dict[str, list[Observer]] = {}
         for observers in (self._repeats.observers, self._tracer.observers, written.observers, own):
             for name, observer in observers.items():
                 self._observers.setdefault(name, []).append(observer)
@@ -92,15 +92,10 @@ class AttentionMode(TorchFunctionMode):
         name, observers = known
         if name == "multi_head_attention_forward":
             return self._run_mha(func, args, kwargs)
-        output = func(*args, **kwargs)
-        if self._ancestries is not None:
-            self._attempt(name, self._ancestries.observe, name, func, args, kwargs, output)
-            self._attempt(name, suspect, self.frames, self._ancestries, name, func, args)
-        if name not in self._tracer.observers:
-            self._attempt(name, self._tracer.observe_other, name, args, kwargs, output)
+        call = FunctionCall(name, func, args, kwargs, func(*args, **kwargs))
         for observe in observers:
-            self._attempt(name, observe, name, func, args, kwargs, output)
-        return output
+            self._attempt(name, observe, call)
+        return call.output
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:
@@ -136,9 +131,14 @@ class AttentionMode(TorchFunctionMode):
         name = name.removeprefix("special_")  # torch.special.softmax
         if name.endswith("_") and not name.startswith("_") and name[:-1] in self._observers:
             name = name[:-1]
+        observers: list[Observer] = []
+        if self._ancestries is not None:
+            observers += [self._ancestries.observe, partial(suspect, self.frames, self._ancestries)]
+        if name not in self._tracer.observers:
+            observers.append(self._tracer.observe_other)
         if name not in self._observers and is_attention_operator(func):
-            return name, [self._observe_operator]
-        return name, self._observers.get(name, [])
+            return name, [*observers, self._observe_operator]
+        return name, observers + self._observers.get(name, [])
 
     def _run_mha(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``multi_head_attention_forward`` with the mode on inside it."""
@@ -153,25 +153,20 @@ class AttentionMode(TorchFunctionMode):
         """Return how the record of an attention says it was found."""
         return "mha" if self._inside_mha else otherwise
 
-    def _observe_projection(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        position = 1 if name == "addmm" else 0
-        x = args[position] if len(args) > position else kwargs.get("input")
+    def _observe_projection(self, call: FunctionCall) -> None:
+        x = call.argument(1 if call.name == "addmm" else 0, "input")
         if isinstance(x, Tensor):
             self.frames.note_projection(x)
 
-    def _observe_sdpa(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        self._observe_fused(read_sdpa, args, kwargs, output)
+    def _observe_sdpa(self, call: FunctionCall) -> None:
+        self._observe_fused(read_sdpa, call, call.output)
 
-    def _observe_flex(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        self._observe_fused(read_flex, args, kwargs, output[0])
+    def _observe_flex(self, call: FunctionCall) -> None:
+        self._observe_fused(read_flex, call, call.output[0])
 
-    def _observe_fused(
-        self, read: Callable[..., Attention], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
-    ) -> None:
+    def _observe_fused(self, read: Callable[..., Attention], call: FunctionCall, output: Tensor) -> None:
         layer, frame = self.frames.current_layer()
-        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        named = {**dict(zip(("query", "key", "value"), call.args, strict=False)), **call.kwargs}
         if named["query"].is_nested:
             named, output = padded(named, output)
         query, key = named["query"], named["key"]
@@ -191,7 +186,7 @@ class AttentionMode(TorchFunctionMode):
         if before is not None and is_repeated:
             named["key"] = before.source
         operands = (named.pop("query"), named.pop("key"), named.pop("value"))
-        attention = with_lead(read(*operands, *args[3:], **named), lead)
+        attention = with_lead(read(*operands, *call.args[3:], **named), lead)
         attention.tiled = before is not None and is_repeated and before.tiled
         values_before = self._repeats.original(operands[2])
         if values_before is not None and values_before.source.shape[-2:] == operands[2].shape[-2:]:
@@ -199,13 +194,11 @@ class AttentionMode(TorchFunctionMode):
         attention.operands_in = output.dtype
         self._emitter.found(layer, frame, attention, self._how("sdpa"), output, -2, made_of)
 
-    def _observe_operator(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        result = output[0] if isinstance(output, tuple) else output
+    def _observe_operator(self, call: FunctionCall) -> None:
+        result = call.output[0] if isinstance(call.output, tuple) else call.output
         with self._unobserved():
-            call = read_operator_call(func, args, kwargs, result)
-        self._found_kernel(call, result)
+            kernel_call = read_operator_call(call.func, call.args, call.kwargs, result)
+        self._found_kernel(kernel_call, result)
 
     def _made_of(self, query: Tensor, key: Tensor) -> MadeOf | None:
         if self._ancestries is None:

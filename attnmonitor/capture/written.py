@@ -12,7 +12,7 @@ Letters: B sequences, L positions, H query heads, R rows, dv size of a value, n 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, TypeGuard
@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.layouts import Layouts, OutputPlace
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
@@ -116,7 +117,7 @@ class WrittenOutputs:
         self._frames = frames
         self._expected: _Output | None = None
         self._parts = Notes[_Part | None]()
-        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_WEIGHTS, self._observe_weight)
+        self.observers: dict[str, Observer] = dict.fromkeys(_WEIGHTS, self._observe_weight)
         self.observers |= dict.fromkeys(_KEEPING, self._observe_keeping)
         self.observers |= dict.fromkeys(_SCALING, self._observe_scale)
         self.observers |= {"add": self._observe_sum, "sub": self._observe_sum, "addcmul": self._observe_scaled_sum}
@@ -139,13 +140,11 @@ class WrittenOutputs:
         if layout.output_at is None:
             self._layouts[layer] = replace(layout, output_at=_NOWHERE)
 
-    def _observe_weight(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _observe_weight(self, call: FunctionCall) -> None:
         if self._expected is None and not self._parts:
             return
-        applied = _applied(name, args, kwargs)
-        if applied is None or not isinstance(output, Tensor):
+        applied = _applied(call)
+        if applied is None or not isinstance(call.output, Tensor):
             return
         part = self._parts.get(applied.given) or self._met(applied)
         if part is None:
@@ -161,7 +160,7 @@ class WrittenOutputs:
                 weights=part.weights if part.place is None else frozenset({number}),
                 is_inner=part.place is None,
             )
-        self._note(output, through)
+        self._note(call.output, through)
 
     def _met(self, applied: _Applied) -> _Part | None:
         """Return the expected output if the weight was applied to it."""
@@ -187,46 +186,46 @@ class WrittenOutputs:
                 return part
         return None
 
-    def _observe_keeping(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        part = self._parts.get(args[0]) if args and self._parts else None
-        if part is None or not isinstance(output, Tensor) or output is args[0]:
+    def _observe_keeping(self, call: FunctionCall) -> None:
+        x: Any = call.args[0] if call.args else None
+        output = call.output
+        part = self._parts.get(x) if self._parts else None
+        if part is None or not isinstance(output, Tensor) or output is x:
             return
-        training = kwargs.get("training", args[2] if len(args) > 2 else True)
-        features = output.shape[-1:] == args[0].shape[-1:] and output.stride(-1) == args[0].stride(-1)
-        if features and not (name == "dropout" and training):
+        features = output.shape[-1:] == x.shape[-1:] and output.stride(-1) == x.stride(-1)
+        if features and not (call.name == "dropout" and call.argument(2, "training", True)):
             self._parts.put(output, part)
 
-    def _observe_scale(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        for part, other in self._operands(args, output):
+    def _observe_scale(self, call: FunctionCall) -> None:
+        multiplies, output = call.name.startswith("mul"), call.output
+        for part, other in self._operands(call.args, output):
             factor = _feature_scale(other, output)
-            is_first = self._parts.get(args[0]) is part
-            if factor is None or part.place is not None or kwargs or not (is_first or name.startswith("mul")):
+            is_first = self._parts.get(call.args[0]) is part
+            if factor is None or part.place is not None or call.kwargs or not (is_first or multiplies):
                 self._parts.put(output, None)
             else:
-                scaled = part.by_head * factor if name.startswith("mul") else part.by_head / factor
+                scaled = part.by_head * factor if multiplies else part.by_head / factor
                 self._note(output, replace(part, by_head=scaled))
             return
 
-    def _observe_sum(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        for part, other in self._operands(args, output):
+    def _observe_sum(self, call: FunctionCall) -> None:
+        adds, output = call.name == "add", call.output
+        for part, other in self._operands(call.args, output):
             added = self._parts.get(other)
-            if kwargs or part.place is not None:
+            if call.kwargs or part.place is not None:
                 self._parts.put(output, None)
             elif added is not None and added.output is part.output and added.place is None:
                 weights, is_inner = part.weights | added.weights, part.is_inner and added.is_inner
-                by_head = part.by_head + (added.by_head if name == "add" else -added.by_head)
+                by_head = part.by_head + (added.by_head if adds else -added.by_head)
                 self._note(output, replace(part, by_head=by_head, weights=weights, is_inner=is_inner))
             else:  # a bias belongs to no head
-                is_kept = name == "add" or self._parts.get(args[0]) is part
+                is_kept = adds or self._parts.get(call.args[0]) is part
                 self._parts.put(output, part if is_kept and _feature_scale(other, output) is not None else None)
             return
 
-    def _observe_scaled_sum(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        for part, other in self._operands(args[1:], output):
+    def _observe_scaled_sum(self, call: FunctionCall) -> None:
+        output = call.output
+        for part, other in self._operands(call.args[1:], output):
             factor = _feature_scale(other, output)
             if factor is not None and part.place is None:
                 self._note(output, replace(part, by_head=part.by_head * factor))
@@ -253,16 +252,17 @@ def _weakly(call: Frame | None) -> Callable[[], Frame | None]:
     return (lambda: None) if call is None else weakref.ref(call)
 
 
-def _applied(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Applied | None:
+def _applied(call: FunctionCall) -> _Applied | None:
     """Return the weight that a call applies to the last axes of a tensor; None for another call."""
-    if name in ("linear", "addmm"):
-        names = ("input", "weight") if name == "linear" else ("input", "mat1", "mat2")
-        operands = {**dict(zip(names, args, strict=False)), **kwargs}
+    if call.name in ("linear", "addmm"):
+        is_linear = call.name == "linear"
+        names = ("input", "weight") if is_linear else ("input", "mat1", "mat2")
+        operands = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         x, weight = (operands.get(each) for each in names[-2:])
-        if not _is_plain(weight) or weight.dim() != 2 or not isinstance(x, Tensor) or kwargs.get("alpha", 1) != 1:
+        if not _is_plain(weight) or weight.dim() != 2 or not isinstance(x, Tensor) or call.kwargs.get("alpha", 1) != 1:
             return None
-        return _Applied(x, x, weight.mT if name == "linear" else weight)
-    found = labeled(name, args, kwargs)
+        return _Applied(x, x, weight.mT if is_linear else weight)
+    found = labeled(call)
     if found is None or not _is_plain(found.right) or not _is_plain(found.left):
         return None
     contracted = [axis for axis in found.left_axes if axis in found.contracted]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.tensor_notes import Notes
 
 __all__ = ["Numbers"]
@@ -22,10 +22,10 @@ class Numbers:
 
     def __init__(self) -> None:
         self._notes = Notes[float]()
-        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(("full", "tensor", "scalar_tensor"), self._note)
+        self.observers: dict[str, Observer] = dict.fromkeys(("full", "tensor", "scalar_tensor"), self._note)
 
-    def _note(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        value = args[1] if name == "full" and len(args) > 1 else kwargs.get("fill_value", args[0] if args else None)
+    def _note(self, call: FunctionCall) -> None:
+        output, value = call.output, call.argument(1 if call.name == "full" else 0, "fill_value")
         if isinstance(output, Tensor) and output.dim() == 0 and isinstance(value, int | float):
             self._notes.put(output, float(value))
 

@@ -167,7 +167,7 @@ class Operations:
         return trace.then(call.replay(trace), **changes)
 
     def _softmax(self, trace: Trace, call: TracedCall) -> Trace | None:
-        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        dim = call.argument(1, "dim")
         if trace.stage == "after" or not isinstance(dim, int):
             return None
         over, logged = dim % call.output.dim() - call.output.dim(), call.name == "log_softmax"
@@ -185,8 +185,7 @@ class Operations:
         return trace.then(call.replay(trace), logged=False) if trace.logged else None
 
     def _dropout(self, trace: Trace, call: TracedCall) -> Trace:
-        p, training = (*call.args[1:3], *(0.5, True)[len(call.args) - 1 :])[:2]
-        active = call.kwargs.get("training", training) and call.kwargs.get("p", p) > 0
+        active = call.argument(2, "training", True) and call.argument(1, "p", 0.5) > 0
         return replace(trace, exact=trace.exact and not active)
 
 

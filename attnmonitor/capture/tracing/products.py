@@ -8,11 +8,13 @@ one of them broadcasts, are sequences and heads.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from attnmonitor.capture.function_call import FunctionCall
 
 __all__ = ["PRODUCTS", "LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "ordered", "pairwise_product"]
 
@@ -29,6 +31,10 @@ class LabeledProduct:
     left_axes: str
     right_axes: str
     out_axes: str
+
+    def exchanged(self) -> LabeledProduct:
+        """Return the same product with its operands named in the other order."""
+        return LabeledProduct(self.right, self.left, self.right_axes, self.left_axes, self.out_axes)
 
     @property
     def contracted(self) -> set[str]:
@@ -64,16 +70,17 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, nn.Parameter) or (isinstance(x, Tensor) and isinstance(x._base, nn.Parameter))
 
 
-def labeled(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LabeledProduct | None:
+def labeled(call: FunctionCall) -> LabeledProduct | None:
     """Return a product of two tensors with labeled axes, by the name of its function; None for another form."""
-    if name == "inner":
+    args = call.args
+    if call.name == "inner":
         return _read_dims(args[0], args[1], ([-1], [-1]))
-    if name == "tensordot":
-        return _read_dims(args[0], args[1], kwargs.get("dims", args[2] if len(args) > 2 else 2))
-    if name == "einsum":
+    if call.name == "tensordot":
+        return _read_dims(args[0], args[1], call.argument(2, "dims", 2))
+    if call.name == "einsum":
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return _read_equation(args[0], operands) if isinstance(args[0], str) and len(operands) == 2 else None
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    tensors = [x for x in call.arguments() if isinstance(x, Tensor)]
     if len(tensors) < 2 or min(x.dim() for x in tensors[-2:]) < 2:
         return None
     left, right = tensors[-2:]

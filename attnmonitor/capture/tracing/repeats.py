@@ -9,13 +9,12 @@ repeats the whole set of key heads (h % Hkv).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from attnmonitor.capture.axes import is_plain_index
+from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.nested import plain_tensors
 from attnmonitor.capture.tensor_notes import Notes
 
@@ -67,7 +66,7 @@ class Repeats:
 
     def __init__(self) -> None:
         self._notes = Notes[Repeated]()
-        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(_LAYOUT_CHANGES, self._observe_layout_change)
+        self.observers: dict[str, Observer] = dict.fromkeys(_LAYOUT_CHANGES, self._observe_layout_change)
         self.observers |= dict.fromkeys(("reshape", "view", "flatten"), self._observe_merge)
         self.observers |= dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), self._observe_copies)
         self.observers |= {"repeat_interleave": self._observe_repeat_interleave}
@@ -77,15 +76,13 @@ class Repeats:
         """Return ``x`` before its heads were repeated; None if they were not, or if something else was as well."""
         return self._notes.get(x)
 
-    def _observe_copies(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _observe_copies(self, call: FunctionCall) -> None:
         """Note copies along one axis that may count heads.
 
         ``(B, Hkv, 1, L, d) -> (B, Hkv, g, L, d)`` becomes a repetition of heads when the two axes are merged;
         ``(B, Hkv, L, d) -> (B, g·Hkv, L, d)`` is a repetition of heads.
         """
-        source = args[0]
+        source, output = call.args[0], call.output
         if source.dim() != output.dim() or output.dim() not in (4, 5):
             return
         grown = [axis for axis in range(output.dim()) if source.shape[axis] != output.shape[axis]]
@@ -94,8 +91,8 @@ class Repeats:
         elif output.dim() == 4 and grown in ([1], [2]):
             self._notes.put(output, Repeated(source, tiled=source.shape[grown[0]] > 1))
 
-    def _observe_merge(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        whole = args[0]
+    def _observe_merge(self, call: FunctionCall) -> None:
+        whole, output = call.args[0], call.output
         before = self._notes.get(whole)
         if before is None:
             return
@@ -113,31 +110,25 @@ class Repeats:
                 self._notes.put(output, Repeated(source.squeeze(copies), tiled))
                 return
 
-    def _observe_repeat_interleave(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        axis = kwargs.get("dim", args[2] if len(args) > 2 else None)
-        count = kwargs.get("repeats", args[1] if len(args) > 1 else None)
-        if isinstance(count, int) and isinstance(axis, int) and args[0].dim() == 4 and axis % 4 in (1, 2):
-            self._notes.put(output, Repeated(args[0], tiled=False))
+    def _observe_repeat_interleave(self, call: FunctionCall) -> None:
+        source, count, axis = call.args[0], call.argument(1, "repeats"), call.argument(2, "dim")
+        if isinstance(count, int) and isinstance(axis, int) and source.dim() == 4 and axis % 4 in (1, 2):
+            self._notes.put(call.output, Repeated(source, tiled=False))
 
-    def _observe_layout_change(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        before = self._notes.get(args[0]) if self._notes and args else None
-        if before is not None and before.source.dim() == output.dim():
-            self._notes.put(output, replace(before, source=func(before.source, *args[1:], **kwargs)))
+    def _observe_layout_change(self, call: FunctionCall) -> None:
+        before = self._notes.get(call.args[0]) if self._notes and call.args else None
+        if before is not None and before.source.dim() == call.output.dim():
+            moved = call.func(before.source, *call.args[1:], **call.kwargs)
+            self._notes.put(call.output, replace(before, source=moved))
 
-    def _observe_all_heads(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _observe_all_heads(self, call: FunctionCall) -> None:
         """Note copies that a function treated alike: with operands that are copies as well, or the same for all heads.
 
         What is done to the last axis leaves the others as they are: a cut, a join, a mean.
         """
-        operands = list(plain_tensors((args, kwargs))) if self._notes else []
+        operands = list(plain_tensors((call.args, call.kwargs))) if self._notes else []
         known = [(x, note) for x in operands if (note := self._notes.get(x)) is not None]
-        if not known or (name == "__getitem__" and not is_plain_index(args[1])):
+        if not known or (call.name == "__getitem__" and not is_plain_index(call.args[1])):
             return
         whole, before = known[0]
         axis = before.axis(whole)
@@ -151,7 +142,7 @@ class Repeats:
         shared = sum(x.dim() < -from_end or x.shape[from_end] == 1 for x in operands)
         if alike != len(known) or alike + shared != len(operands):
             return
-        for x in plain_tensors(output):
+        for x in plain_tensors(call.output):
             if x.shape[:-1] == whole.shape[:-1]:
                 parts = x.unflatten(axis, (-1, own) if before.tiled else (own, -1))
                 self._notes.put(x, replace(before, source=parts.select(axis if before.tiled else axis + 1, 0)))

@@ -6,13 +6,14 @@ rows, the rows replace that operand, and every other operand that has the query 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnmonitor.capture.function_call import FunctionCall
 from attnmonitor.capture.heads import Lead, MadeOf
 from attnmonitor.capture.modules import Frame
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, ordered
@@ -132,38 +133,29 @@ class Trace:
         return replace(self, steps=tuple(steps))
 
 
-class TracedCall:
+class TracedCall(FunctionCall):
     """One call of a torch function, its operands in a uniform order, and how to repeat it on some rows.
 
     It is a part of the note on its output, so it may not keep the output alive: of that it has shape, type and device.
 
     Attributes:
-        name: The function's plain name.
-        func: The function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        output: Its output, without the values.
         operands: The arguments in a uniform order: of ``cat`` its parts, of ``where`` the two that are chosen from.
         slot: Index of the traced operand.
         condition: The condition of ``where``.
     """
 
-    def __init__(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        self.name, self.func, self.args, self.kwargs = name, func, args, kwargs
-        self.output = _without_values(output)
+    def __init__(self, call: FunctionCall) -> None:
+        super().__init__(call.name, call.func, call.args, call.kwargs, _without_values(call.output))
         self.slot = 0
         self.condition: Any = None
-        if name == "cat":
-            self.operands: list[Any] = list(args[0] if args else kwargs["tensors"])
-        elif name == "where":
-            named = [*args, *kwargs.values()]
-            if isinstance(named[0], Tensor) and named[0].dtype == torch.bool:
-                self.condition, self.operands = named[0], [named[1], named[2]]
+        self.operands = call.arguments()
+        if call.name == "where":
+            first, second, other = self.operands[:3]
+            if isinstance(first, Tensor) and first.dtype == torch.bool:
+                self.condition, self.operands = first, [second, other]
             else:
-                self.condition, self.operands = named[1], [named[0], named[2]]
+                self.condition, self.operands = second, [first, other]
             self.args, self.kwargs, self.func = (self.condition, *self.operands), {}, torch.where
-        else:
-            self.operands = [*args, *kwargs.values()]
 
     def drop_traced(self, output: Tensor) -> None:
         """Keep shape, type and device alone of the traced operand: a layer's logits of every step are not kept."""

@@ -9,9 +9,8 @@ replayed on a few rows. A router, a contrastive loss, a bilinear form or linear 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.feature_axes import NEW
+from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
@@ -96,7 +96,7 @@ class Tracer:
         self._operations = Operations(self._with_keys_first)
         self._untraced = Notes[bool]()
         self.endings = Endings(frames, ancestries, missed)
-        self.observers: dict[str, Callable[..., None]] = dict.fromkeys(self._operations.follow, self._observe)
+        self.observers: dict[str, Observer] = dict.fromkeys(self._operations.follow, self._observe)
         self.observers |= dict.fromkeys(PRODUCTS, self._observe_product)
         self._follow = {**self._operations.follow, "baddbmm": self._operations.add_input}
         self.observers |= self._operations.numbers.observers
@@ -105,123 +105,132 @@ class Tracer:
 
     # Observers of torch functions.
 
-    def _observe(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        if name in SOFTMAXES and args and self._traces.get(args[0]) is None:
-            self._untraced.put(output, True)  # its product with values begins no attention
-            self.endings.note_unseen_logits(args[0])
-        elif args and self._untraced.get(args[0]) and (name in CASTS or name == "dropout"):
-            self._untraced.put(output, True)
-        if not self._traces or not isinstance(output, Tensor):
+    def _observe(self, call: FunctionCall) -> None:
+        self._note_untraced(call)
+        if not self._traces or not isinstance(call.output, Tensor):
             return
-        call = TracedCall(name, func, args, kwargs, output)
-        slots = [slot for slot, x in enumerate(call.operands) if self._traces.get(x) is not None]
+        if all(self._traces.get(x) is None for x in call.arguments()):
+            return
+        traced = TracedCall(call)
+        trace = self._operand_of(traced)
+        if trace is None:
+            return
+        moved = self._follow[call.name](trace, traced) if trace.split is None else in_split(trace, trace.split, traced)
+        traced.drop_traced(call.output)
+        if moved is None:
+            self.endings.end(trace, call.name)
+            return
+        # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
+        calls = () if moved.stage == "after" else (*moved.calls, traced)
+        self._traces.put(call.output, replace(moved, calls=calls))
+        if moved.split is not None and getattr(call.func, "__name__", "") in IN_PLACE:
+            self._write_through(moved.split)
+
+    def _note_untraced(self, call: FunctionCall) -> None:
+        """Note weights of unknown logits: their product with values begins no attention."""
+        x = call.args[0] if call.args else None
+        if call.name in SOFTMAXES and call.args and self._traces.get(x) is None:
+            self._untraced.put(call.output, True)
+            self.endings.note_unseen_logits(x)
+        elif self._untraced.get(x) and (call.name in CASTS or call.name == "dropout"):
+            self._untraced.put(call.output, True)
+
+    def _operand_of(self, call: TracedCall) -> Trace | None:
+        """Set the slot of a call's operand that is followed, and return its trace; None if there is none."""
+        name, operands, shape = call.name, call.operands, call.output.shape
+        slots = [slot for slot, x in enumerate(operands) if self._traces.get(x) is not None]
         if name in ADDITIONS:  # one that is broadcast is a bias: a product with a table of relative positions
-            slots = [slot for slot in slots if call.operands[slot].shape == output.shape] or slots
+            slots = [slot for slot in slots if operands[slot].shape == shape] or slots
         if name in CASTS:  # the other operand only names a type
             slots = [slot for slot in slots if slot == 0]
         if not slots:
-            return
+            return None
         call.slot = slots[0]
-        trace = self._traces.get(call.operands[call.slot])
-        assert trace is not None
-        if len(slots) > 1 and any(call.operands[slot] is not call.operands[call.slot] for slot in slots):
-            trace = replace(trace, ambiguity="its logits are the sum of several query-key products")
+        traced = operands[call.slot]
         elementwise = name not in PERMUTATIONS and name not in RESHAPES and name not in ("cat", "pad", "__getitem__")
-        if elementwise and output.shape != call.operands[call.slot].shape:
-            return
-        moved = self._follow[name](trace, call) if trace.split is None else in_split(trace, trace.split, call)
-        call.drop_traced(output)
-        if moved is None:
-            self.endings.end(trace, name)
-        else:
-            # After the softmax it is known which operand holds the keys, and the calls are no longer needed.
-            self._traces.put(output, replace(moved, calls=() if moved.stage == "after" else (*moved.calls, call)))
-            if moved.split is not None and getattr(func, "__name__", "") in IN_PLACE:
-                self._write_through(moved.split)
+        if elementwise and shape != traced.shape:
+            return None
+        trace = self._traces.get(traced)
+        if trace is not None and any(operands[slot] is not traced for slot in slots):
+            trace = replace(trace, ambiguity="its logits are the sum of several query-key products")
+        return trace
 
-    def _observe_product(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        product = labeled(name, args, kwargs)
-        if product is None or not isinstance(output, Tensor):
+    def _observe_product(self, call: FunctionCall) -> None:
+        product = labeled(call)
+        if product is None or not isinstance(call.output, Tensor):
             return
-        for operand, axes, other, other_axes in (
-            (product.left, product.left_axes, product.right, product.right_axes),
-            (product.right, product.right_axes, product.left, product.left_axes),
-        ):
-            trace = self._traces.get(operand)
+        for each in (product, product.exchanged()):
+            trace = self._traces.get(each.left)
             # Features turned by one matrix for all sequences (a Hadamard one in a buffer) have begun no attention.
             if trace is not None and (trace.stage == "after" or not trace.origin.is_by_matrix):
-                if trace.stage != "after" or trace.logged or trace.origin.values_reached:
-                    self.endings.end(trace, name)
-                    is_rollout = self._traces.get(other) is not None  # a product of two layers' weights
-                    is_reused = trace.origin.values_reached and product.contracted == {axes[trace.key_axis]}
-                    if is_reused and not is_rollout:
-                        self.endings.note_reuse(trace, output)
-                    return
-                if trace.ambiguity:
-                    self._missed(trace.origin.layer, trace.ambiguity)
-                elif product.contracted == {axes[trace.key_axis]}:
-                    call = TracedCall(name, func, args, kwargs, output)
-                    self._finish(trace, call, output, operand, axes, other, other_axes, product.out_axes)
-                elif product.contracted == {axes[trace.query_axis]}:
-                    self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
-                else:
-                    self.endings.end(trace, name)
+                self._reach_product(trace, call, each)
                 return
-            if is_weight(other):
-                self._frames.note_projection(operand)
+            if is_weight(each.right):
+                self._frames.note_projection(each.left)
         layer, frame = self._frames.current_layer()
         for operand in (product.left, product.right):
             self.endings.note_unseen_weights(layer, operand)
-        trace = self._start(product, layer, frame, output.dtype)
-        if trace is not None and name == "baddbmm":
-            call = TracedCall(name, func, args, kwargs, output)
-            trace = replace(self._operations.add_input(trace, call), calls=(call,))
-        if trace is not None:
-            self._traces.put(output, trace)
-            self.endings.note_logits(layer, output)
-
-    def observe_other(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note that logits or weights went into a function that is not followed."""
-        if not self._traces or name in NEW:
+        trace = self._start(product, layer, frame, call.output.dtype)
+        if trace is None:
             return
-        output = output[0] if name in PICKS else output
+        if call.name == "baddbmm":
+            traced = TracedCall(call)
+            trace = replace(self._operations.add_input(trace, traced), calls=(traced,))
+        self._traces.put(call.output, trace)
+        self.endings.note_logits(layer, call.output)
+
+    def _reach_product(self, trace: Trace, call: FunctionCall, product: LabeledProduct) -> None:
+        """Report the attention of a trace whose weights are the left operand of a product, or why there is none."""
+        is_over_keys = product.contracted == {product.left_axes[trace.key_axis]}
+        if trace.stage != "after" or trace.logged or trace.origin.values_reached:
+            self.endings.end(trace, call.name)
+            is_rollout = self._traces.get(product.right) is not None  # a product of two layers' weights
+            if trace.origin.values_reached and is_over_keys and not is_rollout:
+                self.endings.note_reuse(trace, call.output)
+        elif trace.ambiguity:
+            self._missed(trace.origin.layer, trace.ambiguity)
+        elif is_over_keys:
+            self._finish(trace, TracedCall(call), call.output, product)
+        elif product.contracted == {product.left_axes[trace.query_axis]}:
+            self._missed(trace.origin.layer, "its softmax does not run over the positions its values come from")
+        else:
+            self.endings.end(trace, call.name)
+
+    def observe_other(self, call: FunctionCall) -> None:
+        """Note that logits or weights went into a function that is not followed."""
+        if not self._traces or call.name in NEW:
+            return
+        output = call.output[0] if call.name in PICKS else call.output
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        for x in (*args, *kwargs.values()):
+        for x in (*call.args, *call.kwargs.values()):
             trace = self._traces.get(x)
-            if trace is not None and (output.numel() >= x.numel() or name in PICKS):
-                self.endings.end(trace, name)
-                if name in MIXING and trace.stage != "after":
+            if trace is not None and (output.numel() >= x.numel() or call.name in PICKS):
+                self.endings.end(trace, call.name)
+                if call.name in MIXING and trace.stage != "after":
                     self._operations.mixed.put(output, trace.origin)
 
-    def _observe_normalizer(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        trace = self._traces.get(args[0]) if args else None
-        if trace is not None and isinstance(output, Tensor) and size_along(output, trace.key_axis) == 1:
-            self._operations.normalizers.put(output, trace.origin)
+    def _observe_normalizer(self, call: FunctionCall) -> None:
+        trace = self._traces.get(call.args[0]) if call.args else None
+        if trace is not None and isinstance(call.output, Tensor) and size_along(call.output, trace.key_axis) == 1:
+            self._operations.normalizers.put(call.output, trace.origin)
 
-    def _observe_maximum(
-        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _observe_maximum(self, call: FunctionCall) -> None:
         """Note the largest logits of rows, which code subtracts before the softmax."""
-        if name != "amax":
-            self._observe(name, func, args, kwargs, output)
-        if not self._traces:
+        if call.name != "amax":
+            self._observe(call)
+        if not self._traces or not call.args:
             return
-        largest = output[0] if isinstance(output, tuple) else output
-        trace = self._traces.get(args[0]) if args else None
-        origin = self._operations.maxima.get(args[0]) if args else None
-        if trace is not None and largest.numel() < args[0].numel():
+        x, largest = call.args[0], call.output[0] if isinstance(call.output, tuple) else call.output
+        trace, origin = self._traces.get(x), self._operations.maxima.get(x)
+        if trace is not None and largest.numel() < x.numel():
             origin = trace.origin
         if origin is not None:
             self._operations.maxima.put(largest, origin)
 
-    def _observe_write(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _observe_write(self, call: FunctionCall) -> None:
         """Follow a number written into logits, and a bias on a part of them that is written back."""
-        target, index, value = args
+        target, index, value = call.args
         trace, part = self._traces.get(target), self._traces.get(value)
         if trace is not None and part is None:
             written = self._operations.written(trace, target, index, value)
@@ -292,25 +301,16 @@ class Tracer:
 
     # The end of a trace.
 
-    def _finish(
-        self,
-        trace: Trace,
-        call: TracedCall,
-        output: Tensor,
-        weights: Tensor,
-        axes: str,
-        values: Tensor,
-        value_axes: str,
-        out_axes: str,
-    ) -> None:
-        """Report the attention that a product of ``weights`` and ``values``, with labeled axes, completes."""
+    def _finish(self, trace: Trace, call: TracedCall, output: Tensor, product: LabeledProduct) -> None:
+        """Report the attention that a product of weights, on its left, and values completes."""
         trace.origin.values_reached = True
-        before = self._repeated(values)
-        query, key = axes[trace.query_axis], axes[trace.key_axis]
-        batch = [axis for axis in axes if axis not in (query, key)]
+        before = self._repeated(product.right)
+        values = product.right if before is None else before.source
+        query, key = product.left_axes[trace.query_axis], product.left_axes[trace.key_axis]
+        batch = [axis for axis in product.left_axes if axis not in (query, key)]
 
         def by_head(lead: Lead) -> ByHead:
-            own = values if before is None else before.source
-            return values_by_head(own, value_axes, (batch, query, key), out_axes, lead)
+            return values_by_head(values, product.right_axes, (batch, query, key), product.out_axes, lead)
 
-        self._found(trace.then(call.replay(trace, weights)), output, out_axes.index(query), by_head)
+        trace = trace.then(call.replay(trace, product.left))
+        self._found(trace, output, product.out_axes.index(query), by_head)
