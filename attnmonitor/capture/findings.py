@@ -70,7 +70,9 @@ class Findings:
             remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
         if frame is not None and frame.num_found > 1:
             remarks.append("a part, measured apart: one call of its module computes several attentions")
-        known = Layout(attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks))
+        known = Layout(
+            attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks), rows_at=attention.rows_at
+        )
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
 
     def _layer_on(self, made_of: MadeOf | None) -> str:

@@ -65,7 +65,7 @@ class AttentionMode(TorchFunctionMode):
         self._failures: dict[str, str] = {}
         self._inside_mha = self._is_paused = False
         self._repeats = Repeats()
-        found = self._found_traced, self._emitter.missed, self._attends_in_matrices
+        found = self._found_traced, self._emitter.missed, self._emitter.known
         self._tracer = Tracer(self.frames, self._repeats.original, self._ancestries, *found)
         own: dict[str, Observer] = {
             "scaled_dot_product_attention": self._observe_sdpa,
@@ -214,10 +214,6 @@ class AttentionMode(TorchFunctionMode):
         if known is not None and known.lead is not None:
             return known.lead.resized(sizes, heads=False) or known.lead.resized(sizes, heads=True)
         return lead_of(sizes, made_of) or lead_by_shape(sizes, frame, num_rows)
-
-    def _attends_in_matrices(self, layer: str) -> bool:
-        known = self._emitter.known(layer)
-        return known is not None and known.lead == Lead(())
 
     def _found_traced(self, trace: Trace, output: Tensor, row_axis: int, by_head: Callable[[Lead], ByHead]) -> None:
         origin = trace.origin

@@ -113,6 +113,7 @@ class Attention:
         scale: Factor on ``q kᵀ``.
         tiled: Whether query head h reads key head h % Hkv, not h // (Hq / Hkv).
         lead: Which leading axes of the code's operands count heads.
+        rows_at: As in `PairwiseProduct`.
         arrange: From ``(B, Hq, R, Lk)`` to the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
@@ -137,6 +138,7 @@ class Attention:
     scale: float
     tiled: bool = False
     lead: Lead | None = None
+    rows_at: int | None = None
     arrange: Callable[[Tensor], Tensor] = _identity
     restore: Callable[[Tensor], Tensor] = _identity
     affine: list[Step] = field(default_factory=list)

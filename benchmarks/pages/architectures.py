@@ -101,9 +101,9 @@ Kernels in front of the attention need not be seen (Liger's rotary embeddings an
 where the attention takes them. A softmax that is such a kernel (Liger's, Megatron-LM's) hides the weights: it is named.
 
 Not captured: a softmax written as `exp / sum`, or in a scripted function; heads that are mixed before or after the
-softmax; scripted modules; logits that are the sum of two query-key products (Transformer-XL); attention whose softmax
-does not run over the positions its values come from (slot attention); products written as a broadcast multiplication
-and a sum, or of three operands; what runs inside of `torch.vmap`.
+softmax; scripted modules; a query-key product added to another at other positions (Transformer-XL); attention whose
+softmax does not run over the positions its values come from (slot attention); products written as a broadcast
+multiplication and a sum, or of three operands; what runs inside of `torch.vmap`.
 A module that looks like attention, by
 its own name or that of its projections, and was not captured is named in a warning and in `coverage` with the reason.
 Register its tensors [explicitly](extending.md#an-attention-the-capture-does-not-see).

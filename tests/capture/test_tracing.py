@@ -123,7 +123,7 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
 
 
 def two_products(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
-    return (q @ k.mT + (q + 1) @ (k - 1).mT).softmax(-1) @ v
+    return (q @ k.mT + ((q + 1) @ (k - 1).mT).tanh()).softmax(-1) @ v
 
 
 def test_unseen_attention_is_missed_by_name() -> None:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from attnmonitor.capture.function_call import FunctionCall
 
-__all__ = ["PRODUCTS", "LabeledProduct", "PairwiseProduct", "is_weight", "labeled", "ordered", "pairwise_product"]
+__all__ = [
+    "PRODUCTS",
+    "LabeledProduct",
+    "PairwiseProduct",
+    "is_weight",
+    "labeled",
+    "ordered",
+    "pairwise_product",
+    "with_rows_at",
+]
 
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "inner", "tensordot"}
 """The functions that `labeled` reads."""
@@ -54,6 +63,7 @@ class PairwiseProduct:
         key_axis: Axis of the key positions in the product.
         labels: Labels of the leading axes, of the query positions, and of the axis that is summed over.
         left_is_query: Whether the product's left operand holds the queries.
+        rows_at: Leading axis that the query positions were taken from, where heads stood in their place; else None.
     """
 
     query: Tensor
@@ -63,6 +73,7 @@ class PairwiseProduct:
     key_axis: int
     labels: str
     left_is_query: bool
+    rows_at: int | None = None
 
 
 def is_weight(x: Any) -> bool:
@@ -157,6 +168,27 @@ def pairwise_product(product: LabeledProduct, *, keys_first: bool = False) -> Pa
     batch = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
     labels = "".join((*batch_axes, rows, summed[-1]))
     return PairwiseProduct(query, key, batch, out.index(rows), out.index(columns), labels, left_is_query)
+
+
+def with_rows_at(pair: PairwiseProduct, axis: int) -> PairwiseProduct:
+    """Return the product with a leading axis, along which the key is shared, as its query positions.
+
+    One key for all heads leaves two axes to the queries alone, and in ``(B, L, H, d)`` heads are the last of them.
+    """
+    axes = range(len(pair.batch) + 2)
+    before = [place for place in axes if place not in (pair.query_axis, pair.key_axis)]
+    query_axis = before[axis]
+    leading = [place for place in axes if place not in (query_axis, pair.key_axis)]
+    order = [[*before, pair.query_axis].index(place) for place in (*leading, query_axis)]
+    return replace(
+        pair,
+        query=pair.query.permute(*order, -1),
+        key=pair.key.movedim(axis, leading.index(pair.query_axis)),
+        batch=tuple((*pair.batch, pair.query.shape[-2])[place] for place in order[:-1]),
+        query_axis=query_axis,
+        labels="".join(pair.labels[place] for place in (*order, -1)),
+        rows_at=axis,
+    )
 
 
 def ordered(x: Tensor, axes: str, wanted: Sequence[str]) -> Tensor:

@@ -44,7 +44,8 @@ class Origin:
     """The start of a trace: the product, the key ``(*batch, Lk, d)`` before repetition, the layer that computed it.
 
     ``made_of``: what its operands are made of, where this was followed. ``values_reached``: its softmax has weighted
-    values already; further uses of the weights are ignored.
+    values already; further uses of the weights are ignored. ``summands``: the two products that it is the sum of, and
+    the factor of the second, where it is one.
     """
 
     labeled: LabeledProduct
@@ -55,6 +56,7 @@ class Origin:
     dtype: torch.dtype
     made_of: MadeOf | None = None
     values_reached: bool = False
+    summands: tuple[Trace, Trace, float] | None = None
 
     @property
     def is_by_matrix(self) -> bool:
@@ -271,6 +273,7 @@ def as_attention(trace: Trace, lead: Lead) -> Attention:
         scale=trace.scale,
         tiled=tiled,
         lead=lead,
+        rows_at=product.rows_at,
         arrange=arrange,
         restore=restore,
         affine=trace.steps_of("affine"),
@@ -302,6 +305,8 @@ def values_by_head(
         ``(B, Hv, Lk, dv)`` and a function from rows of the product to ``(B, Hq, R, dv)``; None for another form.
     """
     batch, query, key = weights_axes
+    if query in axes and values.shape[axes.index(query)] == 1:  # one set of values for all positions
+        values, axes = values.squeeze(axes.index(query)), axes.replace(query, "")
     sizes = [axis for axis in axes if axis not in (*batch, query, key)]
     if len(sizes) != 1 or values.dim() != len(axes):
         return None, None

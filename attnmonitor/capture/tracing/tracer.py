@@ -20,10 +20,11 @@ from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.feature_axes import NEW
 from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.layouts import Layout
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.endings import MIXING, Endings
-from attnmonitor.capture.tracing.operands import made_of
+from attnmonitor.capture.tracing.operands import made_of, shared_rows
 from attnmonitor.capture.tracing.operations import (
     ADDITIONS,
     IN_PLACE,
@@ -38,9 +39,11 @@ from attnmonitor.capture.tracing.products import (
     is_weight,
     labeled,
     pairwise_product,
+    with_rows_at,
 )
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
+from attnmonitor.capture.tracing.sums import sum_of_products
 from attnmonitor.capture.tracing.trace import (
     ByHead,
     Origin,
@@ -59,6 +62,7 @@ from attnmonitor.capture.tracing.views import (
 __all__ = ["Tracer"]
 
 PICKS = {"topk", "sort"}
+_SEVERAL = "its logits are the sum of several query-key products"
 
 
 class Tracer:
@@ -70,7 +74,7 @@ class Tracer:
         ancestries: What tensors are made of; None where it is not followed.
         found: Called with ``(trace, output, row axis of output, values by head)`` for each attention.
         missed: Called with ``(layer, reason)`` when an attention was recognized but cannot be measured.
-        attends_in_matrices: Whether a layer was found to attend in products of two matrices, one sequence at a time.
+        known: Returns what is known of a layer from the first forward; None in that one.
 
     Attributes:
         endings: Why traces ended.
@@ -84,14 +88,14 @@ class Tracer:
         ancestries: Ancestries | None,
         found: Callable[[Trace, Tensor, int, Callable[[Lead], ByHead]], None],
         missed: Callable[[str, str], None],
-        attends_in_matrices: Callable[[str], bool],
+        known: Callable[[str], Layout | None],
     ) -> None:
         self._frames = frames
         self._repeated = repeated
         self._ancestries = ancestries
         self._found = found
         self._missed = missed
-        self._attends_in_matrices = attends_in_matrices
+        self._known = known
         self._traces = Notes[Trace]()
         self._operations = Operations(self._with_keys_first)
         self._untraced = Notes[bool]()
@@ -114,6 +118,10 @@ class Tracer:
         traced = TracedCall(call)
         trace = self._operand_of(traced)
         if trace is None:
+            return
+        total = self._sum_of_products(traced)
+        if total is not None:
+            self._traces.put(call.output, total)
             return
         moved = self._follow[call.name](trace, traced) if trace.split is None else in_split(trace, trace.split, traced)
         traced.drop_traced(call.output)
@@ -152,7 +160,7 @@ class Tracer:
             return None
         trace = self._traces.get(traced)
         if trace is not None and any(operands[slot] is not traced for slot in slots):
-            trace = replace(trace, ambiguity="its logits are the sum of several query-key products")
+            trace = replace(trace, ambiguity=_SEVERAL)
         return trace
 
     def _observe_product(self, call: FunctionCall) -> None:
@@ -174,8 +182,7 @@ class Tracer:
         if trace is None:
             return
         if call.name == "baddbmm":
-            traced = TracedCall(call)
-            trace = replace(self._operations.add_input(trace, traced), calls=(traced,))
+            trace = self._with_input(trace, TracedCall(call))
         self._traces.put(call.output, trace)
         self.endings.note_logits(layer, call.output)
 
@@ -244,6 +251,22 @@ class Tracer:
         elif repr(part.split.part) == repr(index_parts(index)):
             self._traces.put(target, with_bias(trace, part.split.bias(target), target))
 
+    def _sum_of_products(self, call: TracedCall) -> Trace | None:
+        """Return the trace of a sum of two query-key products of one layer; None for another operation."""
+        if call.name not in ADDITIONS or call.operands[0] is call.operands[1]:
+            return None
+        first, second = (self._traces.get(x) for x in call.operands[:2])
+        factor = call.kwargs.get("alpha", 1)
+        return first and second and sum_of_products(first, second, factor if call.name == "add" else -factor)
+
+    def _with_input(self, trace: Trace, call: TracedCall) -> Trace:
+        """Return the trace of a product with what ``baddbmm`` adds to it, which may be another product."""
+        added, beta = self._traces.get(call.operands[0]), call.kwargs.get("beta", 1)
+        if added is None or beta == 0:
+            return replace(self._operations.add_input(trace, call), calls=(call,))
+        scaled = replace(trace, scale=trace.scale * call.kwargs.get("alpha", 1))
+        return sum_of_products(scaled, added, beta) or replace(scaled, ambiguity=_SEVERAL)
+
     def _write_through(self, split: Split) -> None:
         """Follow a bias that is added to a view of the logits in place."""
         trace = self._traces.get(split.source)
@@ -254,6 +277,7 @@ class Tracer:
         self, product: LabeledProduct, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
     ) -> Trace | None:
         pair = pairwise_product(product, keys_first=keys_first)
+        pair = pair and self._with_positions_as_rows(product, pair, layer)
         if pair is not None and not pair.batch and not self._is_of_positions(product, layer, frame):
             return None
         if pair is None or self._untraced.get(product.left) or self._untraced.get(product.right):
@@ -263,13 +287,26 @@ class Tracer:
         num_axes = len(pair.batch) + 2
         return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
 
+    def _with_positions_as_rows(self, product: LabeledProduct, pair: PairwiseProduct, layer: str) -> PairwiseProduct:
+        """Return the product with positions as its rows where heads, which share one key, stood in their place."""
+        if self._ancestries is None:
+            known = self._known(layer)
+            axis = None if known is None else known.rows_at
+            if axis is not None and pair.key.shape[:-2][axis : axis + 1] != (1,):
+                axis = None
+        else:
+            made = made_of(self._ancestries, product, pair)
+            axis = None if made is None else shared_rows(made, pair)
+        return pair if axis is None else with_rows_at(pair, axis)
+
     def _is_of_positions(self, product: LabeledProduct, layer: str, frame: Frame | None) -> bool:
         """Return whether a product of two matrices may be one of queries and keys, of one sequence at a time.
 
         Not where an operand is computed from weights alone, nor where the rows count the sequences of a batch.
         """
         if self._ancestries is None:
-            return self._attends_in_matrices(layer)
+            known = self._known(layer)
+            return known is not None and known.lead == Lead(())
         hidden = frame.inputs[0] if frame is not None and frame.inputs else None
         if hidden is not None and hidden.dim() > 2 and len(product.left) == len(hidden):
             return False
@@ -278,7 +315,12 @@ class Tracer:
     def _with_keys_first(self, trace: Trace) -> Trace | None:
         """Return the same trace with queries and keys exchanged, as for ``k qᵀ`` with a softmax over its rows."""
         origin = trace.origin
-        mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+        mirrored: Trace | None
+        if origin.summands is None:
+            mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+        else:
+            first, second = (self._with_keys_first(each) for each in origin.summands[:2])
+            mirrored = first and second and sum_of_products(first, second, origin.summands[2])
         for call in trace.calls:
             mirrored = mirrored and self._follow[call.name](mirrored, call)
         if mirrored and not self._frames.is_of_running_layer(origin.frame):

@@ -1,0 +1,91 @@
+"""The sum of two query-key products as one product: ``q₁ k₁ᵀ + q₂ k₂ᵀ = [q₁ q₂] [k₁ k₂]ᵀ``.
+
+Code multiplies parts of the features apart where only some are rotated or others stay compressed (multi-head latent
+attention), and adds up the rows of an alignment that share their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnmonitor.capture.tracing.operations import ADDITIONS, SCALINGS
+from attnmonitor.capture.tracing.repeats import Repeated
+from attnmonitor.capture.tracing.trace import Trace, TracedCall
+from attnmonitor.capture.tracing.views import CASTS
+
+__all__ = ["sum_of_products"]
+
+_SCALED = {*SCALINGS, *CASTS}
+
+
+def sum_of_products(first: Trace, second: Trace, factor: float) -> Trace | None:
+    """Return the trace of ``first + factor · second``; None where they are not two products of one layer.
+
+    One of them may have a bias or a mask before the sum, the other no more than numbers that scale it.
+    """
+    if factor == 1 and not _is_scaled(second):
+        first, second = second, first
+    ours, theirs = first.origin.product, second.origin.product
+    if (
+        first.origin.frame is not second.origin.frame
+        or (first.query_axis, first.key_axis, ours.batch) != (second.query_axis, second.key_axis, theirs.batch)
+        or not (_is_affine(first) and _is_affine(second) and _is_scaled(second))
+        or first.scale == 0
+    ):
+        return None
+    ratio = factor * second.scale / first.scale
+    made_of = [trace.origin.made_of for trace in (first, second)]
+    origin = replace(
+        first.origin,
+        product=replace(ours, query=_beside(ours.query, theirs.query * ratio), key=_beside(ours.key, theirs.key)),
+        repeated_key=_repeated(first, second),
+        dtype=torch.promote_types(first.origin.dtype, second.origin.dtype),
+        made_of=max((each for each in made_of if each), key=lambda each: sum(map(bool, each.axes)), default=None),
+        summands=(first, second, factor),
+    )
+    return replace(first, origin=origin, calls=())
+
+
+def _is_affine(trace: Trace) -> bool:
+    """Return whether a product was scaled by numbers, biased and masked alone, in its own axes."""
+    moved = trace.factors or trace.split or trace.ambiguity or any(step.rearranges for _, step in trace.steps)
+    return trace.stage == "affine" and not moved
+
+
+def _is_scaled(trace: Trace) -> bool:
+    return all(call.name in _SCALED or _adds_nothing(call) for call in trace.calls)
+
+
+def _adds_nothing(call: TracedCall) -> bool:
+    """Return whether it is the sum with zero that a running total begins with."""
+    other = call.operands[1 - call.slot]
+    return call.name in ADDITIONS and isinstance(other, int | float) and other == 0
+
+
+def _repeated(first: Trace, second: Trace) -> Repeated | None:
+    """Return the keys of both before they were repeated; a key of all heads needs no repetition."""
+    one, other = first.origin.repeated_key, second.origin.repeated_key
+    sources = [
+        each.source if each is not None else trace.origin.product.key for each, trace in ((one, first), (other, second))
+    ]
+    known = one or other
+    if known is None or (one and other and one.tiled != other.tiled):
+        return None
+    lead = known.source.shape[:-2]
+    if not all(_broadcasts(source.shape[:-2], lead) for source in sources):
+        return None
+    return replace(known, source=_beside(*sources))
+
+
+def _broadcasts(sizes: Sequence[int], lead: Sequence[int]) -> bool:
+    return len(sizes) == len(lead) and all(size in (1, own) for size, own in zip(sizes, lead, strict=True))
+
+
+def _beside(one: Tensor, other: Tensor) -> Tensor:
+    """Return ``(*batch, L, d1 + d2)`` from operands of which each may be broadcast along axes of ``batch``."""
+    rows = torch.broadcast_shapes(one.shape[:-1], other.shape[:-1])
+    return torch.cat([x.expand(*rows, x.shape[-1]) for x in (one, other)], -1)
