@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,16 @@ def narrow_screen(browser: Any) -> Iterator[None]:
 
 def open_at(browser: Any, page: Path, address: str = "") -> None:
     """Load the page anew, at an address from ``#`` on."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     browser.get("about:blank")
     browser.get(page.as_uri() + address)
-    WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.body.dataset.ready === 'yes'"))
+    wait_for(browser, lambda: browser.execute_script("return document.body.dataset.ready === 'yes'"))
+
+
+def wait_for(browser: Any, condition: Callable[[], Any]) -> None:
+    """Return once the condition is true; a minute without it is a failure."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda _: condition())
 
 
 def text_of(browser: Any, element: str) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pytest
-from pages import choice, click_cell, narrow_screen, open_at, overlapping_texts, text_of
+from pages import choice, click_cell, narrow_screen, open_at, overlapping_texts, text_of, wait_for
 from synthetic_runs import SyntheticRun, written
 
 from attnmonitor.record import RecordWriter, RunRecord
@@ -64,9 +64,11 @@ def drawn(browser: Any, chart: str) -> tuple[list[dict[str, Any]], dict[str, Any
     return data, layout
 
 
-def settle(browser: Any, milliseconds: int = 50) -> None:
-    """Wait for what the browser does after an event."""
-    browser.execute_async_script("setTimeout(arguments[1], arguments[0])", milliseconds)
+def settle(browser: Any) -> None:
+    """Wait for what the browser does after an event: it tells of a change of colors when it paints, and then draws."""
+    browser.execute_async_script(
+        "const done = arguments[0];requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)))"
+    )
 
 
 def go_to(browser: Any, address: str) -> None:
@@ -233,7 +235,7 @@ def test_charts_are_saved_and_follow_dark_and_print(odd_page: Path, browser: Any
         assert layout["paper_bgcolor"] != "white"
         for button in browser.find_elements("css selector", "[data-chart=curves-0], [data-chart=heatmap-0]"):
             browser.execute_script("arguments[0].click()", button)
-            settle(browser, 400)
+        wait_for(browser, lambda: len(saved(tmp_path)) == 2)
         browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
         _, layout = drawn(browser, "curves-0")
         assert layout["paper_bgcolor"] == "white", "paper is white"
@@ -242,9 +244,14 @@ def test_charts_are_saved_and_follow_dark_and_print(odd_page: Path, browser: Any
     with emulated(browser, "print", "light"):
         assert not browser.find_element("id", "controls").is_displayed()
         assert browser.find_element("tag name", "h1").is_displayed()
-    kinds = {path.suffix: path.read_bytes() for path in tmp_path.iterdir()}
-    assert kinds[".png"].startswith(b"\x89PNG")
-    assert b"<svg" in kinds[".svg"][:200]
+    pictures = saved(tmp_path)
+    assert pictures[".png"].startswith(b"\x89PNG")
+    assert b"<svg" in pictures[".svg"][:200]
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """What the browser has saved, by the ends of the names; a file that it still writes has another end or is empty."""
+    return {path.suffix: content for path in folder.glob("*.[ps][nv]g") if (content := path.read_bytes())}
 
 
 @contextmanager
