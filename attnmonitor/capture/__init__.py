@@ -16,8 +16,9 @@
    heads from sequences, and ``findings.py`` self from cross attention. ``examination.py`` finds masks, padding and
    documents; ``layouts.py`` keeps what was found of a layer.
 7. ``verify.py`` rebuilds a few rows of the layer's output from q, k and scale; ``comparison.py`` compares.
-8. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``report.missed`` names
-   the modules that look like attention but gave no record. Nothing stays on the model.
+8. ``emitter.py`` calls ``emit`` with one `AttentionCall` (``call.py``) per attention, in order; ``written.py`` follows
+   what its heads write through the output projection. ``report.missed`` names the modules that look like attention but
+   gave no record. Nothing stays on the model.
 
 ``projections/`` finds W_Q and W_K of each head, on top of this.
 """

@@ -15,16 +15,23 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attnmonitor.capture.applied_weights import (
+    WEIGHTS,
+    AppliedWeight,
+    applied_weight,
+    feature_scale,
+    is_plain,
+    through_weight,
+)
 from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.layouts import Layouts, OutputPlace
 from attnmonitor.capture.modules import Frame, Frames
 from attnmonitor.capture.tensor_notes import Notes
-from attnmonitor.capture.tracing.products import labeled, ordered
 from attnmonitor.capture.verify import RebuiltRows, without_autocast
 
 __all__ = ["Listener", "WrittenOutputs"]
@@ -33,7 +40,6 @@ Listener = Callable[[Tensor | None], None]
 """Called with what each head writes, ``(B, H, R, n)`` in the rows of its call, again whenever more acts on it; with
 None where only a part of the weights is known. The last call counts."""
 
-_WEIGHTS = ("linear", "addmm", "matmul", "mm", "einsum")
 _KEEPING = (
     *("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout"),
     *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
@@ -92,15 +98,6 @@ class _Part:
     is_inner: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class _Applied:
-    """A weight that was applied: ``x`` of ``given``, ``(..., m)``, times ``matrix``, ``(m, n)``."""
-
-    given: Tensor
-    x: Tensor
-    matrix: Tensor
-
-
 class WrittenOutputs:
     """Follows the output of each attention of a forward through its output projection.
 
@@ -117,7 +114,7 @@ class WrittenOutputs:
         self._frames = frames
         self._expected: _Output | None = None
         self._parts = Notes[_Part | None]()
-        self.observers: dict[str, Observer] = dict.fromkeys(_WEIGHTS, self._observe_weight)
+        self.observers: dict[str, Observer] = dict.fromkeys(WEIGHTS, self._observe_weight)
         self.observers |= dict.fromkeys(_KEEPING, self._observe_keeping)
         self.observers |= dict.fromkeys(_SCALING, self._observe_scale)
         self.observers |= {"add": self._observe_sum, "sub": self._observe_sum, "addcmul": self._observe_scaled_sum}
@@ -143,7 +140,7 @@ class WrittenOutputs:
     def _observe_weight(self, call: FunctionCall) -> None:
         if self._expected is None and not self._parts:
             return
-        applied = _applied(call)
+        applied = applied_weight(call)
         if applied is None or not isinstance(call.output, Tensor):
             return
         part = self._parts.get(applied.given) or self._met(applied)
@@ -155,17 +152,17 @@ class WrittenOutputs:
         with without_autocast(part.by_head):
             through = replace(
                 part,
-                by_head=_through(part.by_head, applied.matrix, part.place),
+                by_head=through_weight(part.by_head, applied.matrix, part.place),
                 place=None,
                 weights=part.weights if part.place is None else frozenset({number}),
                 is_inner=part.place is None,
             )
         self._note(call.output, through)
 
-    def _met(self, applied: _Applied) -> _Part | None:
+    def _met(self, applied: AppliedWeight) -> _Part | None:
         """Return the expected output if the weight was applied to it."""
         expected = self._expected
-        if expected is None or not _is_plain(applied.x):
+        if expected is None or not is_plain(applied.x):
             return None
         num_sequences, num_heads, _, head_dim = expected.whole.output.shape  # type: ignore[union-attr]
         features = num_heads * head_dim
@@ -199,7 +196,7 @@ class WrittenOutputs:
     def _observe_scale(self, call: FunctionCall) -> None:
         multiplies, output = call.name.startswith("mul"), call.output
         for part, other in self._operands(call.args, output):
-            factor = _feature_scale(other, output)
+            factor = feature_scale(other, output)
             is_first = self._parts.get(call.args[0]) is part
             if factor is None or part.place is not None or call.kwargs or not (is_first or multiplies):
                 self._parts.put(output, None)
@@ -220,13 +217,13 @@ class WrittenOutputs:
                 self._note(output, replace(part, by_head=by_head, weights=weights, is_inner=is_inner))
             else:  # a bias belongs to no head
                 is_kept = adds or self._parts.get(call.args[0]) is part
-                self._parts.put(output, part if is_kept and _feature_scale(other, output) is not None else None)
+                self._parts.put(output, part if is_kept and feature_scale(other, output) is not None else None)
             return
 
     def _observe_scaled_sum(self, call: FunctionCall) -> None:
         output = call.output
         for part, other in self._operands(call.args[1:], output):
-            factor = _feature_scale(other, output)
+            factor = feature_scale(other, output)
             if factor is not None and part.place is None:
                 self._note(output, replace(part, by_head=part.by_head * factor))
             self._parts.put(output, None)  # the sum with something else ends it
@@ -252,34 +249,6 @@ def _weakly(call: Frame | None) -> Callable[[], Frame | None]:
     return (lambda: None) if call is None else weakref.ref(call)
 
 
-def _applied(call: FunctionCall) -> _Applied | None:
-    """Return the weight that a call applies to the last axes of a tensor; None for another call."""
-    if call.name in ("linear", "addmm"):
-        is_linear = call.name == "linear"
-        names = ("input", "weight") if is_linear else ("input", "mat1", "mat2")
-        operands = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-        x, weight = (operands.get(each) for each in names[-2:])
-        if not _is_plain(weight) or weight.dim() != 2 or not isinstance(x, Tensor) or call.kwargs.get("alpha", 1) != 1:
-            return None
-        return _Applied(x, x, weight.mT if is_linear else weight)
-    found = labeled(call)
-    if found is None or not _is_plain(found.right) or not _is_plain(found.left):
-        return None
-    contracted = [axis for axis in found.left_axes if axis in found.contracted]
-    rest = [axis for axis in found.left_axes if axis not in contracted]
-    features = [axis for axis in found.right_axes if axis not in contracted]
-    if not contracted or len(features) != 1 or features[0] in rest or found.out_axes[-1:] != features[0]:
-        return None
-    x = ordered(found.left, found.left_axes, [*rest, *contracted])
-    matrix = ordered(found.right, found.right_axes, [*contracted, *features])
-    return _Applied(found.left, x.flatten(len(rest)), matrix.flatten(0, -2))
-
-
-def _is_plain(x: Any) -> TypeGuard[Tensor]:
-    """Return whether a tensor's entries can be read here: it is not quantized, nor divided among processes."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout is torch.strided
-
-
 def _places(number: int) -> Iterator[OutputPlace]:
     yield from (OutputPlace(number, *order) for order in product((False, True), repeat=2))
 
@@ -301,29 +270,3 @@ def _holds(x: Tensor, expected: _Output, place: OutputPlace) -> Tensor:
     output = output.to(by_head.dtype)
     same: Tensor = ((by_head == output) | (by_head.isnan() & output.isnan())).all()
     return same
-
-
-def _through(by_head: Tensor, matrix: Tensor, place: OutputPlace | None) -> Tensor:
-    """Return parts ``(B, H, R, m)`` times a matrix; of the output itself each head times its own rows."""
-    dtype = torch.promote_types(torch.promote_types(by_head.dtype, matrix.dtype), torch.float32)
-    by_head, matrix = by_head.to(dtype), matrix.to(dtype)
-    if place is None:
-        after: Tensor = by_head @ matrix
-        return after
-    num_sequences, num_heads, num_rows, head_dim = by_head.shape
-    if place.heads_last:
-        matrix = matrix.unflatten(0, (head_dim, num_heads)).transpose(0, 1)
-    else:
-        matrix = matrix.unflatten(0, (num_heads, head_dim))
-    through: Tensor = (by_head.transpose(0, 1).flatten(1, 2) @ matrix).unflatten(1, (num_sequences, num_rows))
-    return through.transpose(0, 1)
-
-
-def _feature_scale(x: Any, output: Tensor) -> Tensor | float | None:
-    """Return a number, or one per feature, ``(n,)``; None for anything else."""
-    if isinstance(x, int | float):
-        return x
-    if not _is_plain(x) or not (x.numel() == 1 or x.numel() == x.shape[-1] == output.shape[-1]):
-        return None
-    factors: Tensor = x.flatten().float()
-    return factors

@@ -129,7 +129,7 @@ class Layers(nn.ModuleList):
 def test_launches_are_few_on_a_fake_gpu(monkeypatch):
     """Of SmolLM2-135M: of each layer while the forward runs, and of all layers at its end; and nothing waits."""
     monkeypatch.setattr("attnmonitor.functional.eigenvalues.solve", no_contents)
-    monkeypatch.setattr("attnmonitor.capture.written.Tensor", FakeTensor)  # reads no weight of another type
+    monkeypatch.setattr("attnmonitor.capture.applied_weights.Tensor", FakeTensor)  # reads no weight of another type
     with FakeTensorMode(), IndexByOperations(), torch.no_grad():
         model = Layers(Attend() for _ in range(30))
         heads = [torch.empty(4, number, 512, 64, device="cuda", dtype=torch.bfloat16) for number in (9, 3, 3)]

@@ -13,16 +13,8 @@ from torch import Tensor
 from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.numbers import Numbers
-from attnmonitor.capture.tracing.trace import (
-    Origin,
-    Trace,
-    TracedCall,
-    add_rows,
-    as_batch,
-    as_soft_cap,
-    rows_of,
-    size_along,
-)
+from attnmonitor.capture.tracing.trace import Origin, Trace, as_batch, as_soft_cap
+from attnmonitor.capture.tracing.traced_call import TracedCall, add_rows, rows_of, size_along
 from attnmonitor.capture.tracing.views import CASTS, RESHAPES, permuted, reshaped, sliced, with_mask
 from attnmonitor.capture.verify import HIDDEN
 
@@ -87,7 +79,7 @@ class Operations:
         sign = SCALINGS[call.name]
         if sign < 0 and call.slot != 0:
             return None
-        apply = call.replay(trace)
+        apply = call.replay(trace.query_axis)
         other = call.operands[1 - call.slot]
         number = self.numbers.of(other)
         if trace.stage == "nonlinear" and trace.capped and number is not None:
@@ -111,7 +103,7 @@ class Operations:
             return trace.then(over, stage="after", softmax_axes=axes, logged=True)
         is_maximum = self.maxima.get(other) is trace.origin and size_along(other, trace.key_axis) == 1
         if is_maximum and call.name != "add" and call.slot == 0:
-            return trace.then(call.replay(trace), shifts=True)
+            return trace.then(call.replay(trace.query_axis), shifts=True)
         if isinstance(other, Tensor) and other.is_floating_point():
             trace = replace(trace, has_added=True)
             if call.name == "add":
@@ -119,7 +111,7 @@ class Operations:
         if call.slot and call.name != "add":
             return self._nonlinear(trace, call)
         factor = call.kwargs.get("alpha", 1) if call.slot and trace.stage == "affine" else 1
-        return trace.then(call.replay(trace), scale=trace.scale * factor)
+        return trace.then(call.replay(trace.query_axis), scale=trace.scale * factor)
 
     def add_input(self, trace: Trace, call: TracedCall) -> Trace:
         """Follow ``baddbmm(input, q, kᵀ, beta, alpha)``, which is ``beta·input + alpha·q kᵀ``."""
@@ -143,7 +135,7 @@ class Operations:
         value = self.numbers.of(fill)
         if value is not None and value <= HIDDEN:
             trace = with_mask(trace, blocked, call.output, true_hides=hides_where)
-        return trace.then(call.replay(trace))
+        return trace.then(call.replay(trace.query_axis))
 
     def _nonlinear(self, trace: Trace, call: TracedCall) -> Trace | None:
         changes: dict[str, Any] = {}
@@ -164,7 +156,7 @@ class Operations:
             if trace.stage != "after":
                 changes["outside"] = trace.outside | {"sinks"}
         changes["capped"] = call.name == "tanh" and trace.stage == "affine"
-        return trace.then(call.replay(trace), **changes)
+        return trace.then(call.replay(trace.query_axis), **changes)
 
     def _softmax(self, trace: Trace, call: TracedCall) -> Trace | None:
         dim = call.argument(1, "dim")
@@ -182,7 +174,7 @@ class Operations:
         return trace.then(_softmax_over(trace.key_axis, logged=logged), stage="after", softmax_axes=axes, logged=logged)
 
     def _exp(self, trace: Trace, call: TracedCall) -> Trace | None:
-        return trace.then(call.replay(trace), logged=False) if trace.logged else None
+        return trace.then(call.replay(trace.query_axis), logged=False) if trace.logged else None
 
     def _dropout(self, trace: Trace, call: TracedCall) -> Trace:
         active = call.argument(2, "training", True) and call.argument(1, "p", 0.5) > 0

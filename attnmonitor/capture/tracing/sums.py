@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attnmonitor.capture.tracing.operations import ADDITIONS, SCALINGS
 from attnmonitor.capture.tracing.repeats import Repeated
-from attnmonitor.capture.tracing.trace import Trace, TracedCall
+from attnmonitor.capture.tracing.trace import Trace
+from attnmonitor.capture.tracing.traced_call import TracedCall
 from attnmonitor.capture.tracing.views import CASTS
 
 __all__ = ["sum_of_products"]

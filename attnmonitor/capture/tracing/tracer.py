@@ -44,14 +44,8 @@ from attnmonitor.capture.tracing.products import (
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
 from attnmonitor.capture.tracing.sums import sum_of_products
-from attnmonitor.capture.tracing.trace import (
-    ByHead,
-    Origin,
-    Trace,
-    TracedCall,
-    size_along,
-    values_by_head,
-)
+from attnmonitor.capture.tracing.trace import ByHead, Origin, Trace, values_by_head
+from attnmonitor.capture.tracing.traced_call import TracedCall, size_along
 from attnmonitor.capture.tracing.views import (
     CASTS,
     RESHAPES,
@@ -354,5 +348,5 @@ class Tracer:
         def by_head(lead: Lead) -> ByHead:
             return values_by_head(values, product.right_axes, (batch, query, key), product.out_axes, lead)
 
-        trace = trace.then(call.replay(trace, product.left))
+        trace = trace.then(call.replay(trace.query_axis, product.left))
         self._found(trace, output, product.out_axes.index(query), by_head)

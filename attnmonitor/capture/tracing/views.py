@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.tracing.split import Split, joined
-from attnmonitor.capture.tracing.trace import Trace, TracedCall, add_rows, size_along
+from attnmonitor.capture.tracing.trace import Trace
+from attnmonitor.capture.tracing.traced_call import TracedCall, add_rows, size_along
 from attnmonitor.capture.verify import visible_keys
 
 __all__ = ["CASTS", "RESHAPES", "in_split", "permuted", "reshaped", "sliced", "with_bias", "with_mask"]
