@@ -30,7 +30,14 @@ from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_re
 from attnmonitor.monitor.sampling import MonitorSampling
 from attnmonitor.monitor.saved_state import STATE_FORMAT, check_state
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
-from attnmonitor.monitor.settings import alerts_on, check_metrics, check_name, check_processes, check_weights_every
+from attnmonitor.monitor.settings import (
+    alerts_on,
+    check_metrics,
+    check_name,
+    check_processes,
+    check_weights_every,
+    idle_rules,
+)
 from attnmonitor.parallel.sharding import check_known_sharding
 from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
@@ -38,6 +45,7 @@ from attnmonitor.record.training_log import TrainingLog
 from attnmonitor.sample import ByLayer, LayerCoverage, Sample
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.tables import coverage_table
+from attnmonitor.summary.verdict import idle_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,6 +147,7 @@ class AttentionMonitor(MonitorSampling):
         self._weights_every, self._processes = check_weights_every(weights_every), check_processes(processes)
         with default_torch_state():
             self._alerts = alerts_on(alerts, self._metrics)
+        self._idle_rules = idle_rules(alerts, self._alerts, self._metrics)
         self._actions = check_actions(actions or {}, self._alerts.rules)
         tokens = ProbeTokens(checked_decode(decode))
         check_known_sharding(self.model)
@@ -175,6 +184,7 @@ class AttentionMonitor(MonitorSampling):
             has_rules=bool(self._alerts.rules),
             grace=self._alerts.grace,
             least_heads=self._alerts.least_heads,
+            idle_rules=self._idle_rules,
         )
         for layer in layers.values():
             if not layer.measured:
@@ -191,12 +201,13 @@ class AttentionMonitor(MonitorSampling):
         return self.probe.batch is not None
 
     def __str__(self) -> str:
-        """A table of the layers: how each is captured and verified, or why not; and how samples are computed."""
+        """A table of the layers: how each is captured and verified, or why not; the way of computing; idle rules."""
         how = self._measurement.after_last_attention if self.coverage else ""
         lines = [
             coverage_table(self.coverage),
             str(self._measurement.route),
             how and f"after the last attention: {how}",
+            idle_text(self._idle_rules),
         ]
         return "\n".join(filter(None, lines))
 
@@ -284,6 +295,7 @@ class AttentionMonitor(MonitorSampling):
             "alerts": [rule.name for rule in self._alerts.rules],
             "alerts_grace": self._alerts.grace,
             "alerts_least_heads": self._alerts.least_heads,
+            "alerts_idle": self._idle_rules,
             "actions": self._delivery.describe_actions(),
             "layers": [asdict(layer) for layer in self.coverage.values()],
             "after_last_attention": self._measurement.after_last_attention,

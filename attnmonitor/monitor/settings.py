@@ -15,7 +15,15 @@ from attnmonitor.measurement.tokens import checked_decode
 from attnmonitor.messages import nearest, whole_argument
 from attnmonitor.metrics.catalog import DEFAULT_METRICS, check_metric_names
 
-__all__ = ["alerts_on", "check_metrics", "check_name", "check_processes", "check_settings", "check_weights_every"]
+__all__ = [
+    "alerts_on",
+    "check_metrics",
+    "check_name",
+    "check_processes",
+    "check_settings",
+    "check_weights_every",
+    "idle_rules",
+]
 
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
 
@@ -108,3 +116,15 @@ def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) ->
                 f"metrics=[..., {missing[0]!r}]"
             )
     return chosen
+
+
+def idle_rules(alerts: Any, chosen: Alerts, metrics: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the rules that cannot fire, each with the metrics that it reads and that are not measured.
+
+    Args:
+        alerts: The argument of the monitor: with True these are default rules.
+        chosen: The alerts of these rules.
+        metrics: What is measured.
+    """
+    rules = DEFAULT_RULES if alerts is True else chosen.rules
+    return {rule.name: missing for rule in rules if (missing := sorted(rule.metrics - set(metrics)))}

@@ -33,6 +33,7 @@ class RunCounts:
         has_rules: Whether any alert rule is on; without one nobody can say "healthy".
         grace: Samples that the slowest rule needs before it may fire; before that nobody can say "healthy" either.
         least_heads: Heads of each scope that the rules need to compare heads with each other; empty where none compare.
+        idle_rules: Rules that cannot fire, each with the metrics that it reads and that are not measured.
     """
 
     coverage: Mapping[str, LayerCoverage] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class RunCounts:
     has_rules: bool = True
     grace: int = 0
     least_heads: Mapping[str, int] = field(default_factory=dict)
+    idle_rules: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[LayerCoverage]:

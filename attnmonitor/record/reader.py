@@ -212,6 +212,7 @@ class RunRecord:
             has_rules=has_rules,
             grace=config.get("alerts_grace", 0),
             least_heads=config.get("alerts_least_heads", {}),
+            idle_rules=config.get("alerts_idle", {}),
         )
 
     @property

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attnmonitor.alerts.firing import most_severe_first
 from attnmonitor.messages import first_names, printable
+from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.record.counts import Doubt, RunCounts
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import count_text, fault_names, short_layer_names, tail_of
 
-__all__ = ["closing_lines", "verdict"]
+__all__ = ["closing_lines", "idle_text", "verdict"]
 
 _MOST_LAST = 5  # heads on lines of their own at the end of a run
 _MAX_LAYER = 40  # characters of the name of a layer
@@ -58,7 +59,28 @@ def _notes(counts: RunCounts) -> list[str]:
         notes.append(f"{count_text(counts.num_cleared, 'alarm')} came and went")
     if counts.num_failed and "failed" not in counts.doubts:
         notes.append(f"{count_text(counts.num_failed, 'sample')} failed")
+    # A rule about a metric that is not measured by default is idle in most runs.
+    turned_off = {rule: missing for rule, missing in counts.idle_rules.items() if set(missing) & set(DEFAULT_METRICS)}
+    if turned_off:
+        notes.append(f"{count_text(len(turned_off), 'rule')} cannot fire without {first_names(_missing(turned_off))}")
     return notes
+
+
+def idle_text(idle_rules: Mapping[str, Sequence[str]]) -> str:
+    """Return one line about the rules that cannot fire, given with the metrics they miss; "" where there is none.
+
+    Example:
+        >>> idle_text({"dead": ["energy_rms"], "key_sink": ["energy_rms", "key_incoherence"]})
+        '2 rules cannot fire (dead, key_sink), as metrics= leaves out energy_rms, key_incoherence'
+    """
+    if not idle_rules:
+        return ""
+    number = count_text(len(idle_rules), "rule")
+    return f"{number} cannot fire ({', '.join(idle_rules)}), as metrics= leaves out {', '.join(_missing(idle_rules))}"
+
+
+def _missing(idle_rules: Mapping[str, Sequence[str]]) -> list[str]:
+    return sorted({metric for metrics in idle_rules.values() for metric in metrics})
 
 
 def _failed_text(counts: RunCounts) -> str:

@@ -7,6 +7,7 @@ import io
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,25 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 # What is measured
+
+
+def test_rules_that_cannot_fire_are_named(tmp_path: Path) -> None:
+    """Whoever measures some metrics only learns which default rules these turn off, and what they need."""
+    keys = ["key_rms", "key_leverage_max", "key_incoherence"]
+    with monitor_of(TinyGPT(), metrics=keys, record=tmp_path) as monitor:
+        last = str(monitor).splitlines()[-1]
+        assert "rules cannot fire (dead, " in last
+        assert all(f"{rule}, " in last for rule in ("key_faded", "key_sink", "key_rank"))
+        assert "key_grown" not in last
+        assert "as metrics= leaves out " in last
+        assert "energy_rms" in last.split("leaves out ")[1]
+        assert "rules cannot fire without " in monitor.sample(0).verdict
+        record = RunRecord.open(monitor.record_path)
+    assert record.counts.idle_rules == monitor.summary.idle_rules
+    assert str(monitor_of(TinyGPT())).endswith(
+        "1 rule cannot fire (learned_rank), as metrics= leaves out interaction_participation_ratio"
+    )
+    assert "cannot fire" not in str(monitor_of(TinyGPT(), metrics=keys, alerts=False))
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])

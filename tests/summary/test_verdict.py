@@ -47,6 +47,14 @@ def test_healthy_only_if_a_rule_is_on() -> None:
     )
 
 
+def test_verdict_counts_rules_that_were_turned_off() -> None:
+    """Not those that miss only what is not measured by default: they are idle in most runs."""
+    idle = {"dead": ["energy_rms"], "learned_rank": ["interaction_participation_ratio"]}
+    line = verdict_of(coverage(), num_samples=1, idle_rules=idle)
+    assert line.endswith("healthy; 1 rule cannot fire without energy_rms")
+    assert verdict_of(coverage(), num_samples=1, idle_rules={"learned_rank": idle["learned_rank"]}).endswith("healthy")
+
+
 def test_not_healthy_while_rules_wait() -> None:
     early = "unknown: 8 heads in 2 layers watched over 25 samples: no alarm, but some rules first wait for 25 samples"
     assert verdict_of(coverage(), num_samples=25, grace=25) == early
