@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 from collections.abc import Mapping
 from html import escape
 
@@ -14,13 +12,13 @@ from attnmonitor.messages import printable
 from attnmonitor.record import RunRecord
 from attnmonitor.report.tables import table
 from attnmonitor.sample import HeadEvidence, LayerCoverage
-from attnmonitor.summary.style import ALARM_COLOR
+from attnmonitor.summary.png import png_of
+from attnmonitor.summary.style import ALARM_COLOR, VIRIDIS
 
 __all__ = ["evidence_fragment", "evidence_section"]
 
 _MOST_POSITIONS = 8
 _HEADER = ("sequence", "position", "leverage", "energy share", "token")
-_VIRIDIS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 _NOT_FINITE = 255  # its place in the palette
 
 
@@ -109,22 +107,12 @@ def _png(probability: Tensor) -> bytes:
     """A picture with one pixel for each entry of ``(R, C)``; the root of a probability chooses its color."""
     shade = (probability.nan_to_num().clamp(0, 1).sqrt() * (_NOT_FINITE - 1)).round().int()
     rows = shade.masked_fill(~probability.isfinite(), _NOT_FINITE).tolist()
-    height, width = probability.shape
-    pixels = b"".join(b"\0" + bytes(row) for row in rows)
     palette = bytes(part for place in range(_NOT_FINITE) for part in _color(place / (_NOT_FINITE - 1)))
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette + bytes.fromhex(ALARM_COLOR[1:])),
-        (b"IDAT", zlib.compress(pixels, 9)),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
+    return png_of(map(bytes, rows), probability.shape[1], palette + bytes.fromhex(ALARM_COLOR[1:]))
 
 
 def _color(share: float) -> tuple[int, ...]:
-    place = share * (len(_VIRIDIS) - 1)
-    low = min(int(place), len(_VIRIDIS) - 2)
-    ends = (bytes.fromhex(color[1:]) for color in _VIRIDIS[low : low + 2])
+    place = share * (len(VIRIDIS) - 1)
+    low = min(int(place), len(VIRIDIS) - 2)
+    ends = (bytes.fromhex(color[1:]) for color in VIRIDIS[low : low + 2])
     return tuple(round(a + (place - low) * (b - a)) for a, b in zip(*ends, strict=True))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import math
 import shlex
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -26,8 +24,9 @@ from attnmonitor.record.counts import RunState
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned, html_of
 from attnmonitor.summary.names import short_layer_names, tail_of
 from attnmonitor.summary.outliers import range_without_outliers
+from attnmonitor.summary.png import png_of
 from attnmonitor.summary.run_summary import RunSummary
-from attnmonitor.summary.style import ALARM_COLOR, OTHER_HEADS_COLOR, PAPER_GRAY, STATE_COLORS
+from attnmonitor.summary.style import ALARM_COLOR, OTHER_HEADS_COLOR, PAPER_GRAY, STATE_COLORS, VIRIDIS
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
 
@@ -38,7 +37,6 @@ Coverage = Mapping[str, LayerCoverage]
 _CELL = 14  # pixels, and the height of a line of names
 _MOST_NAMED_ROWS, _MAX_NAME = 48, 24
 _METRIC = "energy_rms"
-_VIRIDIS = ("440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725")
 
 
 def run_html(
@@ -105,7 +103,7 @@ def heatmap_png(
             frame = pixels[top : top + _CELL - 1, left : left + _CELL - 1]
             for edge in (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:]):
                 edge[:] = _rgb(ALARM_COLOR)
-    return _png(pixels)
+    return png_of((row.tobytes() for row in pixels), pixels.shape[1])
 
 
 @html_of.register
@@ -186,7 +184,7 @@ def _colors(table: NDArray[np.float64], metric: str) -> NDArray[np.uint8]:
     if is_log(metric):
         low, high = math.log(low), math.log(high)
     share = np.nan_to_num((scaled - low) / (high - low or 1.0), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
-    anchors = np.array([_rgb(f"#{color}") for color in _VIRIDIS])
+    anchors = np.array([_rgb(color) for color in VIRIDIS])
     places = np.linspace(0, 1, len(anchors))
     colors = np.stack([np.interp(share, places, channel) for channel in anchors.T], axis=-1).round().astype(np.uint8)
     colors[np.isnan(table)] = _rgb(PAPER_GRAY)
@@ -201,18 +199,6 @@ def _enlarged(cells: NDArray[Any]) -> NDArray[Any]:
 def _rgb(color: str) -> tuple[int, int, int]:
     red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
     return red, green, blue
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """Return an image ``(height, width, 3)`` as a PNG (RFC 2083): header, one block of rows, end."""
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def _text(text: str) -> str:

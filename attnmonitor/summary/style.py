@@ -28,6 +28,7 @@ __all__ = [
     "PAPER_GRAY",
     "RUN_COLORS",
     "STATE_COLORS",
+    "VIRIDIS",
     "color_heads",
     "head_color",
     "kind_color",
@@ -52,6 +53,7 @@ RUN_COLORS = ("#0072B2", "#CC79A7", "#009E73", "#6A5ACD")  # runs drawn in one c
 HEAD_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CHOSEN_COLOR = "#000000"  # the head that a reader has chosen
 OTHER_HEADS_COLOR = "#8a929c"
+VIRIDIS = ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 BAND_COLOR = "#35608d"
 STATE_COLORS = {"alarm": ALARM_COLOR, "healthy": "#1F6F4A", "unknown": "#7A5600"}
 INK, FAINT_INK, AXIS_INK, PAPER_GRAY = "#22262b", "#6a7078", "#b9bec5", "#e4e6e9"
