@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from attnmonitor.summary.style import AXIS_INK, FAINT_INK, INK, log_ticks
+from attnmonitor.summary.style import AXIS_INK, FAINT_INK, GRID_COLOR, INK, log_ticks
 
 
 def new_axes() -> Axes:
@@ -45,7 +45,7 @@ def strip(ax: Axes) -> None:
     for side in ("left", "bottom"):
         ax.spines[side].set_color(AXIS_INK)
     ax.tick_params(labelsize=8, color=AXIS_INK)
-    ax.grid(True, axis="y", color="#eceef0", linewidth=0.8)
+    ax.grid(True, axis="y", color=GRID_COLOR, linewidth=0.8)
     ax.set_axisbelow(True)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set(fontsize=9, color=FAINT_INK)

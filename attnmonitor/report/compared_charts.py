@@ -23,7 +23,7 @@ from attnmonitor.report.traces import (
     bands,
     heading,
     line,
-    packed,
+    named_numbers,
     small_charts,
     upright_line,
 )
@@ -94,7 +94,7 @@ def _all_heads(runs: Sequence[Numbers], at: int, name: str, metric: Mapping[str,
     """Bands over the heads of the only run, or the median of one of several."""
 
     def numbers(band: int) -> Chart:
-        return packed(name, len(metric["band_samples"]), band=band, run=at)
+        return named_numbers(name, len(metric["band_samples"]), band=band, run=at)
 
     if len(runs) == 1:
         return bands([numbers(band) for band in range(len(QUANTILES))], BAND_COLOR)

@@ -39,7 +39,7 @@ function chosenTraces(run, lines) {  // in the color of the alarm where the head
   const metric = run.metrics[lines.healthy.meta.metric];
   return chosenColumns(run, metric).map(column => {
     const alarms = metric.alarms.get(column) ?? [], alarm = alarms.find(({ ended }) => ended === null) ?? alarms.at(-1);
-    const template = alarm ? lines.sick : lines.healthy;
+    const template = alarm ? lines.alarmed : lines.healthy;
     const name = nameOf(run, metric, column) + (alarm ? ` ▲ ${alarm.fault}` : "") + (page.runs.length > 1 ? `, ${run.name}` : "");
     return { ...template, name: plainText(name), meta: { ...template.meta, columns: [column], run: run.index } };
   });

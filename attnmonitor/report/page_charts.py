@@ -1,7 +1,7 @@
 """The figures of one run on the page: alarms over time, the heatmap, a metric's curves, and the cost.
 
-They are complete but for numbers: `traces.packed` names those that the page's script puts in, again for each step and
-each head that a reader chooses.
+They are complete but for numbers: `traces.named_numbers` names those that the page's script puts in, again for each
+step and each head that a reader chooses.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from attnmonitor.report.traces import (
     axis,
     line,
     log_axis_ticks,
+    named_numbers,
     other_heads,
-    packed,
     points,
     upright_line,
 )
@@ -219,11 +219,11 @@ def _curves(record: RunRecord, name: str, run: Numbers, scales: Scales) -> Chart
     spans = alarm_spans(record.events)
     alarms, coverage = [span.event for span in spans], record.coverage
     curves = head_curves(name, record.steps[frames], layers, alarms=alarms, coverage=coverage)
-    band_numbers = [packed(name, len(metric["band_samples"]), band=band) for band in range(len(QUANTILES))]
+    band_numbers = [named_numbers(name, len(metric["band_samples"]), band=band) for band in range(len(QUANTILES))]
     traces = model_traces(
         curves,
         band_numbers,
-        lambda column: packed(name, len(frames), columns=[column]),
+        lambda column: named_numbers(name, len(frames), columns=[column]),
         coverage,
         others=_other_curves(curves),
     )
@@ -248,9 +248,11 @@ def _other_curves(curves: HeadCurves) -> list[Chart]:
         which: Chart = {"columns": [at for at in range(len(curves.heads)) if at not in apart]}
     else:
         which = {"chosen_layer_without": apart}  # the script puts in its columns
-    gray = packed(curves.metric, len(curves.steps), **which)
+    gray = named_numbers(curves.metric, len(curves.steps), **which)
     opacity = 0.8 if len(curves.heads) <= 40 else 0.45
-    alarms = packed(curves.metric, len(curves.steps), columns=[at for at in curves.faults if at not in curves.colors])
+    alarms = named_numbers(
+        curves.metric, len(curves.steps), columns=[at for at in curves.faults if at not in curves.colors]
+    )
     return [other_heads(gray, opacity=opacity), other_heads(alarms, color=ALARM_COLOR, width=1.2)]
 
 

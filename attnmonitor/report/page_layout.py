@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnmonitor.metrics.catalog import is_log
-from attnmonitor.report.traces import Chart, axis, base_layout, line, packed, upright_line, value_axis
+from attnmonitor.report.traces import Chart, axis, base_layout, line, named_numbers, upright_line, value_axis
 from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR, FAINT_INK, INK
 
 __all__ = [
@@ -94,10 +94,10 @@ def fixed_value_axis(name: str, scales: Scales, **more: Any) -> Chart:
 
 def chosen_lines(name: str, metric: Numbers, *, width: float, **more: Any) -> Chart:
     """The line of the chosen head, by whether it ever had an alarm; the script chooses."""
-    numbers = packed(name, len(metric["frames"]))
+    numbers = named_numbers(name, len(metric["frames"]))
     return {
         "healthy": line("", CHOSEN_COLOR, numbers, width=width, **more),
-        "sick": line("", ALARM_COLOR, numbers, width=1.4 * width, **more),
+        "alarmed": line("", ALARM_COLOR, numbers, width=1.4 * width, **more),
     }
 
 

@@ -1,7 +1,7 @@
 """Parts of Plotly figures, as plain dictionaries: lines, bands, axes, grids of small charts.
 
-A trace holds its numbers (`points`) where the figure goes to a tracker. On the page it names them (`packed`), because
-there one copy of the numbers serves all figures and every choice of a head; the page's script puts them in.
+A trace holds its numbers (`points`) where the figure goes to a tracker. On the page it names them (`named_numbers`),
+because there one copy of the numbers serves all figures and every choice of a head; the page's script puts them in.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
     "heading",
     "line",
     "log_axis_ticks",
+    "named_numbers",
     "other_heads",
     "other_points",
-    "packed",
     "points",
     "small_charts",
     "upright_line",
@@ -67,7 +67,7 @@ def other_points(names: Sequence[str], steps: NDArray[np.int64], curves: NDArray
     }
 
 
-def packed(metric: str, num_samples: int, **where: Any) -> Chart:
+def named_numbers(metric: str, num_samples: int, **where: Any) -> Chart:
     """Numbers that the page's script puts in: ``columns=[…]`` of the heads' values, or a ``band`` by its index."""
     return {"mode": "lines" if num_samples > 1 else "lines+markers", "meta": {"metric": metric, **where}}
 
