@@ -18,6 +18,7 @@ __all__ = [
     "nearest",
     "needed",
     "printable",
+    "tail_of",
     "warn",
     "whole_argument",
 ]
@@ -92,6 +93,16 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
     """
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def tail_of(name: str, most: int) -> str:
+    """The end of a name, which tells layers apart, with an ellipsis where it is longer than ``most`` characters.
+
+    Example:
+        >>> tail_of("model.decoder.layers.11.self_attn", 20)
+        '…layers.11.self_attn'
+    """
+    return name if len(name) <= most else f"…{name[len(name) - most + 1 :]}"
 
 
 def nearest(name: object, known: Collection[str]) -> str | None:

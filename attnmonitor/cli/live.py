@@ -19,7 +19,7 @@ from attnmonitor.record import RunRecord
 from attnmonitor.record.follow import FollowedRecord
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import STATE_COLORS
-from attnmonitor.summary.tables import TABLE_METRICS, rich_layer_table
+from attnmonitor.summary.tables import TABLE_METRICS, layers_to_look_at, rich_layer_table
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
 
@@ -97,11 +97,8 @@ def _screen_of(record: RunRecord, width: int, height: int) -> list[Any]:
     wanted = {*TABLE_METRICS, *(event.metric for event in firing[:1])}
     trajectories = {metric: record.trajectories(metric) for metric in record.metrics if metric in wanted}
     bars = Text("\n".join(run_timeline(record.logged, firing, coverage, trajectories, record.steps, width=width)))
-    layers = list(coverage)
     room = max(4, height - _LINES_BESIDE_TABLE)
-    if len(layers) > room:
-        alarmed = [event.layer for event in firing]
-        layers = [name for name in layers if name in alarmed or not coverage[name].measured][:room] or layers[:room]
+    layers = layers_to_look_at(coverage, firing, room) or list(coverage)[:room]
     values = {
         metric: {name: heads[-1] for name, heads in shown.items() if name in layers and len(heads)}
         for metric, shown in trajectories.items()

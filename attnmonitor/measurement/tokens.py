@@ -15,15 +15,8 @@ from attnmonitor.messages import error_text, printable
 __all__ = ["Keys", "ProbeTokens", "checked_decode"]
 
 _MAX_TOKEN = 24  # characters
-_NO_IDS = (
-    "mask",
-    "label",
-    "type",
-    "position",
-    "segment",
-    "target",
-    "document",
-)  # in the names of tensors that hold no tokens
+_NO_IDS = ("mask", "label", "type", "position", "segment", "target", "document")
+"""Parts of the names of integer tensors that hold no tokens."""
 
 Decode = Callable[[int], Any]
 

@@ -14,7 +14,7 @@ from attnmonitor.messages import printable, warn
 from attnmonitor.monitor import AttentionMonitor, clock
 from attnmonitor.sample import Sample
 from attnmonitor.summary.names import fault_text
-from attnmonitor.summary.tables import print_layer_table
+from attnmonitor.summary.tables import layers_to_look_at, print_layer_table
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import closing_lines
 
@@ -66,11 +66,7 @@ def _timeline(monitor: AttentionMonitor) -> list[str]:
 
 def _print_layers(monitor: AttentionMonitor, sample: Sample) -> None:
     coverage, firing = monitor.summary.coverage, monitor.summary.firing
-    layers = list(coverage)
-    if len(layers) > _MAX_ROWS:
-        alarmed = {event.layer for event in firing}
-        layers = [name for name in layers if name in alarmed or not coverage[name].measured][:_MAX_ROWS]
-    if layers:
+    if layers := layers_to_look_at(coverage, firing, _MAX_ROWS):
         values = {
             metric: {name: heads[name] for name in layers if name in heads} for metric, heads in sample.values.items()
         }

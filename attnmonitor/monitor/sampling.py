@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class MonitorSampling(MonitorViews):
-    """The part of `AttentionMonitor` that measures; when to is decided there."""
+    """The part of `AttentionMonitor` that takes a sample when it is told to; the monitor itself decides when."""
 
     name: str | None
     strict: bool

@@ -11,10 +11,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from attnmonitor.messages import printable
+from attnmonitor.messages import printable, tail_of
 from attnmonitor.plots.style import strip, title
 from attnmonitor.sample import HeadEvidence
-from attnmonitor.summary.names import tail_of
 from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, FAINT_INK, HEAD_COLORS, OTHER_HEADS_COLOR
 
 __all__ = ["evidence"]

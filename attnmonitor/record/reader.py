@@ -188,7 +188,10 @@ class RunRecord:
 
         A record of version 0.1 does not have the values now and at the worst: there they are NaN.
         """
-        return worst_first(replace(alarm, **self._courses.get(alarm.key, {})) for alarm in still_firing(self.events))
+        return self._firing(self.events)
+
+    def _firing(self, events: list[AlertEvent]) -> list[AlertEvent]:
+        return worst_first(replace(alarm, **self._courses.get(alarm.key, {})) for alarm in still_firing(events))
 
     @property
     def evidence(self) -> list[HeadEvidence]:
@@ -199,17 +202,16 @@ class RunRecord:
     @property
     def counts(self) -> RunCounts:
         """Samples, alarms and coverage of the run in numbers."""
-        config, failures = self.config, [sample.failure for sample in self.samples]
-        has_rules = bool(config.get("alerts", True))
+        config, events, failures = self.config, self.events, [sample.failure for sample in self.samples]
         return RunCounts(
             coverage=self.coverage,
-            firing=self.firing,
+            firing=self._firing(events),
             num_samples=len(self.samples),
-            num_cleared=sum(event.state == "cleared" for event in self.events),
+            num_cleared=sum(event.state == "cleared" for event in events),
             num_failed=sum(failure is not None for failure in failures),
             failure=next((failure for failure in reversed(failures) if failure is not None), None),
             last_failed=bool(failures) and failures[-1] is not None,
-            has_rules=has_rules,
+            has_rules=bool(config.get("alerts", True)),
             grace=config.get("alerts_grace", 0),
             least_heads=config.get("alerts_least_heads", {}),
             idle_rules=config.get("alerts_idle", {}),

@@ -9,9 +9,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attnmonitor.messages import tail_of
 from attnmonitor.metrics.catalog import metric_scope
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned, scoped_head_name
-from attnmonitor.summary.names import fault_text, short_layer_names, tail_of
+from attnmonitor.summary.names import fault_text, short_layer_names
 from attnmonitor.summary.outliers import movement
 from attnmonitor.summary.style import ALARM_COLOR, HEAD_COLORS, color_heads
 

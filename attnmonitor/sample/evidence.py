@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnmonitor.messages import printable
+from attnmonitor.messages import printable, tail_of
 from attnmonitor.sample.scopes import Scope
 
 __all__ = ["HeadEvidence", "Position"]
@@ -95,9 +95,7 @@ class HeadEvidence:
     def _heading(self) -> str:
         end = f" {self.noun} {self.head} at step {self.global_step:,}"
         end += "" if self.rule is None else f": {printable(self.rule, one_line=True):.40}"
-        layer = printable(self.layer, one_line=True)
-        most = max(8, _WIDTH - len(end))
-        return (layer if len(layer) <= most else f"…{layer[1 - most :]}") + end
+        return tail_of(printable(self.layer, one_line=True), max(8, _WIDTH - len(end))) + end
 
     def _lines(self) -> list[str]:
         lines = [self._heading, *_position_lines(self.positions)]

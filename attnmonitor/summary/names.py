@@ -9,7 +9,7 @@ from typing import Any
 from attnmonitor.alerts.firing import course_text
 from attnmonitor.sample import AlertEvent
 
-__all__ = ["count_text", "fault_names", "fault_text", "short_layer_names", "tail_of"]
+__all__ = ["count_text", "fault_names", "fault_text", "short_layer_names"]
 
 _FAULTS = {"mass": "many heads changed at once", "non_finite": "values are not finite"}
 """Kinds of faults that are sentences to a person; the others are their own words."""
@@ -51,16 +51,6 @@ def fault_names(events: Iterable[AlertEvent], *, courses: bool = True) -> str:
 def count_text(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it is not one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def tail_of(name: str, most: int) -> str:
-    """The end of a name, which tells layers apart, with an ellipsis where it is longer than ``most`` characters.
-
-    Example:
-        >>> tail_of("model.decoder.layers.11.self_attn", 20)
-        '…layers.11.self_attn'
-    """
-    return name if len(name) <= most else f"…{name[len(name) - most + 1 :]}"
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:

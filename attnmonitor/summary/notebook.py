@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attnmonitor.messages import error_text, printable
+from attnmonitor.messages import error_text, printable, tail_of
 from attnmonitor.metrics.catalog import is_log, metric_scope, metric_title
 from attnmonitor.record import RunRecord
 from attnmonitor.record.counts import RunState
 from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned, html_of
-from attnmonitor.summary.names import short_layer_names, tail_of
+from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 from attnmonitor.summary.png import png_of
 from attnmonitor.summary.run_summary import RunSummary

@@ -10,19 +10,40 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
-from attnmonitor.messages import first_names, printable
+from attnmonitor.messages import first_names, printable, tail_of
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import fault_names, short_layer_names, tail_of
+from attnmonitor.summary.names import fault_names, short_layer_names
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
-__all__ = ["TABLE_METRICS", "coverage_table", "layer_table", "print_layer_table", "rich_layer_table"]
+__all__ = [
+    "TABLE_METRICS",
+    "coverage_table",
+    "layer_table",
+    "layers_to_look_at",
+    "print_layer_table",
+    "rich_layer_table",
+]
 
 _MAX_LAYER = 24  # characters
 _MAX_ALARMS = 3
 
 TABLE_METRICS = ("energy_effective_rank", "energy_rms", "key_incoherence")
 """Columns of a layer table where none are asked for."""
+
+
+def layers_to_look_at(coverage: Mapping[str, LayerCoverage], firing: Sequence[AlertEvent], most: int) -> list[str]:
+    """Return all layers where a table has room for them, else the first with an alarm or without numbers.
+
+    Args:
+        coverage: How each layer was captured.
+        firing: Alarms that fire.
+        most: Rows of the table.
+    """
+    if len(coverage) <= most:
+        return list(coverage)
+    alarmed = {event.layer for event in firing}
+    return [name for name, layer in coverage.items() if name in alarmed or not layer.measured][:most]
 
 
 def layer_table(

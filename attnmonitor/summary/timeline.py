@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first, number_text
-from attnmonitor.messages import printable
+from attnmonitor.messages import printable, tail_of
 from attnmonitor.metrics.catalog import is_log
 from attnmonitor.record.training_log import Curve
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.logged import loss_and_rate
-from attnmonitor.summary.names import short_layer_names, tail_of
+from attnmonitor.summary.names import short_layer_names
 
 __all__ = ["bars_text", "run_timeline", "timeline"]
 

@@ -10,11 +10,11 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from attnmonitor.alerts.firing import most_severe_first
-from attnmonitor.messages import first_names, printable
+from attnmonitor.messages import first_names, printable, tail_of
 from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.record.counts import Doubt, RunCounts
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
-from attnmonitor.summary.names import count_text, fault_names, short_layer_names, tail_of
+from attnmonitor.summary.names import count_text, fault_names, short_layer_names
 
 __all__ = ["closing_lines", "idle_text", "verdict"]
 
