@@ -43,7 +43,7 @@ class MetricsLogger:
         """Log the scalars of a sample at its global step, and its heatmaps if the drawing budget allows."""
         self._tracker.add_scalars({**summary_scalars(sample), **self._head_scalars(sample)}, sample.global_step)
         self._tracker.add_words(sample)
-        if self._budget.allows(sample):
+        if self._tracker.takes_images and self._budget.allows(sample):
             self._draw(sample)
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class MetricsLogger:
 
     def _draw(self, sample: Sample) -> None:
         with self._budget.drawing():
-            for metric, image in heatmap_images(sample).items() if self._tracker.takes_images else ():
+            for metric, image in heatmap_images(sample).items():
                 self._tracker.add_image(heatmap_key(sample, metric), image, sample.global_step)
 
 

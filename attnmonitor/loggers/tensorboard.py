@@ -44,7 +44,7 @@ class Board:
     def __init__(self, writer: Any, log_metrics: Callable[..., object] | None = None) -> None:
         self._writer = writer
         self._log_metrics = log_metrics or self._log_to_writer
-        self._said = ""
+        self._said: str | None = None
         self._has_layout = False
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -66,7 +66,8 @@ class Board:
             self._writer.add_text(f"{prefix}.alerts/{notification.rule}", _as_markdown(text), sample.global_step)
         # Not whenever a number in it is another one: with each sample there would be a text to scroll past.
         alarms = sorted(str(event.key) for event in sample.firing)
-        if (says := f"{alarms} {re.sub(r'[0-9]+', '', sample.verdict) if not alarms else ''}") != self._said:
+        says = str(alarms) if alarms else re.sub(r"[0-9]+", "", sample.verdict)
+        if says != self._said:
             self._said = says
             self._writer.add_text(f"{prefix}/verdict", _as_markdown(sample.verdict), sample.global_step)
 

@@ -171,12 +171,8 @@ def _table(
     rows = []
     for layer in layers:
         cells = [_range_text(values[name].get(layer)) for name in shown]
-        alarms = [
-            f"{head_name(events[0], {layer: ''}, coverage)}: {fault_names(events, courses=False)}".removeprefix(
-                ": "
-            ).strip()
-            for events in most_severe_first((event for event in firing if event.layer == layer), coverage)
-        ]
+        places = most_severe_first((event for event in firing if event.layer == layer), coverage)
+        alarms = [_alarm_text(events, layer, coverage) for events in places]
         if layer in coverage and not coverage[layer].measured:
             alarms.append(f"not measured: {coverage[layer].reason}")
         more = [f"and {len(alarms) - _MAX_ALARMS} more"] if len(alarms) > _MAX_ALARMS else []
@@ -184,6 +180,12 @@ def _table(
         rows.append([printable(cell, one_line=True) for cell in row])
     headings = [name.replace("_", "\n", 1).replace("_", " ") for name in shown]
     return ["layer", *headings, "look at"], rows
+
+
+def _alarm_text(events: Sequence[AlertEvent], layer: str, coverage: Mapping[str, LayerCoverage]) -> str:
+    """The faults of a head with its number, ``head 7: key sink since step 400``, or those of the layer alone."""
+    head, faults = head_name(events[0], {layer: ""}, coverage).strip(), fault_names(events, courses=False)
+    return f"{head}: {faults}" if head else faults
 
 
 def _range_text(heads: ArrayLike | None) -> str:
