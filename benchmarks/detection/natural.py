@@ -25,7 +25,7 @@ from benchmarks.detection.document import command_line, publish, share, share_an
 from benchmarks.detection.faults import Fault
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.recording import Recording, Setting
-from benchmarks.detection.runs import recordings
+from benchmarks.detection.runs import healthy_recordings, recordings
 from benchmarks.detection.score import Alarm, Detector, cached, heads_at_fault, rule_detector, samples_between
 
 
@@ -334,12 +334,8 @@ def measured_section(name: str, cache: Path, kind: str | None) -> str:
     results = [
         told(each, recorded[each.setting, each.fault], recorded[each.healthy, None], detector) for each in planned
     ]
-    quiet: dict[str, list[Recording]] = {}
-    for setting in dict.fromkeys(each.healthy for each in planned):
-        quiet.setdefault("beside a failure", []).append(recorded[setting, None])
-    for title, setting in controls(name) if kind is None else ():
-        quiet.setdefault(title, []).extend(recordings(setting, [], cache / name))
-        print(title, setting.family, setting.seed, flush=True)
+    quiet = {"beside a failure": [recorded[each, None] for each in dict.fromkeys(each.healthy for each in planned)]}
+    quiet |= healthy_recordings(controls(name) if kind is None else (), cache / name)
     parts = (
         lead_sentences(results),
         failure_table(results),

@@ -18,8 +18,8 @@ from benchmarks.detection.ablations import COLLECTED_BY_DEFAULT
 from benchmarks.detection.document import command_line, publish
 from benchmarks.detection.models import FAMILIES, Shape
 from benchmarks.detection.natural import control_table
-from benchmarks.detection.recording import Recording, Setting
-from benchmarks.detection.runs import recordings
+from benchmarks.detection.recording import Setting
+from benchmarks.detection.runs import healthy_recordings
 from benchmarks.detection.score import cached, rule_detector
 
 SETS = {"dev": (61, 62), "report": (9201, 9202)}
@@ -44,10 +44,7 @@ def settings(name: str) -> Iterator[tuple[str, Setting]]:
 def main() -> None:
     arguments = command_line(__doc__, "noise", SETS).parse_args()
     torch.set_num_threads(1)
-    runs: dict[str, list[Recording]] = {}
-    for title, setting in settings(arguments.name):
-        runs.setdefault(title, []).extend(recordings(setting, [], arguments.cache / arguments.name))
-        print(title, setting.family, setting.seed, flush=True)
+    runs = healthy_recordings(settings(arguments.name), arguments.cache / arguments.name)
     publish(control_table(runs, cached(rule_detector(COLLECTED_BY_DEFAULT))), "noise", arguments.docs)
 
 

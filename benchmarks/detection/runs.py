@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -119,6 +119,15 @@ def recordings(setting: Setting, faults: list[Fault], cache: Path) -> Iterator[R
     healthy = load(paths[0])
     yield healthy
     yield from (replace(load(path), without_fault=healthy) for path in paths[1:])
+
+
+def healthy_recordings(titled: Iterable[tuple[str, Setting]], cache: Path) -> dict[str, list[Recording]]:
+    """Return the recordings of runs without a fault, by what is unusual about them."""
+    found: dict[str, list[Recording]] = {}
+    for title, setting in titled:
+        found.setdefault(title, []).extend(recordings(setting, [], cache))
+        print(title, setting.family, setting.seed, flush=True)
+    return found
 
 
 def _record(setting: Setting, faults: list[Fault], paths: list[Path]) -> None:
