@@ -1,4 +1,4 @@
-"""Pictures as PNG files, made here: a page or a notebook needs neither matplotlib nor Pillow for them."""
+"""Pictures as PNG files, made here without matplotlib or Pillow, which a page or a notebook need not have."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _table(
 
 
 def _alarm_text(events: Sequence[AlertEvent], layer: str, coverage: Mapping[str, LayerCoverage]) -> str:
-    """The faults of a head with its number, ``head 7: key sink since step 400``, or those of the layer alone."""
+    """The faults of a head, ``head 7: key sink since step 400``, or those of the layer alone."""
     head, faults = head_name(events[0], {layer: ""}, coverage).strip(), fault_names(events, courses=False)
     return f"{head}: {faults}" if head else faults
 
