@@ -290,9 +290,10 @@ def _is_named_like_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList | nn.ModuleDict):
         return False
     children = [child for child, _ in module.named_children()]
+    scripted = getattr(module, "original_name", None)  # a module of the user may answer to any name, with anything
     return is_graph_attention(module) or bool(
         _ATTENTION_NAME.search(name.rpartition(".")[2])
-        or _ATTENTION_NAME.search(getattr(module, "original_name", type(module).__name__))  # a scripted module's own
+        or _ATTENTION_NAME.search(scripted if isinstance(scripted, str) else type(module).__name__)
         or any(_QUERY_NAME.match(child) or _FUSED_NAME.match(child) for child in children)
     )
 

@@ -172,7 +172,7 @@ def obstacle_now(model: nn.Module) -> str:
             return f"{name} is a scripted module"
         if "_hf_hook" in own:
             return f"there is a hook of accelerate on {name}"
-        if own.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod"):
+        if own.get("_compiled_call_impl") is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module):
             return f"{name} is compiled"
     others = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     for mode in others:

@@ -115,3 +115,16 @@ def test_attention_on_a_graph_is_named_as_such() -> None:
 
     result = captured(nn.Sequential(GATConv()), input=torch.randn(LENGTH, WIDTH))
     assert "edges of a graph" in result.missed["0"]
+
+
+@pytest.mark.parametrize("answer", [lambda *args: args, 5, "attention"], ids=["function", "number", "text"])
+def test_module_that_answers_to_any_name_is_measured(answer: object) -> None:
+    class Answering(Attn):
+        def __getattr__(self, name: str) -> object:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return answer
+
+    model = Answering(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
+    assert len(captured(model, x=torch.randn(2, LENGTH, WIDTH)).calls) == 1

@@ -24,6 +24,7 @@ import torch
 from models import CheckpointedGPT, TinyGPT, everything, language_loss, token_batch, train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
@@ -581,6 +582,29 @@ def test_user_hooks_see_the_probe_forward() -> None:
     model.register_forward_hook(lambda module, args, output: seen.append((module.training, output.requires_grad)))
     AttentionMonitor(model, token_batch(), record=None).sample(0)
     assert seen == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("around_step", [False, True], ids=["forward and backward", "the whole step"])
+def test_flops_of_forward_and_backward_are_the_users(around_step: bool) -> None:
+    """Documented: a mode of the user that is active while a sample is taken counts the probe's forward as well."""
+
+    def flops(*, monitored: bool) -> list[int]:
+        model = TinyGPT()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if monitored:
+            attach(model, optimizer, token_batch(), every_n_steps=1, record=None)
+        counted = []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                loss_of(model, token_batch()).backward()
+                if around_step:
+                    optimizer.step()
+            counted.append(counter.get_total_flops())
+            if not around_step:
+                optimizer.step()
+        return counted
+
+    assert (flops(monitored=True) == flops(monitored=False)) is not around_step
 
 
 def test_skipped_hooks_are_not_called_and_stay_registered() -> None:
