@@ -150,7 +150,7 @@ class RuleTracker:
         return allowed
 
     def _of_leaf(self, parts: list[Tensor]) -> Tensor:
-        """Return of each unit the number of the leaf that its alarm began with, (U,)."""
+        """Return for each unit, (U,), what the leaf that its alarm began with has in ``parts``."""
         return torch.stack(parts).gather(0, self.leaf[None])[0]
 
     def _bring_up_to_date(self, units: list[Unit]) -> None:

@@ -88,9 +88,13 @@ def _with_unmeasured(values: Mapping[str, ArrayLike], coverage: Coverage) -> Map
     if not any(not layer.measured and name not in values for name, layer in coverage.items()):
         return values
     most = max((np.size(np.asarray(heads)) for heads in values.values()), default=1)
-    unknown = {name: np.full(layer.num_query_heads or most, np.nan) for name, layer in coverage.items()}
-    known = {name: values[name] if name in values else unknown[name] for name in coverage}
-    return {**{n: v for n, v in known.items() if n in values or not coverage[n].measured}, **values}
+    rows: dict[str, ArrayLike] = {}
+    for name, layer in coverage.items():
+        if name in values:
+            rows[name] = values[name]
+        elif not layer.measured:
+            rows[name] = np.full(layer.num_query_heads or most, np.nan)
+    return {**rows, **values}
 
 
 def _table(values: Mapping[str, ArrayLike]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

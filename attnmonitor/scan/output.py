@@ -19,7 +19,7 @@ from attnmonitor.scan.checkpoint import steps_of
 from attnmonitor.scan.files import whole_file
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
-from attnmonitor.summary.tables import layer_table
+from attnmonitor.summary.tables import aligned, layer_table
 from attnmonitor.summary.timeline import bars_text
 
 __all__ = ["csv_text", "json_text", "plot_scans", "problem_lines", "scan_text", "scans_text"]
@@ -144,17 +144,14 @@ def _published_text(found: Scan) -> str:
 def _table_of_models(scans: Sequence[Scan]) -> str:
     """Return a table with a row per model: median over all heads with the smallest and the largest."""
     metrics = _shown_metrics(scans[0])
-    rows = [["model", "layers", "length", *metrics]]
+    rows = []
     for found in scans:
         summary = found.summary()
         known = [summary.get(metric) for metric in metrics]
         cells = ["–" if s is None else f"{s['median']:.3g} ({s['min']:.3g}–{s['max']:.3g})" for s in known]
         num_layers = len(found.coverage) - len(found.not_measured)
         rows.append([found.model, str(num_layers), str(found.length), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned([["model", "layers", "length", *metrics]], rows, rule=False)
 
 
 def _have_same_layers(scans: Sequence[Scan]) -> bool:

@@ -18,6 +18,7 @@ from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 
 __all__ = [
     "TABLE_METRICS",
+    "aligned",
     "coverage_table",
     "layer_table",
     "layers_to_look_at",
@@ -63,7 +64,7 @@ def layer_table(
     """
     header, rows = _table(values, firing, coverage or {}, metrics)
     upper, lower = zip(*(["", *name.split("\n")][-2:] for name in header), strict=True)
-    return _aligned([upper, lower], rows)
+    return aligned([upper, lower], rows)
 
 
 def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
@@ -95,7 +96,7 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
         else (layer.layer, "", "", "", "", "NOT MEASURED", "", layer.reason)
         for layer in coverage.values()
     ]
-    lines = [_aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
+    lines = [aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
     structure = structure_notes(coverage)
     layers_of: dict[str, list[str]] = {}
     for name, layer in coverage.items():
@@ -106,11 +107,18 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
     return "\n".join(lines)
 
 
-def _aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+def aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
+    """A text table whose columns are two spaces apart.
+
+    Args:
+        header: Lines of headings.
+        rows: Lines below them.
+        rule: Whether a line is drawn between the two.
+    """
     widths = [max(map(len, column)) for column in zip(*header, *rows, strict=True)]
-    rule = ["─" * width for width in widths]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (*header, rule, *rows)]
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    lines = [*header, *([["─" * width for width in widths]] if rule else []), *rows]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def print_layer_table(
