@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnmonitor.capture import AttentionCall, Layouts, capture, capture_attention
 from attnmonitor.capture.verify import Attention
+from benchmarks.cost.gpu.launches import CountLaunches
 from benchmarks.pages.handwritten_models import BATCH, LENGTH, HandWritten, by_matmul
 from benchmarks.pages.third_party_models import (
     captured,
@@ -214,19 +214,6 @@ def test_transformers_kernel_is_read_from_its_arguments(name: str, external_kern
     assert "__getitem__" not in vars(table)
 
 
-class HostSyncs(TorchDispatchMode):
-    """Collects the operations that make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"):
-            self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gpt_oss", "gemma2", "t5", "bloom", "gptj", "deberta_v2"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_second_sample_never_waits_for_the_device(
@@ -242,13 +229,13 @@ def test_a_second_sample_never_waits_for_the_device(
     calls: list[AttentionCall] = []
 
     def waits(emit: Callable[[AttentionCall], None] | None) -> list[str]:
-        with torch.no_grad(), HostSyncs() as waiting:
+        with torch.no_grad(), CountLaunches("cpu") as count:
             if emit is None:
                 model(**inputs)
             else:
                 with capture_attention(model, emit, layouts=layouts):
                     model(**inputs)
-        return waiting.seen
+        return count.waits
 
     own = waits(None)
     waits(calls.append)

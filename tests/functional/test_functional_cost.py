@@ -101,7 +101,17 @@ def test_waits_are_seen():
         torch.linalg.eigh(torch.eye(3)[None])
         torch.ones(3).to("cpu", torch.float64)
         torch.ones(3).to("cpu", torch.float64, non_blocking=True)
-    assert count.waits == ["_local_scalar_dense", "nonzero", "_linalg_eigh", "_linalg_eigh", "_to_copy"]
+        torch.ones(3)[torch.ones(3) > 0]
+        torch.ones(3)[torch.arange(2)]
+    assert count.waits == ["_local_scalar_dense", "nonzero", "_linalg_eigh", "_linalg_eigh", "_to_copy", "index"]
+    with FakeTensorMode(), IndexByOperations(), CountLaunches("cuda") as count:
+        on_host, on_device = torch.ones(3), torch.ones(3, device="cuda")
+        torch.tensor([1.0, 2.0], device="cuda")
+        on_device.copy_(on_host)
+        torch.ops.aten.copy_(on_device, on_host, True)
+        on_device[torch.arange(2)]
+        on_device[torch.arange(2, device="cuda")]
+    assert count.waits == ["_to_copy", "copy_", "index"]
 
 
 class Attend(nn.Module):

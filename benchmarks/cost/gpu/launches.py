@@ -67,18 +67,35 @@ class CountLaunches(TorchDispatchMode):
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if operation.namespace != "prim" and any(each.device.type == self._device for each in (*made, *given)):
             self.launches += not (operation.is_view or name in _WITHOUT_KERNEL)
-            if name in WAITS or _copies_to_host(name, args, kwargs or {}):
+            if name in WAITS or _blocking_copy(name, args, kwargs or {}) or _index_from_host(name, args):
                 self.waits.append(name)
             self.largest = max([self.largest, *(each.untyped_storage().nbytes() for each in made)])
         return result
 
 
-def _copies_to_host(name: str, args: Any, kwargs: Any) -> bool:
-    """Return whether a copy ends on the CPU; one that does not block waits for nothing."""
+def _blocking_copy(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether a copy from or to the CPU blocks: in both directions torch waits."""
+    if name == "lift_fresh":  # the end of `torch.tensor`, which has copied what it was given
+        return bool(args[0].device.type != "cpu")
     if name == "_to_copy":
         target = kwargs.get("device")
-        return target is not None and torch.device(target).type == "cpu" and not kwargs.get("non_blocking", False)
+        return target is not None and not kwargs.get("non_blocking") and _touches_host(args[0].device, target)
     if name == "copy_":
         blocks = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        return blocks and args[1].device.type != "cpu" and args[0].device.type == "cpu"
+        return blocks and args[0].device != args[1].device and _touches_host(args[0].device, args[1].device)
     return False
+
+
+def _touches_host(*devices: torch.device | str) -> bool:
+    return any(torch.device(each).type == "cpu" for each in devices)
+
+
+def _index_from_host(name: str, args: Any) -> bool:
+    """Return whether an index is first copied to the device, or the places are counted where it is true."""
+    if name not in ("index", "index_put", "index_put_"):
+        return False
+    indices = [each for each in args[1] if each is not None]
+    if any(each.device != args[0].device for each in indices):
+        return True
+    fills = name != "index" and args[2].numel() == 1  # then torch fills where the index is true
+    return not fills and any(each.dtype in (torch.bool, torch.uint8) for each in indices)
