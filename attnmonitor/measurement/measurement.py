@@ -344,12 +344,7 @@ class Measurement:
             for which in ("certified", "decided")
         }
         residuals = [float(on_host["residual", name].amax()) for name in shown if ("residual", name) in on_host]
-        for name, fraction in shares["decided"].items():
-            # Where a sketch was too small to decide every head, the next sample takes a larger one. Decided here, on
-            # numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
-            if fraction < 1:
-                wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
-                self._target_ranks[name] = min(wider, coverage[name].head_dim)
+        self._widen_sketches(shares["decided"], coverage)
         return Measured(
             values=self._table("mean", on_host, shown),
             spread=self._table("spread", on_host, shown),
@@ -364,6 +359,14 @@ class Measurement:
                 "after_last_attention": after_last_attention,
             },
         )
+
+    def _widen_sketches(self, decided: Mapping[str, float], coverage: Mapping[str, LayerCoverage]) -> None:
+        """Let the next sample take a larger sketch of each layer of which not every head was decided."""
+        # On numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
+        for name, fraction in decided.items():
+            if fraction < 1:
+                wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
+                self._target_ranks[name] = min(wider, coverage[name].head_dim)
 
     def _table(self, which: str, on_host: Mapping[Key, Tensor], shown: Sequence[str]) -> LayerValues:
         """The numbers by metric and layer; NaN for layers that may not be shown."""

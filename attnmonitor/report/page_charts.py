@@ -7,13 +7,14 @@ step and each head that a reader chooses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from attnmonitor.metrics.catalog import is_log, metric_title, metric_unit
 from attnmonitor.record import RunRecord
-from attnmonitor.report.alarms import alarm_spans, spans_worst_first
+from attnmonitor.report.alarms import AlarmSpan, alarm_spans, spans_worst_first
 from attnmonitor.report.charts import alarm_lines, model_layout, model_traces
 from attnmonitor.report.curves import HeadCurves, head_curves, plain_text
 from attnmonitor.report.numbers import unpacked
@@ -93,28 +94,31 @@ def _timeline(record: RunRecord, run: Numbers, scales: Scales) -> Chart:
     wheres = [plain_text(head_name(span.event, short, record.coverage)) for span in spans]
     places = list(dict.fromkeys(wheres))
     shown = {where: row for row, where in enumerate(places[:_MOST_TIMELINE_ROWS])}
-    kinds_of: dict[str, list[str]] = {}  # in each row, a lane for each kind
+    lanes_of: dict[str, dict[str, int]] = {}  # in each row, one for each kind
     for span, where in zip(spans, wheres, strict=True):
-        if span.event.kind not in kinds_of.setdefault(where, []):
-            kinds_of[where].append(span.event.kind)
+        lanes = lanes_of.setdefault(where, {})
+        lanes.setdefault(span.event.kind, len(lanes))
     index_of = {(span.event.key, span.began): at for at, span in enumerate(alarm_spans(record.events))}
-    traces = []
-    for kind in dict.fromkeys(span.event.kind for span in spans):
-        bars: Chart = {"x": [], "base": [], "y": [], "width": [], "offset": [], "text": [], "customdata": []}
-        for span, where in zip(spans, wheres, strict=True):
-            if span.event.kind == kind and where in shown:
-                lanes = kinds_of[where]
-                height = 0.76 / len(lanes)
-                end = run["steps"][-1] if span.ended is None else span.ended
-                bars["x"].append(max(end - span.began, _LEAST_BAR * (scales.steps[1] - scales.steps[0])))
-                bars["base"].append(span.began)
-                bars["y"].append(shown[where])
-                bars["width"].append(0.94 * height)
-                bars["offset"].append(lanes.index(kind) * height - 0.38)
-                bars["text"].append(_bar_text(span.event.message, where, kind, span.began, span.ended))
-                bars["customdata"].append(index_of[span.event.key, span.began])
-        if bars["x"]:
-            traces.append(_alarm_bars(kind, bars))
+    least = _LEAST_BAR * (scales.steps[1] - scales.steps[0])
+
+    def bar(span: AlarmSpan, where: str) -> Chart:
+        lanes, end = lanes_of[where], run["steps"][-1] if span.ended is None else span.ended
+        height = 0.76 / len(lanes)
+        return {
+            "x": max(end - span.began, least),
+            "base": span.began,
+            "y": shown[where],
+            "width": 0.94 * height,
+            "offset": lanes[span.event.kind] * height - 0.38,
+            "text": _bar_text(span, where),
+            "customdata": index_of[span.event.key, span.began],
+        }
+
+    bars_of: dict[str, list[Chart]] = {span.event.kind: [] for span in spans}
+    for span, where in zip(spans, wheres, strict=True):
+        if where in shown:
+            bars_of[span.event.kind].append(bar(span, where))
+    traces = [_alarm_bars(kind, bars) for kind, bars in bars_of.items() if bars]
     num_hidden = len(places) - len(shown)
     title = f"{num_hidden} more places are in the table below" if num_hidden else ""
     layout = step_layout(title, 96 + 24 * len(shown), scales, run["segments"])
@@ -125,18 +129,18 @@ def _timeline(record: RunRecord, run: Numbers, scales: Scales) -> Chart:
     return {"data": traces, "layout": layout}
 
 
-def _bar_text(message: str, where: str, kind: str, began: int, ended: int | None) -> str:
-    until = ", still firing" if ended is None else f", until {ended:,}"
-    more = f"<br>{plain_text(message)}" if message else ""
-    return f"{where}: {plain_text(fault_text(kind))}<br>since step {began:,}{until}{more}"
+def _bar_text(span: AlarmSpan, where: str) -> str:
+    until = ", still firing" if span.ended is None else f", until {span.ended:,}"
+    more = f"<br>{plain_text(span.event.message)}" if span.event.message else ""
+    return f"{where}: {plain_text(fault_text(span.event.kind))}<br>since step {span.began:,}{until}{more}"
 
 
-def _alarm_bars(kind: str, bars: Chart) -> Chart:
+def _alarm_bars(kind: str, bars: Sequence[Chart]) -> Chart:
     return {
         "type": "bar",
         "orientation": "h",
         "name": plain_text(fault_text(kind)),
-        **bars,
+        **{name: [bar[name] for bar in bars] for name in bars[0]},
         "textposition": "none",
         "hovertemplate": "%{text}<extra></extra>",
         "marker": {"color": kind_color(kind)},
