@@ -5,6 +5,7 @@ Letters: B sequences, H query heads, R rows, m and n features before and after a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -17,17 +18,22 @@ from attnmonitor.capture.tracing.products import labeled, ordered
 
 __all__ = ["WEIGHTS", "AppliedWeight", "applied_weight", "feature_scale", "is_plain", "through_weight"]
 
-WEIGHTS = ("linear", "addmm", "matmul", "mm", "einsum")
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+WEIGHTS = ("linear", "addmm", "matmul", "mm", "einsum", *_CONVOLUTIONS)
 """The functions that `applied_weight` reads."""
 
 
 @dataclass(frozen=True, eq=False)
 class AppliedWeight:
-    """A weight that was applied: ``x`` of ``given``, ``(..., m)``, times ``matrix``, ``(m, n)``."""
+    """A weight that was applied: ``x`` of ``given``, ``(..., m)``, times ``matrix``, ``(m, n)``.
+
+    ``axis``: the axis of features, counted from the right, in ``given`` and in what the call returned.
+    """
 
     given: Tensor
     x: Tensor
     matrix: Tensor
+    axis: int = -1
 
 
 def applied_weight(call: FunctionCall) -> AppliedWeight | None:
@@ -40,6 +46,8 @@ def applied_weight(call: FunctionCall) -> AppliedWeight | None:
         if not is_plain(weight) or weight.dim() != 2 or not isinstance(x, Tensor) or call.kwargs.get("alpha", 1) != 1:
             return None
         return AppliedWeight(x, x, weight.mT if is_linear else weight)
+    if call.name in _CONVOLUTIONS:
+        return _pointwise_convolution(call)
     found = labeled(call)
     if found is None or not is_plain(found.right) or not is_plain(found.left):
         return None
@@ -51,6 +59,19 @@ def applied_weight(call: FunctionCall) -> AppliedWeight | None:
     x = ordered(found.left, found.left_axes, [*rest, *contracted])
     matrix = ordered(found.right, found.right_axes, [*contracted, *features])
     return AppliedWeight(found.left, x.flatten(len(rest)), matrix.flatten(0, -2))
+
+
+def _pointwise_convolution(call: FunctionCall) -> AppliedWeight | None:
+    """Return the weight of a convolution of one position, which is a linear layer of each; None for another one."""
+    x, weight = call.argument(0, "input"), call.argument(1, "weight")
+    if not is_plain(x) or not is_plain(weight) or weight.shape[1] != x.shape[1 - weight.dim()]:
+        return None
+    sizes = weight.shape[2:], call.argument(3, "stride", 1), call.argument(4, "padding", 0)
+    kernel, stride, padding = (set(each) if isinstance(each, Sequence) else {each} for each in sizes)
+    if kernel != {1} or stride != {1} or padding not in ({0}, {"valid"}, {"same"}):
+        return None
+    axis = 1 - weight.dim()
+    return AppliedWeight(x, x.movedim(axis, -1), weight.flatten(1).mT, axis)
 
 
 def is_plain(x: Any) -> TypeGuard[Tensor]:
@@ -74,11 +95,13 @@ def through_weight(by_head: Tensor, matrix: Tensor, place: OutputPlace | None) -
     return through.transpose(0, 1)
 
 
-def feature_scale(x: Any, output: Tensor) -> Tensor | float | None:
-    """Return a number, or one per feature, ``(n,)``; None for anything else."""
+def feature_scale(x: Any, output: Tensor, axis: int) -> Tensor | float | None:
+    """Return a number, or one per feature, ``(n,)``, which ``axis`` counts; None for anything else."""
     if isinstance(x, int | float):
         return x
-    if not is_plain(x) or not (x.numel() == 1 or x.numel() == x.shape[-1] == output.shape[-1]):
+    if not is_plain(x) or not (
+        x.numel() == 1 or (x.dim() >= -axis and x.numel() == x.shape[axis] == output.shape[axis])
+    ):
         return None
     factors: Tensor = x.flatten().float()
     return factors

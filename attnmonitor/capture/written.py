@@ -40,10 +40,9 @@ Listener = Callable[[Tensor | None], None]
 """Called with what each head writes, ``(B, H, R, n)`` in the rows of its call, again whenever more acts on it; with
 None where only a part of the weights is known. The last call counts."""
 
-_KEEPING = (
-    *("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout"),
-    *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
-)
+_COPYING = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout")
+_VIEWS = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "mT", "movedim")
+_KEEPING = (*_COPYING, *_VIEWS)
 _SCALING = ("mul", "multiply", "div", "true_divide")
 
 _NOWHERE = OutputPlace(-1)
@@ -87,6 +86,7 @@ class _Part:
         output: The attention.
         by_head: ``(B, H, R, n)``.
         place: Where the heads are, for the output itself; None after a weight.
+        axis: Its axis of features, counted from the right.
         weights: Which of the weights that were applied to the output it has been through.
         is_inner: Whether it has been through two or more, one after the other.
     """
@@ -94,6 +94,7 @@ class _Part:
     output: _Output
     by_head: Tensor
     place: OutputPlace | None = None
+    axis: int = -1
     weights: frozenset[int] = field(default_factory=frozenset)
     is_inner: bool = False
 
@@ -144,7 +145,7 @@ class WrittenOutputs:
         if applied is None or not isinstance(call.output, Tensor):
             return
         part = self._parts.get(applied.given) or self._met(applied)
-        if part is None:
+        if part is None or part.axis != applied.axis:
             return
         number = part.output.num_weights
         if part.place is not None:
@@ -178,7 +179,7 @@ class WrittenOutputs:
                 self._expected = None
                 expected.projection = _weakly(self._frames.call_in(expected.call()))
                 self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place)
-                part = _Part(expected, torch.where(same, expected.rows, torch.nan), place)
+                part = _Part(expected, torch.where(same, expected.rows, torch.nan), place, applied.axis)
                 self._parts.put(applied.given, part)
                 return part
         return None
@@ -189,14 +190,14 @@ class WrittenOutputs:
         part = self._parts.get(x) if self._parts else None
         if part is None or not isinstance(output, Tensor) or output is x:
             return
-        features = output.shape[-1:] == x.shape[-1:] and output.stride(-1) == x.stride(-1)
-        if features and not (call.name == "dropout" and call.argument(2, "training", True)):
-            self._parts.put(output, part)
+        axis = part.axis if call.name in _COPYING else _axis_after(x, part.axis, output)
+        if axis is not None and not (call.name == "dropout" and call.argument(2, "training", True)):
+            self._parts.put(output, replace(part, axis=axis))
 
     def _observe_scale(self, call: FunctionCall) -> None:
         multiplies, output = call.name.startswith("mul"), call.output
         for part, other in self._operands(call.args, output):
-            factor = feature_scale(other, output)
+            factor = feature_scale(other, output, part.axis)
             is_first = self._parts.get(call.args[0]) is part
             if factor is None or part.place is not None or call.kwargs or not (is_first or multiplies):
                 self._parts.put(output, None)
@@ -217,13 +218,14 @@ class WrittenOutputs:
                 self._note(output, replace(part, by_head=by_head, weights=weights, is_inner=is_inner))
             else:  # a bias belongs to no head
                 is_kept = adds or self._parts.get(call.args[0]) is part
-                self._parts.put(output, part if is_kept and feature_scale(other, output) is not None else None)
+                is_bias = feature_scale(other, output, part.axis) is not None
+                self._parts.put(output, part if is_kept and is_bias else None)
             return
 
     def _observe_scaled_sum(self, call: FunctionCall) -> None:
         output = call.output
         for part, other in self._operands(call.args[1:], output):
-            factor = feature_scale(other, output)
+            factor = feature_scale(other, output, part.axis)
             if factor is not None and part.place is None:
                 self._note(output, replace(part, by_head=part.by_head * factor))
             self._parts.put(output, None)  # the sum with something else ends it
@@ -247,6 +249,15 @@ class WrittenOutputs:
 
 def _weakly(call: Frame | None) -> Callable[[], Frame | None]:
     return (lambda: None) if call is None else weakref.ref(call)
+
+
+def _axis_after(x: Tensor, axis: int, output: Tensor) -> int | None:
+    """Return where an axis of features is after a view, counted from the right; None where that is not clear."""
+    if output.shape[-1:] == x.shape[-1:] and output.stride(-1) == x.stride(-1) and axis == -1:
+        return -1
+    axes = [at - output.dim() for at, size in enumerate(output.shape) if size == x.shape[axis]]
+    same = [at for at in axes if output.stride(at) == x.stride(axis)]
+    return same[0] if len(same) == 1 else None
 
 
 def _places(number: int) -> Iterator[OutputPlace]:

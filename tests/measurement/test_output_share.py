@@ -63,6 +63,15 @@ def heads_last(model: Model, x: Tensor) -> Tensor:
     return linear(x.unflatten(-1, (H, D)).mT.flatten(2), model.weight.unflatten(1, (H, D)).mT.flatten(1))
 
 
+def by_convolution(model: Model, x: Tensor) -> Tensor:
+    image = x.mT.unflatten(-1, (5, 8))
+    return torch.conv2d(image, model.weight[..., None, None], model.bias).flatten(2).mT
+
+
+def scaled_after_a_convolution(model: Model, x: Tensor) -> Tensor:
+    return (torch.conv1d(x.mT, model.weight[..., None]) * model.scale[:, None] + model.bias[None, :, None]).mT
+
+
 def after_others(model: Model, x: Tensor) -> Tensor:
     return linear(torch.randn_like(x), model.weight) + linear(x, model.weight)
 
@@ -74,6 +83,9 @@ WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "einsum": by_einsum,
     "positions first": positions_first,
     "heads last": heads_last,
+    "convolution": by_convolution,
+    "scaled after a convolution": scaled_after_a_convolution,
+    "scaled behind a convolution": lambda model, x: by_convolution(model, x) * model.scale,
     "after a weight on something else": after_others,
     "scaled by feature": lambda model, x: (linear(x, model.weight) * model.scale).mul_(2.0),
     "with an adapter": lambda model, x: model.adapted(x),
@@ -84,6 +96,8 @@ WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
 }
 OTHER_WEIGHTS: dict[str, Callable[[Model], Tensor]] = {
     "scaled by feature": lambda model: model.weight * model.scale[:, None],
+    "scaled after a convolution": lambda model: model.weight * model.scale[:, None],
+    "scaled behind a convolution": lambda model: model.weight * model.scale[:, None],
     "with an adapter": lambda model: (
         model.adapted.base.weight + 3 * model.adapted.up.weight @ model.adapted.down.weight
     ),
