@@ -51,7 +51,7 @@ class Layout:
         positions: Sequences and keys of the forward in which this was found.
         rows_at: The leading axis of its product, in the code's order, that counts query positions where heads stand in
             the place of rows; None for the usual order.
-        output_at: Where its output meets a weight; None where that was not looked for.
+        output_at: Where its output meets a weight; None where that was not looked for, or is not clear yet.
     """
 
     lead: Lead | None = None

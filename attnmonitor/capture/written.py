@@ -173,16 +173,18 @@ class WrittenOutputs:
         expected.num_fitting += 1
         if known is not None and known.number != number:
             return None
-        for place in _places(number) if known is None else (known,):
-            same = _holds(applied.x, expected, place)
-            if known is not None or bool(same):
-                self._expected = None
-                expected.projection = _weakly(self._frames.call_in(expected.call()))
-                self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place)
-                part = _Part(expected, torch.where(same, expected.rows, torch.nan), place, applied.axis)
-                self._parts.put(applied.given, part)
-                return part
-        return None
+        fitting = [known] if known is not None else _fitting_places(applied.x, expected, number)
+        if not fitting:
+            return None
+        place, is_clear = fitting[0], len(fitting) == 1
+        same = _holds(applied.x, expected, place)
+        self._expected = None
+        expected.projection = _weakly(self._frames.call_in(expected.call()))
+        # An output of zeros, or of one value for all positions, fits in several ways: the next forward looks again.
+        self._layouts[expected.layer] = replace(self._layouts[expected.layer], output_at=place if is_clear else None)
+        part = _Part(expected, torch.where(same, expected.rows, torch.nan), place, applied.axis)
+        self._parts.put(applied.given, part)
+        return part
 
     def _observe_keeping(self, call: FunctionCall) -> None:
         x: Any = call.args[0] if call.args else None
@@ -260,8 +262,16 @@ def _axis_after(x: Tensor, axis: int, output: Tensor) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _places(number: int) -> Iterator[OutputPlace]:
-    yield from (OutputPlace(number, *order) for order in product((False, True), repeat=2))
+def _fitting_places(x: Tensor, expected: _Output, number: int) -> list[OutputPlace]:
+    """Return the ways in which a tensor holds the output of an attention; waits for the device."""
+    assert expected.whole.output is not None
+    num_sequences, num_heads, _, head_dim = expected.whole.output.shape
+    orders = (
+        (False, True) if num_sequences > 1 and expected.length > 1 else (False,),
+        (False, True) if num_heads > 1 and head_dim > 1 else (False,),
+    )
+    places = (OutputPlace(number, *order) for order in product(*orders))
+    return [place for place in places if bool(_holds(x, expected, place))]
 
 
 def _holds(x: Tensor, expected: _Output, place: OutputPlace) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.capture.layouts import Layouts
+from benchmarks.pages.third_party_models import captured
 
 WIDTH, HEADS, SIZE = 32, 4, 8
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -118,6 +119,34 @@ def test_product_added_by_baddbmm_is_no_bias() -> None:
     layer = Layer(HEADS, added_by_baddbmm)
     q, k, _ = (x.transpose(1, 2) for x in layer.heads(hidden(6)))
     assert_captured(layer, q.roll(3, -1), k.roll(3, -1), 6)
+
+
+DIFFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "viewed": lambda weights: weights.view(2, 2, 2, 6, 6)[:, :, 0] - 0.3 * weights.view(2, 2, 2, 6, 6)[:, :, 1],
+    "every second": lambda weights: weights[:, ::2] - weights[:, 1::2] * 0.3,
+    "halves": lambda weights: weights[:, :2].add(weights[:, 2:], alpha=-0.3),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_heads_whose_weights_are_subtracted_have_their_fields(name: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return DIFFERENCES[name](visible(q @ k.mT * 0.3).softmax(-1)) @ v[:, :2]
+
+    layer = Layer(HEADS, attend)
+    q, k, _ = (x.transpose(1, 2) for x in layer.heads(hidden(6)))
+    assert_captured(layer, q, k, 6)
+    assert all(call.value is None for call in calls_of_two_forwards(layer, 6))
+
+
+def test_weights_of_some_heads_alone_are_missed() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return (q @ k.mT).softmax(-1)[:, :2] @ v[:, :2]
+
+    result = captured(Layer(HEADS, attend), x=hidden(6))
+    assert (result.calls, result.missed) == ([], {"Layer": "its weights are used by some of its heads alone"})
 
 
 def by_einsum(equation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -194,6 +194,22 @@ def test_projection_of_another_input_is_nan_with_a_reason() -> None:
     assert "as at attach" in sample.coverage["Model"].values_reason
 
 
+@pytest.mark.parametrize("way", ["positions first", "heads last", "linear"])
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["zeros", "one value for all positions"])
+def test_output_that_says_nothing_at_attach_is_found_later(way: str, spread: float) -> None:
+    """The first self-attention of DETR's decoder has zeros as its values before training."""
+    model = Model(WAYS[way])
+    values, model.v = model.v, spread * torch.randn(D).expand(B, H, L, D)
+    monitor = AttentionMonitor(
+        model, torch.randn(B, L, WIDTH), metrics=["output_share"], alerts=False, record=None, strict=True
+    )
+    model.v = values
+    expected = TWINS["output_share"](model.layer(model.weight)).mean(0)
+    for step in range(2):
+        found = monitor.sample(step).values["output_share"]["Model"].double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_shares_by_its_projection(batch_first: bool) -> None:
     torch.manual_seed(0)

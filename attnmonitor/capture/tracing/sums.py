@@ -1,7 +1,12 @@
-"""The sum of two query-key products as one product: ``q₁ k₁ᵀ + q₂ k₂ᵀ = [q₁ q₂] [k₁ k₂]ᵀ``.
+"""Sums of products, and of weights, of one layer.
+
+The sum of two query-key products is one product: ``q₁ k₁ᵀ + q₂ k₂ᵀ = [q₁ q₂] [k₁ k₂]ᵀ``.
 
 Code multiplies parts of the features apart where only some are rotated or others stay compressed (multi-head latent
 attention), and adds up the rows of an alignment that share their weights.
+
+Differential attention subtracts the weights of one half of the heads from those of the other. Each head has its own
+queries, keys and softmax all the same.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.trace import Trace
 from attnmonitor.capture.tracing.traced_call import TracedCall
 from attnmonitor.capture.tracing.views import CASTS
+from attnmonitor.capture.verify import Step
 
-__all__ = ["sum_of_products"]
+__all__ = ["sum_of_products", "sum_of_weights"]
 
 _SCALED = {*SCALINGS, *CASTS}
 
@@ -49,6 +55,30 @@ def sum_of_products(first: Trace, second: Trace, factor: float) -> Trace | None:
         summands=(first, second, factor),
     )
     return replace(first, origin=origin, calls=())
+
+
+def sum_of_weights(first: Trace, second: Trace, factor: float) -> Trace | None:
+    """Return the trace of ``first + factor · second``; None where they are not parts of the same weights."""
+    if first.origin is not second.origin or (first.stage, second.stage) != ("after", "after") or first.logged:
+        return None
+    pairs = zip(first.steps, second.steps, strict=False)
+    num_shared = next((number for number, (one, other) in enumerate(pairs) if one is not other), 0)
+    own, others = (trace.steps[num_shared:] for trace in (first, second))
+    if not num_shared or first.steps[num_shared - 1][0] != "after":
+        return None
+
+    def apply(x: Tensor, rows: Tensor) -> Tensor:
+        return _replayed(own, x, rows) + factor * _replayed(others, x, rows)
+
+    exact = first.exact and second.exact
+    shared = replace(first, steps=first.steps[:num_shared], exact=exact, mixes_heads=True, ambiguity="")
+    return shared.then(apply)
+
+
+def _replayed(steps: Sequence[tuple[str, Step]], x: Tensor, rows: Tensor) -> Tensor:
+    for _, step in steps:
+        x = step.apply(x, rows)
+    return x
 
 
 def _is_affine(trace: Trace) -> bool:

@@ -80,6 +80,7 @@ class Trace:
         logged: Whether the weights are still logarithms.
         split: Set while the positions are viewed in other axes.
         fused_bias: Whether a bias was added within the product, before any rounding.
+        mixes_heads: Whether the weights of several heads were added up.
         ambiguity: Why this cannot be measured, ``""`` if it can.
     """
 
@@ -102,6 +103,7 @@ class Trace:
     logged: bool = False
     split: Split | None = None
     fused_bias: bool = False
+    mixes_heads: bool = False
     ambiguity: str = ""
 
     def then(self, apply: Apply, *, rearranges: bool = False, shifts: bool = False, **changes: Any) -> Trace:

@@ -43,7 +43,7 @@ from attnmonitor.capture.tracing.products import (
 )
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
-from attnmonitor.capture.tracing.sums import sum_of_products
+from attnmonitor.capture.tracing.sums import sum_of_products, sum_of_weights
 from attnmonitor.capture.tracing.trace import ByHead, Origin, Trace, values_by_head
 from attnmonitor.capture.tracing.traced_call import TracedCall, size_along
 from attnmonitor.capture.tracing.views import (
@@ -113,7 +113,7 @@ class Tracer:
         trace = self._operand_of(traced)
         if trace is None:
             return
-        total = self._sum_of_products(traced)
+        total = self._sum(traced)
         if total is not None:
             self._traces.put(call.output, total)
             return
@@ -245,13 +245,16 @@ class Tracer:
         elif repr(part.split.part) == repr(index_parts(index)):
             self._traces.put(target, with_bias(trace, part.split.bias(target), target))
 
-    def _sum_of_products(self, call: TracedCall) -> Trace | None:
-        """Return the trace of a sum of two query-key products of one layer; None for another operation."""
+    def _sum(self, call: TracedCall) -> Trace | None:
+        """Return the trace of a sum of two products, or weights, of one layer; None for another operation."""
         if call.name not in ADDITIONS or call.operands[0] is call.operands[1]:
             return None
         first, second = (self._traces.get(x) for x in call.operands[:2])
         factor = call.kwargs.get("alpha", 1)
-        return first and second and sum_of_products(first, second, factor if call.name == "add" else -factor)
+        if first is None or second is None:
+            return None
+        factor = factor if call.name == "add" else -factor
+        return sum_of_products(first, second, factor) or sum_of_weights(first, second, factor)
 
     def _with_input(self, trace: Trace, call: TracedCall) -> Trace:
         """Return the trace of a product with what ``baddbmm`` adds to it, which may be another product."""
@@ -346,6 +349,8 @@ class Tracer:
         batch = [axis for axis in product.left_axes if axis not in (query, key)]
 
         def by_head(lead: Lead) -> ByHead:
+            if trace.mixes_heads:  # it has fewer outputs than heads
+                return None, None
             return values_by_head(values, product.right_axes, (batch, query, key), product.out_axes, lead)
 
         trace = trace.then(call.replay(trace.query_axis, product.left))
