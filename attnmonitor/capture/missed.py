@@ -53,5 +53,6 @@ def unrecorded(
             yield name, "it attends along the edges of a graph, so it has no queries and keys of a sequence"
         elif not is_quiet:
             why = "no softmax of a query-key product was seen in it"
-            hidden = "; it calls a function that cannot be seen: a scripted one, or no torch's"
-            yield name, why + hidden * (name in frames.hidden)
+            if name in frames.hidden:
+                why += "; it calls a function that cannot be seen: a scripted one, or no torch's"
+            yield name, why

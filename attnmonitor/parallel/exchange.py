@@ -139,7 +139,9 @@ class Exchange:
         """Say which processes have not come; where all have, it is the first, which has not put down the list."""
         absent = [str(rank) for rank in self._ranks if not self._store.check([f"{number}/{rank}"])]
         absent = absent or [str(self._ranks[0])]
-        named = ", ".join(absent[:_MAX_NAMED]) + f" and {len(absent) - _MAX_NAMED} more" * (len(absent) > _MAX_NAMED)
+        named, num_more = ", ".join(absent[:_MAX_NAMED]), len(absent) - _MAX_NAMED
+        if num_more > 0:
+            named += f" and {num_more} more"
         return f"process {named} did not take part within {self._limit:.3g} s"
 
     def _put(self, key: str, value: bytes) -> None:

@@ -123,10 +123,12 @@ def _remarks(model: Any, info: Mapping[str, Any]) -> list[str]:
     """Return what does not change the measured numbers, but should be known."""
     unused = sorted(name for name in info.get("missing_keys", ()) if _is_after_attention(model, name))
     extra = sorted(info.get("unexpected_keys", ()))
-    return [
-        *([f"{len(unused)} tensors after all attention are missing and not measured: {_named(unused)}"] * bool(unused)),
-        *([f"{len(extra)} tensors are not part of {type(model).__name__}: {_named(extra)}"] * bool(extra)),
-    ]
+    remarks = []
+    if unused:
+        remarks.append(f"{len(unused)} tensors after all attention are missing and not measured: {_named(unused)}")
+    if extra:
+        remarks.append(f"{len(extra)} tensors are not part of {type(model).__name__}: {_named(extra)}")
+    return remarks
 
 
 def _extra_text(info: Mapping[str, Any]) -> str:

@@ -132,9 +132,10 @@ def _(record: RunRecord) -> str:
 @html_of.register
 def _(sample: Sample) -> str:
     failed = f"failed: {sample.failure}" if sample.failure is not None else ""
+    is_known = sample.verdict and not sample.verdict.startswith("unknown")
     return run_html(
         sample.verdict or failed or f"sample at step {sample.global_step:,}",
-        "alarm" if sample.firing else "healthy" if sample.verdict.endswith("healthy") else "unknown",
+        "alarm" if sample.firing else "healthy" if is_known else "unknown",
         values=sample.values,
         firing=sample.firing,
         coverage=sample.coverage,

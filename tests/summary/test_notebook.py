@@ -20,7 +20,7 @@ from attnmonitor import AttentionMonitor
 from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import LayerCoverage
 from attnmonitor.summary.notebook import heatmap_png
-from attnmonitor.summary.style import ALARM_COLOR
+from attnmonitor.summary.style import ALARM_COLOR, STATE_COLORS
 
 HOSTILE = "</div><script>alert(1)</script>&\x1b[2J{}"
 CELL = 14
@@ -96,6 +96,8 @@ def test_monitor_and_sample_show_what_they_know() -> None:
         assert "no record" in monitor._repr_html_()
         assert "monitor.record_path" in sample._repr_html_()
         assert "failed: boom" in checked(replace(sample, verdict="", values={}, failure="boom")._repr_html_())
+        healthy = replace(sample, verdict="8 heads watched: healthy; 1 alarm came and went")
+        assert STATE_COLORS["healthy"] in healthy._repr_html_()
         assert monitor.summary.num_samples == 1, "showing measures nothing"
 
 
