@@ -98,6 +98,7 @@ def launches(device: str, rows: Rows) -> None:
         measurement.attach()
         stages = {"forward": _bare(model, probe), "capture": _captured(model, probe), "sample": measurement.take}
         for stage, work in stages.items():
+            work()  # the first time kinds of masks are found, which waits
             with CountLaunches(device) as count:
                 work()
             waits = " ".join(sorted(set(count.waits)))
