@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnmonitor.capture import capture_attention, fused
 from attnmonitor.capture.fused import read_sdpa
 from attnmonitor.capture.modules import Frames
-from attnmonitor.capture.tracing import tracer
+from attnmonitor.capture.tracing import beginnings
 from attnmonitor.capture.verify import Attention
 from benchmarks.pages.handwritten_models import HandWritten, by_matmul, imported_by_name
 from benchmarks.pages.third_party_models import captured, sharpen
@@ -364,7 +364,7 @@ def test_failure_of_the_attention_is_the_reason_it_is_missed(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("odd arguments")
 
-    monkeypatch.setattr(tracer, "pairwise_product", refuse)
+    monkeypatch.setattr(beginnings, "pairwise_product", refuse)
     monkeypatch.setattr(fused, "mask_step", refuse)
     monkeypatch.setattr(fused, "attend", refuse)
     result = captured(HandWritten(attend), x=hidden())

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from attnmonitor.capture.ancestries import Ancestries
@@ -21,10 +20,10 @@ from attnmonitor.capture.feature_axes import NEW
 from attnmonitor.capture.function_call import FunctionCall, Observer
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.layouts import Layout
-from attnmonitor.capture.modules import Frame, Frames
+from attnmonitor.capture.modules import Frames
 from attnmonitor.capture.tensor_notes import Notes
+from attnmonitor.capture.tracing.beginnings import Beginnings
 from attnmonitor.capture.tracing.endings import MIXING, Endings
-from attnmonitor.capture.tracing.operands import made_of, shared_rows
 from attnmonitor.capture.tracing.operations import (
     ADDITIONS,
     IN_PLACE,
@@ -35,16 +34,13 @@ from attnmonitor.capture.tracing.operations import (
 from attnmonitor.capture.tracing.products import (
     PRODUCTS,
     LabeledProduct,
-    PairwiseProduct,
     is_weight,
     labeled,
-    pairwise_product,
-    with_rows_at,
 )
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
 from attnmonitor.capture.tracing.sums import sum_of_products, sum_of_weights
-from attnmonitor.capture.tracing.trace import ByHead, Origin, Trace, values_by_head
+from attnmonitor.capture.tracing.trace import ByHead, Trace, values_by_head
 from attnmonitor.capture.tracing.traced_call import TracedCall, size_along
 from attnmonitor.capture.tracing.views import (
     CASTS,
@@ -86,10 +82,9 @@ class Tracer:
     ) -> None:
         self._frames = frames
         self._repeated = repeated
-        self._ancestries = ancestries
+        self._begun = Beginnings(repeated, ancestries, known).trace_of
         self._found = found
         self._missed = missed
-        self._known = known
         self._traces = Notes[Trace]()
         self._operations = Operations(self._with_keys_first)
         self._untraced = Notes[bool]()
@@ -172,7 +167,8 @@ class Tracer:
         layer, frame = self._frames.current_layer()
         for operand in (product.left, product.right):
             self.endings.note_unseen_weights(layer, operand)
-        trace = self._start(product, layer, frame, call.output.dtype)
+        is_untraced = self._untraced.get(product.left) or self._untraced.get(product.right)
+        trace = None if is_untraced else self._begun(product, layer, frame, call.output.dtype)
         if trace is None:
             return
         if call.name == "baddbmm":
@@ -270,51 +266,12 @@ class Tracer:
         if trace is not None:
             self._traces.put(split.source, with_bias(trace, split.latest().bias(split.source), split.source))
 
-    def _start(
-        self, product: LabeledProduct, layer: str, frame: Frame | None, dtype: torch.dtype, *, keys_first: bool = False
-    ) -> Trace | None:
-        pair = pairwise_product(product, keys_first=keys_first)
-        pair = pair and self._with_positions_as_rows(product, pair, layer)
-        if pair is not None and not pair.batch and not self._is_of_positions(product, layer, frame):
-            return None
-        if pair is None or self._untraced.get(product.left) or self._untraced.get(product.right):
-            return None
-        repeated = self._key_before_repetition(product, pair, keys_first)
-        origin = Origin(product, pair, repeated, layer, frame, dtype, made_of(self._ancestries, product, pair))
-        num_axes = len(pair.batch) + 2
-        return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
-
-    def _with_positions_as_rows(self, product: LabeledProduct, pair: PairwiseProduct, layer: str) -> PairwiseProduct:
-        """Return the product with positions as its rows where heads, which share one key, stood in their place."""
-        if self._ancestries is None:
-            known = self._known(layer)
-            axis = None if known is None else known.rows_at
-            if axis is not None and pair.key.shape[:-2][axis : axis + 1] != (1,):
-                axis = None
-        else:
-            made = made_of(self._ancestries, product, pair)
-            axis = None if made is None else shared_rows(made, pair)
-        return pair if axis is None else with_rows_at(pair, axis)
-
-    def _is_of_positions(self, product: LabeledProduct, layer: str, frame: Frame | None) -> bool:
-        """Return whether a product of two matrices may be one of queries and keys, of one sequence at a time.
-
-        Not where an operand is computed from weights alone, nor where the rows count the sequences of a batch.
-        """
-        if self._ancestries is None:
-            known = self._known(layer)
-            return known is not None and known.lead == Lead(())
-        hidden = frame.inputs[0] if frame is not None and frame.inputs else None
-        if hidden is not None and hidden.dim() > 2 and len(product.left) == len(hidden):
-            return False
-        return all(self._ancestries.of(x).inputs for x in (product.left, product.right))
-
     def _with_keys_first(self, trace: Trace) -> Trace | None:
         """Return the same trace with queries and keys exchanged, as for ``k qᵀ`` with a softmax over its rows."""
         origin = trace.origin
         mirrored: Trace | None
         if origin.summands is None:
-            mirrored = self._start(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
+            mirrored = self._begun(origin.labeled, origin.layer, origin.frame, origin.dtype, keys_first=True)
         else:
             first, second = (self._with_keys_first(each) for each in origin.summands[:2])
             mirrored = first and second and sum_of_products(first, second, origin.summands[2])
@@ -323,20 +280,6 @@ class Tracer:
         if mirrored and not self._frames.is_of_running_layer(origin.frame):
             mirrored.origin.values_reached = origin.values_reached
         return mirrored and replace(mirrored, calls=trace.calls, ambiguity=trace.ambiguity)
-
-    def _key_before_repetition(
-        self, product: LabeledProduct, pair: PairwiseProduct, keys_first: bool
-    ) -> Repeated | None:
-        """Return the key of ``pair`` before its heads were repeated; None if they were not, or if more was repeated."""
-        left, right = self._repeated(product.left), self._repeated(product.right)
-        for before, smaller in (
-            (left, left and replace(product, left=left.source)),
-            (right, right and replace(product, right=right.source)),
-        ):
-            own = smaller and pairwise_product(smaller, keys_first=keys_first)
-            if before and own and own.query.shape == pair.query.shape and own.key.shape[-2:] == pair.key.shape[-2:]:
-                return replace(before, source=own.key)
-        return None
 
     # The end of a trace.
 
