@@ -10,7 +10,7 @@ import torch
 from alert_runs import NAN, contrast_rule, events_of, heads_run, one_head, plain_rule, tensors
 
 from attnmonitor.alerts import Alerts, replay_text
-from attnmonitor.alerts.firing import course_text
+from attnmonitor.alerts.firing import course_text, most_severe_first
 from attnmonitor.alerts.replay import Replayed
 from attnmonitor.sample import AlertEvent, worst_first
 
@@ -20,6 +20,28 @@ def watched(rule, samples) -> Alerts:
     for index, sample in enumerate(samples):
         alerts.observe(tensors(sample), 10 * index)
     return alerts
+
+
+def test_alarms_are_grouped_in_the_order_to_look_at_them():
+    """The run, critical, farther out, more alarms of a head, earlier; in a group the worst first."""
+
+    def alarm(layer: str | None, distance: float, *, rule: str = "rule", critical: bool = False, began: int = 50):
+        scope, head = ("run", None) if layer is None else ("query_head", 0)
+        severity = "critical" if critical else "warning"
+        event = AlertEvent(rule, "kind", scope, layer, head, 1.0, 1.0, 90, "firing", severity, began)
+        return replace(event, distance=distance)
+
+    groups = [
+        [alarm(None, 1.1)],
+        [alarm("critical", 1.1, critical=True)],
+        [alarm("far", 1.9)],
+        [alarm("three", 1.5), alarm("three", 1.4, rule="second"), alarm("three", NAN, rule="third")],
+        [alarm("two", 1.5), alarm("two", 1.2, rule="second", began=0)],
+        [alarm("early", 1.5, began=40)],
+        [alarm("late", 1.5)],
+    ]
+    mixed = [event for group in reversed(groups) for event in reversed(group)]
+    assert most_severe_first(mixed) == groups
 
 
 def test_alarm_has_values_at_alarm_now_and_worst():

@@ -23,6 +23,7 @@ from attnmonitor.alerts import (
     load_rules,
     save_rules,
 )
+from attnmonitor.alerts.conditions import subject_of
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,17 @@ def test_a_file_that_is_not_a_list_of_rules_is_an_error(tmp_path):
     for name, complaint in (("a.json", "not JSON"), ("b.json", "expected a list of rules")):
         with pytest.raises(ValueError, match=complaint):
             load_rules(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "subject"),
+    [
+        (None, "key_rms"),
+        (0.0, "the least key_rms"),
+        (0.5, "the median key_rms"),
+        (0.9, "the 90% quantile of key_rms"),
+        (1.0, "the largest key_rms"),
+    ],
+)
+def test_quantile_is_named_in_words(quantile, subject):
+    assert subject_of(Threshold("key_rms", fire_above=1.0, clear_below=1.0, quantile=quantile)) == subject

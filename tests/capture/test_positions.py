@@ -464,14 +464,14 @@ def test_bias_that_is_learned_from_zero_is_named_once_it_acts() -> None:
 def test_single_key_is_no_field_of_rank_zero() -> None:
     class Pooled(Detector):
         def forward(self, x: Tensor) -> None:
-            x = x + self.own(x, x, x)
+            x = x + self.own(x, x[:, :2], x[:, :2])
             self.cross(x, x.mean(1, keepdim=True), x.mean(1, keepdim=True))
 
     with AttentionMonitor(Pooled(), torch.randn(2, LENGTH, WIDTH), record=None, alerts=False) as monitor:
         sample = monitor.sample(0)
         assert "single key" in sample.coverage["cross"].reason
         assert sample.values["energy_effective_rank"]["cross"].isnan().all()
-        assert sample.coverage["own"].measured
+        assert sample.coverage["own"].measured, "two keys are enough"
 
 
 def test_channels_that_attend_to_channels_are_named() -> None:
