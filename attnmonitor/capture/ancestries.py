@@ -28,6 +28,8 @@ __all__ = ["Ancestries"]
 
 _FROM_FIRST = {"linear", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "lstm", "gru"}
 _PICKS = {"gather", "take_along_dim", "index_select"}
+_RANKS = {"topk": 1, "sort": 1, "argsort": 1, "kthvalue": 1} | dict.fromkeys(("lt", "le", "gt", "ge"), 2)
+"""How many computed numbers a function ranks at least: a comparison with a constant ranks none."""
 _PUTS = {"index_add", "index_copy", "index_put", "scatter", "scatter_add"}
 
 
@@ -119,8 +121,9 @@ class Ancestries:
         if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
             return
         axes = self._feature_axes.of_outputs(name, call, outputs)
+        ranked = self._is_ranked(name, operands)
         for x, of_x in zip(outputs, axes, strict=True):
-            self._put(x, replace(self._origin(name, args, operands, x), axes=of_x))
+            self._put(x, replace(self._origin(name, args, operands, x), axes=of_x, ranked=ranked))
 
     def _write(self, target: Tensor, value: Any, index: Any) -> None:
         """Note what was written into a tensor: a new one is made of what fills it."""
@@ -179,6 +182,11 @@ class Ancestries:
             sources = frozenset().union(*(self._picked_from.get(source, {source}) for source in sources))
         attended = frozenset().union(*(note.attended for note in notes))
         return Ancestry(sources, attended, None, projects or any(note.projected for note in notes))
+
+    def _is_ranked(self, name: str, operands: list[Tensor]) -> bool:
+        notes = [self.of(x) for x in operands if x.is_floating_point()]
+        num_computed = sum(bool(note.projected and note.inputs) for note in notes)
+        return num_computed >= _RANKS.get(name, math.inf) or any(self.of(x).ranked for x in operands)
 
     def _carriers(self, name: str, operands: list[Tensor], output: Tensor) -> list[Tensor]:
         """Return the operands whose positions the output has: not those that are broadcast, such as a shift."""

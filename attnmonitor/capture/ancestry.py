@@ -26,12 +26,14 @@ class Ancestry:
         attended: The attentions it went through as their query.
         axes: Factors of every axis; None for an axis, or for all, where they are unknown.
         projected: Whether a weight was applied on the way, so that all feature axes are known.
+        ranked: Whether it follows from which computed numbers are the largest, as the choice of the best keys does.
     """
 
     sources: frozenset[int]
     attended: frozenset[int] = frozenset()
     axes: Axes | None = None
     projected: bool = False
+    ranked: bool = False
 
     @property
     def inputs(self) -> frozenset[int]:

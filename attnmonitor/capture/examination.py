@@ -61,7 +61,7 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
     pattern = None
     if square:
         given = _given_padding(attention, around)
-        if attention.documents is None and _hides_tokens(attention, arrived):
+        if attention.documents is None and not any(known.ranked_masks) and _hides_tokens(attention, arrived):
             pattern = pattern_of(attention, _candidates(attention, around.arguments))
             valid = arrived if around.masked_alike else _valid_keys(pattern, arrived, given)
         if given is not None and (valid is None or bool((valid & ~given).any())):

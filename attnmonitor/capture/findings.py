@@ -47,6 +47,7 @@ class Findings:
         layout = self._layouts.get(layer)
         if layout is None or not layout.fits(attention):
             layout = self._layouts[layer] = self._examined(frame, attention, made_of)
+        attention = attention.without_masks(layout.ranked_masks)
         key_mask = attention.key_mask() if layout.key_mask is None else layout.key_mask.to(attention.key.device)
         query_mask = key_mask if layout.is_self else self._positions.get(layout.rows_of, (None, None))[1]
         query_mask = fitting_mask(query_mask, attention, may_append=may_append and layout.is_self)
@@ -57,6 +58,8 @@ class Findings:
     def _examined(self, frame: Frame | None, attention: Attention, made_of: MadeOf | None) -> Layout:
         """Find out what an attention does beside ``s q kᵀ``."""
         num_rows, num_keys = attention.query.shape[-2], attention.key.shape[-2]
+        ranked = self._ranked_masks(attention)
+        attention = attention.without_masks(ranked)
         is_self = None if made_of is None else same_sequence(made_of.query, made_of.key)
         if is_self is None:
             is_self = frame.is_self_attention(num_rows, num_keys) if frame is not None else num_rows == num_keys
@@ -71,9 +74,24 @@ class Findings:
         if frame is not None and frame.num_found > 1:
             remarks.append("a part, measured apart: one call of its module computes several attentions")
         known = Layout(
-            attention.lead, is_self or channels, channels, rows_of, remarks=tuple(remarks), rows_at=attention.rows_at
+            attention.lead,
+            is_self or channels,
+            channels,
+            rows_of,
+            remarks=tuple(remarks),
+            ranked_masks=ranked,
+            rows_at=attention.rows_at,
         )
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
+
+    def _ranked_masks(self, attention: Attention) -> tuple[bool, ...]:
+        """Return which of an attention's masks choose keys by their scores (top-k, an indexer)."""
+        if self._ancestries is None:
+            return ()
+        ranked = [self._ancestries.of(mask).ranked for mask in attention.masked_by]
+        if len(ranked) != len(attention.visible):
+            ranked = [any(ranked)] * len(attention.visible)
+        return tuple(ranked) if any(ranked) else ()
 
     def _layer_on(self, made_of: MadeOf | None) -> str:
         """Return the last self-attention on the sequence of a cross attention's queries, ``""`` if there was none."""

@@ -49,6 +49,7 @@ class Layout:
         remarks: What stands out in its queries, keys and weights.
         in_turns: Whether its code loops over its positions, so that its sequences come one after the other.
         positions: Sequences and keys of the forward in which this was found.
+        ranked_masks: Which of its masks choose the best keys, and so show no padding.
         rows_at: The leading axis of its product, in the code's order, that counts query positions where heads stand in
             the place of rows; None for the usual order.
         output_at: Where its output meets a weight; None where that was not looked for, or is not clear yet.
@@ -69,6 +70,7 @@ class Layout:
     remarks: tuple[str, ...] = ()
     in_turns: bool = False
     positions: tuple[int, int] = (0, 0)
+    ranked_masks: tuple[bool, ...] = ()
     rows_at: int | None = None
     output_at: OutputPlace | None = None
 

@@ -14,7 +14,7 @@ Letters: B sequences, Hq query heads, Hkv key heads, Lq query and Lk key positio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -167,6 +167,13 @@ class Attention:
         for seen in self.visible:
             mask = seen if mask is None else mask & seen
         return mask
+
+    def without_masks(self, left_out: Sequence[bool]) -> Attention:
+        """Return the same attention, some of whose masks say nothing about padding."""
+        if not any(left_out):
+            return self
+        kept = [seen for seen, is_out in zip(self.visible, left_out, strict=False) if not is_out]
+        return replace(self, visible=kept)
 
     def without_product(self, value: float = 0.0) -> Attention:
         """Return the same attention with one value as the product of all queries and keys: bias and masks alone."""

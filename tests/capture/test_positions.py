@@ -308,6 +308,41 @@ def test_padding_that_sees_itself_is_padding(name: str, named: bool, side: str) 
         assert monitor.coverage["attn"].outside == ()
 
 
+class Choosing(nn.Module):
+    """Attention to the two keys per query that an indexer scores best."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attn, self.mask = Attention(), mask
+        self.index_q, self.index_k = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> None:
+        scores = (self.index_q(x) @ self.index_k(x).mT).masked_fill(~attention_mask[:, None], -torch.inf)
+        self.attn(x, x, x, self.mask(scores)[:, None])
+
+
+def worst_kept(scores: Tensor) -> Tensor:
+    return scores.topk(2).values[..., -1:]
+
+
+CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "scattered": lambda scores: torch.zeros_like(scores).bool().scatter(-1, scores.topk(2).indices, True),
+    "above a limit": lambda scores: scores >= worst_kept(scores),
+    "added": lambda scores: torch.full_like(scores, -torch.inf).scatter_(-1, scores.topk(2).indices, 0.0),
+    "written": lambda scores: torch.zeros_like(scores).masked_fill(scores < worst_kept(scores), -1e9),
+    "sorted": lambda scores: scores >= scores.sort(descending=True).values[..., 1:2],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_token_that_no_query_chooses_is_no_padding(name: str) -> None:
+    torch.manual_seed(0)
+    model, valid = Choosing(CHOICES[name]), padded()
+    inputs = {"x": torch.randn(2, LENGTH, WIDTH), "attention_mask": valid}
+    with AttentionMonitor(model, inputs, record=None, alerts=False) as monitor:
+        expect(monitor, "attn", model.attn.kept, valid, valid)
+
+
 def test_attention_to_padding_is_said_with_its_mass() -> None:
     torch.manual_seed(0)
     model, valid = Masked(lambda _: None), padded()

@@ -140,6 +140,28 @@ def test_heads_whose_weights_are_subtracted_have_their_fields(name: str) -> None
     assert all(call.value is None for call in calls_of_two_forwards(layer, 6))
 
 
+def straight_through(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    soft = visible(q @ k.mT * 0.3).softmax(-1)
+    hard = nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return (hard + soft - soft.detach()) @ v
+
+
+def test_hard_weights_with_a_soft_gradient_are_measured() -> None:
+    layer = Layer(HEADS, straight_through)
+    q, k, _ = (x.transpose(1, 2) for x in layer.heads(hidden(6)))
+    assert_captured(layer, q, k, 6)
+
+
+def test_sum_of_two_softmaxes_is_missed() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.mT).softmax(-1) + (k @ q.mT).softmax(-1)) @ v
+
+    result = captured(Layer(HEADS, attend), x=hidden(6))
+    assert (result.calls, result.missed) == ([], {"Layer": "its weights are the sum of several softmaxes"})
+
+
 def test_weights_of_some_heads_alone_are_missed() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

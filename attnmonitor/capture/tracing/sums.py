@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def sum_of_weights(first: Trace, second: Trace, factor: float) -> Trace | None:
     if first.origin is not second.origin or (first.stage, second.stage) != ("after", "after") or first.logged:
         return None
     pairs = zip(first.steps, second.steps, strict=False)
-    num_shared = next((number for number, (one, other) in enumerate(pairs) if one is not other), 0)
+    num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
     own, others = (trace.steps[num_shared:] for trace in (first, second))
     if not num_shared or first.steps[num_shared - 1][0] != "after":
         return None
@@ -71,7 +72,8 @@ def sum_of_weights(first: Trace, second: Trace, factor: float) -> Trace | None:
         return _replayed(own, x, rows) + factor * _replayed(others, x, rows)
 
     exact = first.exact and second.exact
-    shared = replace(first, steps=first.steps[:num_shared], exact=exact, mixes_heads=True, ambiguity="")
+    mixes = bool(first.ambiguity or second.ambiguity)
+    shared = replace(first, steps=first.steps[:num_shared], exact=exact, mixes_heads=mixes, ambiguity="")
     return shared.then(apply)
 
 

@@ -53,6 +53,7 @@ __all__ = ["Tracer"]
 
 PICKS = {"topk", "sort"}
 _SEVERAL = "its logits are the sum of several query-key products"
+_SEVERAL_SOFTMAXES = "its weights are the sum of several softmaxes"
 
 
 class Tracer:
@@ -149,7 +150,7 @@ class Tracer:
             return None
         trace = self._traces.get(traced)
         if trace is not None and any(operands[slot] is not traced for slot in slots):
-            trace = replace(trace, ambiguity=_SEVERAL)
+            trace = replace(trace, ambiguity=_SEVERAL_SOFTMAXES if trace.stage == "after" else _SEVERAL)
         return trace
 
     def _observe_product(self, call: FunctionCall) -> None:
