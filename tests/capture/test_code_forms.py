@@ -188,6 +188,8 @@ def test_products_of_other_ranks_are_measured(body: Callable[..., Tensor], heads
             assert coverage.error < 1e-6
     (call,) = captured(model, x=batch).calls
     assert call.query.shape == shape
+    assert call.value is not None
+    assert call.value.shape == shape
 
 
 UNSEEN: dict[str, Callable[..., list[Tensor]]] = {

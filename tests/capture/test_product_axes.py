@@ -153,6 +153,20 @@ def test_hard_weights_with_a_soft_gradient_are_measured() -> None:
     assert_captured(layer, q, k, 6)
 
 
+def test_logits_that_the_next_layer_adds_are_measured_with_it() -> None:
+    """As in RealFormer, where one module computes all layers."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        logits = q @ k.mT * 0.3
+        hidden = visible(logits).softmax(-1) @ v
+        return visible(logits + k @ hidden.mT * 0.6).softmax(-1) @ v
+
+    calls = calls_of_two_forwards(Layer(HEADS, attend), 6)
+    assert [call.query.shape[-1] for call in calls] == [SIZE, 2 * SIZE] * 2
+    assert max(call.error for call in calls) < 1e-6
+
+
 def test_sum_of_two_softmaxes_is_missed() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -53,6 +53,7 @@ def sum_of_products(first: Trace, second: Trace, factor: float) -> Trace | None:
         repeated_key=_repeated(first, second),
         dtype=torch.promote_types(first.origin.dtype, second.origin.dtype),
         made_of=max((each for each in made_of if each), key=lambda each: sum(map(bool, each.axes)), default=None),
+        values_reached=False,
         summands=(first, second, factor),
     )
     return replace(first, origin=origin, calls=())

@@ -207,9 +207,13 @@ def values_by_head(
     if query in axes and values.shape[axes.index(query)] == 1:  # one set of values for all positions
         values, axes = values.squeeze(axes.index(query)), axes.replace(query, "")
     sizes = [axis for axis in axes if axis not in (*batch, query, key)]
-    if len(sizes) != 1 or values.dim() != len(axes):
+    if not sizes or values.dim() != len(axes):
         return None, None
-    by_head = lead.values(ordered(values, axes, [*batch, key, *sizes]))  # an axis of the weights that it lacks: size 1
+
+    def joined(x: Tensor, labels: str, positions: str) -> Tensor:  # an axis of the weights that it lacks: size 1
+        return ordered(x, labels, [*batch, positions, *sizes]).flatten(-len(sizes))
+
+    by_head = lead.values(joined(values, axes, key))
     if by_head is None:
         return None, None
-    return by_head, lambda x: lead.split(ordered(x, out_axes, [*batch, query, *sizes]))
+    return by_head, lambda x: lead.split(joined(x, out_axes, query))

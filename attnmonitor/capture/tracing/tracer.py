@@ -293,7 +293,8 @@ class Tracer:
         batch = [axis for axis in product.left_axes if axis not in (query, key)]
 
         def by_head(lead: Lead) -> ByHead:
-            if trace.mixes_heads:  # it has fewer outputs than heads
+            in_parts = trace.origin.summands is not None and len({*product.right_axes} - {*product.left_axes}) > 1
+            if trace.mixes_heads or in_parts:  # it has fewer outputs than heads, or these are a part of its values
                 return None, None
             return values_by_head(values, product.right_axes, (batch, query, key), product.out_axes, lead)
 
