@@ -91,7 +91,8 @@ def _is_affine(trace: Trace) -> bool:
 
 
 def _is_scaled(trace: Trace) -> bool:
-    return all(call.name in _SCALED or _adds_nothing(call) for call in trace.calls)
+    is_plain = not trace.has_added and not trace.visible
+    return is_plain and all(call.name in _SCALED or _adds_nothing(call) for call in trace.calls)
 
 
 def _adds_nothing(call: TracedCall) -> bool:
