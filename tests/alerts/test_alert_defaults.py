@@ -227,6 +227,13 @@ def test_sizes_of_heads_of_two_dimensions_are_not_judged(head_dim, rules):
     assert [event.rule for events in found for event in events if event.severity == "warning"] == rules
 
 
+def test_positions_are_not_judged_where_they_are_channels():
+    coverage = {"tokens": LayerCoverage("tokens"), "channels": LayerCoverage("channels", sees="channels")}
+    values = tensors({metric: {layer: [1, 1] for layer in coverage} for metric in ("key_incoherence", "energy_rms")})
+    judged = {metric: list(layers) for metric, layers in judged_values(values, coverage).items()}
+    assert judged == {"key_incoherence": ["tokens"], "energy_rms": ["tokens", "channels"]}
+
+
 @pytest.mark.parametrize(
     ("metric", "faulty", "rule"),
     [

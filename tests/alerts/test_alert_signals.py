@@ -142,6 +142,13 @@ def test_layer_and_run_rules_use_quantiles_over_heads():
     assert (event.layer, event.head) == (None, None)
 
 
+def test_layer_rule_compares_with_the_largest_layer():
+    threshold = Threshold("query_rms", "peers", "identity", fire_below=-4.0, clear_above=-3.0, quantile=0.5)
+    samples = [{"query_rms": {"a": [10, 10, 0], "b": [5, 5, 10], "c": [7, 7, 7]}}] * 3
+    [event] = events_of(plain_rule(scope="layer", when=threshold), samples)
+    assert event.layer == "b"
+
+
 @pytest.mark.parametrize(("quantile", "named"), [(0.75, [("b", 1)]), (0.5, [])])
 def test_rules_about_heads_may_ask_for_a_quantile_over_all(quantile, named):
     """The keys of one KV head are large; three of six query heads, in both layers, are."""

@@ -87,6 +87,12 @@ def test_layer_without_values_is_nan_with_a_reason() -> None:
     assert "capture(..., value=..., output=...)" in sample.coverage["Heads"].values_reason
 
 
+@pytest.mark.parametrize(("metric", "is_said"), [("energy_rms", False), ("value_rms", True), ("output_rms", True)])
+def test_unknown_values_are_named_where_a_metric_reads_them(metric: str, is_said: bool) -> None:
+    sample = sample_of(Heads("explicit without values"), metrics=(metric,))
+    assert bool(sample.coverage["Heads"].values_reason) == is_said
+
+
 @pytest.mark.parametrize("way", ["fused", "written"])
 def test_only_the_head_with_infinite_values_is_unknown(way: str) -> None:
     model, spoiled = Heads(way, num_kv_heads=4), Heads(way, num_kv_heads=4)

@@ -88,6 +88,7 @@ def test_default_target_rank_is_32():
 
 def test_metrics_of_rows_and_weights_need_no_heads():
     assert head_statistics([LayerHeads(None, None)], ["sink_mass", "interaction_effective_rank"])[0].values == {}
+    assert head_statistics([], ["key_rms"]) == []
 
 
 class Operations(TorchDispatchMode):
