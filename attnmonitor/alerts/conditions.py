@@ -87,11 +87,17 @@ def threshold_finding(
         has_alarm: (U,) bool: units with a pending or firing alarm, which keep ``frozen``.
     """
     metric_past, heads = past.metrics[threshold.metric], past.heads_of(threshold.metric)
+    if rule.scope in ("layer", "run"):
+        is_frozen = heads.per_head(has_alarm)
+    elif threshold.quantile is None:
+        is_frozen = has_alarm
+    else:  # a number of the whole model, which one head's alarm does not stop
+        is_frozen = torch.zeros(len(heads), dtype=torch.bool)
     signal, reference = evaluate(
         threshold,
         metric_past,
         frozen=frozen.grown_to(len(heads)),
-        is_frozen=heads.per_head(has_alarm) if rule.scope in ("layer", "run") else has_alarm,
+        is_frozen=is_frozen,
         least_heads=rule.least_heads,
     )
     value, baseline = metric_past.rows[-1], invert_reading(threshold.reading, reference.base)
@@ -168,8 +174,9 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
     _, limit, _ = leaf.levels
     if leaf.signal == "non_finite":
         return f"{what} is not finite" if signal else f"{what} is finite"
-    if leaf.signal == "value":
-        return f"{what} is {value:.3g} ({FORMULA[leaf.reading].format(what)} against a limit of {limit:.3g})"
+    if leaf.signal in ("value", "baseline"):
+        number = f"is {value:.3g}" if leaf.signal == "value" else f"was {baseline:.3g}"
+        return f"{what} {number} ({FORMULA[leaf.reading].format(what)} against a limit of {limit:.3g})"
     caveat = "; own past only, too few heads to compare with" if too_few_heads and leaf.signal != "change" else ""
     if leaf.signal == "peers":
         others = "the other heads of its layer" if leaf.quantile is None else "the largest layer"

@@ -20,9 +20,9 @@ __all__ = ["DEFAULT_RULES"]
 OWN_SHARE = 0.25
 """Share of a contrast that a head's own change must make up."""
 
-LEAST_ENERGY = 1.0
-"""Standard deviation of the logits, in a quarter of the heads, from which fading and sinks are judged. Queries and keys
-drawn at random give 0.8 to 1.2; QK-normalized heads of 8 dimensions stay at 1.0 to 1.3 while they learn."""
+LEAST_ENERGY = 1.2
+"""Standard deviation of the logits, in a quarter of the heads, from which fading and sinks are judged: queries and keys
+drawn at random give 0.8 to 1.2. QK-normalized heads of 8 dimensions may stay below it while they learn."""
 
 LEAST_HEADS = 6
 """From so many heads on, their median cancels what all share. With fewer there is only the head's own past."""
@@ -70,6 +70,15 @@ def _sudden_fall(reading: Reading, level: float) -> Threshold:
     return Threshold(metric, "change", reading, fire_below=level, clear_above=level / 2, window=5, gap=2, quantile=0.25)
 
 
+def _logits_before(window: int, gap: int) -> Threshold:
+    """Logits of half of the heads spread by more than 1/e before the change.
+
+    Keys that hardly make a logit turn as they like.
+    """
+    past = {"window": window, "gap": gap}
+    return Threshold("energy_rms", "baseline", "identity", fire_above=0.37, clear_below=0.0, quantile=0.5, **past)
+
+
 def _zero_beside_the_model(metric: str) -> Threshold:
     """As good as zero beside the model's median head, for layers in which most heads are at fault.
 
@@ -79,12 +88,12 @@ def _zero_beside_the_model(metric: str) -> Threshold:
 
 
 def _while_heads_attend(when: Condition) -> AllOf:
-    """The same, unless the logits of most heads are as small as those of a random start.
+    """The same, unless the logits of most heads were as small before as those of a random start.
 
-    Then every head attends nearly uniformly, whatever its queries and keys are, and without anything to learn some
-    drift or decay. An alarm that has begun lasts: a fault may make the logits small.
+    Then every head attended nearly uniformly, whatever its queries and keys were, and without anything to learn some
+    drift or decay. What they are now does not count: a fault may make them small, drift may make them large.
     """
-    sharp = Threshold("energy_rms", "value", "identity", fire_above=LEAST_ENERGY, clear_below=0.0, quantile=0.75)
+    sharp = Threshold("energy_rms", "baseline", "identity", fire_above=LEAST_ENERGY, clear_below=0.0, quantile=0.75)
     return AllOf(when, sharp)
 
 
@@ -93,6 +102,12 @@ LARGE_LOGITS = Threshold("energy_rms", "value", fire_above=0.0, clear_below=-0.7
 
 NON_FINITE = Threshold("energy_rms", "non_finite", fire_above=0.5, clear_below=0.5)
 """A head's energy is not finite when its queries or its keys are not: one threshold names one source."""
+
+KEYS_GATHERED = Threshold(
+    "key_norm_participation", "value", "identity", fire_below=0.25, clear_above=0.35, quantile=0.5
+)
+"""Few positions carry the keys. With QK-norm the keys of a young model become nearly equal for some steps, and few
+positions carry what is left: a share of 0.3 is healthy then."""
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     # Three that need no past: a head may be broken from the first sample on. What is dead is far below the other heads
@@ -297,20 +312,21 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         optional=True,
     ),
     # Healthy heads become sharp late, while they learn. The levels below are beyond what they reach in the best
-    # high-rate runs, so the rule may fire at any time and at any sampling rate. With QK-norm the keys of a young model
-    # become nearly equal for some steps, and few positions carry what is left: a share of 0.3 is healthy then.
+    # high-rate runs, so the rule may fire at any time and at any sampling rate.
     Rule(
         "broken_start",
         "broken_start",
         "run",
         AnyOf(
             Threshold("energy_rms", "value", "identity", fire_above=65.0, clear_below=45.0, quantile=0.75),
-            Threshold("key_norm_participation", "value", "identity", fire_below=0.25, clear_above=0.35, quantile=0.5),
+            AllOf(KEYS_GATHERED, _logits_before(window=15, gap=8)),
             # All heads are dead. Queries that are zero at initialization are not, from the first steps on.
             Threshold("energy_rms", "value", fire_below=-14.0, clear_above=-13.0, quantile=1.0),
         ),
         grace=0,
     ),
+    # Without a past. Later, where a model has learned nothing, keys that were nearly equal part one after the other.
+    Rule("keys_gathered", "broken_start", "run", KEYS_GATHERED, grace=0, until=GRACE),
     Rule(
         "tokens_alike",
         "broken_start",
@@ -339,7 +355,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
                 Threshold("energy_rms", "value", fire_above=1.39, clear_below=1.1, quantile=0.75),
             ),
             # Near 1 the excess changes by much where the ratio hardly does.
-            AllOf(_sudden_fall("log_excess", -0.4), _sudden_fall("log", -0.25)),
+            AllOf(_sudden_fall("log_excess", -0.4), _sudden_fall("log", -0.25), _logits_before(window=5, gap=2)),
         ),
     ),
     # Head alarms have had their patience and grace already.

@@ -34,7 +34,7 @@ __all__ = [
     "leaves",
 ]
 
-Signal = Literal["value", "peers", "change", "offset", "contrast", "robust_z", "non_finite"]
+Signal = Literal["value", "baseline", "peers", "change", "offset", "contrast", "robust_z", "non_finite"]
 Reading = Literal["identity", "log", "log_slack", "log_excess"]
 
 GRACE = 25
@@ -47,11 +47,12 @@ class Threshold:
 
     Attributes:
         metric: Name from `attnmonitor.metrics.catalog.METRICS`.
-        signal: What is compared with the levels: ``"value"`` is x; ``"peers"`` is x minus that of its peers in the same
-            sample, which for a head is the 75 % quantile of its layer's other heads, and for a layer the largest one;
-            ``"change"`` is rel; ``"offset"`` is x minus its median over the heads of the model, and ``"contrast"``
-            rel minus its median over them; ``"robust_z"`` is the contrast over its robust spread, ``1.4826 MAD + 0.1``
-            plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite and 0 elsewhere.
+        signal: What is compared with the levels: ``"value"`` is x; ``"baseline"`` is base; ``"peers"`` is x minus that
+            of its peers in the same sample, which for a head is the 75 % quantile of its layer's other heads, and for a
+            layer the largest one; ``"change"`` is rel; ``"offset"`` is x minus its median over the heads of the model,
+            and ``"contrast"`` rel minus its median over them; ``"robust_z"`` is the contrast over its robust spread,
+            ``1.4826 MAD + 0.1`` plus a third of that median; ``"non_finite"`` is 1 where the metric is NaN or infinite
+            and 0 elsewhere.
         reading: How x is computed from the metric m: ``"identity"`` m, ``"log"`` ln m, ``"log_slack"`` ln(1 − m),
             ``"log_excess"`` ln(m − 1). Ignored by ``"non_finite"``.
         fire_above: The condition holds above this level.
@@ -61,8 +62,8 @@ class Threshold:
         window: Samples in the baseline.
         gap: Samples between the baseline's end and now.
         quantile: In rules of scope ``"layer"`` and ``"run"``: the quantile over the heads that is used; between two
-            heads, the one that is further from firing. In a rule about heads, with signal ``"value"``: the quantile
-            over all heads of the model, the same for each.
+            heads, the one that is further from firing. In a rule about heads, with signal ``"value"`` or
+            ``"baseline"``: the quantile over all heads of the model, the same for each.
         skip: Samples at the beginning of a head's past that belong to no baseline.
     """
 
@@ -95,8 +96,9 @@ class Threshold:
             if self.quantile is None:
                 raise ValueError(f"quantile=None: a rule of scope {scope!r} needs a quantile in [0, 1]")
         elif self.quantile is not None:
-            if self.signal != "value":
-                raise ValueError(f"quantile={self.quantile!r}: in a rule about heads it needs signal='value'")
+            if self.signal not in ("value", "baseline"):
+                way_out = "in a rule about heads it needs signal='value' or 'baseline'"
+                raise ValueError(f"quantile={self.quantile!r}: {way_out}")
         elif METRICS[self.metric].scope != scope:
             raise ValueError(f"scope={scope!r}: {self.metric} belongs to scope {METRICS[self.metric].scope!r}")
 
@@ -121,7 +123,7 @@ class Threshold:
     @property
     def has_baseline(self) -> bool:
         """Whether it compares a head with its past."""
-        return self.signal == "change" or self.compares
+        return self.signal in ("baseline", "change") or self.compares
 
     @property
     def compares(self) -> bool:

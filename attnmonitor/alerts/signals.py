@@ -1,4 +1,4 @@
-"""The numbers that thresholds are put on: value, distance to the peers, change, offset, contrast, robust z.
+"""The numbers that thresholds are put on: value, baseline, distance to the peers, change, offset, contrast, robust z.
 
 The contrast is what makes alerts usable. Warm-up, the learning rate and the data move all heads alike, so a head's
 change minus the *median change over all heads* cancels them, while a change of one head does not cancel. The price is
@@ -55,6 +55,8 @@ def evaluate(
     fresh = past.reference(threshold, least_heads)
     keeps = is_frozen | fresh.base.isnan()
     reference = Reference(torch.where(keeps, frozen.base, fresh.base), torch.where(keeps, frozen.peers, fresh.peers))
+    if threshold.signal == "baseline":
+        return reference.base, reference
     change = x - reference.base
     if threshold.signal == "change":
         return change, reference

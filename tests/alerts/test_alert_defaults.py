@@ -245,13 +245,18 @@ def test_positions_are_not_judged_where_they_are_channels():
     ],
 )
 def test_fading_and_sinks_need_logits_that_matter(metric, faulty, rule):
-    """Where all logits are as small as those of a random start nothing is named; an alarm that began before lasts."""
-    for small_from, found in ((0, []), (45, [(rule, 41)])):
+    """Where all logits were as small as those of a random start nothing is named, whatever they are now."""
+    for small, found in (
+        (range(70), []),
+        (range(40), []),
+        (range(40, 70), [(rule, 41)]),
+        (range(45, 70), [(rule, 41)]),
+    ):
         run, watch = healthy_run(70), Alerts([each for each in DEFAULT_RULES if each.name == rule])
         for index, sample in enumerate(run):
             if index >= 40:
                 sample[metric]["layers.1"][2] = faulty
-            if index >= small_from:
+            if index in small:
                 for heads in sample["energy_rms"].values():
                     heads[:] = [0.3 * energy for energy in heads]
         events = [event for index, sample in enumerate(run) for event in watch.observe(tensors(sample), index)]
@@ -340,7 +345,7 @@ def test_fewer_samples_than_grace_are_silent():
     [
         ("energy_rms", 30.0, 0, "hot_start"),
         ("energy_rms", 100.0, 3, "broken_start"),
-        ("key_norm_participation", 0.2, 3, "broken_start"),
+        ("key_norm_participation", 0.2, 3, "keys_gathered"),
         ("energy_rms", 30.0, 1, None),  # sharpness that was earned after the first sample
         ("key_norm_participation", 0.3, 0, None),
     ],
@@ -353,6 +358,23 @@ def test_broken_and_hot_start_fire_by_level(metric, level, begin, rule):
     assert [(event.rule, event.layer, event.global_step) for event in began] == (
         [(rule, None, 10 * begin + 10)] if rule else []
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "level", "rule"),
+    [("key_participation_ratio", 3.0, "mass_shift"), ("key_norm_participation", 0.2, "broken_start")],
+)
+def test_keys_of_all_heads_matter_once_they_made_logits(metric, level, rule):
+    """Keys of a model that has learned nothing turn and part without a fault, whatever the logits are now."""
+    for energy, rules in ((1.0, {rule}), (0.2, set())):
+        run = healthy_run(60)
+        for index, sample in enumerate(run):
+            size = energy if index < 40 else 1.0
+            sample["energy_rms"] = {layer: [size] * len(heads) for layer, heads in sample["energy_rms"].items()}
+            if index >= 40:
+                sample[metric] = {layer: [level] * len(heads) for layer, heads in sample[metric].items()}
+        of_keys = [each for each in DEFAULT_RULES if each.name in ("mass_shift", "broken_start", "keys_gathered")]
+        assert {event.rule for event in events_of(of_keys, run[:50])} == rules
 
 
 def test_alarms_of_many_heads_become_a_run_alarm():

@@ -77,7 +77,7 @@ def test_bounds_of_levels_quantiles_and_shares():
         with pytest.raises(ValueError, match=f"quantile={quantile}"):
             Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=quantile).check("layer")
     Threshold(**VALUE, fire_above=1.0, clear_below=1.0, quantile=0.5).check("kv_head")  # of all heads of the model
-    with pytest.raises(ValueError, match=r"quantile=0\.5: in a rule about heads it needs signal='value'"):
+    with pytest.raises(ValueError, match=r"quantile=0\.5: in a rule about heads it needs signal='value' or 'baseline'"):
         Threshold("query_rms", "change", fire_above=1.0, clear_below=1.0, quantile=0.5).check("query_head")
     FiringShare(heads=1.0, layers=1.0, clear_heads=1.0).check("run")
     for name in ("heads", "layers", "clear_heads"):

@@ -70,6 +70,22 @@ def test_ramp_does_not_enter_its_baseline():
     assert event.baseline == pytest.approx(1.0)
 
 
+def test_baseline_is_what_the_change_is_measured_from():
+    """Of a head, and of a quantile of all heads: the present sample does not count, neither value nor alarm."""
+    large = {"reading": "identity", "fire_above": 1.95, "clear_below": 0.0, "window": 5, "gap": 3}
+    fell = Threshold("query_rms", "change", fire_below=-1.0, clear_above=-0.5, window=5, gap=3)
+    run = heads_run(40, dict.fromkeys(range(12), 0.1), onset=30)  # heads of size 1 to 2.1
+    of_each = Threshold("query_rms", "baseline", **large)
+    of_most = Threshold("query_rms", "baseline", quantile=0.75, **large)
+    found = [
+        {event.head for event in events_of(plain_rule(when=AllOf(fell, was)), run) if event.severity == "warning"}
+        for was in (of_each, of_most, replace(of_most, quantile=1.0))
+    ]
+    assert found == [{10, 11}, set(), set(range(12))]
+    [event] = events_of(plain_rule(when=of_each, grace=9), run[:11])[:1]
+    assert event.message == "query_rms was 2 (query_rms against a limit of 1.95)"
+
+
 @given(st.lists(st.floats(-3, 3), min_size=30, max_size=30))
 def test_change_is_log_ratio_to_median_of_window(logs):
     """Against the definition in float64: the event quotes the median of the 5 samples that ended 3 samples ago."""
