@@ -8,6 +8,7 @@ charts for W&B are drawn by Plotly in Chromium, as W&B's page does; that needs c
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -131,7 +132,8 @@ def draw_spectrum() -> None:
     figure.savefig(IMAGES / "chart-spectrum.png", dpi=90)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
     with chromium(800, 600) as browser:
         draw("healthy", *trained(broken=False), browser)
@@ -140,3 +142,7 @@ if __name__ == "__main__":
             draw("broken", *trained(broken=True, record=record), browser)
             photograph_report(record, IMAGES / "report.png", browser)
     draw_spectrum()
+
+
+if __name__ == "__main__":
+    main()
