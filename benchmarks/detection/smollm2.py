@@ -5,7 +5,7 @@
 
 Fine-tunes SmolLM2-135M on the text of Python's documentation, in short steps, healthy and with one fault of each kind
 in one head, and replays the default rules on the recordings. These are kept in a cache: only the first call takes long
-(about an hour on one core).
+(half an hour on one core).
 """
 
 from __future__ import annotations
