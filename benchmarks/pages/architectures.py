@@ -87,7 +87,7 @@ warning and in `coverage` with the reason. Register its tensors
 Tested against stand-ins with the real signatures that compute the same on a CPU: `flash_attn` 2
 (`flash_attn_func`, `flash_attn_varlen_func`, and both packed as qkv and as kv), `flash_attn_interface` 3
 (`flash_attn_func`, `flash_attn_varlen_func`, `flash_attn_qkvpacked_func` with three or with fewer key heads, chunks),
-operators registered with `torch.library` whose arguments are called q, k, v or query, key, value (in either order of
+custom operators of PyTorch whose arguments are called q, k, v or query, key, value (in either order of
 axes), `xformers.ops.memory_efficient_attention` (a tensor as bias, `LowerTriangularMask`, block-diagonal masks),
 `torch.nn.attention.varlen.varlen_attn` and `transformer_engine.pytorch.DotProductAttention` (its three layouts, packed
 qkv, padding, bias); with scale, causal mask, window, soft-cap, ALiBi and cumulative lengths. Kernels in front of the
