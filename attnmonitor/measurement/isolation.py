@@ -20,6 +20,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from itertools import pairwise
 from logging import Logger
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -38,7 +39,8 @@ _CONSTANTS = (
     Logger, re.Pattern, np.dtype, np.generic, np.ufunc, torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
 _RESTORED = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]
-_CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}  # they set attributes of new objects only
+_CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}  # they may set attributes of new objects
+_SETTERS = {"setattr", "delattr", "vars", "__dict__"}  # code sets attributes by them as well
 _ANYTHING = {"globals", "eval", "exec", "__import__", "__globals__", "stdin", "input"}  # code reaches shared state
 
 
@@ -176,7 +178,9 @@ def _check(part: Any, checked: set[int]) -> None:
         owner = part.__self__
         if not (any(owner is known for known in _RESTORED) or isinstance(owner, (ModuleType, type, type(None)))):
             raise CannotCopyError(f"{part.__qualname__} is bound to an object that a copy shares")
-        if isinstance(part, MethodType):
+        if isinstance(owner, type):
+            _check(owner, checked)  # with its class methods, which may set its attributes
+        elif isinstance(part, MethodType):
             _check(part.__func__, checked)
     elif isinstance(part, (type, FunctionType, ModuleType)):
         if isinstance(part, ModuleType) or is_installed(part):
@@ -213,10 +217,11 @@ def _check_function(function: FunctionType, checked: set[int]) -> None:
             raise CannotCopyError(f"{function.__qualname__} sets {target}, which a copy shares")
         if kind == "IMPORT_NAME" and not is_installed(sys.modules.get(target) or ModuleType(target)):
             raise CannotCopyError(f"{function.__qualname__} imports {target}")
-    if _sets_attributes(function) and function.__name__ not in _CONSTRUCTORS:
+    is_constructor = function.__name__ in _CONSTRUCTORS
+    if _sets_named_attributes(function) if is_constructor else _sets_attributes(function):
         # Of an object that is copied, or of one that is not? It is sure only where nothing of the user's is named.
         shared = [value for value in (*named, *cells) if not isinstance(value, _CONSTANTS) and not is_installed(value)]
-        if shared or names & {"type", "setattr", "__class__"} or "__class__" in function.__code__.co_freevars:
+        if shared or names & {"type", "__class__"} or "__class__" in function.__code__.co_freevars:
             raise CannotCopyError(f"{function.__qualname__} sets attributes")
     for module in [value for value in named if isinstance(value, ModuleType) and not is_installed(value)]:
         named += [getattr(module, name) for name in names if hasattr(module, name)]
@@ -225,7 +230,24 @@ def _check_function(function: FunctionType, checked: set[int]) -> None:
 
 
 def _sets_attributes(function: Any) -> bool:
-    return any(instruction.opname in ("STORE_ATTR", "DELETE_ATTR") for instruction in _instructions(function))
+    is_called = any(not _SETTERS.isdisjoint(code.co_names) for code in _codes(function.__code__))
+    return is_called or any(each.opname in ("STORE_ATTR", "DELETE_ATTR") for each in _instructions(function))
+
+
+def _sets_named_attributes(function: Any) -> bool:
+    """Return whether a constructor sets attributes of anything but its new object and what it holds in variables."""
+    own = function.__code__.co_cellvars  # variables that nested code reads too
+    loaded: dis.Instruction | None = None  # what the attributes loaded since are of
+    for now, after in pairwise(_instructions(function)):
+        is_copy = now.opname == "DUP_TOP" or (now.opname, now.arg) == ("COPY", 1)
+        is_set = now.opname in ("STORE_ATTR", "DELETE_ATTR") or (is_copy and after.opname == "LOAD_ATTR")  # x.a += 1
+        if is_set and loaded is not None:
+            is_own = loaded.opname in ("SWAP", "ROT_TWO") or "LOAD_FAST" in loaded.opname or loaded.argval in own
+            if not is_own:
+                return True
+        if now.opname != "LOAD_ATTR" or now.argval == "__class__":
+            loaded = now
+    return False
 
 
 def _instructions(function: Any) -> Iterator[dis.Instruction]:
