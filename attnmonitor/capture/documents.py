@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["Documents", "blocks_in", "documents_at"]
+__all__ = ["Documents", "blocks_in", "documents_at", "numbered_documents"]
+
+Spans = list[list[tuple[int, int]]]
+"""Of each sequence, the first and past-the-last positions of its parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ def documents_at(spans: list[tuple[int, int]], device: torch.device, tokens: Ten
     return Documents(index.to(device), (torch.arange(index.shape[1]) < lengths[:, None]).to(device))
 
 
-def blocks_in(firsts: Tensor, lasts: Tensor, valid: Tensor) -> list[list[tuple[int, int]]]:
+def blocks_in(firsts: Tensor, lasts: Tensor, valid: Tensor) -> Spans:
     """Return the blocks on the diagonal of what each sequence sees, as first and past-the-last positions.
 
     A block begins at a position that sees nothing before itself; no later position may see past the beginning, and none
@@ -104,3 +108,65 @@ def blocks_in(firsts: Tensor, lasts: Tensor, valid: Tensor) -> list[list[tuple[i
         cut = [(start, max(i for i in positions if i < end) + 1) for start, end in spans]
         blocks.append(cut if holds and starts and starts[0] == positions[0] else whole)
     return blocks
+
+
+def numbered_documents(blocks: Spans, valid: Tensor, arguments: Mapping[str, Tensor]) -> Spans:
+    """Return the documents that an argument of the model numbers, where blocks are parts of them; else the blocks.
+
+    A layer that attends in chunks cuts each document once more. Position ids begin anew with a document, and the ids of
+    documents change: every such beginning is that of a block, and all other blocks begin at multiples of one length.
+
+    Args:
+        blocks: The blocks on the diagonal of what each sequence sees.
+        valid: ``(B, L)`` bool, True for a token.
+        arguments: The tensors the model was called with, by name.
+    """
+    tokens = valid.cpu()
+    between = tokens[:, 1:] & tokens[:, :-1]
+    for x in arguments.values():
+        if x.shape not in (tokens.shape, tokens[:1].shape) or x.is_floating_point() or x.is_complex():
+            continue
+        steps = x.cpu().long().expand(tokens.shape).diff()
+        for change in ((steps != 1) & between, (steps != 0) & between):
+            whole = [
+                _joined(row, {position + 1 for position in changed.nonzero().flatten().tolist()}, token.tolist())
+                for row, changed, token in zip(blocks, change, tokens, strict=True)
+            ]
+            documents = [each for each in whole if each is not None]
+            if len(documents) == len(whole) and _are_in_chunks(blocks, documents):
+                return documents
+    return blocks
+
+
+def _joined(blocks: list[tuple[int, int]], beginnings: set[int], is_token: list[bool]) -> list[tuple[int, int]] | None:
+    """Return blocks, each joined with those after it that begin no document; None where one begins inside a block."""
+    if not beginnings <= {start for start, _ in blocks}:
+        return None
+    documents: list[tuple[int, int]] = []
+    for start, end in blocks:
+        if not documents or start in beginnings or not is_token[start - 1]:
+            documents.append((start, end))
+        else:
+            documents[-1] = (documents[-1][0], end)
+    return documents
+
+
+def _are_in_chunks(blocks: Spans, documents: Spans) -> bool:
+    """Return whether blocks are documents cut at multiples of one length, counted in the row or in the document."""
+    if not any(len(row) > 1 for row in documents):
+        return False
+    starts = [{start for start, _ in row} for row in blocks]
+    cuts = [own - {start for start, _ in row} for own, row in zip(starts, documents, strict=True)]
+    rows = [[(row[0][0], row[-1][1])] if row else [] for row in documents]
+    return any(_are_multiples(cuts, starts, spans) for spans in (rows, documents))
+
+
+def _are_multiples(cuts: list[set[int]], starts: list[set[int]], spans: Spans) -> bool:
+    """Return whether cuts are at multiples of one length, counted from the beginnings of spans, and starts at all."""
+    parts = [
+        (first, end, row_cuts, row_starts)
+        for row, row_cuts, row_starts in zip(spans, cuts, starts, strict=True)
+        for first, end in row
+    ]
+    length = math.gcd(*(cut - first for first, end, own, _ in parts for cut in own if first < cut < end))
+    return length > 1 and all(own.issuperset(range(first, end, length)) for first, end, _, own in parts)

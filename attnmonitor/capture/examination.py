@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.documents import Documents, blocks_in, documents_at
+from attnmonitor.capture.documents import Documents, blocks_in, documents_at, numbered_documents
 from attnmonitor.capture.head_facts import NO_POSITION, head_facts
 from attnmonitor.capture.layouts import Layout
 from attnmonitor.capture.pattern import Pattern, pattern_of, row_blocks, spans_of
@@ -68,14 +68,16 @@ def examined(known: Layout, attention: Attention, query_mask: Tensor | None, aro
             valid = given if valid is None else valid & given
         query_mask = valid
     key_mask = None if valid is None or valid is arrived else valid
+    has_window = False
     found = replace(known, key_mask=key_mask, positions=(len(attention.key), attention.key.shape[-2]))
     if around.packed == "documents":
         if attention.documents is not None:
             found = replace(found, documents=attention.documents())
         elif pattern is not None:
-            found = replace(found, documents=_documents(attention, valid, around))
+            documents, has_window = _documents(attention, valid, around)
+            found = replace(found, documents=documents)
     outside = attention.outside_effects(query_mask, valid, is_self=square)
-    if found.documents is not None:
+    if found.documents is not None and not has_window:
         outside = tuple(name for name in outside if name != "window")
     on_positions = not known.between_channels
     facts = head_facts(
@@ -268,28 +270,32 @@ def fitting_mask(mask: Tensor | None, attention: Attention, *, may_append: bool)
 # Documents.
 
 
-def _documents(attention: Attention, valid: Tensor | None, around: Surroundings) -> Documents | None:
-    """Return the documents of rows that hold several; None where blocks are a part of the architecture."""
+def _documents(attention: Attention, valid: Tensor | None, around: Surroundings) -> tuple[Documents | None, bool]:
+    """Return the documents of rows that hold several, and whether their tokens see less than all of their own.
+
+    None where blocks are a part of the architecture.
+    """
     shape, device = (len(attention.key), attention.key.shape[-2]), attention.key.device
     tokens = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     firsts, lasts = spans_of(attention, tokens)
     blocks = blocks_in(firsts, lasts, tokens)
     if all(len(spans) < 2 for spans in blocks) or not bool(((firsts < lasts) & tokens).any()):
-        return None  # each row is one sequence, or no token sees another
+        return None, False  # each row is one sequence, or no token sees another
     sizes = {end - start for spans in blocks for start, end in spans[:-1]}
     last = max((spans[-1][1] - spans[-1][0] for spans in blocks if spans), default=0)
     in_step = len(sizes) == 1 and last <= max(sizes)
     if in_step and not around.masked_by_inputs:
-        return None
+        return None, False
+    whole = numbered_documents(blocks, tokens, around.arguments)
     length, unnumbered = shape[1], _unnumbered(shape, around.arguments)
     spans = [
         (row * length + start, row * length + end)
-        for row, found in enumerate(blocks)
+        for row, found in enumerate(whole)
         for start, end in found
         if end - start > 1  # one token alone has no attention to measure
         and not unnumbered[row, start:end].all()
     ]
-    return documents_at(spans, device, tokens.flatten().cpu())
+    return documents_at(spans, device, tokens.flatten().cpu()), whole != blocks
 
 
 def _unnumbered(shape: tuple[int, int], arguments: Mapping[str, Tensor]) -> Tensor:
