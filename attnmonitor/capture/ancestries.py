@@ -121,9 +121,9 @@ class Ancestries:
         if len(outputs) == 1 and any(outputs[0] is x for x in operands) and not self._is_new(outputs[0]):
             return
         axes = self._feature_axes.of_outputs(name, call, outputs)
-        ranked = self._is_ranked(name, operands)
+        rankings = self._rankings(name, operands)
         for x, of_x in zip(outputs, axes, strict=True):
-            self._put(x, replace(self._origin(name, args, operands, x), axes=of_x, ranked=ranked))
+            self._put(x, replace(self._origin(name, args, operands, x), axes=of_x, rankings=rankings))
 
     def _write(self, target: Tensor, value: Any, index: Any) -> None:
         """Note what was written into a tensor: a new one is made of what fills it."""
@@ -183,10 +183,15 @@ class Ancestries:
         attended = frozenset().union(*(note.attended for note in notes))
         return Ancestry(sources, attended, None, projects or any(note.projected for note in notes))
 
-    def _is_ranked(self, name: str, operands: list[Tensor]) -> bool:
-        notes = [self.of(x) for x in operands if x.is_floating_point()]
-        num_computed = sum(bool(note.projected and note.inputs) for note in notes)
-        return num_computed >= _RANKS.get(name, math.inf) or any(self.of(x).ranked for x in operands)
+    def _rankings(self, name: str, operands: list[Tensor]) -> frozenset[int]:
+        notes = [self.of(x) for x in operands]
+        num_computed = sum(
+            bool(note.projected and note.inputs)
+            for note, x in zip(notes, operands, strict=True)
+            if x.is_floating_point()
+        )
+        own = {self._new()} if num_computed >= _RANKS.get(name, math.inf) else set()
+        return frozenset(own).union(*(note.rankings for note in notes))
 
     def _carriers(self, name: str, operands: list[Tensor], output: Tensor) -> list[Tensor]:
         """Return the operands whose positions the output has: not those that are broadcast, such as a shift."""

@@ -26,14 +26,15 @@ class Ancestry:
         attended: The attentions it went through as their query.
         axes: Factors of every axis; None for an axis, or for all, where they are unknown.
         projected: Whether a weight was applied on the way, so that all feature axes are known.
-        ranked: Whether it follows from which computed numbers are the largest, as the choice of the best keys does.
+        rankings: The functions that found which computed numbers are the largest, from which it follows: the choice of
+            the best keys, for one.
     """
 
     sources: frozenset[int]
     attended: frozenset[int] = frozenset()
     axes: Axes | None = None
     projected: bool = False
-    ranked: bool = False
+    rankings: frozenset[int] = frozenset()
 
     @property
     def inputs(self) -> frozenset[int]:

@@ -71,6 +71,8 @@ class Findings:
             remarks.append("dropout acts on its attention in evaluation mode")
         if made_of is not None and made_of.mixes_positions:
             remarks.append("its rows mix positions and features: is there a view where a transpose belongs?")
+        if is_self and made_of is not None and made_of.query.rankings - made_of.key.rankings and num_rows < num_keys:
+            remarks.append(f"its queries are {num_rows} of {num_keys} positions, chosen by scores")
         if frame is not None and frame.num_found > 1:
             remarks.append("a part, measured apart: one call of its module computes several attentions")
         known = Layout(
@@ -81,6 +83,7 @@ class Findings:
             remarks=tuple(remarks),
             ranked_masks=ranked,
             rows_at=attention.rows_at,
+            merged=attention.merged,
         )
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
 
@@ -88,7 +91,7 @@ class Findings:
         """Return which of an attention's masks choose keys by their scores (top-k, an indexer)."""
         if self._ancestries is None:
             return ()
-        ranked = [self._ancestries.of(mask).ranked for mask in attention.masked_by]
+        ranked = [bool(self._ancestries.of(mask).rankings) for mask in attention.masked_by]
         if len(ranked) != len(attention.visible):
             ranked = [any(ranked)] * len(attention.visible)
         return tuple(ranked) if any(ranked) else ()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.verify import Attention
 
 __all__ = ["Layout", "Layouts", "OutputPlace"]
@@ -52,6 +53,7 @@ class Layout:
         ranked_masks: Which of its masks choose the best keys, and so show no padding.
         rows_at: The leading axis of its product, in the code's order, that counts query positions where heads stand in
             the place of rows; None for the usual order.
+        merged: How the rows of its product count positions and heads at once; None where they count positions alone.
         output_at: Where its output meets a weight; None where that was not looked for, or is not clear yet.
     """
 
@@ -72,6 +74,7 @@ class Layout:
     positions: tuple[int, int] = (0, 0)
     ranked_masks: tuple[bool, ...] = ()
     rows_at: int | None = None
+    merged: MergedRows | None = None
     output_at: OutputPlace | None = None
 
     def fits(self, attention: Attention) -> bool:

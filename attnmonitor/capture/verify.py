@@ -25,6 +25,7 @@ from torch import Tensor
 from attnmonitor.capture.comparison import Comparison, deviations
 from attnmonitor.capture.documents import Documents
 from attnmonitor.capture.heads import Lead
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.parallel.workers import few_cores
 
 __all__ = [
@@ -114,6 +115,7 @@ class Attention:
         tiled: Whether query head h reads key head h % Hkv, not h // (Hq / Hkv).
         lead: Which leading axes of the code's operands count heads.
         rows_at: As in `PairwiseProduct`.
+        merged: As in `Layout`.
         arrange: From ``(B, Hq, R, Lk)`` to the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
@@ -139,6 +141,7 @@ class Attention:
     tiled: bool = False
     lead: Lead | None = None
     rows_at: int | None = None
+    merged: MergedRows | None = None
     arrange: Callable[[Tensor], Tensor] = _identity
     restore: Callable[[Tensor], Tensor] = _identity
     affine: list[Step] = field(default_factory=list)

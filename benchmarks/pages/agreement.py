@@ -260,7 +260,7 @@ def _deviations(match: Match, fields: Fields, sample: Sample) -> dict[str, float
         if metric not in sample.values or METRICS[metric].summary in FROM_ATTENTION:
             continue
         expected, actual = torch.stack(each).nanmean(0), sample.values[metric][call.layer].double()
-        actual = actual * own.scale if metric == "query_rms" else actual
+        actual = actual * abs(own.scale) if metric == "query_rms" else actual
         gap = (actual - expected).abs() / expected.abs().clamp_min(1e-6)
         deviations[metric] = float(gap.nan_to_num(torch.inf).max())
     return deviations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,39 @@ def test_reach_of_a_window_is_said(back: int, ahead: int, text: str) -> None:
     torch.manual_seed(0)
     with AttentionMonitor(nn.Sequential(Local(back, ahead)), torch.randn(2, LENGTH, WIDTH), record=None) as monitor:
         assert re.sub(r"0\.\d+", "x", text) in re.sub(r"0\.\d+", "x", str(monitor))
+
+
+def _by_index(x: Tensor, chosen: Tensor) -> Tensor:
+    return x[torch.arange(len(x))[:, None, None], torch.arange(HEADS)[:, None], chosen]
+
+
+def _by_gather(x: Tensor, chosen: Tensor) -> Tensor:
+    return x.gather(2, chosen[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+class Sparse(nn.Module):
+    """Attention of the queries that differ most, as in Informer; the other positions keep their values."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor], *, keys_too: bool) -> None:
+        super().__init__()
+        self.qkv, self.pick, self.keys_too = nn.Linear(WIDTH, 3 * WIDTH), pick, keys_too
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, 8)).movedim(-3, 0).transpose(-2, -3)
+        chosen = q.square().sum(-1).topk(5).indices
+        picked = [self.pick(y, chosen) if self.keys_too else y for y in (k, v)]
+        written = (self.pick(q, chosen) @ picked[0].mT * 8**-0.5).softmax(-1) @ picked[1]
+        return v.scatter(2, chosen[..., None].expand_as(written), written).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("pick", [_by_index, _by_gather], ids=lambda pick: pick.__name__)
+def test_queries_that_scores_choose_are_named(pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    remark = f"its queries are 5 of {LENGTH} positions, chosen by scores"
+    layers = {"first": Sparse(pick, keys_too=False), "second": Sparse(pick, keys_too=False)}
+    model = nn.Sequential(
+        OrderedDict({**layers, "pruned": Sparse(pick, keys_too=True), "plain": Local(LENGTH, LENGTH)})
+    )
+    with AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None) as monitor:
+        remarks = {name: each.remarks for name, each in monitor.coverage.items()}
+    assert remarks == {"first": (remark,), "second": (remark,), "pruned": (), "plain": ()}

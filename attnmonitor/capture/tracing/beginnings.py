@@ -11,9 +11,16 @@ from torch import Tensor
 from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.heads import Lead
 from attnmonitor.capture.layouts import Layout
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.modules import Frame
-from attnmonitor.capture.tracing.operands import made_of, shared_rows
-from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, pairwise_product, with_rows_at
+from attnmonitor.capture.tracing.operands import made_of, merged_rows, parted_axes, shared_rows
+from attnmonitor.capture.tracing.products import (
+    LabeledProduct,
+    PairwiseProduct,
+    pairwise_product,
+    parted_product,
+    with_rows_at,
+)
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.trace import Origin, Trace
 
@@ -52,13 +59,39 @@ class Beginnings:
             keys_first: Whether the rows of the result are keys.
         """
         pair = pairwise_product(product, keys_first=keys_first)
-        pair = pair and self._with_positions_as_rows(product, pair, layer)
-        if pair is None or not (pair.batch or self._is_of_positions(product, layer, frame)):
+        if pair is None:
+            return None
+        merged = self._merged_rows(product, pair, layer)
+        parted = merged and parted_product(pair, merged)
+        if merged and parted:
+            return self._with_parted_rows(product, pair, merged, Origin(product, parted, None, layer, frame, dtype))
+        pair = self._with_positions_as_rows(product, pair, layer)
+        if not (pair.batch or self._is_of_positions(product, layer, frame)):
             return None
         repeated = self._key_before_repetition(product, pair, keys_first)
         origin = Origin(product, pair, repeated, layer, frame, dtype, made_of(self._ancestries, product, pair))
         num_axes = len(pair.batch) + 2
         return Trace(origin, pair.query_axis - num_axes, pair.key_axis - num_axes)
+
+    def _merged_rows(self, product: LabeledProduct, pair: PairwiseProduct, layer: str) -> MergedRows | None:
+        """Return how the rows of a product count positions and heads; None where they count positions alone."""
+        if self._ancestries is None:
+            known = self._known(layer)
+            return None if known is None else known.merged
+        made = made_of(self._ancestries, product, pair)
+        return None if made is None else merged_rows(made)
+
+    def _with_parted_rows(
+        self, product: LabeledProduct, pair: PairwiseProduct, merged: MergedRows, origin: Origin
+    ) -> Trace:
+        """Return the trace of a product whose heads have an axis of their own; its first step merges them again."""
+        made, parted = made_of(self._ancestries, product, pair), origin.product
+        origin = replace(origin, made_of=made and parted_axes(made), merged=merged)
+        num_axes, first = len(parted.batch) + 2, len(pair.batch)
+        trace = Trace(origin, parted.query_axis - num_axes, parted.key_axis - num_axes)
+        return trace.then(
+            lambda x, rows: x.flatten(first, first + 1), rearranges=True, merged=merged, query_axis=-2, key_axis=-1
+        )
 
     def _with_positions_as_rows(self, product: LabeledProduct, pair: PairwiseProduct, layer: str) -> PairwiseProduct:
         """Return the product with positions as its rows where heads, which share one key, stood in their place."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from attnmonitor.capture.ancestries import Ancestries
 from attnmonitor.capture.axes import Axis
 from attnmonitor.capture.heads import MadeOf, common_lead_axes
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct
 
-__all__ = ["made_of", "shared_rows"]
+__all__ = ["made_of", "merged_rows", "parted_axes", "shared_rows"]
 
 
 def made_of(ancestries: Ancestries | None, product: LabeledProduct, pair: PairwiseProduct) -> MadeOf | None:
@@ -49,5 +53,27 @@ def shared_rows(made_of: MadeOf, pair: PairwiseProduct) -> int | None:
     return shared[-1] if shared else None
 
 
+def merged_rows(made_of: MadeOf) -> MergedRows | None:
+    """Return how the rows of queries count positions and heads where those of the keys count positions alone."""
+    rows, of_keys = made_of.axes[-2], (made_of.key.axes or (None,) * 2)[-2:]
+    if not rows or any(axis is None or len(_kinds(axis)) > 1 for axis in of_keys):
+        return None
+    kinds = [is_head for is_head, _ in rows]
+    if len(set(kinds)) < 2 or sorted(kinds, reverse=kinds[0]) != kinds:
+        return None
+    return MergedRows(math.prod(size for is_head, size in rows if is_head), heads_first=kinds[0])
+
+
+def parted_axes(made_of: MadeOf) -> MadeOf:
+    """Return what operands are made of, with heads as the last leading axis and positions as rows."""
+    *lead, rows, size = made_of.axes
+    heads, positions = (tuple(each for each in rows or () if each[0] == is_head) for is_head in (True, False))
+    return replace(made_of, axes=(*lead, heads, positions, size))
+
+
 def _counts_heads(axis: Axis) -> bool:
     return any(is_head for is_head, _ in axis)
+
+
+def _kinds(axis: Axis) -> set[bool]:
+    return {is_head for is_head, _ in axis}

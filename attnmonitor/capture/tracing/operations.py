@@ -13,7 +13,7 @@ from torch import Tensor
 from attnmonitor.capture.axes import index_parts
 from attnmonitor.capture.tensor_notes import Notes
 from attnmonitor.capture.tracing.numbers import Numbers
-from attnmonitor.capture.tracing.trace import Origin, Trace, as_batch, as_soft_cap
+from attnmonitor.capture.tracing.trace import Origin, Trace
 from attnmonitor.capture.tracing.traced_call import TracedCall, add_rows, rows_of, size_along
 from attnmonitor.capture.tracing.views import CASTS, RESHAPES, permuted, reshaped, sliced, with_mask
 from attnmonitor.capture.verify import HIDDEN
@@ -23,7 +23,8 @@ __all__ = ["ADDITIONS", "EXPONENTIALS", "IN_PLACE", "PERMUTATIONS", "SOFTMAXES",
 SCALINGS = {"mul": 1, "multiply": 1, "div": -1, "divide": -1, "true_divide": -1}
 ADDITIONS = {"add", "sub", "subtract"}
 IN_PLACE = {"add_", "__iadd__"}
-NONLINEAR = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "neg", "cat", "nan_to_num", "__rsub__", "pad"}
+REVERSED = {"__rsub__", "rsub"}
+NONLINEAR = {"tanh", "clamp", "clamp_min", "clamp_max", "maximum", "max", "cat", "nan_to_num", "pad"}
 PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "mT"}
 EXPONENTIALS = {"exp", "exp2"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
@@ -52,7 +53,7 @@ class Operations:
         self.maxima = Notes[Origin]()
         self.mixed = Notes[Origin]()
         follow: dict[str, Follow] = dict.fromkeys(SCALINGS, self._scale)
-        follow |= dict.fromkeys(ADDITIONS, self._add)
+        follow |= dict.fromkeys(ADDITIONS | REVERSED, self._add) | {"neg": self._negate}
         follow |= dict.fromkeys(NONLINEAR, self._nonlinear) | dict.fromkeys(CASTS, self._pass_through)
         follow |= dict.fromkeys(PERMUTATIONS, permuted) | dict.fromkeys(RESHAPES, reshaped)
         follow |= dict.fromkeys(SOFTMAXES, self._softmax)
@@ -82,36 +83,34 @@ class Operations:
         apply = call.replay(trace.query_axis)
         other = call.operands[1 - call.slot]
         number = self.numbers.of(other)
-        if trace.stage == "nonlinear" and trace.capped and number is not None:
-            return as_soft_cap(trace, number).then(apply)
-        if trace.stage != "affine":
+        if trace.stage == "after":
             return trace.then(apply)
         if number is not None:
-            return trace.then(apply, scale=trace.scale * number**sign)
+            return trace.times(number**sign).then(apply)
         if not isinstance(other, Tensor) or size_along(other, trace.key_axis) != 1:
             return trace.then(apply, stage="nonlinear", outside=trace.outside | {"bias"})
-        factor = other if sign > 0 else other.reciprocal()
-        return trace.then(apply, factors=(*trace.factors, as_batch(factor, trace, call.output)))
+        return trace.times_each(other if sign > 0 else other.reciprocal(), call.output).then(apply)
+
+    def _negate(self, trace: Trace, call: TracedCall) -> Trace:
+        return trace.times(-1).then(call.replay(trace.query_axis))
 
     def _add(self, trace: Trace, call: TracedCall) -> Trace | None:
         other = call.operands[1 - call.slot]
         if self.mixed.get(other) is trace.origin:
             return None
         if self.normalizers.get(other) is trace.origin and call.name != "add" and call.slot == 0:
-            axes = (trace.query_axis, trace.key_axis, trace.first_column)
             over = _softmax_over(trace.key_axis, logged=True)
-            return trace.then(over, stage="after", softmax_axes=axes, logged=True)
+            return trace.then(over, stage="after", softmax_axes=trace.axes, logged=True)
         is_maximum = self.maxima.get(other) is trace.origin and size_along(other, trace.key_axis) == 1
         if is_maximum and call.name != "add" and call.slot == 0:
             return trace.then(call.replay(trace.query_axis), shifts=True)
+        is_reversed = call.name in REVERSED or (call.name != "add" and call.slot == 1)  # the logits are subtracted
+        alpha = call.kwargs.get("alpha", 1)
         if isinstance(other, Tensor) and other.is_floating_point():
-            trace = replace(trace, has_added=True)
-            if call.name == "add":
-                trace = with_mask(trace, other, call.output)
-        if call.slot and call.name != "add":
-            return self._nonlinear(trace, call)
-        factor = call.kwargs.get("alpha", 1) if call.slot and trace.stage == "affine" else 1
-        return trace.then(call.replay(trace.query_axis), scale=trace.scale * factor)
+            is_taken = call.name != "add" and not is_reversed
+            trace = replace(with_mask(trace, other, call.output, is_taken=is_taken), has_added=True)
+        factor = alpha if call.slot or call.name in REVERSED else 1
+        return trace.times(-factor if is_reversed else factor).then(call.replay(trace.query_axis))
 
     def add_input(self, trace: Trace, call: TracedCall) -> Trace:
         """Follow ``baddbmm(input, q, kᵀ, beta, alpha)``, which is ``beta·input + alpha·q kᵀ``."""
@@ -155,7 +154,6 @@ class Operations:
             changes["first_column"] = trace.first_column + pads[0]
             if trace.stage != "after":
                 changes["outside"] = trace.outside | {"sinks"}
-        changes["capped"] = call.name == "tanh" and trace.stage == "affine"
         return trace.then(call.replay(trace.query_axis), **changes)
 
     def _softmax(self, trace: Trace, call: TracedCall) -> Trace | None:
@@ -170,8 +168,9 @@ class Operations:
             trace = mirrored
         if over != trace.key_axis:
             return None
-        axes = (trace.query_axis, trace.key_axis, trace.first_column)
-        return trace.then(_softmax_over(trace.key_axis, logged=logged), stage="after", softmax_axes=axes, logged=logged)
+        return trace.then(
+            _softmax_over(trace.key_axis, logged=logged), stage="after", softmax_axes=trace.axes, logged=logged
+        )
 
     def _exp(self, trace: Trace, call: TracedCall) -> Trace | None:
         return trace.then(call.replay(trace.query_axis), logged=False) if trace.logged else None

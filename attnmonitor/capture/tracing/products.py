@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnmonitor.capture.function_call import FunctionCall
+from attnmonitor.capture.merged_rows import MergedRows
 
 __all__ = [
     "PRODUCTS",
@@ -24,6 +25,7 @@ __all__ = [
     "labeled",
     "ordered",
     "pairwise_product",
+    "parted_product",
     "with_rows_at",
 ]
 
@@ -188,6 +190,25 @@ def with_rows_at(pair: PairwiseProduct, axis: int) -> PairwiseProduct:
         query_axis=query_axis,
         labels="".join(pair.labels[place] for place in (*order, -1)),
         rows_at=axis,
+    )
+
+
+def parted_product(pair: PairwiseProduct, merged: MergedRows) -> PairwiseProduct | None:
+    """Return the product with heads as its last leading axis; None for another order of axes than ``(*batch, L, Lk)``.
+
+    Its axes are those that it has once the merged rows are viewed apart.
+    """
+    at = len(pair.batch)
+    if (pair.query_axis, pair.key_axis) != (at, at + 1) or pair.query.shape[-2] % merged.num_heads:
+        return None
+    query = merged.parted(pair.query, -2)
+    return replace(
+        pair,
+        query=query if merged.heads_first else query.transpose(-2, -3),
+        key=pair.key.unsqueeze(-3),
+        batch=(*pair.batch, merged.num_heads),
+        query_axis=at + merged.heads_first,
+        key_axis=at + 2,
     )
 
 

@@ -11,6 +11,7 @@ queries, keys and softmax all the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -18,30 +19,29 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.tracing.operations import ADDITIONS, SCALINGS
+from attnmonitor.capture.tracing.operations import ADDITIONS, PERMUTATIONS, SCALINGS
+from attnmonitor.capture.tracing.products import PairwiseProduct
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.trace import Trace
 from attnmonitor.capture.tracing.traced_call import TracedCall
-from attnmonitor.capture.tracing.views import CASTS
+from attnmonitor.capture.tracing.views import CASTS, RESHAPES
 from attnmonitor.capture.verify import Step
 
 __all__ = ["sum_of_products", "sum_of_weights"]
 
-_SCALED = {*SCALINGS, *CASTS}
+_SCALED = {*SCALINGS, *CASTS, *RESHAPES, "neg"}
+_REARRANGING = {*PERMUTATIONS, "__getitem__"}
 
 
 def sum_of_products(first: Trace, second: Trace, factor: float) -> Trace | None:
-    """Return the trace of ``first + factor · second``; None where they are not two products of one layer.
-
-    One of them may have a bias or a mask before the sum, the other no more than numbers that scale it.
-    """
-    if factor == 1 and not _is_scaled(second):
+    """Return the trace of ``first + factor · second``; None where they are not two products of one layer."""
+    if factor == 1 and _is_reshaped(second) and not _is_scaled(second):
         first, second = second, first
-    ours, theirs = first.origin.product, second.origin.product
+    ours, theirs = first.origin.product, _in_axes_of(first, second)
     if (
-        first.origin.frame is not second.origin.frame
-        or (first.query_axis, first.key_axis, ours.batch) != (second.query_axis, second.key_axis, theirs.batch)
-        or not (_is_affine(first) and _is_affine(second) and _is_scaled(second))
+        theirs is None
+        or first.origin.frame is not second.origin.frame
+        or not (_is_affine(first) and _is_affine(second))
         or first.scale == 0
     ):
         return None
@@ -56,7 +56,23 @@ def sum_of_products(first: Trace, second: Trace, factor: float) -> Trace | None:
         values_reached=False,
         summands=(first, second, factor),
     )
-    return replace(first, origin=origin, calls=())
+    total = replace(first, origin=origin, calls=(), has_added=first.has_added or not _is_scaled(first))
+    return total if _is_scaled(second) else _with_bias_of(total, second, factor)
+
+
+def _with_bias_of(total: Trace, second: Trace, factor: float) -> Trace:
+    """Return the trace of a sum with the bias and the masks that its second product had before."""
+
+    def apply(x: Tensor, rows: Tensor) -> Tensor:
+        return x + factor * _replayed(second.steps, torch.zeros_like(x), rows)
+
+    masks = (second.visible, second.masked_by) if factor > 0 else ((), ())
+    return replace(
+        total,
+        visible=(*total.visible, *masks[0]),
+        masked_by=(*total.masked_by, *masks[1]),
+        has_added=True,
+    ).then(apply)
 
 
 def sum_of_weights(first: Trace, second: Trace, factor: float) -> Trace | None:
@@ -75,7 +91,7 @@ def sum_of_weights(first: Trace, second: Trace, factor: float) -> Trace | None:
     exact = first.exact and second.exact
     mixes = bool(first.ambiguity or second.ambiguity)
     shared = replace(first, steps=first.steps[:num_shared], exact=exact, mixes_heads=mixes, ambiguity="")
-    return shared.then(apply)
+    return replace(shared, steps=(*shared.steps, (shared.stage, Step(apply))))  # each step knows its own rows
 
 
 def _replayed(steps: Sequence[tuple[str, Step]], x: Tensor, rows: Tensor) -> Tensor:
@@ -84,9 +100,34 @@ def _replayed(steps: Sequence[tuple[str, Step]], x: Tensor, rows: Tensor) -> Ten
     return x
 
 
+def _in_axes_of(first: Trace, second: Trace) -> PairwiseProduct | None:
+    """Return the second's product with the leading axes that the first's has; None where that is not known.
+
+    Code adds the product of one layout to that of another after a reshape: ``(B, H, L, L)`` as ``(B·H, L, L)``.
+    """
+    ours, theirs = first.origin.product, second.origin.product
+    if not (_is_reshaped(first) or _is_reshaped(second)):
+        is_same = (first.query_axis, first.key_axis, ours.batch) == (second.query_axis, second.key_axis, theirs.batch)
+        return theirs if is_same else None
+    in_order = all(
+        (each.query_axis, each.key_axis, each.origin.product.query_axis) == (-2, -1, len(each.origin.product.batch))
+        for each in (first, second)
+    )
+    if not in_order or not _is_scaled(second) or math.prod(ours.batch) != math.prod(theirs.batch):
+        return None
+    query, key = (
+        x.expand(*theirs.batch, *x.shape[-2:]).reshape(*ours.batch, *x.shape[-2:]) for x in (theirs.query, theirs.key)
+    )
+    return replace(theirs, query=query, key=key, batch=ours.batch)
+
+
+def _is_reshaped(trace: Trace) -> bool:
+    return any(step.rearranges for _, step in trace.steps)
+
+
 def _is_affine(trace: Trace) -> bool:
-    """Return whether a product was scaled by numbers, biased and masked alone, in its own axes."""
-    moved = trace.factors or trace.split or trace.ambiguity or any(step.rearranges for _, step in trace.steps)
+    """Return whether a product was scaled by numbers, biased and masked alone, and its leading axes reshaped."""
+    moved = trace.factors or trace.split or trace.ambiguity or any(call.name in _REARRANGING for call in trace.calls)
     return trace.stage == "affine" and not moved
 
 

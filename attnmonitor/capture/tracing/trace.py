@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.heads import Lead, MadeOf
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.modules import Frame
 from attnmonitor.capture.tracing.products import LabeledProduct, PairwiseProduct, ordered
 from attnmonitor.capture.tracing.repeats import Repeated
 from attnmonitor.capture.tracing.split import Split
-from attnmonitor.capture.tracing.traced_call import Apply, TracedCall
+from attnmonitor.capture.tracing.traced_call import Apply, TracedCall, rows_of
 from attnmonitor.capture.verify import Attention, Step
 
 __all__ = [
@@ -22,8 +23,6 @@ __all__ = [
     "Origin",
     "Trace",
     "as_attention",
-    "as_batch",
-    "as_soft_cap",
     "values_by_head",
 ]
 
@@ -36,7 +35,7 @@ class Origin:
 
     ``made_of``: what its operands are made of, where this was followed. ``values_reached``: its softmax has weighted
     values already; further uses of the weights are ignored. ``summands``: the two products that it is the sum of, and
-    the factor of the second, where it is one.
+    the factor of the second, where it is one. ``merged``: how its rows count positions and heads.
     """
 
     labeled: LabeledProduct
@@ -48,6 +47,7 @@ class Origin:
     made_of: MadeOf | None = None
     values_reached: bool = False
     summands: tuple[Trace, Trace, float] | None = None
+    merged: MergedRows | None = None
 
     @property
     def is_by_matrix(self) -> bool:
@@ -70,13 +70,13 @@ class Trace:
         steps: The operations, each with its stage.
         calls: The calls of these operations.
         first_column: Index of the first key among the columns.
-        softmax_axes: ``(query_axis, key_axis, first_column)`` where the softmax ran.
+        merged: How the query axis counts positions and heads at once; None where it counts positions alone.
+        softmax_axes: ``(query_axis, key_axis, first_column, merged)`` where the softmax ran.
         outside: What acts on the logits outside the product.
         visible: The keys that each mask shows to at least one query, ``(*batch, Lk)``.
         has_added: Whether a tensor was added.
         masked_by: The masks among its operands.
         exact: Whether a replay gives what the model computed: False after dropout.
-        capped: Whether the last step was a tanh.
         logged: Whether the weights are still logarithms.
         split: Set while the positions are viewed in other axes.
         fused_bias: Whether a bias was added within the product, before any rounding.
@@ -93,13 +93,13 @@ class Trace:
     steps: tuple[tuple[str, Step], ...] = ()
     calls: tuple[TracedCall, ...] = ()
     first_column: int = 0
-    softmax_axes: tuple[int, int, int] = (-2, -1, 0)
+    merged: MergedRows | None = None
+    softmax_axes: tuple[int, int, int, MergedRows | None] = (-2, -1, 0, None)
     outside: frozenset[str] = frozenset()
     visible: tuple[Tensor, ...] = ()
     has_added: bool = False
     masked_by: tuple[Tensor, ...] = ()
     exact: bool = True
-    capped: bool = False
     logged: bool = False
     split: Split | None = None
     fused_bias: bool = False
@@ -108,8 +108,57 @@ class Trace:
 
     def then(self, apply: Apply, *, rearranges: bool = False, shifts: bool = False, **changes: Any) -> Trace:
         """Return the trace after one more step."""
-        trace = replace(self, **{"capped": False, **changes})
-        return replace(trace, steps=(*trace.steps, (trace.stage, Step(apply, rearranges, shifts))))
+        trace = replace(self, **changes)
+        step = Step(self._of_positions(apply), rearranges, shifts)
+        return replace(trace, steps=(*trace.steps, (trace.stage, step)))
+
+    @property
+    def axes(self) -> tuple[int, int, int, MergedRows | None]:
+        """What `softmax_axes` is if the softmax runs now."""
+        return self.query_axis, self.key_axis, self.first_column, self.merged
+
+    def _of_positions(self, apply: Apply) -> Apply:
+        num_positions = self.origin.product.query.shape[-2]
+        return apply if self.merged is None else self.merged.on_all(apply, num_positions)
+
+    def times(self, number: float) -> Trace:
+        """Return the trace before a step that multiplies by a number, or turns the sign.
+
+        After a nonlinear step the number is a part of the scale all the same: ``c · tanh(x / c)`` has the logits x, and
+        ``c · clamp(x)`` those of ``clamp(c · x)``. So the logits are multiplied before that step, which undoes it.
+        """
+        if self.stage == "after":
+            return self
+        trace = self
+        if self.stage == "nonlinear" and number not in (0, 1):
+            trace = self._before_nonlinear(lambda x, rows: x * number, lambda x, rows: x / number)
+        return replace(trace, scale=trace.scale * number)
+
+    def times_each(self, factor: Tensor, logits: Tensor) -> Trace:
+        """Return the trace before a step that multiplies by a tensor which is constant along the keys.
+
+        Args:
+            factor: The tensor, ``logits``'s shape or broadcast to it.
+            logits: The result of the step.
+        """
+        trace, axis, num_rows = self, self.query_axis, logits.shape[self.query_axis]
+        if self.stage == "nonlinear":
+            if any(step.rearranges for step in self.steps_of("nonlinear")):
+                return replace(self, ambiguity="a tensor scales its logits after they were rearranged")
+            trace = self._before_nonlinear(
+                lambda x, rows: x * rows_of(factor, rows, axis, num_rows),
+                lambda x, rows: x / rows_of(factor, rows, axis, num_rows),
+            )
+        return replace(trace, factors=(*self.factors, _as_batch(factor, self, logits)))
+
+    def _before_nonlinear(self, apply: Apply, undo: Apply) -> Trace:
+        """Return the trace with a last affine step that the first nonlinear step undoes."""
+        first = next(at for at, (stage, _) in enumerate(self.steps) if stage == "nonlinear")
+        moved = (
+            ("affine", Step(self._of_positions(apply))),
+            ("nonlinear", Step(self._of_positions(undo))),
+        )
+        return replace(self, steps=(*self.steps[:first], *moved, *self.steps[first:]))
 
     def steps_of(self, stage: str) -> list[Step]:
         """Return the steps of one stage, in order."""
@@ -128,16 +177,20 @@ class Trace:
         return replace(self, steps=tuple(steps))
 
 
-def as_soft_cap(trace: Trace, cap: float) -> Trace:
-    """Return the trace of ``cap · tanh(x / cap)``, whose logits are x: the division is no scale."""
-    moved = ("affine", Step(lambda x, rows: x * cap)), ("nonlinear", Step(lambda x, rows: x / cap))
-    return replace(trace, scale=trace.scale * cap, steps=(*trace.steps[:-1], *moved, trace.steps[-1]))
+def _parted(x: Tensor, axes: tuple[int, int, int, MergedRows | None]) -> Tensor:
+    """Return logits, or what is constant along their keys, as ``(*batch, L, Lk)``."""
+    query_axis, key_axis, _, merged = axes
+    if merged is not None:
+        x = merged.parted(x, query_axis)
+        key_axis -= key_axis < query_axis
+        query_axis -= not merged.heads_first
+    return x.movedim((query_axis, key_axis), (-2, -1))
 
 
-def as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
+def _as_batch(factor: Tensor, trace: Trace, logits: Tensor) -> Tensor:
     """Return a factor that is constant along the keys as ``(*batch of the product, Lq or 1, 1)``."""
     shape = [1 if axis - logits.dim() == trace.key_axis else size for axis, size in enumerate(logits.shape)]
-    full = factor.expand(shape).movedim((trace.query_axis, trace.key_axis), (-2, -1))
+    full = _parted(factor.expand(shape), trace.axes)
     return full.reshape(*trace.origin.product.batch, full.shape[-2], 1)
 
 
@@ -151,14 +204,13 @@ def as_attention(trace: Trace, lead: Lead) -> Attention:
         query = query * factor
     query = lead.split(query.expand(*product.batch, num_rows, query.shape[-1]))
     code_axes = (product.query_axis, product.key_axis)
-    softmax_query_axis, softmax_key_axis, first = trace.softmax_axes
+    _, softmax_key_axis, first, _ = trace.softmax_axes
 
     def arrange(x: Tensor) -> Tensor:
         return lead.join(x).movedim((-2, -1), code_axes)
 
     def restore(x: Tensor) -> Tensor:
-        x = x.movedim((softmax_query_axis, softmax_key_axis), (-2, -1))
-        return lead.split(x)[..., first : first + num_keys]
+        return lead.split(_parted(x, trace.softmax_axes))[..., first : first + num_keys]
 
     repeated = origin.repeated_key
     before = lead.resized(repeated.source.shape[:-2], heads=True) if repeated is not None else None
@@ -173,6 +225,7 @@ def as_attention(trace: Trace, lead: Lead) -> Attention:
         tiled=tiled,
         lead=lead,
         rows_at=product.rows_at,
+        merged=origin.merged,
         arrange=arrange,
         restore=restore,
         affine=trace.steps_of("affine"),

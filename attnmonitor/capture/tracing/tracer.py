@@ -82,6 +82,7 @@ class Tracer:
         known: Callable[[str], Layout | None],
     ) -> None:
         self._frames = frames
+        self._ancestries = ancestries
         self._repeated = repeated
         self._begun = Beginnings(repeated, ancestries, known).trace_of
         self._found = found
@@ -139,7 +140,7 @@ class Tracer:
         slots = [slot for slot, x in enumerate(operands) if self._traces.get(x) is not None]
         if name in ADDITIONS:  # one that is broadcast is a bias: a product with a table of relative positions
             slots = [slot for slot in slots if operands[slot].shape == shape] or slots
-        if name in CASTS:  # the other operand only names a type
+        if name in CASTS or name in RESHAPES:  # the other operand only names a type or a shape
             slots = [slot for slot in slots if slot == 0]
         if not slots:
             return None
@@ -291,12 +292,24 @@ class Tracer:
         values = product.right if before is None else before.source
         query, key = product.left_axes[trace.query_axis], product.left_axes[trace.key_axis]
         batch = [axis for axis in product.left_axes if axis not in (query, key)]
+        trace, merged, out_axes = (
+            trace.then(call.replay(trace.query_axis, product.left)),
+            trace.merged,
+            product.out_axes,
+        )
+        row_axis = out_axes.index(query)
+        if merged is not None:
+            if self._ancestries is not None and trace.origin.made_of is not None:
+                self._ancestries.attend(output, trace.origin.made_of.query)
+            trace = replace(trace, merged=None).then(lambda x, rows: merged.parted(x, row_axis))
+            output, heads = merged.parted(output, row_axis), "*"  # as the label of an axis
+            batch.append(heads)
+            out_axes = out_axes.replace(query, heads + query if merged.heads_first else query + heads)
 
         def by_head(lead: Lead) -> ByHead:
             in_parts = trace.origin.summands is not None and len({*product.right_axes} - {*product.left_axes}) > 1
             if trace.mixes_heads or in_parts:  # it has fewer outputs than heads, or these are a part of its values
                 return None, None
-            return values_by_head(values, product.right_axes, (batch, query, key), product.out_axes, lead)
+            return values_by_head(values, product.right_axes, (batch, query, key), out_axes, lead)
 
-        trace = trace.then(call.replay(trace.query_axis, product.left))
-        self._found(trace, output, product.out_axes.index(query), by_head)
+        self._found(trace, output, out_axes.index(query), by_head)

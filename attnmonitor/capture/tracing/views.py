@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from attnmonitor.capture.axes import index_parts
+from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.tracing.split import Split, joined
 from attnmonitor.capture.tracing.trace import Trace
 from attnmonitor.capture.tracing.traced_call import TracedCall, add_rows, size_along
-from attnmonitor.capture.verify import visible_keys
+from attnmonitor.capture.verify import HIDDEN, visible_keys
 
 __all__ = ["CASTS", "RESHAPES", "in_split", "permuted", "reshaped", "sliced", "with_bias", "with_mask"]
 
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach"}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+RESHAPES = {"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
 def permuted(trace: Trace, call: TracedCall) -> Trace | None:
@@ -42,14 +43,54 @@ def permuted(trace: Trace, call: TracedCall) -> Trace | None:
 
 
 def reshaped(trace: Trace, call: TracedCall) -> Trace | None:
-    """Follow a reshape of sequences and heads; after one of positions only sums are followed."""
+    """Follow a reshape of sequences and heads, also into the rows; after one of positions only sums are followed."""
     before, shape = call.operands[0].shape, call.output.shape
+    rows = _into_rows(trace, before, shape) if trace.merged is None else _out_of_rows(trace, trace.merged, shape)
+    if rows is not None:
+        return rows
     if {trace.query_axis, trace.key_axis} != {-1, -2}:
         return None
     if shape[-2:] != before[-2:]:
-        return None if trace.stage == "after" else replace(trace, split=Split(call.operands[0]))
+        return None if trace.stage == "after" or trace.merged else replace(trace, split=Split(call.operands[0]))
     lead = shape[:-2]
     return trace.then(lambda x, rows: x.reshape(lead + x.shape[-2:]), rearranges=True)
+
+
+def _into_rows(trace: Trace, before: torch.Size, shape: torch.Size) -> Trace | None:
+    """Follow a reshape that merges heads into the rows.
+
+    They are ``(.., H, L, Lk)`` or ``(.., L, H, Lk)`` before, and ``(.., n, Lk)`` after.
+    """
+    if trace.key_axis != -1 or len(shape) < 2 or shape[-1] != before[-1]:
+        return None
+    lead, num_positions = shape[:-2], before[trace.query_axis]
+    if trace.query_axis == -2:
+        count, rest = divmod(shape[-2], num_positions)
+        merged = MergedRows(count, heads_first=True)
+    elif trace.query_axis == -3:
+        count, rest = before[-2], shape[-2] - num_positions * before[-2]
+        merged = MergedRows(count, heads_first=False)
+    else:
+        return None
+    if rest or count < 2:
+        return None
+    return trace.then(lambda x, rows: x.reshape(*lead, -1, x.shape[-1]), rearranges=True, merged=merged, query_axis=-2)
+
+
+def _out_of_rows(trace: Trace, merged: MergedRows, shape: torch.Size) -> Trace | None:
+    """Follow a reshape that views merged rows apart again."""
+    num_positions = trace.origin.product.query.shape[-2]
+    if (trace.query_axis, trace.key_axis) != (-2, -1):
+        return None
+    if merged.heads_first and shape[-2] == num_positions:
+        lead, query_axis = (*shape[:-2], -1), -2
+    elif not merged.heads_first and shape[-3:-1] == (num_positions, merged.num_heads):
+        lead, query_axis = (*shape[:-3], -1, merged.num_heads), -3
+    else:
+        return None
+    return trace.then(
+        lambda x, rows: x.reshape(*lead, x.shape[-1]), rearranges=True, merged=None, query_axis=query_axis
+    )
 
 
 def sliced(trace: Trace, call: TracedCall) -> Trace | None:
@@ -96,13 +137,23 @@ def with_bias(trace: Trace, bias: Tensor, logits: Tensor) -> Trace:
     return trace.then(partial(add_rows, bias, 1.0, trace.query_axis, logits.shape[trace.query_axis]))
 
 
-def with_mask(trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False) -> Trace:
-    """Return the trace with the keys that ``mask`` shows to at least one query, ``(*batch, Lk)``."""
+def with_mask(trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = False, is_taken: bool = False) -> Trace:
+    """Return the trace with the keys that a mask shows to at least one query, ``(*batch, Lk)``.
+
+    Args:
+        trace: The trace.
+        mask: What is added to the logits, or bool.
+        logits: The result.
+        true_hides: Whether True in a bool mask hides a key.
+        is_taken: Whether the mask is subtracted.
+    """
     num_keys = trace.origin.product.key.shape[-2]
     if trace.stage == "after" or size_along(mask, trace.key_axis) != num_keys or mask.dim() < -trace.query_axis:
         return trace
     if true_hides and mask.dtype == torch.bool:
         seen = ~mask.all(trace.query_axis)
+    elif is_taken:
+        seen = mask.amin(trace.query_axis) < -HIDDEN
     else:
         seen = visible_keys(mask, trace.query_axis)
     if trace.key_axis != -1:
@@ -110,4 +161,7 @@ def with_mask(trace: Trace, mask: Tensor, logits: Tensor, *, true_hides: bool = 
     lead = [
         size for axis, size in enumerate(logits.shape) if axis - logits.dim() not in (trace.query_axis, trace.key_axis)
     ]
-    return replace(trace, visible=(*trace.visible, seen.expand(*lead, num_keys)), masked_by=(*trace.masked_by, mask))
+    seen = seen.expand(*lead, num_keys)
+    if trace.merged is not None:
+        seen = seen.unsqueeze(-2).expand(*lead, trace.merged.num_heads, num_keys)
+    return replace(trace, visible=(*trace.visible, seen), masked_by=(*trace.masked_by, mask))
