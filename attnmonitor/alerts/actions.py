@@ -13,7 +13,7 @@ from attnmonitor.alerts.rules import Rule
 from attnmonitor.messages import nearest
 from attnmonitor.sample import AlertEvent, Sample
 
-__all__ = ["Action", "Actions", "calls_of", "check_actions", "requests_of"]
+__all__ = ["Action", "Actions", "action_name", "calls_of", "check_actions", "requests_of"]
 
 ActionFunction = Callable[[AlertEvent, Sample], object]
 Action = Literal["stop", "checkpoint"] | ActionFunction
@@ -61,6 +61,14 @@ def requests_of(events: Sequence[AlertEvent], actions: Actions) -> tuple[str, ..
 def calls_of(events: Sequence[AlertEvent], actions: Actions) -> list[tuple[AlertEvent, ActionFunction]]:
     """Return the functions to call, each with the event that triggers it."""
     return [(event, action) for event, action in _triggered(events, actions) if callable(action)]
+
+
+def action_name(action: object) -> str:
+    """Return what to call an action, or another function of the user's, in settings and messages."""
+    try:
+        return action if isinstance(action, str) else str(getattr(action, "__qualname__", None) or repr(action))
+    except Exception:  # a `repr` or a class of the user's own
+        return type(action).__qualname__
 
 
 def _triggered(events: Sequence[AlertEvent], actions: Actions) -> Iterator[tuple[AlertEvent, Action]]:

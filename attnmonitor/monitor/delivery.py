@@ -1,4 +1,4 @@
-"""Where a sample goes: history, record, log of alerts, loggers and actions, in this order.
+"""Where a sample goes: history, record, log of alerts and loggers, in this order.
 
 Each step is contained: an exception in one of them is counted and warned about once, and the others still get the
 sample.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attnmonitor.alerts import log_events
-from attnmonitor.alerts.actions import Actions, calls_of
+from attnmonitor.alerts.actions import action_name
 from attnmonitor.loggers import SampleLogger, as_logger
 from attnmonitor.measurement.quiet import default_torch_state
 from attnmonitor.monitor.failures import Failures
@@ -27,13 +27,12 @@ __all__ = ["Delivery"]
 
 
 class Delivery:
-    """Hands each sample to everything that keeps it, shows it or acts on it.
+    """Hands each sample to everything that keeps it or shows it.
 
     Args:
         failures: Counts what fails here, and warns.
         loggers: As in `AttentionMonitor`.
         record: As in `AttentionMonitor`.
-        actions: What to do when an alert begins, checked.
         name: The monitor's, part of the record's file name.
         log: What training logs; the record takes it too.
 
@@ -46,7 +45,6 @@ class Delivery:
         *,
         loggers: Any,
         record: bool | str | Path | None,
-        actions: Actions,
         name: str | None,
         log: TrainingLog,
     ) -> None:
@@ -59,7 +57,6 @@ class Delivery:
         is_absolute = not isinstance(record, bool) and record is not None and Path(record).is_absolute()
         self._given_from = None if is_absolute else _working_directory()
         self._record: RecordWriter | None = None
-        self._actions = actions
         self._on_close = ExitStack()
 
     def begin(self) -> None:
@@ -120,13 +117,6 @@ class Delivery:
         for logger in self._loggers:
             with self._failures.contained(type(logger).__name__):
                 logger.log_sample(sample)
-        for event, action in calls_of(sample.events, self._actions):
-            with self._failures.contained(f"action {_name_of(action)}"):
-                action(event, sample)
-
-    def describe_actions(self) -> dict[str, list[str]]:
-        """Return the actions by name, for the run's settings."""
-        return {key: [_name_of(action) for action in actions] for key, actions in self._actions.items()}
 
     def on_close(self, action: Callable[[], object]) -> None:
         """Call ``action()`` once in `close`; what was added last is called first."""
@@ -154,15 +144,8 @@ class Delivery:
             self._record.close()
 
     def _close_one(self, action: Callable[[], object]) -> None:
-        with self._failures.contained(_name_of(action)):
+        with self._failures.contained(action_name(action)):
             action()
-
-
-def _name_of(action: object) -> str:
-    try:
-        return action if isinstance(action, str) else str(getattr(action, "__qualname__", None) or repr(action))
-    except Exception:  # a `repr` or a class of the user's own
-        return type(action).__qualname__
 
 
 def _working_directory() -> Path | None:

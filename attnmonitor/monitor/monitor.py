@@ -8,27 +8,25 @@ any more pauses itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import distributed, nn
 
-from attnmonitor._version import __version__
 from attnmonitor.alerts import Rule
 from attnmonitor.alerts.actions import Action, check_actions
 from attnmonitor.measurement.probe import ForwardFunction, HookFilter, Probe
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
 from attnmonitor.measurement.ranks import NoMeasurement, RankMeasurement
 from attnmonitor.measurement.tokens import ProbeTokens, checked_decode
-from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.evidence import EvidenceTaker
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.late import LateSample, is_captured_in_a_graph, with_requests_of
+from attnmonitor.monitor.run_alerts import RunAlerts
 from attnmonitor.monitor.sampling import MonitorSampling
-from attnmonitor.monitor.saved_state import STATE_FORMAT, check_state
+from attnmonitor.monitor.saved_state import STATE_FORMAT, changes_since, check_state, continue_curves
 from attnmonitor.monitor.schedules import Schedule, as_schedule, is_due, never, whole_number
 from attnmonitor.monitor.settings import (
     alerts_on,
@@ -43,16 +41,11 @@ from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import TrainingLog
 from attnmonitor.sample import ByLayer, LayerCoverage, Sample
-from attnmonitor.summary.run_summary import RunSummary
-from attnmonitor.summary.tables import coverage_table
-from attnmonitor.summary.verdict import idle_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["AttentionMonitor"]
-
-T = TypeVar("T")
 
 
 class AttentionMonitor(MonitorSampling):
@@ -145,10 +138,8 @@ class AttentionMonitor(MonitorSampling):
         self._schedule, self._schedule_text = as_schedule(schedule), repr(schedule)
         self._metrics = check_metrics(metrics)
         self._weights_every, self._processes = check_weights_every(weights_every), check_processes(processes)
-        with default_torch_state():
-            self._alerts = alerts_on(alerts, self._metrics)
-        self._idle_rules = idle_rules(alerts, self._alerts, self._metrics)
-        self._actions = check_actions(actions or {}, self._alerts.rules)
+        rules = alerts_on(alerts, self._metrics)
+        checked_actions = check_actions(actions or {}, rules.rules)
         tokens = ProbeTokens(checked_decode(decode))
         check_known_sharding(self.model)
         self.probe = Probe(self.model, probe, forward=forward, skip_hooks=skip_hooks, packed=packed)
@@ -156,13 +147,13 @@ class AttentionMonitor(MonitorSampling):
             self.model, self.probe, self._metrics, strict=strict, processes=self._processes
         )
         self._failures = Failures(name, strict=strict, silent=not self._measurement.is_main)
-        self._evidence = EvidenceTaker(self.probe, tokens, self._failures.contained)
+        evidence = EvidenceTaker(self.probe, tokens, self._failures.contained)
+        idle = idle_rules(alerts, rules, self._metrics)
+        self._alerts = RunAlerts(rules, checked_actions, evidence, self._failures, idle)
         self._state: Mapping[str, Any] | None = None  # loaded before the probe had a batch
         self._late: LateSample | None = None
         self._log = TrainingLog()
-        self._delivery = Delivery(
-            self._failures, loggers=loggers, record=record, actions=self._actions, name=name, log=self._log
-        )
+        self._delivery = Delivery(self._failures, loggers=loggers, record=record, name=name, log=self._log)
         self._delivery.on_close(self.probe.close)
         if self._measurement.is_main:
             self._delivery.begin()
@@ -179,13 +170,7 @@ class AttentionMonitor(MonitorSampling):
     def _begin_with(self, layers: Mapping[str, LayerCoverage]) -> None:
         """Warn about the layers that cannot be measured, and start the loggers."""
         self.coverage: Mapping[str, LayerCoverage] = ByLayer(layers)
-        self.summary = RunSummary(
-            layers,
-            has_rules=bool(self._alerts.rules),
-            grace=self._alerts.grace,
-            least_heads=self._alerts.least_heads,
-            idle_rules=self._idle_rules,
-        )
+        self.summary = self._alerts.summary(layers)
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
@@ -199,17 +184,6 @@ class AttentionMonitor(MonitorSampling):
             if self._state is not None:
                 self.load_state_dict({**self._state, "global_step": self.global_step})
         return self.probe.batch is not None
-
-    def __str__(self) -> str:
-        """A table of the layers: how each is captured and verified, or why not; the way of computing; idle rules."""
-        how = self._measurement.after_last_attention if self.coverage else ""
-        lines = [
-            coverage_table(self.coverage),
-            str(self._measurement.route),
-            how and f"after the last attention: {how}",
-            idle_text(self._idle_rules),
-        ]
-        return "\n".join(filter(None, lines))
 
     @not_compiled
     def on_step(self, global_step: int) -> Sample | None:
@@ -279,28 +253,6 @@ class AttentionMonitor(MonitorSampling):
         assert sample is not None
         return sample
 
-    def describe(self) -> dict[str, Any]:
-        """Return the run's settings as plain values, for the record and a tracker's configuration."""
-        return {
-            "attnmonitor_version": __version__,
-            "model": type(self.model).__qualname__,
-            **self._identity,
-            "name": self.name,
-            "probe": self.probe.describe(),
-            "schedule": self._schedule_text,
-            "metrics": list(self._metrics),
-            "processes": self._processes,
-            "weights_every": self._weights_every,
-            "strict": self.strict,
-            "alerts": [rule.name for rule in self._alerts.rules],
-            "alerts_grace": self._alerts.grace,
-            "alerts_least_heads": self._alerts.least_heads,
-            "alerts_idle": self._idle_rules,
-            "actions": self._delivery.describe_actions(),
-            "layers": [asdict(layer) for layer in self.coverage.values()],
-            "after_last_attention": self._measurement.after_last_attention,
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain containers and tensors that load with ``weights_only=True``."""
         if self.probe.batch is None and self._state is not None:
@@ -316,8 +268,7 @@ class AttentionMonitor(MonitorSampling):
             "record": self._delivery.record_to_continue(),
             "history": self.history.state_dict(),
             "logged": self._log.state_dict(),
-            "alerts": self._alerts.state_dict(),
-            "evidence": self._evidence.num_taken,
+            **self._alerts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -342,25 +293,15 @@ class AttentionMonitor(MonitorSampling):
             return
         self._failures.count = state["failures"]
         self.summary.load_state_dict(state.get("summary", state))  # older states hold the counts themselves
-        self._evidence.num_taken = state.get("evidence", 0)
+        self._alerts.evidence.num_taken = state.get("evidence", 0)
         self._delivery.continue_record(state["record"])
-        changed = [
-            f"{what} was {state[key]}, is {self._identity[key]}"
-            for what, key in (("the probe", "probe_fingerprint"), ("the model's attention", "model_signature"))
-            if state[key] != self._identity[key]
-        ]
-        if changed:
-            self._failures.warn(f"{'; '.join(changed)}: history and alert baselines begin anew")
+        if changed := changes_since(state, self._identity):
+            self._failures.warn(f"{changed}: history and alert baselines begin anew")
             return
         with default_torch_state():
-            parts: dict[str, History | TrainingLog] = {"history": self.history, "logged": self._log}
-            for name, part in parts.items():
-                try:
-                    part.load_state_dict(state.get(name, {}))
-                except Exception as error:
-                    reason = error_text(error)
-                    self._failures.warn(f"the state of {name!r} cannot be read ({reason}): it begins anew")
-            if reason := self._alerts.continue_from(state["alerts"]):
+            for unreadable in continue_curves(state, self.history, self._log):
+                self._failures.warn(unreadable)
+            if reason := self._alerts.continue_from(state):
                 self._failures.warn(f"the state of alerts cannot be read ({reason}): alert baselines begin anew")
 
     def on_close(self, action: Callable[[], object]) -> None:
@@ -375,16 +316,14 @@ class AttentionMonitor(MonitorSampling):
     def __reduce__(self) -> tuple[Any, ...]:
         """Make every copy (deepcopy, EMA, pickle) a closed monitor: the results, and nothing that samples or writes."""
         results = {name: value for name, value in vars(self).items() if name != "model"}
-        nowhere = Delivery(self._failures, loggers=(), record=None, actions={}, name=self.name, log=self._log)
+        results["probe"] = self.probe.batch_only()
         results |= {
             "_schedule": never,
             "_measurement": NoMeasurement(self._measurement.after_last_attention),
-            "_actions": {},
-            "_delivery": nowhere,
+            "_alerts": self._alerts.without_functions(results["probe"]),
+            "_delivery": Delivery(self._failures, loggers=(), record=None, name=self.name, log=self._log),
             "_late": None,
         }
-        results["probe"] = self.probe.batch_only()
-        results["_evidence"] = self._evidence.without_decoder(results["probe"])
         return object.__new__, (type(self),), results
 
     def __enter__(self) -> Self:

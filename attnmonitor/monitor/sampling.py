@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from attnmonitor.alerts.actions import Actions, requests_of
-from attnmonitor.alerts.judged import judged_values
 from attnmonitor.measurement import Measured
 from attnmonitor.measurement.quiet import default_torch_state, not_compiled
-from attnmonitor.measurement.ranks import RankMeasurement
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.messages import error_text
 from attnmonitor.monitor import clock
-from attnmonitor.monitor.evidence import EvidenceTaker, check_head
+from attnmonitor.monitor.evidence import check_head
 from attnmonitor.monitor.late import LateSample
 from attnmonitor.monitor.schedules import whole_number
 from attnmonitor.monitor.views import MonitorViews
 from attnmonitor.parallel.exchange import MissingProcessError
-from attnmonitor.record.history import History
-from attnmonitor.sample import AlertEvent, ByLayer, HeadEvidence, LayerCoverage, Sample, Scope
-from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.sample import ByLayer, HeadEvidence, LayerCoverage, Sample, Scope
 from attnmonitor.summary.verdict import verdict
 
 __all__ = ["MonitorSampling"]
@@ -32,23 +27,12 @@ T = TypeVar("T")
 class MonitorSampling(MonitorViews):
     """The part of `AttentionMonitor` that takes a sample when it is told to; the monitor itself decides when."""
 
-    name: str | None
-    strict: bool
     should_stop: bool
     global_step: int
     seconds: float
-    history: History
-    summary: RunSummary
-    coverage: Mapping[str, LayerCoverage]
-    last_sample: Sample | None
-    describe: Callable[[], dict[str, Any]]
-    _actions: Actions
-    _evidence: EvidenceTaker
     _begin_with: Callable[[Mapping[str, LayerCoverage]], None]
     _last_sample_ended: float
     _late: LateSample | None
-    _measurement: RankMeasurement
-    _weights_every: int
 
     def _sample(self, global_step: int, *, may_be_late: bool) -> Sample | None:
         """Take a sample; None where it is late."""
@@ -107,16 +91,7 @@ class MonitorSampling(MonitorViews):
             sample = replace(self._no_sample(global_step), failure=failure)
             self.summary.add(sample)
             return sample
-        events: list[AlertEvent] = []
-        fired_before = {alarm.key for alarm in self._alerts.firing}
-        with self._failures.contained("alerts"), default_torch_state():
-            judged = judged_values(measured.trusted_values(), measured.coverage)
-            events = self._alerts.observe(judged, global_step)
-        began = [event for event in events if event.state == "firing" and event.key not in fired_before]
-        evidence: list[HeadEvidence] = []
-        with self._failures.contained("evidence"), default_torch_state():
-            keeper = self._measurement.keeper
-            evidence = self._evidence.take(keeper, self._alerts, began, measured.coverage, global_step)
+        events, evidence = self._alerts.judge(measured, self._measurement.keeper, global_step)
         self._measurement.keeper.drop()
         ended = clock.now()
         seconds += clock.passed(started, ended)
@@ -133,14 +108,14 @@ class MonitorSampling(MonitorViews):
             seconds=seconds,
             failures=self.failures,
             failure=failure,
-            requests=requests_of(events, self._actions),
+            requests=self._alerts.requests(events),
             name=self.name,
             evidence=evidence,
         )
         return self._hand_out(sample)
 
     def _hand_out(self, sample: Sample) -> Sample:
-        """Add the verdict, and deliver the sample."""
+        """Add the verdict, deliver the sample, and call the actions that it triggers."""
         with self._failures.contained("the verdict"):
             self.summary.add(sample)
             sample = replace(sample, verdict=verdict(self.summary))
@@ -148,11 +123,12 @@ class MonitorSampling(MonitorViews):
         self.seconds += sample.seconds
         self.should_stop |= "stop" in sample.requests
         self._delivery.deliver(sample, self.history, self.describe)
+        self._alerts.call_actions(sample)
         return sample
 
     def _kept(self, measure: Callable[[], T]) -> T:
         """Measure, and keep what the evidence of an alarm would be taken from."""
-        wanted = self._evidence.wanted(self._alerts, self._measurement.layers) if self._measurement.is_main else None
+        wanted = self._alerts.wanted(self._measurement.layers) if self._measurement.is_main else None
         if wanted is None:
             return measure()
         with self._measurement.keeper.keeping(wanted):
@@ -174,7 +150,7 @@ class MonitorSampling(MonitorViews):
         check_head(self.coverage, layer, head, scope)
         with default_torch_state():
             kept = self._measurement.look(layer)
-            return self._evidence.look(kept, layer, scope, head, self.coverage, max(0, self.global_step))
+            return self._alerts.evidence.look(kept, layer, scope, head, self.coverage, max(0, self.global_step))
 
     def _or_nothing(self, measure: Callable[[], T]) -> tuple[T | Measured, str | None]:
         """Measure; return NaN for every head and the reason if that fails."""

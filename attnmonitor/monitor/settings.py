@@ -56,9 +56,7 @@ def check_settings(
         for logger in loggers if isinstance(loggers, (list, tuple)) else [loggers]:
             check_logger(logger)
     if not isinstance(metrics, Iterator) and not isinstance(alerts, Iterator):
-        with default_torch_state():
-            rules = alerts_on(alerts, check_metrics(metrics)).rules
-        check_actions(actions or {}, rules)
+        check_actions(actions or {}, alerts_on(alerts, check_metrics(metrics)).rules)
 
 
 def check_name(name: str | None) -> str | None:
@@ -107,7 +105,8 @@ def alerts_on(alerts: bool | Iterable[Rule] | None, metrics: tuple[str, ...]) ->
             f"alerts: {named[0]!r} is a name, not a rule; the default rule {near!r} is "
             f"[rule for rule in DEFAULT_RULES if rule.name == {near!r}]"
         )
-    chosen = Alerts(alerts)
+    with default_torch_state():
+        chosen = Alerts(alerts)
     for rule in chosen.rules:
         missing = sorted(rule.metrics - set(metrics))
         if missing and not rule.optional:

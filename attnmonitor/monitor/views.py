@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from attnmonitor.alerts.rule_set import Alerts
+from torch import nn
+
+from attnmonitor._version import __version__
+from attnmonitor.measurement.probe import Probe
+from attnmonitor.measurement.ranks import RankMeasurement
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
+from attnmonitor.monitor.run_alerts import RunAlerts
 from attnmonitor.record.counts import RunState
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import Curve, TrainingLog
-from attnmonitor.sample import AlertEvent, Sample
+from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
 from attnmonitor.summary.notebook import report_hint, run_html
 from attnmonitor.summary.run_summary import RunSummary
+from attnmonitor.summary.tables import coverage_table
 from attnmonitor.summary.timeline import run_timeline
-from attnmonitor.summary.verdict import verdict
+from attnmonitor.summary.verdict import idle_text, verdict
 
 __all__ = ["MonitorViews"]
 
 
 class MonitorViews:
-    """Properties of `AttentionMonitor`."""
+    """What `AttentionMonitor` shows of itself."""
 
-    _alerts: Alerts
-    _delivery: Delivery
-    _failures: Failures
-    _log: TrainingLog
+    coverage: Mapping[str, LayerCoverage]
     history: History
     last_sample: Sample | None
+    model: nn.Module
+    name: str | None
+    probe: Probe
+    strict: bool
     summary: RunSummary
+    _alerts: RunAlerts
+    _delivery: Delivery
+    _failures: Failures
+    _identity: dict[str, str]
+    _log: TrainingLog
+    _measurement: RankMeasurement
+    _metrics: tuple[str, ...]
+    _processes: str
+    _schedule_text: str
+    _weights_every: int
 
     @property
     def logged(self) -> dict[str, Curve]:
@@ -59,6 +79,35 @@ class MonitorViews:
     def record_path(self) -> Path | None:
         """File of this run's record; None without one."""
         return self._delivery.record_path
+
+    def describe(self) -> dict[str, Any]:
+        """Return the run's settings as plain values, for the record and a tracker's configuration."""
+        return {
+            "attnmonitor_version": __version__,
+            "model": type(self.model).__qualname__,
+            **self._identity,
+            "name": self.name,
+            "probe": self.probe.describe(),
+            "schedule": self._schedule_text,
+            "metrics": list(self._metrics),
+            "processes": self._processes,
+            "weights_every": self._weights_every,
+            "strict": self.strict,
+            **self._alerts.describe(),
+            "layers": [asdict(layer) for layer in self.coverage.values()],
+            "after_last_attention": self._measurement.after_last_attention,
+        }
+
+    def __str__(self) -> str:
+        """A table of the layers: how each is captured and verified, or why not; the way of computing; idle rules."""
+        how = self._measurement.after_last_attention if self.coverage else ""
+        lines = [
+            coverage_table(self.coverage),
+            str(self._measurement.route),
+            how and f"after the last attention: {how}",
+            idle_text(self._alerts.idle_rules),
+        ]
+        return "\n".join(filter(None, lines))
 
     def _repr_html_(self) -> str:
         sample, summary, history = self.last_sample, self.summary, self.history

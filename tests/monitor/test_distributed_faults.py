@@ -93,7 +93,7 @@ def in_action(where: str, error: Exception) -> Inject:
     def calls(events: Any, actions: Any) -> list[Any]:
         return [(None, raising(error))]
 
-    return lambda monitor, model, patch: patch.setattr("attnmonitor.monitor.delivery.calls_of", calls)
+    return lambda monitor, model, patch: patch.setattr("attnmonitor.monitor.run_alerts.calls_of", calls)
 
 
 # For each stage: a function of (where, error), and the places that may break.

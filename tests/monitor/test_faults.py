@@ -216,7 +216,7 @@ FAULTS: dict[str, FaultCase] = {
         sampled=False,
     ),
     "what follows the measurement": FaultCase(
-        in_function("attnmonitor.monitor.sampling.requests_of", KeyError("requests")),
+        in_function("attnmonitor.monitor.run_alerts.requests_of", KeyError("requests")),
         "the sample failed and was ignored: KeyError",
         NONE,
         sampled=False,
