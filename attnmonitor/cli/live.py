@@ -17,7 +17,6 @@ from attnmonitor.messages import printable
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record import RunRecord
 from attnmonitor.record.follow import FollowedRecord
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import STATE_COLORS
 from attnmonitor.summary.tables import TABLE_METRICS, layers_to_look_at, rich_layer_table
 from attnmonitor.summary.timeline import run_timeline
@@ -69,7 +68,7 @@ def _watch_in_lines(followed: FollowedRecord) -> None:
 def _line(record: RunRecord | None) -> str:
     if record is None or not record.samples:
         return "the run has begun, no sample yet"
-    return f"step {record.samples[-1].global_step:,}: {verdict(RunSummary.of_record(record))}"
+    return f"step {record.samples[-1].global_step:,}: {verdict(record.counts)}"
 
 
 def _watch_on_screen(followed: FollowedRecord) -> None:
@@ -92,8 +91,9 @@ def _screen_of(record: RunRecord, width: int, height: int) -> list[Any]:
     """Return what is shown above the progress: verdict, bars of loss and worst head, and the table of layers."""
     with first_import("rich.text"):
         from rich.text import Text
-    line = Text(verdict(RunSummary.of_record(record)), style=f"bold {STATE_COLORS[record.state]}")
-    firing, coverage = record.firing, record.coverage
+    counts = record.counts
+    line = Text(verdict(counts), style=f"bold {STATE_COLORS[counts.state]}")
+    firing, coverage = counts.firing, counts.coverage
     wanted = {*TABLE_METRICS, *(event.metric for event in firing[:1])}
     trajectories = {metric: record.trajectories(metric) for metric in record.metrics if metric in wanted}
     bars = Text("\n".join(run_timeline(record.logged, firing, coverage, trajectories, record.steps, width=width)))

@@ -115,10 +115,10 @@ class MonitorSampling(MonitorViews):
         return self._hand_out(sample)
 
     def _hand_out(self, sample: Sample) -> Sample:
-        """Add the verdict, deliver the sample, and call the actions that it triggers."""
+        """Add verdict and state, deliver the sample, and call the actions that it triggers."""
         with self._failures.contained("the verdict"):
             self.summary.add(sample)
-            sample = replace(sample, verdict=verdict(self.summary))
+            sample = replace(sample, verdict=verdict(self.summary), state=self.summary.state)
         self.last_sample = sample
         self.seconds += sample.seconds
         self.should_stop |= "stop" in sample.requests

@@ -15,10 +15,9 @@ from attnmonitor.measurement.ranks import RankMeasurement
 from attnmonitor.monitor.delivery import Delivery
 from attnmonitor.monitor.failures import Failures
 from attnmonitor.monitor.run_alerts import RunAlerts
-from attnmonitor.record.counts import RunState
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import Curve, TrainingLog
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample
+from attnmonitor.sample import AlertEvent, LayerCoverage, RunState, Sample
 from attnmonitor.summary.notebook import report_hint, run_html
 from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.tables import coverage_table

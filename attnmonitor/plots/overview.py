@@ -13,7 +13,6 @@ from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.plots.loss import loss
 from attnmonitor.record import RunRecord
 from attnmonitor.summary.logged import loss_and_rate
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import STATE_COLORS
 from attnmonitor.summary.verdict import verdict
 
@@ -38,7 +37,7 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
     logged = loss_and_rate(record.logged)
     heights = ([0.55] if logged else []) + [1.0] * max(1, len(shown))
     figure = Figure(figsize=(15, 1.3 + 3.6 * sum(heights)), layout="constrained")
-    events, firing, coverage = record.events, record.firing, record.coverage
+    events, counts = record.events, record.counts
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 1.35), height_ratios=heights, wspace=0.05, hspace=0.06)
     over_steps = [figure.add_subplot(grid[0, 1])] if logged else []
     if logged:
@@ -55,9 +54,8 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
         )
         over_steps.append(right)
         step = int(steps[-1]) if len(steps) else None
-        heatmap(last, metric=metric, events=firing, coverage=coverage, global_step=step, ax=left)
-        bands(curves, record.steps, metric=metric, events=events, coverage=coverage, num_named=4, ax=right)
-    line = verdict(RunSummary.of_record(record))
-    color = STATE_COLORS[record.state]
+        heatmap(last, metric=metric, events=counts.firing, coverage=counts.coverage, global_step=step, ax=left)
+        bands(curves, record.steps, metric=metric, events=events, coverage=counts.coverage, num_named=4, ax=right)
+    line, color = verdict(counts), STATE_COLORS[counts.state]
     figure.suptitle(textwrap.fill(line, 110), x=0.012, ha="left", fontsize=15, fontweight="bold", color=color)
     return figure

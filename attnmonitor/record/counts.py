@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.sample import AlertEvent, LayerCoverage, RunState
 
-__all__ = ["Doubt", "RunCounts", "RunState"]
+__all__ = ["Doubt", "RunCounts"]
 
-RunState = Literal["alarm", "healthy", "unknown"]
 Doubt = Literal["no_sample", "failed", "not_measured", "no_rules", "waiting", "few_heads"]
 
 

@@ -19,7 +19,7 @@ from attnmonitor.messages import printable
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.record.connections import reading
-from attnmonitor.record.counts import RunCounts, RunState
+from attnmonitor.record.counts import RunCounts
 from attnmonitor.record.evidence import decode_evidence, evidence_rows
 from attnmonitor.record.foreign import content_checked
 from attnmonitor.record.rows import (
@@ -33,7 +33,16 @@ from attnmonitor.record.rows import (
 from attnmonitor.record.schema import columns_of
 from attnmonitor.record.texts import decode_json, typed
 from attnmonitor.record.training_log import Curve, curves_of
-from attnmonitor.sample import AlertEvent, HeadEvidence, LayerCoverage, head_name, html_of, still_firing, worst_first
+from attnmonitor.sample import (
+    AlertEvent,
+    HeadEvidence,
+    LayerCoverage,
+    RunState,
+    head_name,
+    html_of,
+    still_firing,
+    worst_first,
+)
 
 if TYPE_CHECKING:
     import pandas

@@ -24,7 +24,6 @@ from attnmonitor.report.page_charts import page_charts
 from attnmonitor.report.page_layout import Numbers, shared_scales
 from attnmonitor.report.pairs import paired_layers
 from attnmonitor.report.tables import table
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
 from attnmonitor.summary.style import BAND_COLOR, DARK_COLORS, FAINT_INK, INK, RUN_COLORS
 from attnmonitor.summary.verdict import verdict
@@ -161,12 +160,12 @@ def _json_in_html(numbers: Any) -> str:
 
 def _headline(record: RunRecord, numbers: Numbers, swatch: str = "") -> str:
     """The run's name, its state and its verdict."""
-    summary = RunSummary.of_record(record)
+    counts = record.counts
     model = str(record.config.get("model", "")).rpartition("<locals>.")[2]  # of a class that a function defines
     return f"""<div>
     <p class="name">{swatch}{escape(" · ".join(filter(None, (record.path.name, model))))}</p>
-    <p class="state {summary.state}">{_SIGNS[summary.state]}</p>
-    <h1 class="{summary.state}" data-state="{summary.state}">{escape(verdict(summary))}</h1>
+    <p class="state {counts.state}">{_SIGNS[counts.state]}</p>
+    <h1 class="{counts.state}" data-state="{counts.state}">{escape(verdict(counts))}</h1>
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>"""
 

@@ -11,7 +11,7 @@ from attnmonitor.sample.alarms import (
 )
 from attnmonitor.sample.evidence import HeadEvidence, Position
 from attnmonitor.sample.records import AlarmKey, AlertEvent, ByLayer, LayerCoverage, Sample, html_of
-from attnmonitor.sample.scopes import AlarmScope, Scope
+from attnmonitor.sample.scopes import AlarmScope, RunState, Scope
 
 __all__ = [
     "AlarmKey",
@@ -21,6 +21,7 @@ __all__ = [
     "HeadEvidence",
     "LayerCoverage",
     "Position",
+    "RunState",
     "Sample",
     "Scope",
     "head_name",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnmonitor.messages import did_you_mean
 from attnmonitor.sample.evidence import HeadEvidence
-from attnmonitor.sample.scopes import AlarmScope
+from attnmonitor.sample.scopes import AlarmScope, RunState
 
 __all__ = [
     "AlarmKey",
@@ -226,6 +226,7 @@ class Sample:
         verdict: State of the run so far, in one line for people.
         name: Name of the monitor, the middle part of its keys ``attention/<name>/…``; None without one.
         evidence: What the heads did whose alarms began with this sample, the worst first.
+        state: State of the run so far, ``"alarm"``, ``"healthy"`` or ``"unknown"``; the verdict says why.
     """
 
     global_step: int
@@ -242,6 +243,7 @@ class Sample:
     verdict: str = ""
     name: str | None = None
     evidence: list[HeadEvidence] = field(default_factory=list)
+    state: RunState = "unknown"
 
     def _repr_html_(self) -> str | None:
         return html_of(self)

@@ -20,12 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from attnmonitor.messages import error_text, printable, tail_of
 from attnmonitor.metrics.catalog import is_log, metric_scope, metric_title
 from attnmonitor.record import RunRecord
-from attnmonitor.record.counts import RunState
-from attnmonitor.sample import AlertEvent, LayerCoverage, Sample, heads_concerned, html_of
+from attnmonitor.sample import AlertEvent, LayerCoverage, RunState, Sample, heads_concerned, html_of
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
 from attnmonitor.summary.png import png_of
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import ALARM_COLOR, OTHER_HEADS_COLOR, PAPER_GRAY, STATE_COLORS, VIRIDIS
 from attnmonitor.summary.timeline import run_timeline
 from attnmonitor.summary.verdict import verdict
@@ -109,12 +107,13 @@ def heatmap_png(
 @html_of.register
 def _(record: RunRecord) -> str:
     try:
-        firing, coverage, steps = record.firing, record.coverage, record.steps
+        counts = record.counts
+        firing, coverage, steps = counts.firing, counts.coverage, record.steps
         wanted = {_METRIC, *(event.metric for event in firing[:1]), *record.metrics[:1]}
         trajectories = {name: record.trajectories(name) for name in record.metrics if name in wanted}
         return run_html(
-            verdict(RunSummary.of_record(record)),
-            record.state,
+            verdict(counts),
+            counts.state,
             values={
                 name: {layer: heads[-1] for layer, heads in shown.items() if len(heads)}
                 for name, shown in trajectories.items()
@@ -132,10 +131,9 @@ def _(record: RunRecord) -> str:
 @html_of.register
 def _(sample: Sample) -> str:
     failed = f"failed: {sample.failure}" if sample.failure is not None else ""
-    is_known = sample.verdict and not sample.verdict.startswith("unknown")
     return run_html(
         sample.verdict or failed or f"sample at step {sample.global_step:,}",
-        "alarm" if sample.firing else "healthy" if is_known else "unknown",
+        sample.state,
         values=sample.values,
         firing=sample.firing,
         coverage=sample.coverage,

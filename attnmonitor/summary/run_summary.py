@@ -1,7 +1,7 @@
-"""What a run came to so far: counts and alarms, from samples or from a file.
+"""What a live run came to so far: counts and alarms, one sample after the other.
 
-The monitor adds each sample as it is taken and carries the counts in its state; the report and the plots build the
-same record from a file. All texts about a run are made from it.
+The monitor adds each sample as it is taken and carries the counts in its state; `RunRecord.counts` has the same of a
+file. All texts about a run are made from these counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnmonitor.record import RunRecord
 from attnmonitor.record.counts import RunCounts
 from attnmonitor.sample import Sample
 
@@ -21,12 +20,7 @@ _SAVED = ("num_samples", "num_cleared", "num_failed", "failure", "last_failed")
 
 @dataclass
 class RunSummary(RunCounts):
-    """The counts of a live run, one sample after the other, or those of a recorded one."""
-
-    @classmethod
-    def of_record(cls, record: RunRecord) -> RunSummary:
-        """Return the summary of a recorded run."""
-        return cls(**vars(record.counts))
+    """The counts of a live run, one sample after the other."""
 
     def add(self, sample: Sample) -> None:
         """Count one more sample of a live run, and take over its coverage and its firing alarms."""

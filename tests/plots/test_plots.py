@@ -19,7 +19,6 @@ from attnmonitor.alerts.firing import still_firing
 from attnmonitor.plots import bands, heatmap, overview, spectrum, trajectories
 from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import AlertEvent
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.style import ALARM_COLOR
 from attnmonitor.summary.verdict import verdict
 
@@ -191,7 +190,7 @@ def test_spectrum_marks_effective_ranks() -> None:
 
 def test_overview_title_is_the_verdict(run: RunRecord, tmp_path: Path) -> None:
     figure = overview(run)
-    assert figure.get_suptitle().replace("\n", " ") == verdict(RunSummary.of_record(run))
+    assert figure.get_suptitle().replace("\n", " ") == verdict(run.counts)
     assert len(figure.axes) == 4 * 3
     assert not overlaps(figure, figure.axes[0].get_yticklabels())
     figure.savefig(tmp_path / "overview.png", dpi=40)

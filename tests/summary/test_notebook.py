@@ -90,14 +90,15 @@ def test_monitor_and_sample_show_what_they_know() -> None:
         assert "unknown: no sample taken yet" in checked(monitor._repr_html_())
         sample = monitor.sample(0)
         assert monitor.summary.num_samples == 1
+        assert sample.state == monitor.state == "unknown"
         for html in (checked(monitor._repr_html_()), checked(sample._repr_html_())):
             assert "unknown: 8 heads in 2 layers watched over 1 sample" in html
             assert pixels(html).shape == (2 * CELL, 4 * CELL, 3)
         assert "no record" in monitor._repr_html_()
         assert "monitor.record_path" in sample._repr_html_()
         assert "failed: boom" in checked(replace(sample, verdict="", values={}, failure="boom")._repr_html_())
-        healthy = replace(sample, verdict="8 heads watched: healthy; 1 alarm came and went")
-        assert STATE_COLORS["healthy"] in healthy._repr_html_()
+        for state, color in STATE_COLORS.items():
+            assert color in replace(sample, state=state, verdict="whatever it says")._repr_html_()
         assert monitor.summary.num_samples == 1, "showing measures nothing"
 
 

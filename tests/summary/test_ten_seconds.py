@@ -14,7 +14,6 @@ from alert_runs import healthy_run, tensors
 from attnmonitor.alerts import Alerts
 from attnmonitor.record import RecordWriter, RunRecord
 from attnmonitor.sample import LayerCoverage, Sample
-from attnmonitor.summary.run_summary import RunSummary
 from attnmonitor.summary.verdict import closing_lines, verdict
 
 Values = dict[str, dict[str, torch.Tensor]]
@@ -140,7 +139,7 @@ def record_of(case: Case, path: Path) -> RunRecord:
 def test_headline_names_the_worst_head_or_what_is_unknown(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     record = record_of(case, tmp_path / "run.sqlite")
-    summary = RunSummary.of_record(record)
+    summary = record.counts
     line = verdict(summary)
     print(line)
     assert record.state == case.state == summary.state, line
