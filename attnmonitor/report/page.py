@@ -24,7 +24,7 @@ from attnmonitor.report.page_charts import page_charts
 from attnmonitor.report.page_layout import Numbers, shared_scales
 from attnmonitor.report.pairs import paired_layers
 from attnmonitor.report.tables import table
-from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
+from attnmonitor.summary.structure import COVERAGE_COLUMNS, coverage_notes, coverage_row, structure_notes
 from attnmonitor.summary.style import BAND_COLOR, DARK_COLORS, FAINT_INK, INK, RUN_COLORS
 from attnmonitor.summary.verdict import verdict
 
@@ -275,37 +275,13 @@ def _thinned_note(record: RunRecord, numbers: Numbers) -> str:
 def _coverage_table(record: RunRecord) -> str:
     if not record.coverage:
         return "<p class='note'>The record has no coverage.</p>"
-    notes = structure_notes(record.coverage)
-    rows = [
-        (
-            entry.layer,
-            f"{entry.num_query_heads}"
-            + (f" / {entry.num_kv_heads}" if entry.num_kv_heads != entry.num_query_heads else ""),
-            _number(entry.head_dim),
-            f"{entry.kind}, {entry.how}",
-            scale_text(entry),
-            sees_text(entry),
-            "not compared" if entry.error is None else f"{entry.error:.1e}",
-            "; ".join((", ".join(entry.outside), *notes.get(entry.layer, ()))).removeprefix("; "),
-        )
-        if entry.measured
-        else (entry.layer, *[""] * 6, f"not measured: {entry.reason}")
-        for entry in record.coverage.values()
-    ]
-    measured = sum(entry.measured for entry in record.coverage.values())
-    header = (
-        "layer",
-        "heads / KV heads",
-        "head size",
-        "captured as",
-        "scale",
-        "sees",
-        "reconstruction error",
-        "remarks",
-    )
-    opened = " open" if measured < len(rows) or notes else ""
+    notes = coverage_notes(record.coverage)
+    rows = [(*coverage_row(layer), "; ".join(notes.get(name, ()))) for name, layer in record.coverage.items()]
+    measured = sum(layer.measured for layer in record.coverage.values())
+    opened = " open" if measured < len(rows) or structure_notes(record.coverage) else ""
     summary = f"{measured} of {len(rows)} attention layers measured"
-    return f"<details class='coverage'{opened}><summary>{summary}</summary>{table('Coverage', header, rows)}</details>"
+    content = table("Coverage", (*COVERAGE_COLUMNS, "remarks"), rows)
+    return f"<details class='coverage'{opened}><summary>{summary}</summary>{content}</details>"
 
 
 def _cost(record: RunRecord) -> str:
@@ -324,7 +300,3 @@ def _cost(record: RunRecord) -> str:
     if failed:
         notes.append(f"{len(failed)} samples failed, last: {escape(failed[-1].failure or '')}")
     return f"<p>{'; '.join(notes) or 'The record has no times.'}</p>"
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What each layer does, in words: what it sees, how it scales, where it differs from its kind."""
+"""What each layer does, in words: how it is captured, what it sees, where it differs from its kind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,43 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["scale_text", "sees_text", "structure_notes"]
+__all__ = ["COVERAGE_COLUMNS", "coverage_notes", "coverage_row", "scale_text", "sees_text", "structure_notes"]
+
+COVERAGE_COLUMNS = ("layer", "heads (query/KV)", "head size", "scale", "sees", "captured", "error", "outside the field")
+"""Headings of a table of how layers are captured; `coverage_row` gives the cells."""
 
 _LEAST_MASS = 1e-6  # what half precision leaves of a hidden key
 _MIN_PEERS = 2
 _MOST_ODD = 1 / 3
+
+
+def coverage_row(layer: LayerCoverage) -> tuple[str, ...]:
+    """Return how a layer was captured and verified, or why it was not measured: one text for each column."""
+    if not layer.measured:
+        return (layer.layer, "", "", "", "", "NOT MEASURED", "", layer.reason)
+    return (
+        layer.layer,
+        f"{layer.num_query_heads}/{layer.num_kv_heads}",
+        str(layer.head_dim),
+        scale_text(layer),
+        sees_text(layer),
+        f"{layer.kind} {layer.how}",
+        "not comparable" if layer.error is None else f"{layer.error:.1e}",
+        ", ".join(layer.outside),
+    )
+
+
+def coverage_notes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str]]:
+    """Return what is said of layers beside their rows, for each of which something is.
+
+    What may be a mistake in the model, and what could not be read or was left out of the weights, values and outputs.
+    """
+    structure = structure_notes(coverage)
+    notes = {
+        name: [*structure.get(name, ()), layer.weights_reason, layer.weights_note, layer.values_reason]
+        for name, layer in coverage.items()
+    }
+    return {name: list(filter(None, said)) for name, said in notes.items() if any(said)}
 
 
 def sees_text(layer: LayerCoverage) -> str:

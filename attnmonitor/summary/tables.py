@@ -14,7 +14,7 @@ from attnmonitor.messages import first_names, printable, tail_of
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import fault_names, short_layer_names
-from attnmonitor.summary.structure import scale_text, sees_text, structure_notes
+from attnmonitor.summary.structure import COVERAGE_COLUMNS, coverage_notes, coverage_row
 
 __all__ = [
     "TABLE_METRICS",
@@ -80,31 +80,13 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
         ─────  ────────────────  ─────────  ────────────  ──────  ─────────  ───────  ─────────────────
         h.0    12/4              64         0.125 = 1/√d  causal  self sdpa  3.0e-07  bias
     """
-    header = ("layer", "heads (query/KV)", "head size", "scale", "sees", "captured", "error", "outside the field")
-    rows = [
-        (
-            layer.layer,
-            f"{layer.num_query_heads}/{layer.num_kv_heads}",
-            str(layer.head_dim),
-            scale_text(layer),
-            sees_text(layer),
-            f"{layer.kind} {layer.how}",
-            "not comparable" if layer.error is None else f"{layer.error:.1e}",
-            ", ".join(layer.outside),
-        )
-        if layer.measured
-        else (layer.layer, "", "", "", "", "NOT MEASURED", "", layer.reason)
-        for layer in coverage.values()
-    ]
-    lines = [aligned([header], [[printable(cell, one_line=True) for cell in row] for row in rows])]
-    structure = structure_notes(coverage)
+    rows = [[printable(cell, one_line=True) for cell in coverage_row(layer)] for layer in coverage.values()]
     layers_of: dict[str, list[str]] = {}
-    for name, layer in coverage.items():
-        for note in (*structure.get(name, ()), layer.weights_reason, layer.weights_note, layer.values_reason):
-            if note:
-                layers_of.setdefault(note, []).append(name)
-    lines += [printable(f"{first_names(layers)}: {note}", one_line=True) for note, layers in layers_of.items()]
-    return "\n".join(lines)
+    for name, notes in coverage_notes(coverage).items():
+        for note in notes:
+            layers_of.setdefault(note, []).append(name)
+    lines = [f"{first_names(layers)}: {note}" for note, layers in layers_of.items()]
+    return "\n".join([aligned([COVERAGE_COLUMNS], rows), *(printable(line, one_line=True) for line in lines)])
 
 
 def aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:

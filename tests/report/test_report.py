@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from attnmonitor.report.numbers import run_numbers
 from attnmonitor.report.page_charts import page_charts
 from attnmonitor.report.page_layout import shared_scales
 from attnmonitor.sample import AlertEvent, LayerCoverage
+from attnmonitor.summary.structure import coverage_row
 from attnmonitor.summary.style import ALARM_COLOR, CHOSEN_COLOR
 
 pytest.importorskip("plotly")
@@ -111,7 +113,9 @@ def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
             record.append(replace(sample, coverage={**sample.coverage, **missed}))
     page = write_report(path, tmp_path / "out" / "page.html").read_text()
     assert "1 head needs a look: model.layers.1.self_attn head 2 (key sink since step 950)" in page
-    assert "not measured: a kernel nobody can see into" in page
+    for layer in (*sample.coverage.values(), missed["pooler"]):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in coverage_row(layer))
+        assert f"<tr>{cells}<td>" in page, "as in the terminal"
     assert "2 of 3 attention layers measured" in page
     assert "0.21 s per sample (median), 6.3 s in 30 samples" in page
     assert "certified fraction 0.97" in page
