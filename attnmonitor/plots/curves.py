@@ -16,13 +16,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.metrics.catalog import is_log, metric_scope, metric_title, metric_unit
-from attnmonitor.plots.style import figure_of, fix_y_axis, new_axes, strip, title
-from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, heads_concerned, scoped_head_name
-from attnmonitor.summary.names import short_layer_names
+from attnmonitor.plots.style import figure_of, fix_y_axis, new_axes, new_figure, strip, title
+from attnmonitor.sample import AlertEvent, LayerCoverage, Scope, heads_concerned, scoped_head_name, still_firing
+from attnmonitor.summary.names import count_text, short_layer_names
 from attnmonitor.summary.outliers import outlier_heads
 from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, OTHER_HEADS_COLOR, color_heads, head_color, spread_apart
 
-__all__ = ["bands", "label_ends", "mark_events", "measured_samples", "over_steps", "trajectories"]
+__all__ = ["bands", "label_ends", "mark_events", "measured_samples", "over_steps", "point_marker", "trajectories"]
 
 Events = Sequence[AlertEvent]
 Coverage = Mapping[str, LayerCoverage]
@@ -60,8 +60,10 @@ def trajectories(
         lines = LineCollection(list(points.swapaxes(0, 1)), colors=OTHER_HEADS_COLOR, linewidths=0.6, rasterized=True)
         lines.set_alpha(max(0.12, min(0.6, 30 / num_curves)))
         ax.add_collection(lines, autolim=False)
+        if len(steps) == 1:  # a line of one point is not drawn
+            ax.plot(*points.reshape(-1, 2).T, ".", color=OTHER_HEADS_COLOR, markersize=4)
         ax.update_datalim(points.reshape(-1, 2))  # autolim of matplotlib 3.10 takes their logarithms on a log scale
-    title(ax, metric_title(metric), f"each of {num_curves:,} heads")
+    title(ax, metric_title(metric), f"each of {count_text(num_curves, 'head')}")
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
     return figure_of(ax)
@@ -69,7 +71,7 @@ def trajectories(
 
 def bands_over(metrics: Mapping[str, Mapping[str, ArrayLike]], steps: ArrayLike) -> Figure:
     """One `bands` chart per metric, below each other: ``metrics[metric][layer]`` is ``(num_samples, num_heads)``."""
-    figure = Figure(figsize=(7, 2.6 * len(metrics)), layout="constrained")
+    figure = new_figure(7, 2.6 * len(metrics))
     for (metric, heads), ax in zip(metrics.items(), figure.subplots(len(metrics), squeeze=False)[:, 0], strict=True):
         bands(heads, steps, metric=metric, ax=ax)
     return figure
@@ -106,8 +108,8 @@ def bands(
         least, low, median, high, most = np.nanquantile(heads, [0, 0.25, 0.5, 0.75, 1], axis=1)
         ax.fill_between(steps, least, most, color=BAND_COLOR, alpha=0.13, linewidth=0, label="all heads")
         ax.fill_between(steps, low, high, color=BAND_COLOR, alpha=0.32, linewidth=0, label="half of the heads")
-        ax.plot(steps, median, color=BAND_COLOR, linewidth=1.8, label="median head")
-        title(ax, metric_title(metric), f"median, quartiles and range of {heads.shape[1]:,} heads")
+        ax.plot(steps, median, color=BAND_COLOR, linewidth=1.8, marker=point_marker(steps), label="median head")
+        title(ax, metric_title(metric), f"median, quartiles and range of {count_text(heads.shape[1], 'head')}")
     ax.autoscale_view()
     _name_heads(ax, steps, values, metric, events, coverage, num_named)
     return figure_of(ax)
@@ -127,8 +129,13 @@ def over_steps(ax: Axes) -> None:
     """Make the horizontal axis one of optimizer steps."""
     ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     strip(ax)
+
+
+def point_marker(steps: Sequence[Any] | NDArray[Any]) -> str:
+    """A point for a curve of one sample, which has no line."""
+    return "o" if len(steps) == 1 else ""
 
 
 def measured_samples(
@@ -168,7 +175,7 @@ def _name_heads(
     short, ends = short_layer_names(values), []
     for at, ((layer, head), color) in enumerate(colors.items()):
         curve = values[layer][:, head]
-        ax.plot(steps, curve, color=color, linewidth=1.7, solid_capstyle="round")
+        ax.plot(steps, curve, color=color, linewidth=1.7, marker=point_marker(steps), solid_capstyle="round")
         if at < num_named and np.isfinite(curve).any():
             name = scoped_head_name(short[layer], head, scope, (coverage or {}).get(layer))
             ends.append((float(curve[np.isfinite(curve)][-1]), name, color))
@@ -193,7 +200,7 @@ def mark_events(ax: Axes, events: Events) -> None:
 def _alarmed_heads(
     values: Mapping[str, NDArray[np.float64]], scope: Scope | None, events: Events, coverage: Coverage | None
 ) -> Iterator[tuple[str, int]]:
-    for event in events:
+    for event in (*still_firing(events), *events):  # the worst first, so that it has its name
         if event.layer is not None and event.layer in values and event.state == "firing":
             for head in heads_concerned(event, scope, coverage):
                 if head < values[event.layer].shape[1]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from attnmonitor.messages import printable, tail_of
-from attnmonitor.plots.style import strip, title
+from attnmonitor.plots.style import new_figure, strip, title
 from attnmonitor.sample import HeadEvidence
 from attnmonitor.summary.style import ALARM_COLOR, BAND_COLOR, FAINT_INK, HEAD_COLORS, OTHER_HEADS_COLOR
 
@@ -35,7 +35,7 @@ def evidence(heads: HeadEvidence | Sequence[HeadEvidence]) -> Figure:
     given = [heads] if isinstance(heads, HeadEvidence) else heads
     # Several rules may have seen one head in one sample.
     shown = list({(each.layer, each.scope, each.head, each.global_step): each for each in given}.values())[:_MOST_HEADS]
-    figure = Figure(figsize=(11, 2.9 * max(1, len(shown))), layout="constrained")
+    figure = new_figure(11, 2.9 * max(1, len(shown)))
     rows = figure.subplots(max(1, len(shown)), 3, squeeze=False, width_ratios=(1.3, 1, 1))
     for row, each in zip(rows, shown, strict=False):
         _bars(row[0], each)

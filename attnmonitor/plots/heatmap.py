@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from attnmonitor.metrics.catalog import head_noun, is_log, metric_scope, metric_title, metric_unit
-from attnmonitor.plots.style import figure_of, round_values, title
+from attnmonitor.plots.style import figure_of, new_figure, round_values, title
 from attnmonitor.sample import AlertEvent, LayerCoverage, heads_concerned
 from attnmonitor.summary.names import short_layer_names
 from attnmonitor.summary.outliers import range_without_outliers
@@ -65,7 +65,7 @@ def heatmap(
     if ax is None:
         cell = 0.46 if numbered else max(0.16, min(0.3, 9.0 / max(num_heads, num_layers, 1)))
         width, height = num_heads * cell + 2.6, num_layers * cell + 1.7
-        figure = Figure(figsize=(min(max(width, 5.6), 18), min(max(height, 2.6), 24)), layout="constrained")
+        figure = new_figure(min(max(width, 5.6), 18), min(max(height, 2.6), 24))
         ax = figure.add_subplot()
     low, high = _limits(table[present], metric) if limits is None else limits
     norm = LogNorm(low, high) if is_log(metric) else Normalize(low, high)

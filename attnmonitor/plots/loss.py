@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from attnmonitor.plots.curves import label_ends, mark_events, over_steps
+from attnmonitor.plots.curves import label_ends, mark_events, over_steps, point_marker
 from attnmonitor.plots.style import figure_of, new_axes, strip, title
 from attnmonitor.record.training_log import Curve
 from attnmonitor.sample import AlertEvent
@@ -37,7 +37,7 @@ def loss(logged: Mapping[str, Curve], *, events: Sequence[AlertEvent] = (), ax: 
     ends = []
     for (name, curve), color in zip(losses.items(), (INK, FAINT_INK), strict=False):
         steps, values = np.array(curve, dtype=np.float64).T
-        ax.plot(steps, values, color=color, linewidth=1.6)
+        ax.plot(steps, values, color=color, linewidth=1.6, marker=point_marker(steps))
         if np.isfinite(values).any():
             ends.append((float(values[np.isfinite(values)][-1]), name, color))
     for curve in rates.values():

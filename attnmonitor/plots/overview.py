@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from attnmonitor.plots.curves import bands, measured_samples
 from attnmonitor.plots.heatmap import heatmap
 from attnmonitor.plots.loss import loss
+from attnmonitor.plots.style import new_figure
 from attnmonitor.record import RunRecord
 from attnmonitor.summary.logged import loss_and_rate
 from attnmonitor.summary.style import STATE_COLORS
@@ -36,7 +37,7 @@ def overview(record: RunRecord, *, metrics: Sequence[str] = OVERVIEW_METRICS) ->
     shown = [metric for metric in metrics if metric in record.metrics] or list(record.metrics[:4])
     logged = loss_and_rate(record.logged)
     heights = ([0.55] if logged else []) + [1.0] * max(1, len(shown))
-    figure = Figure(figsize=(15, 1.3 + 3.6 * sum(heights)), layout="constrained")
+    figure = new_figure(15, 1.3 + 3.6 * sum(heights))
     events, counts = record.events, record.counts
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 1.35), height_ratios=heights, wspace=0.05, hspace=0.06)
     over_steps = [figure.add_subplot(grid[0, 1])] if logged else []

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -14,7 +15,13 @@ from attnmonitor.summary.style import AXIS_INK, FAINT_INK, GRID_COLOR, INK, log_
 
 def new_axes() -> Axes:
     """Axes on a new figure outside pyplot's list of figures."""
-    return Figure(figsize=(8, 4.2), layout="constrained").add_subplot()
+    return new_figure(8, 4.2).add_subplot()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure outside pyplot's list of figures, ``width`` × ``height`` inches, with a margin around what is drawn."""
+    margin = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)  # inches; matplotlib's 0.04 lets titles touch the edge
+    return Figure(figsize=(width, height), layout=margin)
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:

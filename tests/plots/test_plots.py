@@ -224,3 +224,36 @@ def test_global_matplotlib_state_is_unchanged() -> None:
     trajectories({"a": np.ones((2, 3))}, [0, 1], metric="energy_rms")
     assert dict(mpl.rcParams) == before
     assert open_figures() == were_open
+
+
+def test_one_sample_is_shown_as_points_at_its_step(tmp_path: Path) -> None:
+    synthetic, path = SyntheticRun(3, 4, 1), tmp_path / "run.sqlite"
+    with RecordWriter(path, run=synthetic.config) as record:
+        record.log([(0, "loss", 4.0)])
+        record.append(next(synthetic.samples()))
+    run = RunRecord.open(path)
+    curves = run.trajectories("energy_rms")
+    each = trajectories(curves, run.steps, metric="energy_rms")
+    points = np.concatenate([line.get_ydata() for line in each.axes[0].lines if line.get_marker() not in ("", "None")])
+    assert set(np.concatenate(list(curves.values()), axis=1)[0]) <= set(points)
+    for figure in (each, overview(run)):
+        figure.canvas.draw()
+        for ax in figure.axes:
+            assert all(line.get_marker() not in ("", "None") for line in ax.lines if line.get_linestyle() != ":")
+            if ax.get_xlabel() == "optimizer step":
+                low, high = ax.get_xlim()
+                ticks = [text.get_text() for text in ax.get_xticklabels() if low <= text.get_position()[0] <= high]
+                assert ticks == ["0"]
+
+
+def test_alarm_that_is_farthest_out_has_its_name() -> None:
+    """Of more alarms than names, the worst is named, also where it began last."""
+    curves = {"layer": np.linspace(1.0, 2.0, 8)[None] ** np.arange(1, 5)[:, None]}
+    events = [
+        AlertEvent(
+            "hot", "kind", "query_head", "layer", head, 1.0, 1.0, 10 + head, "firing", distance=1.0 + (head == 7)
+        )
+        for head in range(8)
+    ]
+    figure = trajectories(curves, range(4), metric="energy_rms", events=events, num_named=3)
+    assert "layer head 7" in {text.get_text() for text in figure.axes[0].texts}
