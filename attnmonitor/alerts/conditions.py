@@ -176,7 +176,8 @@ def message_of(leaf: Threshold | FiringShare, finding: Finding, unit: int, *, to
         return f"{what} is not finite" if signal else f"{what} is finite"
     if leaf.signal in ("value", "baseline"):
         number = f"is {value:.3g}" if leaf.signal == "value" else f"was {baseline:.3g}"
-        return f"{what} {number} ({FORMULA[leaf.reading].format(what)} against a limit of {limit:.3g})"
+        of_metric = float(invert_reading(leaf.reading, torch.tensor(limit, dtype=torch.float64)))
+        return f"{what} {number} (limit {of_metric:.3g})"
     caveat = "; own past only, too few heads to compare with" if too_few_heads and leaf.signal != "change" else ""
     if leaf.signal == "peers":
         others = "the other heads of its layer" if leaf.quantile is None else "the largest layer"

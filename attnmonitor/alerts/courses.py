@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnmonitor.alerts.rules import FiringShare, Threshold
 
-__all__ = ["GROWTH", "AlarmCourses", "distance_of", "follow"]
+__all__ = ["GROWTH", "AlarmCourses", "direction_of", "distance_of", "follow"]
 
 GROWTH = 2.0
 """Factor by which the distance must grow since an alarm's latest event for another event."""
@@ -30,9 +30,8 @@ class AlarmCourses:
     Attributes:
         at_alarm: The value when the alarm fired.
         now: The value in the present sample.
-        worst: The value at ``worst_distance``.
+        worst: The highest value since the alarm fired; the lowest, of an alarm on values that are too low.
         distance: The last distance that was known.
-        worst_distance: The largest distance since the alarm fired.
         noted: The largest distance that an event was made for.
     """
 
@@ -40,7 +39,6 @@ class AlarmCourses:
     now: Tensor
     worst: Tensor
     distance: Tensor
-    worst_distance: Tensor
     noted: Tensor
 
     @classmethod
@@ -69,11 +67,20 @@ def distance_of(leaf: Threshold | FiringShare, signal: Tensor) -> Tensor:
     return 1 + sign * (signal - fire) / (abs(fire) or 1.0)
 
 
+def direction_of(leaf: Threshold | FiringShare) -> int:
+    """Return 1 where high values of the metric are at fault, -1 where low ones are."""
+    if isinstance(leaf, FiringShare):
+        return 1
+    sign, _, _ = leaf.levels
+    return int(-sign if leaf.reading == "log_slack" else sign)  # ln(1 − m) falls where m rises
+
+
 def follow(
     courses: AlarmCourses,
     value: Tensor,  # (U,)
     distance: Tensor,  # (U,)
     *,
+    direction: Tensor,  # (U,) 1 or -1
     fired: Tensor,  # (U,) bool: the alarm fires since this sample
     firing: Tensor,  # (U,) bool
 ) -> tuple[AlarmCourses, Tensor]:
@@ -83,6 +90,7 @@ def follow(
         courses: The courses up to the sample before.
         value: The metric in this sample; NaN where it is missing or not finite.
         distance: Its distance; NaN where it is unknown.
+        direction: Whether high values are at fault, 1, or low ones, -1.
         fired: Alarms that fire since this sample.
         firing: All alarms that fire.
 
@@ -96,16 +104,14 @@ def follow(
         return torch.where(fired | before.isnan(), otherwise, before)
 
     distance = torch.where(distance.isnan() & ~fired, courses.distance, distance)
-    worst_distance = kept(courses.worst_distance, distance)
-    is_worse = distance > worst_distance
+    worst = kept(courses.worst, value)  # not the value at the largest distance: the other heads may have moved since
     noted = kept(courses.noted, distance)
     grown = firing & (distance > noted) & (distance >= GROWTH * noted)  # also of infinite ones
     followed = AlarmCourses(
         at_alarm=kept(courses.at_alarm, value),
         now=value,
-        worst=torch.where(is_worse, value, kept(courses.worst, value)),
+        worst=torch.where(direction * value > direction * worst, value, worst),
         distance=distance,
-        worst_distance=torch.where(is_worse, distance, worst_distance),
         noted=torch.where(grown, distance, noted),
     )
     nothing = AlarmCourses.unknown(len(value))

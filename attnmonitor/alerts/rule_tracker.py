@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnmonitor.alerts.conditions import Finding, answer_of, message_of, share_finding, subject_of, threshold_finding
-from attnmonitor.alerts.courses import AlarmCourses, follow
+from attnmonitor.alerts.courses import AlarmCourses, direction_of, follow
 from attnmonitor.alerts.heads import Unit
 from attnmonitor.alerts.past import Reference, RunPast
 from attnmonitor.alerts.rule_files import to_plain
@@ -79,6 +79,7 @@ class RuleTracker:
             self.courses,
             self._of_leaf([finding.value for finding in findings]),
             self._of_leaf([finding.distance for finding in findings]),
+            direction=torch.tensor([direction_of(leaf) for leaf in leaves(self.rule.when)])[self.leaf],
             fired=changes.fired,
             firing=is_firing | changes.cleared,
         )

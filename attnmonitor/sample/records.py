@@ -158,7 +158,7 @@ class AlertEvent:
         message: One line for a person.
         metric: What ``value``, ``now`` and ``worst`` are values of; ``""`` where that is unknown.
         now: The value at this event; of an alarm that is firing, at the latest sample.
-        worst: The value that was farthest past the limit so far.
+        worst: The highest value so far; the lowest, of an alarm on values that are too low.
         distance: How far out the alarm is now: 1 at the limit, 2 at twice the limit; infinite where a value is not
             finite, NaN where it is unknown.
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from alert_runs import NAN, contrast_rule, events_of, heads_run, one_head, plain_rule, tensors
 
-from attnmonitor.alerts import Alerts, replay_text
+from attnmonitor.alerts import Alerts, Threshold, replay_text
 from attnmonitor.alerts.firing import course_text, most_severe_first
 from attnmonitor.alerts.replay import Replayed
 from attnmonitor.sample import AlertEvent, worst_first
@@ -51,6 +51,21 @@ def test_alarm_has_values_at_alarm_now_and_worst():
     [alarm] = watched(plain_rule(patience=1), one_head([0, 3, 3.5, NAN])).firing
     assert math.isnan(alarm.now)
     assert (alarm.worst, alarm.distance) == (3.5, 1.75), "the last that is known"
+
+
+@pytest.mark.parametrize(("factor", "worst"), [(20.0, max), (1 / 20, min)])
+def test_worst_value_is_kept_where_other_heads_follow(factor, worst):
+    """Compared with the other heads the head was farthest out before they moved; its value went on."""
+    levels = {"fire_above": 0.5, "clear_below": 0.1} if worst is max else {"fire_below": -0.5, "clear_above": -0.1}
+    rule = replace(contrast_rule(hold=100), when=Threshold("query_rms", "contrast", **levels))
+    run = heads_run(50, {0: factor}, onset=40, heads=8)
+    for sample in run[46:]:
+        head, *others = sample["query_rms"]["layer"]
+        sample["query_rms"]["layer"] = [head * factor**0.1, *(other * factor**0.5 for other in others)]
+    before = watched(rule, run[:46]).firing[0]
+    [alarm] = [alarm for alarm in watched(rule, run).firing if alarm.head == 0]
+    assert alarm.distance < before.distance
+    assert alarm.worst == alarm.now == worst(alarm.now, before.worst) != before.worst
 
 
 @pytest.mark.parametrize(
