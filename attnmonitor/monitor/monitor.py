@@ -41,6 +41,7 @@ from attnmonitor.parallel.wrappers import unwrap
 from attnmonitor.record.history import History
 from attnmonitor.record.training_log import TrainingLog
 from attnmonitor.sample import ByLayer, LayerCoverage, Sample
+from attnmonitor.summary.structure import grouped_lines, likely_mistakes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -174,6 +175,8 @@ class AttentionMonitor(MonitorSampling):
         for layer in layers.values():
             if not layer.measured:
                 self._failures.warn(f"{layer.layer} is not measured: {layer.reason}")
+        for line in grouped_lines(likely_mistakes(layers)):
+            self._failures.warn(line)
         if self.probe.batch is not None:
             self._delivery.connect_loggers(self.history, self.describe())
 

@@ -24,7 +24,13 @@ from attnmonitor.report.page_charts import page_charts
 from attnmonitor.report.page_layout import Numbers, shared_scales
 from attnmonitor.report.pairs import paired_layers
 from attnmonitor.report.tables import table
-from attnmonitor.summary.structure import COVERAGE_COLUMNS, coverage_notes, coverage_row, structure_notes
+from attnmonitor.summary.structure import (
+    COVERAGE_COLUMNS,
+    coverage_notes,
+    coverage_row,
+    structure_lines,
+    structure_notes,
+)
 from attnmonitor.summary.style import BAND_COLOR, DARK_COLORS, FAINT_INK, INK, RUN_COLORS
 from attnmonitor.summary.verdict import verdict
 
@@ -166,6 +172,7 @@ def _headline(record: RunRecord, numbers: Numbers, swatch: str = "") -> str:
     <p class="name">{swatch}{escape(" · ".join(filter(None, (record.path.name, model))))}</p>
     <p class="state {counts.state}">{_SIGNS[counts.state]}</p>
     <h1 class="{counts.state}" data-state="{counts.state}">{escape(verdict(counts))}</h1>
+    {"".join(f"<p class='note'>Seen at attach: {escape(line)}</p>" for line in structure_lines(record.coverage))}
     {_segment_note(record)}{_thinned_note(record, numbers)}
   </div>"""
 

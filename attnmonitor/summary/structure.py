@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
+from attnmonitor.messages import first_names, printable
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["COVERAGE_COLUMNS", "coverage_notes", "coverage_row", "scale_text", "sees_text", "structure_notes"]
+__all__ = [
+    "COVERAGE_COLUMNS",
+    "coverage_notes",
+    "coverage_row",
+    "grouped_lines",
+    "likely_mistakes",
+    "scale_text",
+    "sees_text",
+    "structure_lines",
+    "structure_notes",
+]
 
 COVERAGE_COLUMNS = ("layer", "heads (query/KV)", "head size", "scale", "sees", "captured", "error", "outside the field")
 """Headings of a table of how layers are captured; `coverage_row` gives the cells."""
@@ -84,7 +96,18 @@ def scale_text(layer: LayerCoverage) -> str:
 
 
 def structure_notes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str]]:
-    """Return what may be a mistake in the model, of every layer where something is.
+    """Return what may be a mistake in the model, of every layer where something is."""
+    likely = likely_mistakes(coverage)
+    notes: dict[str, list[str]] = {}
+    for layer in _examined(coverage):
+        padding = [f"attends to padding (mass {layer.padding_mass:.2g})"] if layer.padding_mass > _LEAST_MASS else []
+        if found := [*padding, *layer.remarks, *likely.get(layer.layer, ())]:
+            notes[layer.layer] = found
+    return notes
+
+
+def likely_mistakes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str]]:
+    """Return what is hardly ever meant: a causal mask that is off, a layer unlike its kind.
 
     Layers whose names differ only in numbers are of one kind. A layer is odd where at most a third of its kind does as
     it does, and the others all do something else.
@@ -92,29 +115,55 @@ def structure_notes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str
     Example:
         >>> layers = [LayerCoverage(f"h.{i}", "sdpa", sees="causal", head_dim=4, scale=0.5) for i in range(4)]
         >>> layers[1] = LayerCoverage("h.1", "sdpa", sees="causal", head_dim=4, scale=1.0)
-        >>> structure_notes({layer.layer: layer for layer in layers})
+        >>> likely_mistakes({layer.layer: layer for layer in layers})
         {'h.1': ['odd: its scale is 2/√d, 1/√d in the other 3 layers of its kind']}
     """
-    measured = [layer for layer in coverage.values() if layer.measured and layer.how]
-    notes: dict[str, list[str]] = {layer.layer: [] for layer in measured}
     kinds: dict[str, list[LayerCoverage]] = {}
-    for layer in measured:
+    for layer in _examined(coverage):
         kinds.setdefault(re.sub(r"\d+", "#", layer.layer), []).append(layer)
-        if layer.padding_mass > _LEAST_MASS:
-            notes[layer.layer].append(f"attends to padding (mass {layer.padding_mass:.2g})")
-        notes[layer.layer] += layer.remarks
-    for peers in kinds.values():
-        causal = [None if math.isnan(layer.future_mass) else not looks_ahead(layer) for layer in peers]
-        for layer, others in _odd(peers, causal):
-            does = "attends" if looks_ahead(layer) else "does not attend"
-            mass = f" (mass {layer.future_mass:.2g})" if looks_ahead(layer) else ""
-            notes[layer.layer].append(f"odd: it {does} to later positions{mass}, unlike the other {_others(others)}")
-        for layer, others in _odd(peers, [float(f"{layer.relative_scale:.3g}") for layer in peers]):
-            notes[layer.layer].append(
-                f"odd: its scale is {layer.relative_scale:.3g}/√d, "
-                f"{others[0].relative_scale:.3g}/√d in the other {_others(others)}"
-            )
-    return {layer: found for layer, found in notes.items() if found}
+    found: dict[str, list[str]] = {}
+    for layer, note in itertools.chain.from_iterable(map(_odd_notes, kinds.values())):
+        found.setdefault(layer.layer, []).append(note)
+    for layer in _examined(coverage):
+        if layer.layer not in found and layer.reach_ahead and layer.reach_back is None and looks_ahead(layer):
+            later = "1 later position" if layer.reach_ahead == 1 else f"{layer.reach_ahead} later positions"
+            found[layer.layer] = [f"sees {later} and all earlier ones: is a causal mask off by {layer.reach_ahead}?"]
+    return found
+
+
+def structure_lines(coverage: Mapping[str, LayerCoverage]) -> list[str]:
+    """Return what may be a mistake in the model, a line for each with its layers."""
+    return grouped_lines(structure_notes(coverage))
+
+
+def grouped_lines(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for each note, with the layers it is said of.
+
+    Example:
+        >>> grouped_lines({"h.0": ["no position"], "h.1": ["no position", "odd"]})
+        ['h.0, h.1: no position', 'h.1: odd']
+    """
+    layers_of: dict[str, list[str]] = {}
+    for layer, found in notes.items():
+        for note in found:
+            layers_of.setdefault(note, []).append(layer)
+    return [printable(f"{first_names(layers)}: {note}", one_line=True) for note, layers in layers_of.items()]
+
+
+def _examined(coverage: Mapping[str, LayerCoverage]) -> list[LayerCoverage]:
+    return [layer for layer in coverage.values() if layer.measured and layer.how]
+
+
+def _odd_notes(peers: Sequence[LayerCoverage]) -> Iterator[tuple[LayerCoverage, str]]:
+    """Yield each layer that is odd among its peers, and how."""
+    causal = [None if math.isnan(layer.future_mass) else not looks_ahead(layer) for layer in peers]
+    for layer, others in _odd(peers, causal):
+        does = "attends" if looks_ahead(layer) else "does not attend"
+        mass = f" (mass {layer.future_mass:.2g})" if looks_ahead(layer) else ""
+        yield layer, f"odd: it {does} to later positions{mass}, unlike the other {_others(others)}"
+    for layer, others in _odd(peers, [float(f"{layer.relative_scale:.3g}") for layer in peers]):
+        scale, usual = (f"{one.relative_scale:.3g}/√d" for one in (layer, others[0]))
+        yield layer, f"odd: its scale is {scale}, {usual} in the other {_others(others)}"
 
 
 def _others(layers: Sequence[LayerCoverage]) -> str:

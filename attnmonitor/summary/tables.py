@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from attnmonitor.alerts.firing import most_severe_first
-from attnmonitor.messages import first_names, printable, tail_of
+from attnmonitor.messages import printable, tail_of
 from attnmonitor.parallel.process_state import first_import
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import fault_names, short_layer_names
-from attnmonitor.summary.structure import COVERAGE_COLUMNS, coverage_notes, coverage_row
+from attnmonitor.summary.structure import COVERAGE_COLUMNS, coverage_notes, coverage_row, grouped_lines
 
 __all__ = [
     "TABLE_METRICS",
@@ -81,12 +81,7 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
         h.0    12/4              64         0.125 = 1/√d  causal  self sdpa  3.0e-07  bias
     """
     rows = [[printable(cell, one_line=True) for cell in coverage_row(layer)] for layer in coverage.values()]
-    layers_of: dict[str, list[str]] = {}
-    for name, notes in coverage_notes(coverage).items():
-        for note in notes:
-            layers_of.setdefault(note, []).append(name)
-    lines = [f"{first_names(layers)}: {note}" for note, layers in layers_of.items()]
-    return "\n".join([aligned([COVERAGE_COLUMNS], rows), *(printable(line, one_line=True) for line in lines)])
+    return "\n".join([aligned([COVERAGE_COLUMNS], rows), *grouped_lines(coverage_notes(coverage))])
 
 
 def aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:

@@ -15,6 +15,7 @@ from attnmonitor.metrics.catalog import DEFAULT_METRICS
 from attnmonitor.record.counts import Doubt, RunCounts
 from attnmonitor.sample import AlertEvent, LayerCoverage, head_name
 from attnmonitor.summary.names import count_text, fault_names, short_layer_names
+from attnmonitor.summary.structure import structure_lines
 
 __all__ = ["closing_lines", "idle_text", "verdict"]
 
@@ -146,17 +147,22 @@ def _alarm_parts(
 def closing_lines(counts: RunCounts, opening: str, width: int = 80) -> str:
     """Return the verdict in lines of at most ``width`` characters, with the five worst heads on lines of their own.
 
+    After it stands what may be a mistake in the model, which no number of a head shows.
+
     Args:
         counts: The run.
         opening: Words before it on the first line.
         width: Characters of a line.
     """
+    indented = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="    ")
+    seen = structure_lines(counts.coverage)
+    structure = [indented.fill(f"seen at attach: {line}") for line in seen[:_MOST_LAST]]
+    structure += [f"  and {len(seen) - _MOST_LAST:,} more in print(monitor)"] if len(seen) > _MOST_LAST else []
     if counts.state != "alarm":
-        return textwrap.fill(f"{opening}{verdict(counts)}", width, subsequent_indent="  ")
+        return "\n".join([textwrap.fill(f"{opening}{verdict(counts)}", width, subsequent_indent="  "), *structure])
     heading, heads = _alarm_parts(most_severe_first(counts.firing, counts.coverage), counts.coverage)
     lines = [textwrap.fill(f"{opening}{heading}{':' if heads else ''}", width, subsequent_indent="  ")]
-    indented = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="    ")
     lines += [indented.fill(head) for head in heads[:_MOST_LAST]]
     lines += [f"  and {len(heads) - _MOST_LAST:,} more"] if len(heads) > _MOST_LAST else []
     notes = "; ".join(_notes(counts))
-    return printable("\n".join([*lines, *([indented.fill(notes)] if notes else [])]))
+    return printable("\n".join([*lines, *([indented.fill(notes)] if notes else []), *structure]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor
+from attnmonitor.messages import AttentionMonitorWarning
+from attnmonitor.summary.verdict import closing_lines
 
 WIDTH, HEADS, LENGTH, LAYERS = 32, 4, 16, 4
 DOCS = Path(__file__).parents[2] / "docs" / "what-is-measured.md"
@@ -79,14 +82,21 @@ class Decoder(nn.Module):
         return x
 
 
-def printed(mistake: str, wrong: range) -> str:
-    """Return what a monitor prints of a decoder whose first sequence begins with padding."""
+def watched(mistake: str, wrong: range) -> AttentionMonitor:
+    """Return a monitor of a decoder whose first sequence begins with padding."""
     torch.manual_seed(0)
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :5] = 0
     batch = {"ids": torch.randint(6, (2, LENGTH)), "attention_mask": mask}
-    with AttentionMonitor(Decoder(mistake, wrong), batch, record=None, alerts=False) as monitor:
-        return str(monitor)
+    return AttentionMonitor(Decoder(mistake, wrong), batch, record=None, alerts=False)
+
+
+def printed(mistake: str, wrong: range) -> str:
+    """Return what a monitor prints of such a decoder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttentionMonitorWarning)
+        with watched(mistake, wrong) as monitor:
+            return str(monitor)
 
 
 IN_ALL, IN_ONE = range(LAYERS), range(1, 2)
@@ -116,6 +126,26 @@ def test_right_model_has_no_remarks() -> None:
     right = printed("", IN_ALL)
     assert not re.search(r"^layers\.\d[:,]", right, re.MULTILINE)
     assert "later" not in right
+
+
+@pytest.mark.parametrize(
+    ("mistake", "wrong", "pattern"),
+    [
+        ("mask off by one", IN_ALL, r"layers.0, .*: sees 1 later position and all earlier ones"),
+        ("mask off by one", IN_ONE, r"layers.1: odd: it attends to later positions"),
+        ("no 1/√d", IN_ONE, r"layers.1: odd: its scale is 2.83/√d"),
+    ],
+)
+def test_likely_mistakes_are_warned_of_and_said_at_the_end(mistake: str, wrong: range, pattern: str) -> None:
+    with pytest.warns(AttentionMonitorWarning, match=pattern), watched(mistake, wrong) as monitor:
+        ending = closing_lines(monitor.summary, "attnmonitor: ")
+    assert re.search(f"seen at attach: {pattern}", " ".join(ending.split())), ending
+
+
+def test_right_model_warns_of_nothing() -> None:
+    with warnings.catch_warnings(record=True) as raised, watched("", IN_ALL) as monitor:
+        assert "seen at attach" not in closing_lines(monitor.summary, "attnmonitor: ")
+    assert not raised
 
 
 @pytest.mark.parametrize("mistake", UNSEEN)
