@@ -17,7 +17,7 @@ from attnmonitor.summary.names import count_text, fault_text, short_layer_names
 __all__ = ["alarm_table"]
 
 MOST_ALARM_ROWS = 200
-_HEADER = ("where", "what", "since step", "until step", "metric", "at alarm", "now or at end", "worst", "message")
+_HEADER = ("where", "what", "since step", "until step", "metric", "at alarm", "now or at end", "worst", "latest event")
 
 
 def alarm_table(record: RunRecord, run: int) -> str:
