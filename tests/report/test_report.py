@@ -125,6 +125,21 @@ def test_page_has_verdict_alarms_coverage_and_cost(tmp_path: Path) -> None:
     assert "A few key positions carry the key subspace" in page
 
 
+def test_likely_mistakes_stand_below_the_verdict(tmp_path: Path) -> None:
+    run = SyntheticRun(4, 4, 2)
+    sample = next(run.samples())
+    odd = {
+        name: replace(layer, scale=1.0) if name == run.layers[2] else layer for name, layer in sample.coverage.items()
+    }
+    for coverage, number in ((odd, 1), (sample.coverage, 0)):
+        path = tmp_path / f"{number}.sqlite"
+        with RecordWriter(path, run=run.config) as record:
+            record.append(replace(sample, coverage=coverage))
+        page = write_report(path).read_text(encoding="utf-8")
+        heading = page.partition("<h1")[2].partition("<h2")[0]
+        assert heading.count("Seen at attach: ") == heading.count(f"{run.layers[2]}: odd: its scale is ") == number
+
+
 def test_records_without_values_make_a_page(tmp_path: Path) -> None:
     RecordWriter(tmp_path / "empty.sqlite", run={}).close()
     assert "no sample taken yet" in write_report(tmp_path / "empty.sqlite").read_text()
