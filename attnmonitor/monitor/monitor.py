@@ -252,6 +252,11 @@ class AttentionMonitor(MonitorSampling):
         Only the first of the processes that share the model writes and logs; on others the sample has no values.
         """
         self._deliver_late()
+        with self._failures.contained("attach"):
+            if not self._has_probe():
+                raise RuntimeError(self.probe.missing)
+        if self.probe.batch is None:
+            return self._no_sample(global_step, self.probe.missing)
         sample = self._sample(global_step, may_be_late=False)
         assert sample is not None
         return sample

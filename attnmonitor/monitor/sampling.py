@@ -43,7 +43,7 @@ class MonitorSampling(MonitorViews):
             return self._take(whole_number(global_step), may_be_late)
         except Exception as error:
             self._failures.contain("the sample", error)
-            return replace(self._no_sample(self.global_step), failure=error_text(error))
+            return self._no_sample(self.global_step, error_text(error))
 
     def _follow_model(self) -> None:
         """Look how the model is spread now; the first of the processes that share it writes from then on."""
@@ -88,7 +88,7 @@ class MonitorSampling(MonitorViews):
         self.coverage = ByLayer(measured.coverage)
         self._failures.note_sample(measured, self._measurement.layers, failure, global_step)
         if not self._measurement.is_main:
-            sample = replace(self._no_sample(global_step), failure=failure)
+            sample = self._no_sample(global_step, failure)
             self.summary.add(sample)
             return sample
         events, evidence = self._alerts.judge(measured, self._measurement.keeper, global_step)
@@ -165,5 +165,5 @@ class MonitorSampling(MonitorViews):
             failure = error_text(error)
             return self._measurement.nothing(failure), failure
 
-    def _no_sample(self, global_step: int) -> Sample:
-        return Sample(global_step, values={}, name=self.name)
+    def _no_sample(self, global_step: int, failure: str | None = None) -> Sample:
+        return Sample(global_step, values={}, name=self.name, failure=failure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from loaders import KINDS, PLAIN, Once, Order, Rows, fresh
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from attnmonitor import AttentionMonitor
 from attnmonitor.callbacks.pytorch import attach
 from attnmonitor.measurement.loader import CannotCopyError, draw_first_batch
+from attnmonitor.messages import AttentionMonitorWarning
 
 CANNOT_COPY = ["global generator", "global counter", "class counter", "queue", "file", "stream", "collate function"]
 
@@ -41,6 +44,38 @@ def test_loader_that_cannot_be_copied_names_the_part(kind: str) -> None:
     part = "collate_fn" if kind == "collate function" else "dataset"
     with pytest.raises(CannotCopyError, match=f"its {part} "):
         draw_first_batch(KINDS[kind]())
+
+
+class OwnLoader(DataLoader[Any]):
+    pass
+
+
+class Incomplete(Rows):
+    """Rows that do not work in a copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": 0}
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (OwnLoader(PLAIN, 2), "OwnLoader is a loader of your own"),
+        (DataLoader(Incomplete(lambda _, index: index), 2), "a copy of it fails: AttributeError"),
+    ],
+    ids=["own loader", "copy fails"],
+)
+def test_first_batch_of_such_a_loader_is_seen_as_it_passes(loader: DataLoader[Any], reason: str) -> None:
+    monitor = AttentionMonitor(TinyGPT(), loader, record=None)
+    assert reason in monitor.probe.source
+    with pytest.warns(AttentionMonitorWarning, match="attach failed and was ignored: RuntimeError: probe=DataLoader"):
+        assert monitor.sample(0).failure == monitor.probe.missing
+    assert monitor.history.steps == []
+    first, *_ = list(loader)
+    assert monitor.sample(0).failure is None
+    assert monitor.history.steps == [0]
+    assert torch.equal(monitor.probe.batch, first)
+    monitor.close()
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - set(CANNOT_COPY)))

@@ -187,6 +187,17 @@ def test_bad_probes_raise_helpful_errors() -> None:
         Probe(model, token_batch())
 
 
+def test_only_token_ids_are_as_long_as_the_model_has_positions() -> None:
+    model = TinyGPT()
+    model.config = SimpleNamespace(max_position_embeddings=16)
+    others = (torch.zeros(2, 24), torch.zeros(2, 24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64))
+    for other in (*others, torch.zeros(2, 24, 3, dtype=torch.int64)):
+        assert Probe(model, {"ids": token_batch()[:, :16], "other": other}).batch is not None
+    for dtype in (torch.int32, torch.int64):
+        with pytest.raises(ValueError, match=r"probe\.other is 17 tokens long"):
+            Probe(model, {"ids": token_batch()[:, :16], "other": torch.zeros(2, 17, dtype=dtype)})
+
+
 def test_first_flex_attention_of_a_process_is_measured() -> None:
     # In a process of its own: FlexAttention compiles itself in its first call, unless it is told not to before.
     program = """

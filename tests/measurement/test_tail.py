@@ -191,6 +191,17 @@ def reads_seldom(model: Model, x: Tensor, token_ids: Tensor) -> Tensor:
     return model.head(x)
 
 
+def reads_beside_its_own(model: Model, x: Tensor, token_ids: Tensor) -> Tensor:
+    if model.number % 5 == 0:
+        model.see(x * model.tokens.weight[0])
+    return model.head(x)
+
+
+def lengthens(model: Model, x: Tensor, token_ids: Tensor) -> Tensor:
+    x = model.head(x)
+    return x * 2 if not model.training and model.number % 5 == 0 else x
+
+
 def shortens(model: Model, x: Tensor, token_ids: Tensor) -> Tensor:
     return model.head(model.mlp(x)) if model.training or model.number < 4 else model.mlp(x)
 
@@ -221,6 +232,21 @@ class Explicit(CausalSelfAttention):
         out = weights / weights.sum(-1, keepdim=True) @ value.repeat_interleave(2, 1)
         capture(self, query, key, scale=0.5, value=value, output=out)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class ReadsItsOutput(CausalSelfAttention):
+    """Attention that reads seldom what its output projection returns."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(16, 4, 2)
+        self.see, self.number = model.see, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        self.number += not self.training
+        if self.number % 5 == 0:
+            self.see(out)
+        return out
 
 
 class Counting(TorchFunctionMode):
@@ -274,6 +300,10 @@ def own_script(model: Model) -> None:
 
 def explicit(model: Model) -> None:
     model.attn = Explicit(16, 4, 2)
+
+
+def reads_its_output(model: Model) -> None:
+    model.attn = ReadsItsOutput(model)
 
 
 def longer(model: Model) -> None:
@@ -363,6 +393,9 @@ CASES = {
     "reader later": Case(after=replaced_by_a_reader, skips=1, reason="modules were added or replaced"),
     "attention later": Case(with_extra_attention, after=switched_on, skips=1, reason="is called in place of"),
     "reads later": Case(reads_seldom, skips=2, reason="is called in place of"),
+    "reads beside its own later": Case(reads_beside_its_own, skips=2, reason="is called in place of"),
+    "attention reads later": Case(before=reads_its_output, skips=2, reason="is called in place of"),
+    "longer later": Case(lengthens, skips=2, reason="is called after its last call"),
     "shorter later": Case(shortens, skips=1, reason="is not called"),
 }
 
@@ -412,6 +445,23 @@ def test_tail_is_skipped_or_run_in_full_with_a_reason(name: str) -> None:
     assert all(route.startswith("in full: ") and case.reason in route for route in routes[num_skipped:]), routes
     layers = {name for sample in samples for name, layer in sample.coverage.items() if layer.measured}
     assert "attn" in {layer.partition("#")[0] for layer in layers}
+
+
+class Drifting(Model):
+    """Its attention gets other numbers in each forward, which no generator and no buffer says."""
+
+    def forward(self, token_ids: Tensor) -> Any:
+        self.number += 1
+        return self.head(self.attn(self.tokens(token_ids) * self.number))
+
+
+def test_forward_with_other_numbers_each_time_is_run_in_full() -> None:
+    model = Drifting(linear)
+    measurement = Measurement(model, Probe(model, PROBE), METRICS)
+    measurement.attach()
+    assert measurement.after_last_attention == "in full: two forwards of the probe give different numbers"
+    measurement.take()
+    assert measurement.after_last_attention == "in full: two forwards of the probe give different numbers"
 
 
 def test_layers_finished_in_the_forward_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from attnmonitor.record import RunRecord
 
 ABOVE = Threshold("query_rms", "value", "identity", fire_above=5.0, clear_below=5.0)
 LARGE = Rule("large", "logit_blowup", "query_head", ABOVE, patience=1, grace=0)
+LARGE_KEYS = Rule("large_keys", "logit_blowup", "kv_head", replace(ABOVE, metric="key_rms"), patience=1, grace=0)
 LARGE_LATER = Rule("large_later", "logit_blowup", "query_head", ABOVE, patience=2, grace=0)
 EVERY_HEAD = Rule(
     "every",
@@ -103,10 +104,34 @@ def test_head_in_alarm_is_not_taken_for_healthy() -> None:
     for step in range(130):
         monitor.sample(step)
     break_head(model, layer=0, factor=0.01)
-    assert [event.state for event in monitor.sample(130).events] == ["cleared"]
+    cleared = monitor.sample(130)
+    assert [event.state for event in cleared.events] == ["cleared"]
+    assert cleared.evidence == []
     break_head(model, layer=0)
     [evidence] = monitor.sample(131).evidence
     assert evidence.healthy is None, "it was never looked at while it was well"
+
+
+def test_head_that_may_alarm_next_is_not_taken_for_healthy() -> None:
+    model = TinyGPT(num_layers=1)
+    break_head(model, layer=0)
+    monitor = watched(model, alerts=[replace(LARGE, patience=80)])
+    [evidence] = [each for step in range(80) for each in monitor.sample(step).evidence]
+    assert evidence.global_step == 79
+    assert evidence.healthy is None, "its condition was violated in every sample"
+
+
+def test_key_head_shared_by_query_heads_has_a_healthy_sample() -> None:
+    model = TinyGPT(num_layers=1, num_kv_heads=2)
+    monitor = watched(model, alerts=[LARGE_KEYS])
+    monitor.sample(0)
+    before = monitor.inspect("blocks.0.attn", 1, scope="kv_head")
+    with torch.no_grad():
+        model.blocks[0].attn.k_proj.weight[8:] *= 100
+    [evidence] = monitor.sample(1).evidence
+    assert (evidence.scope, evidence.head) == ("kv_head", 1)
+    assert evidence.healthy is not None
+    assert same(evidence.healthy, before)
 
 
 def test_evidence_is_bounded_per_sample_and_run(tmp_path: Path) -> None:

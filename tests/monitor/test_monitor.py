@@ -487,6 +487,14 @@ def test_record_path_is_kept_and_none_writes_nothing(tmp_path: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.sqlite"]
 
 
+def test_seconds_are_those_of_all_samples() -> None:
+    monitor = AttentionMonitor(TinyGPT(), token_batch(), record=None)
+    samples = [monitor.sample(step) for step in range(3)]
+    assert all(sample.seconds > 0 for sample in samples)
+    assert monitor.seconds == pytest.approx(sum(sample.seconds for sample in samples))
+    assert all(0 < sample.diagnostics["overhead"] <= 1 for sample in samples)
+
+
 def test_history_is_bounded() -> None:
     from attnmonitor.record.history import History
 
