@@ -22,10 +22,10 @@ from torch import Tensor, distributed, nn
 
 from attnmonitor.measurement import LayerValues, Measured, Measurement
 from attnmonitor.measurement.kept import Keeper
-from attnmonitor.measurement.outcomes import Outcome, common_failure, free_frames
+from attnmonitor.measurement.outcomes import Outcome, take_together
 from attnmonitor.measurement.probe import Probe, RejectedBatchError
 from attnmonitor.measurement.quiet import default_torch_state
-from attnmonitor.measurement.shares import Share, joined_shares
+from attnmonitor.measurement.shares import Share
 from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.parallel.collectives import (
     Collective,
@@ -161,34 +161,20 @@ class DistributedMeasurement(Measurement):
         return super().take(with_weights=with_weights)
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
-        """Measure once, with all processes.
+        """Measure once, with all processes, and raise what `take_together` raises."""
+        done = CollectiveRecorder()
 
-        Raises:
-            torch.OutOfMemoryError: One process ran out of memory; raised on all of them, so that all try again.
-            RuntimeError: It failed on another process.
-        """
-        result: Measured | Exception
-        with CollectiveRecorder() as done:
-            try:
-                result = self._own._attempt(probe, with_weights)
-            except Exception as error:
-                result = error
-        if isinstance(result, Exception):
-            if isinstance(result, torch.OutOfMemoryError):
-                free_frames(result)
+        def measure() -> Measured:
+            with done:
+                return self._own._attempt(probe, with_weights)
+
+        def join_the_rest() -> None:
             with suppress(Exception):  # a process that has died is named by the exchange that follows
                 run_with_zeros(self._collectives[probe][len(done.calls) :])
-        outcomes = self._exchange.gather(Outcome.of(result, with_part=self._own.share.count > 1))
-        try:
-            if isinstance(result, Exception) or any(each.failure for each in outcomes):
-                raise common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
-            self._collectives[probe] = done.calls  # of the model as it is now
-            parts = [each.part for each in outcomes if each.part is not None]
-            if parts:
-                result = joined_shares(self._own.share, parts)
-            return self._joined(result, [each.missing for each in outcomes])
-        finally:
-            del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
+
+        measured, missing = take_together(measure, self._exchange, self._ranks, self._own.share, join_the_rest)
+        self._collectives[probe] = done.calls  # of the model as it is now
+        return self._joined(measured, missing)
 
     def _find_slice(self, name: str, module: nn.Module) -> None:
         for layer, coverage in self._own.layers.items():

@@ -6,15 +6,17 @@ What failed on one process counts as failed on all, so that none waits for anoth
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from attnmonitor.measurement.measured import Measured
+from attnmonitor.measurement.shares import Share, joined_shares
+from attnmonitor.parallel.exchange import Exchange
 
-__all__ = ["Outcome", "common_failure", "free_frames"]
+__all__ = ["Outcome", "take_together"]
 
 _REASON_LENGTH = 300  # characters of a reason that are sent to the other processes
 
@@ -46,7 +48,47 @@ class Outcome:
         return cls(reasons, part=result if with_part else None)
 
 
-def common_failure(outcomes: Mapping[int, Outcome], result: Measured | Exception) -> Exception:
+def take_together(
+    measure: Callable[[], Measured],
+    exchange: Exchange,
+    ranks: Sequence[int],
+    share: Share,
+    after_failure: Callable[[], object] = lambda: None,
+) -> tuple[Measured, list[Mapping[str, str]]]:
+    """Measure with all processes; return the joined numbers, and of each process the reasons for what it misses.
+
+    Args:
+        measure: The attempt of this process.
+        exchange: That of the processes.
+        ranks: The processes, in its order.
+        share: The layers that this process finishes.
+        after_failure: Called where the attempt of this process failed, before the others are told.
+
+    Raises:
+        torch.OutOfMemoryError: One process ran out of memory; raised on all of them, so that all try again.
+        RuntimeError: It failed on another process.
+        MissingProcessError: A process did not come in time; raised on all that came or come later.
+    """
+    result: Measured | Exception
+    try:
+        result = measure()
+    except Exception as error:
+        result = error
+    try:
+        if isinstance(result, Exception):
+            if isinstance(result, torch.OutOfMemoryError):
+                _free_frames(result)
+            after_failure()
+        outcomes = exchange.gather(Outcome.of(result, with_part=share.count > 1))
+        if isinstance(result, Exception) or any(each.failure for each in outcomes):
+            raise _common_failure(dict(zip(ranks, outcomes, strict=True)), result)
+        parts = [each.part for each in outcomes if each.part is not None]
+        return joined_shares(share, parts) if parts else result, [each.missing for each in outcomes]
+    finally:
+        del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
+
+
+def _common_failure(outcomes: Mapping[int, Outcome], result: Measured | Exception) -> Exception:
     """Return what to raise here after a failure on any process; out of memory counts for all."""
     out_of_memory = any(each.out_of_memory for each in outcomes.values())
     kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
@@ -58,7 +100,7 @@ def common_failure(outcomes: Mapping[int, Outcome], result: Measured | Exception
     return failure
 
 
-def free_frames(failure: Exception) -> None:
+def _free_frames(failure: Exception) -> None:
     """Drop the frames of an exception that is kept, and with them the tensors of the failed forward."""
     visited = {id(None), id(sys.exc_info()[1])}  # the exception that the caller is handling keeps its frames
     pending: list[Any] = [failure]

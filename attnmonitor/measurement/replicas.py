@@ -7,15 +7,15 @@ One exchange at the end joins the numbers. What failed on one process counts as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 from torch import distributed, nn
 
 from attnmonitor.measurement import Measured, Measurement
 from attnmonitor.measurement.kept import Keeper
-from attnmonitor.measurement.outcomes import Outcome, common_failure, free_frames
+from attnmonitor.measurement.outcomes import take_together
 from attnmonitor.measurement.probe import Probe
-from attnmonitor.measurement.shares import Share, joined_shares
+from attnmonitor.measurement.shares import Share
 from attnmonitor.parallel.exchange import Exchange, MissingProcessError
 
 __all__ = ["ReplicaMeasurement"]
@@ -75,24 +75,7 @@ class ReplicaMeasurement(Measurement):
         return measured
 
     def _attempt(self, probe: Probe, with_weights: bool) -> Measured:
-        """Measure once, and join what each process has finished.
-
-        Raises:
-            torch.OutOfMemoryError: One process ran out of memory; raised on all of them, so that all try again.
-            RuntimeError: It failed on another process.
-            MissingProcessError: A process did not come in time; raised on all that came or come later.
-        """
-        result: Measured | Exception
-        try:
-            result = super()._attempt(probe, with_weights)
-        except Exception as error:
-            result = error
-        if isinstance(result, torch.OutOfMemoryError):
-            free_frames(result)
-        outcomes = self._exchange.gather(Outcome.of(result, with_part=True))
-        try:
-            if any(each.failure for each in outcomes):
-                raise common_failure(dict(zip(self._ranks, outcomes, strict=True)), result)
-            return joined_shares(self.share, [each.part for each in outcomes if each.part is not None])
-        finally:
-            del result  # else the frame of what is raised here would keep the tensors of the failed forward alive
+        """Measure once, join what each process has finished, and raise what `take_together` raises."""
+        measure = partial(super()._attempt, probe, with_weights)
+        measured, _ = take_together(measure, self._exchange, self._ranks, self.share)
+        return measured
