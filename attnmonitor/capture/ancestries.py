@@ -184,14 +184,14 @@ class Ancestries:
         return Ancestry(sources, attended, None, projects or any(note.projected for note in notes))
 
     def _rankings(self, name: str, operands: list[Tensor]) -> frozenset[int]:
+        """Return the rankings of computed numbers that an output follows from, the function's own among them."""
         notes = [self.of(x) for x in operands]
-        num_computed = sum(
-            bool(note.projected and note.inputs)
-            for note, x in zip(notes, operands, strict=True)
-            if x.is_floating_point()
-        )
-        own = {self._new()} if num_computed >= _RANKS.get(name, math.inf) else set()
-        return frozenset(own).union(*(note.rankings for note in notes))
+        rankings = frozenset[int]().union(*(note.rankings for note in notes))
+        if name in _RANKS:
+            computed = [x for x, note in zip(operands, notes, strict=True) if note.projected and note.inputs]
+            if sum(x.is_floating_point() for x in computed) >= _RANKS[name]:
+                rankings |= {self._new()}
+        return rankings
 
     def _carriers(self, name: str, operands: list[Tensor], output: Tensor) -> list[Tensor]:
         """Return the operands whose positions the output has: not those that are broadcast, such as a shift."""

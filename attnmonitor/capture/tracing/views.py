@@ -8,15 +8,13 @@ is written back. All that happens in between is a sum, so it is kept as one bias
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnmonitor.capture.axes import index_parts
+from attnmonitor.capture.axes import index_parts, is_plain_index
 from attnmonitor.capture.merged_rows import MergedRows
 from attnmonitor.capture.tracing.split import Split, joined
 from attnmonitor.capture.tracing.trace import Trace
@@ -96,12 +94,12 @@ def _out_of_rows(trace: Trace, merged: MergedRows, shape: torch.Size) -> Trace |
 def sliced(trace: Trace, call: TracedCall) -> Trace | None:
     """Follow a slice that removes columns, or one of both positions that may be written back."""
     before, after = call.operands[0].shape, call.output.shape
-    index = index_parts(call.args[1])
+    index, is_view = index_parts(call.args[1]), is_plain_index(call.args[1])
     fewer_heads = before[-2:] == after[-2:] and math.prod(before) > math.prod(after)
     if trace.stage == "after" and fewer_heads and {trace.query_axis, trace.key_axis} == {-1, -2}:
         some_heads = replace(trace, ambiguity="its weights are used by some of its heads alone")
-        return some_heads.then(lambda x, rows: call.repeat_on(x)) if _picks_whole_rows(index) else None
-    if not all(part is None or part is Ellipsis or isinstance(part, slice) for part in index):
+        return some_heads.then(lambda x, rows: call.repeat_on(x)) if is_view else None
+    if not is_view or any(type(part) is int for part in index):
         return None
     if len(before) != len(after):
         return reshaped(trace, call) if math.prod(before) == math.prod(after) else None
@@ -110,10 +108,6 @@ def sliced(trace: Trace, call: TracedCall) -> Trace | None:
         return None if trace.stage == "after" else replace(trace, split=Split(call.operands[0], index))
     start = index[-1].start or 0 if isinstance(index[-1], slice) and axis == -1 else 0
     return trace.then(lambda x, rows: call.repeat_on(x), rearranges=True, first_column=trace.first_column - start)
-
-
-def _picks_whole_rows(index: Sequence[Any]) -> bool:
-    return all(part is None or part is Ellipsis or isinstance(part, slice | int) for part in index)
 
 
 def in_split(trace: Trace, split: Split, call: TracedCall) -> Trace | None:
