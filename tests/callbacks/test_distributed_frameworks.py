@@ -19,6 +19,7 @@ import torch.distributed as dist
 from models import Block, TinyGPT, everything, language_loss, token_batch
 from torch import Tensor, nn
 
+from attnmonitor import AttentionMonitor
 from attnmonitor.record import RunRecord
 
 LIGHTNING = ("ddp", "fsdp", "model_parallel")
@@ -96,51 +97,49 @@ def _in_fabric(watched: bool) -> dict[str, Any]:
     """Fabric's wrapper holds a DDP model, whose own forward sends buffers to the other process."""
     from lightning.fabric import Fabric
 
-    from attnmonitor.callbacks.pytorch import attach
-
     torch.manual_seed(0)
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     model = TinyGPT(dropout=0.1, batch_norm=True)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), 1e-2))
-    monitor = None
-    if watched:
-        folder = Path("fabric-True/attnmonitor_runs")
-        monitor = attach(model, probe=token_batch(), every_n_steps=2, strict=True, record=folder)
-    losses = []
-    for step in range(6):
-        token_ids = token_batch(seed=10 * step + fabric.global_rank)
-        loss = language_loss(model(token_ids), token_ids)
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    if monitor is not None:
-        monitor.close()
-    return _end(model, optimizer, losses, monitor)
+    monitor = _attached(model, "fabric") if watched else None
+    return _trained(model, optimizer, fabric.backward, fabric.global_rank, monitor)
 
 
 def _in_accelerate(watched: bool) -> dict[str, Any]:
     """The monitor is attached before `prepare` wraps the model in DDP."""
     from accelerate import Accelerator
 
-    from attnmonitor.callbacks.pytorch import attach
-
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     model: Any = TinyGPT(dropout=0.1, batch_norm=True)
     optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-2)
-    monitor = None
-    if watched:
-        folder = Path("accelerate-True/attnmonitor_runs")
-        monitor = attach(model, probe=token_batch(), every_n_steps=2, strict=True, record=folder)
+    monitor = _attached(model, "accelerate") if watched else None
     model, optimizer = accelerator.prepare(model, optimizer)
     assert isinstance(model, nn.parallel.DistributedDataParallel)
+    return _trained(model, optimizer, accelerator.backward, accelerator.process_index, monitor)
+
+
+def _attached(model: nn.Module, name: str) -> AttentionMonitor:
+    from attnmonitor.callbacks.pytorch import attach
+
+    record = Path(f"{name}-True/attnmonitor_runs")
+    return attach(model, probe=token_batch(), every_n_steps=2, strict=True, record=record)
+
+
+def _trained(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Tensor], None],
+    rank: int,
+    monitor: AttentionMonitor | None,
+) -> dict[str, Any]:
+    """Train with a loop of the user's own."""
     losses = []
     for step in range(6):
-        token_ids = token_batch(seed=10 * step + accelerator.process_index)
+        token_ids = token_batch(seed=10 * step + rank)
         loss = language_loss(model(token_ids), token_ids)
-        accelerator.backward(loss)
+        backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
