@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from attnmonitor.functional.spectrum import DEFAULT_TARGET_RANK
 from attnmonitor.functional.summaries import needs_eigenvalues
 from attnmonitor.measurement.collected import Key, collected
 from attnmonitor.measurement.kept import Keeper, KeptLayer, kept_once
-from attnmonitor.measurement.measured import LayerValues, Measured
+from attnmonitor.measurement.measured import Measured
 from attnmonitor.measurement.modules_run import modules_run
 from attnmonitor.measurement.probe import Probe, RejectedBatchError, UnseenAttentionError
 from attnmonitor.measurement.quiet import default_torch_state, quiet
@@ -35,11 +34,11 @@ from attnmonitor.measurement.shares import Share
 from attnmonitor.measurement.tail import Tail, obstacle_now
 from attnmonitor.measurement.tail_calls import Recording
 from attnmonitor.measurement.tail_skipping import Skipping
-from attnmonitor.measurement.trust import judged_layer
+from attnmonitor.measurement.trust import head_counts, judged, nothing_measured
 from attnmonitor.measurement.unfinished import Unfinished
 from attnmonitor.measurement.weights import WeightMeasurement
 from attnmonitor.messages import error_text
-from attnmonitor.metrics.catalog import METRICS, WEIGHT_METRICS
+from attnmonitor.metrics.catalog import WEIGHT_METRICS
 from attnmonitor.metrics.statistics import summaries_of
 from attnmonitor.parallel.collectives import LoneCollectiveError, no_collectives
 from attnmonitor.sample import LayerCoverage
@@ -100,11 +99,7 @@ class Measurement:
     @property
     def num_heads(self) -> dict[str, dict[str, int]]:
         """Heads per scope of every layer that has heads."""
-        return {
-            layer: {"query_head": found.num_query_heads, "kv_head": found.num_kv_heads}
-            for layer, found in self.layers.items()
-            if found.num_query_heads
-        }
+        return head_counts(self.layers)
 
     @property
     def signature(self) -> str:
@@ -267,12 +262,9 @@ class Measurement:
 
     def nothing(self, reason: str) -> Measured:
         """The result of a measurement that failed as a whole: NaN for every head."""
-        # Calls nothing that a measurement calls, because that would fail here as well.
+        # Calls nothing that runs the model or its statistics, because that would fail here as well.
         with default_torch_state():
-            unknown = self._table("mean", {}, ())
-        coverage = {name: replace(layer, reason=reason) for name, layer in self.layers.items()}
-        diagnostics = dict.fromkeys(("certified_fraction", "decided_fraction", "invariant_residual"), math.nan)
-        return Measured(unknown, unknown, coverage, diagnostics)
+            return nothing_measured(self.layers, self._metrics, reason)
 
     def _sample_forward(self, probe: Probe) -> Reduction:
         """Run the probe, without what follows its last attention where nothing can notice."""
@@ -323,59 +315,21 @@ class Measurement:
         return Unfinished(
             forward,
             partial(collected, metrics=self._metrics),
-            lambda forward, on_host: self._judged_all(forward, on_host, how),
+            lambda forward, on_host: self._judged(forward, on_host, how),
         )
 
-    def _judged_all(self, forward: Reduction, on_host: Mapping[Key, Tensor], after_last_attention: str) -> Measured:
-        """Decide what may be shown of the numbers that have arrived."""
-        coverage = {
-            name: judged_layer(
-                self.layers.get(name, LayerCoverage(name, reason="it was not there at attach: attach again")),
-                forward.layers.get(name),
-                forward.failures.get(name, ""),
-                on_host,
-            )
-            for name in dict.fromkeys([*self.layers, *forward.layers])
-            if self.share.takes(name)
-        }
-        shown = [name for name, layer in coverage.items() if layer.measured]
-        shares = {
-            which: {name: float(on_host[which, name].mean()) for name in shown if (which, name) in on_host}
-            for which in ("certified", "decided")
-        }
-        residuals = [float(on_host["residual", name].amax()) for name in shown if ("residual", name) in on_host]
-        self._widen_sketches(shares["decided"], coverage)
-        return Measured(
-            values=self._table("mean", on_host, shown),
-            spread=self._table("spread", on_host, shown),
-            coverage=coverage,
-            diagnostics={
-                **{
-                    f"{which}_fraction": sum(by_layer.values()) / len(by_layer) if by_layer else math.nan
-                    for which, by_layer in shares.items()
-                },
-                "invariant_residual": max(residuals, default=math.nan),
-                "route": self.route.route,
-                "after_last_attention": after_last_attention,
-            },
-        )
+    def _judged(self, forward: Reduction, on_host: Mapping[Key, Tensor], after_last_attention: str) -> Measured:
+        """Return what may be shown of the numbers that have arrived."""
+        measured = judged(forward, on_host, self.layers, self._metrics, self.share)
+        self._widen_sketches(on_host, measured.coverage)
+        how = {"route": self.route.route, "after_last_attention": after_last_attention}
+        return replace(measured, diagnostics={**measured.diagnostics, **how})
 
-    def _widen_sketches(self, decided: Mapping[str, float], coverage: Mapping[str, LayerCoverage]) -> None:
+    def _widen_sketches(self, on_host: Mapping[Key, Tensor], coverage: Mapping[str, LayerCoverage]) -> None:
         """Let the next sample take a larger sketch of each layer of which not every head was decided."""
         # On numbers that have arrived anyway: trying again at once would make this sample wait for the device twice.
-        for name, fraction in decided.items():
-            if fraction < 1:
+        for name, layer in coverage.items():
+            decided = on_host.get(("decided", name)) if layer.measured else None
+            if decided is not None and float(decided.mean()) < 1:
                 wider = 2 * self._target_ranks.get(name, DEFAULT_TARGET_RANK)
-                self._target_ranks[name] = min(wider, coverage[name].head_dim)
-
-    def _table(self, which: str, on_host: Mapping[Key, Tensor], shown: Sequence[str]) -> LayerValues:
-        """The numbers by metric and layer; NaN for layers that may not be shown."""
-        return {
-            metric: {
-                name: on_host[which, metric, name]
-                if name in shown
-                else torch.full((heads[METRICS[metric].scope],), torch.nan)
-                for name, heads in self.num_heads.items()
-            }
-            for metric in self._metrics
-        }
+                self._target_ranks[name] = min(wider, layer.head_dim)

@@ -1,9 +1,12 @@
-"""Which layers' numbers may be shown: those whose captured tensors reproduce the layer's own output."""
+"""Which layers' numbers may be shown: those whose captured tensors reproduce the layer's own output.
+
+Those of all others are NaN, with the reason in their coverage.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,17 +14,99 @@ from torch import Tensor
 
 from attnmonitor.capture.comparison import deviation_where_finite
 from attnmonitor.measurement.collected import Key
-from attnmonitor.measurement.reduction import ReducedLayer
+from attnmonitor.measurement.measured import LayerValues, Measured
+from attnmonitor.measurement.reduction import ReducedLayer, Reduction
+from attnmonitor.measurement.shares import Share
+from attnmonitor.metrics.catalog import METRICS
 from attnmonitor.sample import LayerCoverage
 
-__all__ = ["judged_layer", "mismatch"]
+__all__ = ["head_counts", "judged", "mismatch", "nothing_measured"]
 
 # Allowed deviation of attention rebuilt in float32 from the layer's own output, by the type of the layer's tensors.
 # Rounding alone stays an order of magnitude below; a wrong scale or mask lies orders of magnitude above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def judged_layer(
+def judged(
+    forward: Reduction,
+    on_host: Mapping[Key, Tensor],
+    expected: Mapping[str, LayerCoverage],
+    metrics: Sequence[str],
+    share: Share,
+) -> Measured:
+    """Return what may be shown of the numbers that have arrived.
+
+    Args:
+        forward: The forward that they are of.
+        on_host: The numbers.
+        expected: How each layer was measured at attach.
+        metrics: Names of the metrics, in table order.
+        share: The layers that this process finishes.
+    """
+    coverage = {
+        name: _judged_layer(
+            expected.get(name, LayerCoverage(name, reason="it was not there at attach: attach again")),
+            forward.layers.get(name),
+            forward.failures.get(name, ""),
+            on_host,
+        )
+        for name in dict.fromkeys([*expected, *forward.layers])
+        if share.takes(name)
+    }
+    shown = [name for name, layer in coverage.items() if layer.measured]
+    shares = {
+        which: [float(on_host[which, name].mean()) for name in shown if (which, name) in on_host]
+        for which in ("certified", "decided")
+    }
+    residuals = [float(on_host["residual", name].amax()) for name in shown if ("residual", name) in on_host]
+    return Measured(
+        values=_table("mean", on_host, shown, expected, metrics),
+        spread=_table("spread", on_host, shown, expected, metrics),
+        coverage=coverage,
+        diagnostics={
+            **{f"{which}_fraction": sum(each) / len(each) if each else math.nan for which, each in shares.items()},
+            "invariant_residual": max(residuals, default=math.nan),
+        },
+    )
+
+
+def nothing_measured(expected: Mapping[str, LayerCoverage], metrics: Sequence[str], reason: str) -> Measured:
+    """Return the result of a measurement that failed as a whole: NaN for every head."""
+    unknown = _table("mean", {}, (), expected, metrics)
+    coverage = {name: replace(layer, reason=reason) for name, layer in expected.items()}
+    diagnostics = dict.fromkeys(("certified_fraction", "decided_fraction", "invariant_residual"), math.nan)
+    return Measured(unknown, unknown, coverage, diagnostics)
+
+
+def head_counts(layers: Mapping[str, LayerCoverage]) -> dict[str, dict[str, int]]:
+    """Return the heads per scope of every layer that has heads."""
+    return {
+        name: {"query_head": layer.num_query_heads, "kv_head": layer.num_kv_heads}
+        for name, layer in layers.items()
+        if layer.num_query_heads
+    }
+
+
+def _table(
+    which: str,
+    on_host: Mapping[Key, Tensor],
+    shown: Sequence[str],
+    expected: Mapping[str, LayerCoverage],
+    metrics: Sequence[str],
+) -> LayerValues:
+    """Return the numbers by metric and layer; NaN for layers that may not be shown."""
+    return {
+        metric: {
+            name: on_host[which, metric, name]
+            if name in shown
+            else torch.full((heads[METRICS[metric].scope],), torch.nan)
+            for name, heads in head_counts(expected).items()
+        }
+        for metric in metrics
+    }
+
+
+def _judged_layer(
     expected: LayerCoverage, layer: ReducedLayer | None, failure: str, on_host: Mapping[Key, Tensor]
 ) -> LayerCoverage:
     """Return how a layer was measured, or why its numbers may not be shown.
