@@ -96,7 +96,7 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
 
 
 def tail_of(name: str, most: int) -> str:
-    """The end of a name, which tells layers apart, with an ellipsis where it is longer than ``most`` characters.
+    """Return the end of a name, which tells layers apart: ``most`` characters, with an ellipsis where it is longer.
 
     Example:
         >>> tail_of("model.decoder.layers.11.self_attn", 20)

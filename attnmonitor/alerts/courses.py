@@ -100,7 +100,7 @@ def follow(
     """
 
     def kept(before: Tensor, otherwise: Tensor) -> Tensor:
-        """What was known before, of alarms that go on; ``otherwise`` of those that began or had no value yet."""
+        """Return what was known before of alarms that go on; ``otherwise`` where they began or had no value yet."""
         return torch.where(fired | before.isnan(), otherwise, before)
 
     distance = torch.where(distance.isnan() & ~fired, courses.distance, distance)

@@ -203,7 +203,7 @@ def _notification(
 
 
 def _positions_lines(events: Sequence[AlertEvent], evidence: Sequence[HeadEvidence]) -> list[str]:
-    """The leading key positions of each head, in the words of the advice."""
+    """Return the leading key positions of each head, in the words of the advice."""
     found = {(each.rule, each.layer, each.scope, each.head): each for each in evidence if each.positions}
     named = {event.key[1:]: found[event.key] for event in events if event.key in found}  # each head once
     heads = list(named.values())

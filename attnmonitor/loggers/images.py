@@ -50,7 +50,7 @@ class DrawingBudget:
         return self._share > 0
 
     def allows(self, sample: Sample) -> bool:
-        """Whether this sample may be drawn now; until it is, it is pending."""
+        """Return whether this sample may be drawn now; until it is, it is pending."""
         self.pending = sample if self else None
         return bool(self) and self._spent <= self._share * (time.perf_counter() - self._started)
 
@@ -72,7 +72,7 @@ class DrawingBudget:
 
 
 def heatmap_images(sample: Sample) -> dict[str, Image]:
-    """One image per metric, by its name; none where matplotlib is missing."""
+    """Return one image per metric, by its name; none where matplotlib is missing."""
     return _images(
         lambda plots: {
             metric: plots.heatmap(
@@ -84,7 +84,7 @@ def heatmap_images(sample: Sample) -> dict[str, Image]:
 
 
 def evidence_images(sample: Sample) -> dict[str, Image]:
-    """One image of the heads whose alarms began, four at most; none where none did, or where matplotlib is missing."""
+    """Return one image of the heads whose alarms began, four at most; none without such heads or matplotlib."""
     return _images(lambda plots: {"evidence": plots.evidence(sample.evidence)}) if sample.evidence else {}
 
 

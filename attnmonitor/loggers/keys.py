@@ -31,22 +31,22 @@ _LEAST_KEYS = _NUM_MODEL_KEYS * len(METRICS) + _NUM_OTHER_KEYS
 
 
 def key_prefix(sample: Sample) -> str:
-    """``attention``, or ``attention/<name>`` where the monitor has a name."""
+    """Return ``attention``, or ``attention/<name>`` where the monitor has a name."""
     return f"attention/{sample.name}" if sample.name else "attention"
 
 
 def heatmap_key(sample: Sample, metric: str) -> str:
-    """Key of the heatmap of all heads."""
+    """Return the key of the heatmap of all heads."""
     return f"{key_prefix(sample)}/{metric}/heatmap"
 
 
 def step_key(sample: Sample) -> str:
-    """Key of the x-axis of all other keys: optimizer steps, independent of the tracker's own step."""
+    """Return the key of the x-axis of all other keys: optimizer steps, independent of the tracker's own step."""
     return f"{key_prefix(sample)}/global_step"
 
 
 def summary_scalars(sample: Sample) -> dict[str, float]:
-    """Whole-model scalars of a sample.
+    """Return whole-model scalars of a sample.
 
     ``attention/<metric>/{min,q25,median,q75,max}`` over all heads, ``attention/alerts/{firing,new}``,
     ``attention/monitor/<name>`` with the monitor's own cost and checks, and the step they belong to.
@@ -133,7 +133,7 @@ class HeadScalars:
         self.num_keys = num_fixed + num_curves if self.every_head else self._max_keys
 
     def _choose(self, metric: str, layers: Mapping[str, Tensor]) -> set[tuple[str, int]]:
-        """Heads of a metric that have curves; a head once chosen stays chosen, so that its curve has no gaps."""
+        """Return the heads of a metric that have curves; one that is chosen stays, so curves have no gaps."""
         chosen = self._chosen.setdefault(metric, set())
         if not self.every_head and len(chosen) < self._allowed_heads:
             for outstanding in outlier_heads(layers, metric, self._allowed_heads):
@@ -143,6 +143,6 @@ class HeadScalars:
 
 
 def _quantiles(values: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
-    """Quantiles over the heads that have a number; NaN where none has."""
+    """Return quantiles over the heads that have a number; NaN where none has."""
     quantiles = torch.nanquantile(values, values.new_tensor(list(wanted.values())))
     return dict(zip(wanted, quantiles.tolist(), strict=True))

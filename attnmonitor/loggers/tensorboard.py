@@ -102,5 +102,5 @@ def _tag(key: str) -> str:
 
 
 def _as_markdown(text: str) -> str:
-    """The text as it is: TensorBoard reads Markdown, and four spaces make a line one of code."""
+    """Return the text as it is: TensorBoard reads Markdown, and four spaces make a line one of code."""
     return "\n".join(f"    {line}" for line in printable(text).splitlines())

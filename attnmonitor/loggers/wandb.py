@@ -133,7 +133,7 @@ class WandbLogger:
             return drawn
 
     def _evidence(self, sample: Sample) -> dict[str, Any]:
-        """One picture of the heads whose alarms began: they are few, and nobody wants to wait for the budget."""
+        """Return one picture of the heads whose alarms began: few, and nobody wants to wait for the budget."""
         if not (self._budget and sample.evidence):
             return {}
         with first_import("wandb"):
@@ -174,7 +174,7 @@ def _is_ours(entry: Any) -> bool:
 
 
 def _plotly_figures(charts: Mapping[str, Chart]) -> dict[str, Any]:
-    """The charts as ``wandb.Plotly`` objects; none where plotly is missing."""
+    """Return the charts as ``wandb.Plotly`` objects; none where plotly is missing."""
     with first_import("wandb"):
         import wandb
     if find_spec("plotly") is None:

@@ -44,7 +44,7 @@ class LateSample:
 
 
 def is_captured_in_a_graph() -> bool:
-    """Whether what is launched now is captured in a CUDA graph: a sample would break it."""
+    """Return whether what is launched now is captured in a CUDA graph: a sample would break it."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

@@ -51,7 +51,7 @@ def model_group(model: nn.Module) -> ModelGroup:
 
 
 def _named_groups(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """The ranks of each mesh of a `DTensor`, and of each process group of FSDP1 and DDP."""
+    """Return the ranks of each mesh of a `DTensor`, and of each process group of FSDP1 and DDP."""
     fsdp1 = loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     inside = [module for module in model.modules() if isinstance(module, (nn.parallel.DistributedDataParallel, fsdp1))]
     for module in dict.fromkeys([*inside, *_replicas_of(model)]):

@@ -148,7 +148,7 @@ def _locked(lock_path: Path) -> sqlite3.Connection:
 
 
 def _grants_locks(folder: Path) -> bool:
-    """Whether a file that nobody else knows can be locked in ``folder``."""
+    """Return whether a file that nobody else knows can be locked in ``folder``."""
     own = folder / f".{uuid.uuid4().hex}-lock"
     try:
         _locked(own).close()

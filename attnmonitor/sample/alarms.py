@@ -68,7 +68,7 @@ def head_name(
 
 
 def scoped_head_name(layer: str, head: int, scope: str | None, known: LayerCoverage | None = None) -> str:
-    """Name of a head in tables, charts and messages: ``layers.3 head 7`` or ``layers.3 KV head 1``.
+    """Return the name of a head in tables, charts and messages: ``layers.3 head 7`` or ``layers.3 KV head 1``.
 
     Args:
         layer: Name of the layer, as it is shown.

@@ -124,11 +124,11 @@ class LayerCoverage:
         return self.scale * math.sqrt(self.head_dim)
 
     def kv_head_of(self, query_head: int) -> int:
-        """The KV head that a query head reads."""
+        """Return the KV head that a query head reads."""
         return query_head % self.num_kv_heads if self.tiled else query_head * self.num_kv_heads // self.num_query_heads
 
     def query_heads_of(self, kv_head: int) -> tuple[int, ...]:
-        """The query heads that read a KV head."""
+        """Return the query heads that read a KV head."""
         return tuple(head for head in range(self.num_query_heads) if self.kv_head_of(head) == kv_head)
 
     @property

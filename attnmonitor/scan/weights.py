@@ -110,7 +110,7 @@ def _mismatch(entry: Any) -> tuple[str, Sequence[int], Sequence[int]]:
 
 
 def _is_after_attention(model: Any, name: str) -> bool:
-    """Whether a tensor belongs to a head or pooler, which run after all attention."""
+    """Return whether a tensor belongs to a head or pooler, which run after all attention."""
     is_outside = model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")
     head = model.get_output_embeddings()
     is_output = head is not None and any(

@@ -17,7 +17,7 @@ _MOST_OTHERS = 2  # curves of other names, where neither a loss nor a learning r
 
 
 def logged_title(name: str) -> str:
-    """What a logged value is to a reader: ``"loss"``, ``"learning rate"`` or, of any other name, ``"logged"``.
+    """Return what a logged value is to a reader: ``"loss"``, ``"learning rate"`` or, of any other name, ``"logged"``.
 
     Example:
         >>> [logged_title(name) for name in ("train_loss", "lr-AdamW", "flor", "grad_norm")]
@@ -27,13 +27,13 @@ def logged_title(name: str) -> str:
 
 
 def shown_curves(logged: Mapping[str, _Curve]) -> dict[str, _Curve]:
-    """Losses and learning rates among the curves that training logged; where there is neither, the first others."""
+    """Return the losses and learning rates that training logged; where there are none, the first other curves."""
     known = {name: curve for name, curve in logged.items() if logged_title(name) != "logged"}
     return known or dict(list(logged.items())[:_MOST_OTHERS])
 
 
 def loss_and_rate(logged: Mapping[str, _Curve]) -> dict[str, _Curve]:
-    """A training loss, a held-out loss and a learning rate, those there are; the shortest name of each kind.
+    """Return a training loss, a held-out loss and a learning rate, where logged; the shortest name of each kind.
 
     Example:
         >>> list(loss_and_rate({"lr-AdamW": 1, "val/loss": 2, "loss_step": 3, "loss": 4, "accuracy": 5}))

@@ -26,7 +26,7 @@ def fault_text(kind: str) -> str:
 
 
 def fault_names(events: Iterable[AlertEvent], *, courses: bool = True) -> str:
-    """Each kind of fault once, with the step of its first alarm and the course of its worst one.
+    """Return each kind of fault once, with the step of its first alarm and the course of its worst one.
 
     Args:
         events: Alarms, worst first.
@@ -49,12 +49,12 @@ def fault_names(events: Iterable[AlertEvent], *, courses: bool = True) -> str:
 
 
 def count_text(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is not one."""
+    """Return a number with its noun, in the plural where it is not one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def short_layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Names of layers without the parts that all of them share, still unique.
+    """Return the names of layers without the parts that all of them share, still unique.
 
     Example:
         >>> short_layer_names(["model.layers.0.self_attn", "model.layers.1.self_attn"])
@@ -74,5 +74,5 @@ def short_layer_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _num_shared(columns: Iterable[tuple[Any, ...]]) -> int:
-    """Number of leading columns that hold only one value."""
+    """Return the number of leading columns that hold only one value."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

@@ -176,7 +176,7 @@ def _range_text(heads: Mapping[str, ArrayLike], metric: str) -> str:
 
 
 def _colors(table: NDArray[np.float64], metric: str) -> NDArray[np.uint8]:
-    """Colors of the cells, ``(num_layers, num_heads, 3)``."""
+    """Return the colors of the cells, ``(num_layers, num_heads, 3)``."""
     low, high = range_without_outliers(table, metric, (0.02, 0.98)) or (1.0, 2.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.log(table) if is_log(metric) else table
@@ -191,7 +191,7 @@ def _colors(table: NDArray[np.float64], metric: str) -> NDArray[np.uint8]:
 
 
 def _enlarged(cells: NDArray[Any]) -> NDArray[Any]:
-    """The cells of a table as squares of pixels."""
+    """Return the cells of a table as squares of pixels."""
     return cells.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
 
 

@@ -31,7 +31,7 @@ class OutlierHead(NamedTuple):
 
 
 def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[OutlierHead]:
-    r"""The ``k`` heads that differ most from the others in the model, largest distance first.
+    r"""Return the ``k`` heads that differ most from the others in the model, largest distance first.
 
     .. math:: z = (x - \operatorname{median} x) \,/\, (1.4826 \operatorname{MAD} x + 0.1 c)
 
@@ -61,7 +61,7 @@ def outlier_heads(values: Mapping[str, ArrayLike], metric: str, k: int) -> list[
 
 
 def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
-    """Signed distances as in `outlier_heads`, ``(num_heads,)`` in and out."""
+    """Return signed distances as in `outlier_heads`, ``(num_heads,)`` in and out."""
     log_scale = is_log(metric)
     with np.errstate(divide="ignore", invalid="ignore"):  # a dead head: log 0 is infinitely far
         x = np.log(values) if log_scale else values
@@ -74,7 +74,7 @@ def robust_distances(values: NDArray[np.float64], metric: str) -> NDArray[np.flo
 
 
 def movement(curves: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
-    """How far each head moved from the median head: the range of its distance over the samples, ``(num_heads,)``.
+    """Return how far each head moved from the median head: the range of its distances, ``(num_heads,)``.
 
     Args:
         curves: ``(num_samples, num_heads)``; a head without a number has not moved.
@@ -95,7 +95,7 @@ def movement(curves: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
 def range_without_outliers(
     values: NDArray[np.float64], metric: str, quantiles: tuple[float, float]
 ) -> tuple[float, float] | None:
-    """Limits of a color or y scale: quantiles over the heads that are no outliers.
+    """Return limits of a color or y scale: quantiles over the heads that are no outliers.
 
     Among a dozen heads a high quantile is nearly the maximum, so a single outlier would give all others one color. If
     more than a quarter of the heads are far from the median they are no outliers, and all count.

@@ -76,7 +76,7 @@ DARK_COLORS = {
 
 
 def head_color(head: int) -> str:
-    """Color of a head, from its index among all heads of the model.
+    """Return the color of a head, from its index among all heads of the model.
 
     So it is the same in the charts of all metrics, at every sample and in every run of the model.
     """
@@ -84,7 +84,7 @@ def head_color(head: int) -> str:
 
 
 def kind_color(kind: str) -> str:
-    """Color of a kind of fault where several stand side by side, the same in every run.
+    """Return the color of a kind of fault where several stand side by side, the same in every run.
 
     Kinds of a user's own rules share the shades of the others.
     """
@@ -93,7 +93,7 @@ def kind_color(kind: str) -> str:
 
 
 def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
-    """The first ``most`` heads of ``order`` that differ in `head_color`, each with its color.
+    """Return the first ``most`` heads of ``order`` that differ in `head_color`, each with its color.
 
     Args:
         order: Indices among all heads of the model, most important first.
@@ -111,7 +111,7 @@ def color_heads(order: Iterable[int], most: int) -> dict[int, str]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values from ``low`` to ``high`` for ticks of a logarithmic axis, three or more where the range has them.
+    """Return round values from ``low`` to ``high`` for ticks of a logarithmic axis, three or more where possible.
 
     Both ends are positive.
 

@@ -54,7 +54,7 @@ def layer_table(
     coverage: Mapping[str, LayerCoverage] | None = None,
     metrics: Sequence[str] = TABLE_METRICS,
 ) -> str:
-    """A text table, one row per layer: median (least–greatest) over its heads, and its alarms.
+    """Return a text table, one row per layer: median (least–greatest) over its heads, and its alarms.
 
     Args:
         values: ``values[metric][layer]`` is ``(num_heads,)``, as `Sample.values` has it.
@@ -68,7 +68,7 @@ def layer_table(
 
 
 def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
-    """A text table, one row per layer: how it was captured and verified, or why it was not measured.
+    """Return a text table, one row per layer: how it was captured and verified, or why it was not measured.
 
     Below it what may be a mistake in the model, and what could not be read or was left out of the weights, values and
     outputs; layers of which the same is said share a line.
@@ -85,7 +85,7 @@ def coverage_table(coverage: Mapping[str, LayerCoverage]) -> str:
 
 
 def aligned(header: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], *, rule: bool = True) -> str:
-    """A text table whose columns are two spaces apart.
+    """Return a text table whose columns are two spaces apart.
 
     Args:
         header: Lines of headings.
@@ -168,7 +168,7 @@ def _table(
 
 
 def _alarm_text(events: Sequence[AlertEvent], layer: str, coverage: Mapping[str, LayerCoverage]) -> str:
-    """The faults of a head, ``head 7: key sink since step 400``, or those of the layer alone."""
+    """Return the faults of a head, ``head 7: key sink since step 400``, or those of the layer alone."""
     head, faults = head_name(events[0], {layer: ""}, coverage).strip(), fault_names(events, courses=False)
     return f"{head}: {faults}" if head else faults
 

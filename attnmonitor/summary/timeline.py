@@ -121,7 +121,7 @@ def _bin(step: int, first: int, last: int, room: int) -> int:
 
 
 def _binned(curve: Sequence[tuple[int, float]], first: int, last: int, room: int) -> list[float]:
-    """The curve as one value per character, each until the next one; NaN before the first."""
+    """Return the curve as one value per character, each until the next one; NaN before the first."""
     bins = [math.nan] * room
     for step, value in curve:
         bins[_bin(step, first, last, room)] = value

@@ -52,7 +52,7 @@ def verdict(counts: RunCounts) -> str:
 
 
 def _notes(counts: RunCounts) -> list[str]:
-    """What is said after the verdict itself."""
+    """Return what is said after the verdict itself."""
     notes = []
     if counts.state == "alarm":
         notes += [_DOUBTS[doubt](counts) for doubt in counts.doubts if doubt in _BESIDE_ALARMS]
