@@ -84,6 +84,7 @@ class Findings:
             ranked_masks=ranked,
             rows_at=attention.rows_at,
             merged=attention.merged,
+            product_axes=attention.product_axes,
         )
         return examined(known, attention, query_mask, self._surroundings(attention, made_of))
 

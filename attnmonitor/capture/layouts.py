@@ -54,6 +54,7 @@ class Layout:
         rows_at: The leading axis of its product, in the code's order, that counts query positions where heads stand in
             the place of rows; None for the usual order.
         merged: How the rows of its product count positions and heads at once; None where they count positions alone.
+        product_axes: Axes of the query and the key positions in its product.
         output_at: Where its output meets a weight; None where that was not looked for, or is not clear yet.
     """
 
@@ -75,6 +76,7 @@ class Layout:
     ranked_masks: tuple[bool, ...] = ()
     rows_at: int | None = None
     merged: MergedRows | None = None
+    product_axes: tuple[int, ...] = ()
     output_at: OutputPlace | None = None
 
     def fits(self, attention: Attention) -> bool:

@@ -116,6 +116,7 @@ class Attention:
         lead: Which leading axes of the code's operands count heads.
         rows_at: As in `PairwiseProduct`.
         merged: As in `Layout`.
+        product_axes: As in `Layout`.
         arrange: From ``(B, Hq, R, Lk)`` to the layout in which the code keeps its logits.
         restore: From the layout of the softmax's argument back to ``(B, Hq, R, Lk)``, extra columns dropped.
         affine: Steps that add to the product or scale it.
@@ -142,6 +143,7 @@ class Attention:
     lead: Lead | None = None
     rows_at: int | None = None
     merged: MergedRows | None = None
+    product_axes: tuple[int, ...] = ()
     arrange: Callable[[Tensor], Tensor] = _identity
     restore: Callable[[Tensor], Tensor] = _identity
     affine: list[Step] = field(default_factory=list)

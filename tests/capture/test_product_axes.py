@@ -30,14 +30,15 @@ class Layer(nn.Module):
         return self.attend(*self.heads(x))
 
 
-def calls_of_two_forwards(layer: Layer, length: int) -> list[AttentionCall]:
+def calls_of_two_forwards(layer: nn.Module, length: int) -> list[AttentionCall]:
     """Return the attention as found at attach, and as in a sample."""
     calls: list[AttentionCall] = []
     layouts: Layouts = {}
+    batch = hidden(length)
     with torch.no_grad():
         for _ in range(2):
             with capture_attention(layer, calls.append, layouts=layouts):
-                layer(hidden(length))
+                layer(batch)
     return calls
 
 
@@ -49,7 +50,7 @@ def causal(logits: Tensor) -> Tensor:
     return torch.ones_like(logits, dtype=torch.bool).tril()
 
 
-def assert_captured(layer: Layer, query: Tensor, key: Tensor, length: int, sees: str = "causal") -> None:
+def assert_captured(layer: nn.Module, query: Tensor, key: Tensor, length: int, sees: str = "causal") -> None:
     calls = calls_of_two_forwards(layer, length)
     assert len(calls) == 2
     for call in calls:
@@ -328,3 +329,36 @@ def test_keys_that_a_subtracted_mask_hides_are_padding() -> None:
 
     (call, _) = calls_of_two_forwards(Layer(HEADS, attend), 6)
     assert torch.equal(call.key_mask, hidden_keys == 0)
+
+
+class WithTable(nn.Module):
+    """Relative positions as in Shaw et al. 2018: queries times an embedding of the distance, (L, L, d)."""
+
+    def __init__(self, equation: str, *, first: bool) -> None:
+        super().__init__()
+        self.qkv, self.table = nn.Linear(WIDTH, 3 * WIDTH), nn.Embedding(2 * LENGTH - 1, SIZE)
+        self.equation, self.first = equation, first
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.qkv(x).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        steps = torch.arange(x.shape[1])
+        distances = self.table(steps[:, None] - steps + x.shape[1] - 1)
+        operand = k if self.equation.startswith("bhjd") else q
+        terms = [q @ k.mT * 0.3, torch.einsum(self.equation, operand, distances) * 0.3]
+        return (sum(reversed(terms) if self.first else terms).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+LENGTH = 6
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["table first", "table second"])
+@pytest.mark.parametrize("length", [LENGTH, HEADS], ids=["long", "as many as heads"])
+@pytest.mark.parametrize("equation", ["bhid,ijd->bhij", "bhjd,ijd->bhij"], ids=["queries", "keys"])
+def test_product_with_a_table_of_distances_is_a_bias(equation: str, length: int, first: bool) -> None:
+    layer = WithTable(equation, first=first)
+    q, k, _ = layer.heads(hidden(length))
+    assert_captured(layer, q, k, length, sees="both")
+    assert all(call.outside == ("bias",) for call in calls_of_two_forwards(layer, length))

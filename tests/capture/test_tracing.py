@@ -187,11 +187,29 @@ def test_layer_that_attends_by_another_layers_product_is_named(reuse: Callable[[
     assert result.missed == {"borrower": "it attends by the queries and keys of owner and has none of its own"}
 
 
-@pytest.mark.parametrize("attend", [slot_attention, two_products], ids=lambda attend: attend.__name__)
-def test_ambiguous_attention_is_missed_with_a_reason(attend: Callable[..., Tensor]) -> None:
+def near_and_far(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    """Local keys beside those of a summary, as in Pegasus-X."""
+    logits = torch.cat([q @ k.mT, q @ k[:, :, :2].mT], -1)
+    return logits.softmax(-1) @ torch.cat([v, v[:, :, :2]], -2)
+
+
+def leaky(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:
+    logits = q @ k.mT
+    return torch.where(logits > 0, logits, 0.2 * logits).softmax(-1) @ v
+
+
+AMBIGUOUS = {
+    slot_attention: "its softmax does not run over the positions its values come from",
+    two_products: "its logits are the sum of several query-key products",
+    near_and_far: "its logits are made of several query-key products by cat, which cannot be followed",
+    leaky: "its logits are combined with themselves by where, which cannot be followed",
+}
+
+
+@pytest.mark.parametrize("attend", AMBIGUOUS, ids=lambda attend: attend.__name__)
+def test_ambiguous_attention_is_missed_with_the_true_reason(attend: Callable[..., Tensor]) -> None:
     result = captured(HandWritten(attend), x=hidden())
-    assert result.calls == []
-    assert list(result.missed) == ["HandWritten"]
+    assert (result.calls, result.missed) == ([], {"HandWritten": AMBIGUOUS[attend]})
 
 
 def talking_heads(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor) -> Tensor:

@@ -226,6 +226,7 @@ def as_attention(trace: Trace, lead: Lead) -> Attention:
         lead=lead,
         rows_at=product.rows_at,
         merged=origin.merged,
+        product_axes=code_axes,
         arrange=arrange,
         restore=restore,
         affine=trace.steps_of("affine"),

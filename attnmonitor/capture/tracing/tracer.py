@@ -53,7 +53,23 @@ __all__ = ["Tracer"]
 
 PICKS = {"topk", "sort"}
 _SEVERAL = "its logits are the sum of several query-key products"
-_SEVERAL_SOFTMAXES = "its weights are the sum of several softmaxes"
+
+
+def _of_several(trace: Trace, name: str, *, is_one: bool) -> str:
+    """Return why what a function makes of several logits, or weights, cannot be measured.
+
+    Args:
+        trace: The trace of the first of them.
+        name: The name of the function.
+        is_one: Whether all are of one query-key product.
+    """
+    is_after = trace.stage == "after"
+    if is_one and not is_after:
+        return f"its logits are combined with themselves by {name}, which cannot be followed"
+    what, of = ("weights", "softmaxes") if is_after else ("logits", "query-key products")
+    if name in ADDITIONS:
+        return f"its {what} are the sum of several {of}"
+    return f"its {what} are made of several {of} by {name}, which cannot be followed"
 
 
 class Tracer:
@@ -84,6 +100,7 @@ class Tracer:
         self._frames = frames
         self._ancestries = ancestries
         self._repeated = repeated
+        self._known = known
         self._begun = Beginnings(repeated, ancestries, known).trace_of
         self._found = found
         self._missed = missed
@@ -144,15 +161,30 @@ class Tracer:
             slots = [slot for slot in slots if slot == 0]
         if not slots:
             return None
+        plain = [slot for slot in slots if not self._is_of_table(operands[slot])] if name in ADDITIONS else []
+        slots = plain if len(plain) == 1 else slots  # a product with a table of relative positions is a bias
         call.slot = slots[0]
         traced = operands[call.slot]
         elementwise = name not in PERMUTATIONS and name not in RESHAPES and name not in ("cat", "pad", "__getitem__")
         if elementwise and shape != traced.shape:
             return None
         trace = self._traces.get(traced)
-        if trace is not None and any(operands[slot] is not traced for slot in slots):
-            trace = replace(trace, ambiguity=_SEVERAL_SOFTMAXES if trace.stage == "after" else _SEVERAL)
+        others = [self._traces.get(operands[slot]) for slot in slots if operands[slot] is not traced]
+        if trace is not None and others:
+            is_one = all(other is not None and other.origin is trace.origin for other in others)
+            trace = replace(trace, ambiguity=_of_several(trace, name, is_one=is_one))
         return trace
+
+    def _is_of_table(self, logits: Tensor) -> bool:
+        """Return whether logits are a product of activations with something that no input of the model is a part of."""
+        trace = self._traces.get(logits)
+        if trace is None:
+            return False
+        made_of, known = trace.origin.made_of, self._known(trace.origin.layer)
+        if made_of is not None:
+            return not (made_of.query.inputs and made_of.key.inputs)
+        product = trace.origin.product
+        return known is not None and {*known.product_axes} != {product.query_axis, product.key_axis}
 
     def _observe_product(self, call: FunctionCall) -> None:
         product = labeled(call)
