@@ -27,11 +27,15 @@ from attnmonitor.cli.demo import SmallGPT, english, next_token_loss, windows
 from attnmonitor.measurement import Measurement
 from attnmonitor.measurement.probe import Probe
 from attnmonitor.measurement.quiet import quiet
+from attnmonitor.measurement.reduction import Reduction
 from attnmonitor.parallel.workers import map_on_cores, split_for_cores
 from benchmarks.smollm2 import load_smollm2
 
 DEFAULT_STEPS_BETWEEN_SAMPLES = 100
 SAMPLES = ("sample, default", "sample, with opt-in")
+DIFFERENCES = ("capture", "default", "with opt-in")
+PARTS = ("captured layers", "eigenproblems")
+ALONE = (*DIFFERENCES, *PARTS)
 
 
 def interleaved(columns: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -55,7 +59,7 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
     """Return the cost of samples, of capture and of measurement, as shares of a plain forward of the probe.
 
     A measurement that was not attached runs its forward to the end; what it takes beside a plain forward is the
-    measurement alone.
+    measurement alone, as the difference of two forwards. What it does with the captured layers is timed by itself too.
     """
     probe = Probe(model, batch)
     columns: dict[str, Callable[[], object]] = {}
@@ -75,13 +79,35 @@ def share_of_probe(model: nn.Module, batch: torch.Tensor, repeats: int) -> dict[
         with quiet(model), capture_attention(model, lambda call: None, layouts=layouts):
             probe.run(model)
 
-    columns = {"forward": bare, "capture": captured, **columns, "eigenproblems": eigenproblems(model, probe)}
+    columns = {
+        "forward": bare,
+        "capture": captured,
+        **columns,
+        "captured layers": captured_layers(model, probe),
+        "eigenproblems": eigenproblems(model, probe),
+    }
     seconds = interleaved(columns, repeats)
     return {
         "forward_seconds": statistics.median(seconds["forward"]),
-        **{name: ratio(seconds[name], seconds["forward"]) for name in (*SAMPLES, "eigenproblems")},
-        **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in ("capture", "default", "with opt-in")},
+        **{name: ratio(seconds[name], seconds["forward"]) for name in (*SAMPLES, *PARTS)},
+        **{name: ratio(seconds[name], seconds["forward"]) - 1 for name in DIFFERENCES},
     }
+
+
+def captured_layers(model: nn.Module, probe: Probe) -> Callable[[], object]:
+    """Return a function that computes the default metrics of layers that were captured before, without a forward."""
+    calls: list[AttentionCall] = []
+    with quiet(model), capture_attention(model, calls.append):
+        probe.run(model)
+
+    def reduce() -> None:
+        with quiet(model):
+            reduction = Reduction(DEFAULT_METRICS, {}, strict=True)
+            for call in calls:
+                reduction.take(call)
+            reduction.finish()
+
+    return reduce
 
 
 def eigenproblems(model: nn.Module, probe: Probe) -> Callable[[], object]:
@@ -128,6 +154,7 @@ def share_of_training(repeats: int) -> dict[str, float]:
 
     samples: dict[str, Callable[[], object]] = {
         "probe forward": bare,
+        "captured layers": captured_layers(model, probe),
         "eigenproblems": eigenproblems(model, probe),
         "default": default.take,
         "with opt-in": opted.take,
@@ -156,8 +183,7 @@ def main() -> None:
         "SmolLM2-135M, L = 512, batch 4": lambda: load_smollm2(length=512, batch=4),
     }
     print("in plain forwards of the probe: a whole sample, and the measurement alone")
-    header = f"{'sample':>10s}{'+ opt-in':>10s}{'capture':>12s}{'default':>10s}{'+ opt-in':>10s}{'eigenproblems':>14s}"
-    print(f"{'':34s}{header}")
+    print(f"{'':32s}" + "".join(f"{name:>20s}" for name in (*SAMPLES, *ALONE)))
     for name, load in models.items():
         try:
             model, batch = load()
@@ -165,14 +191,13 @@ def main() -> None:
             print(f"{name:34s} left out: {missing}")
             continue
         shares = results[name] = share_of_probe(model, batch, options.repeats)
-        samples = "".join(f"{shares[column]:10.2f}" for column in SAMPLES)
-        alone = "".join(f"{shares[column]:10.1%}" for column in ("capture", "default", "with opt-in"))
-        print(f"{name:34s}{samples}  {alone}{shares['eigenproblems']:14.1%}")
+        samples = "".join(f"{shares[column]:20.2f}" for column in SAMPLES)
+        print(f"{name:32s}{samples}" + "".join(f"{shares[column]:20.1%}" for column in ALONE))
         print(f"a sample costs {shares[SAMPLES[0]]:.2f} of a plain forward: {name}")
 
     training = results["training, GPT 32M, L = 256, batch 8, every 100 steps"] = share_of_training(options.repeats)
     print("\nslowdown of training with the default of one sample in 100 steps (GPT 32M, batch 8 × 256, probe 8 × 256)")
-    for column in ("probe forward", "eigenproblems", "default", "with opt-in"):
+    for column in ("probe forward", *PARTS, "default", "with opt-in"):
         print(f"{column:34s}{training[column]:10.2%}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2))
