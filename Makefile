@@ -50,8 +50,8 @@ soak: $(READY)  ## proofs that take longer than a test may
 
 matrix: $(READY)  ## hundreds of library models against an independent observer; writes their list in docs/architectures.md
 	$(INSTALL) --no-deps diffusers vit-pytorch open_clip_torch ftfy wcwidth fair-esm segment-anything torch-geometric \
-	    local-attention hyper-connections linear-attention-transformer axial-positional-embedding product-key-memory \
-	    performer-pytorch
+	    local-attention hyper-connections linear-attention-transformer linformer colt5-attention \
+	    axial-positional-embedding product-key-memory performer-pytorch
 	$(RUN) -m benchmarks.pages.matrix
 
 fuzz: $(READY)  ## 1,000 random models against the float64 reference; about 10 minutes

@@ -124,7 +124,8 @@ def _with_masses(
     count, later_mass, mass_on_padding = sums.tolist()
     padding_mass = mass_on_padding / count if padded and count else math.nan
     future_mass = later_mass / count if square and count else math.nan
-    reaches = [_reach(each) for each in torch.stack(reached).amax(0).tolist()]
+    by_row = torch.cat(reached, 1)  # (ways to count, R, 4)
+    reaches = [_reach(each) for each in by_row.amax(1).tolist()]
     back, ahead = reaches[0] if square else (None, None)
     return replace(
         layout,
@@ -133,6 +134,7 @@ def _with_masses(
         padding_mass=padding_mass,
         reach_back=back,
         reach_ahead=ahead,
+        reaches_evenly=bool(ahead) and bool((by_row[0, :, 2] == by_row[0, :, 3].clamp_max(ahead or 0)).all()),
     )
 
 
@@ -150,7 +152,7 @@ def _sees(layout: Layout, *, looks_ahead: bool) -> str:
 
 
 def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None, own: slice) -> Tensor:
-    """Return how many positions the rows see at most before and after their own, and how many there are, ``(4,)``.
+    """Return how many positions each row sees before and after its own, and how many there are, ``(R, 4)``.
 
     Args:
         seen: ``(B, H, R, Lk)``, which keys a row sees.
@@ -163,7 +165,8 @@ def _reached(seen: Tensor, rows: Tensor, key_mask: Tensor | None, own: slice) ->
     there = seen.any(-1, keepdim=True)
     if key_mask is not None:
         there = there & key_mask[:, None, None, :]
-    return torch.stack([(sign * ahead).where(which, 0).amax() for sign in (-1, 1) for which in (seen, there)])
+    each_row = [(sign * ahead).where(which, 0).amax((0, 1, 3)) for sign in (-1, 1) for which in (seen, there)]
+    return torch.stack(each_row, -1)
 
 
 def _reach(reached: list[int]) -> tuple[int | None, int | None]:

@@ -47,6 +47,7 @@ class Layout:
         padding_mass: The same on padding.
         reach_back: How many earlier positions a query sees at most, None for all or where it does not apply.
         reach_ahead: The same of later positions.
+        reaches_evenly: Whether every query sees ``reach_ahead`` later positions, as far as there are so many.
         remarks: What stands out in its queries, keys and weights.
         in_turns: Whether its code loops over its positions, so that its sequences come one after the other.
         positions: Sequences and keys of the forward in which this was found.
@@ -70,6 +71,7 @@ class Layout:
     padding_mass: float = math.nan
     reach_back: int | None = None
     reach_ahead: int | None = None
+    reaches_evenly: bool = False
     remarks: tuple[str, ...] = ()
     in_turns: bool = False
     positions: tuple[int, int] = (0, 0)

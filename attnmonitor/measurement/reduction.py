@@ -245,6 +245,7 @@ class Reduction:
             padding_mass=call.layout.padding_mass,
             reach_back=call.layout.reach_back,
             reach_ahead=call.layout.reach_ahead,
+            reaches_evenly=call.layout.reaches_evenly,
             remarks=call.layout.remarks,
             documents=0 if call.layout.documents is None else call.layout.documents.count,
         )

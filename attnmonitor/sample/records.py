@@ -79,6 +79,7 @@ class LayerCoverage:
         documents: Documents that the probe's rows were cut into; 0 where they were left whole.
         reach_back: How many earlier positions a query sees at most; None for all, or where it does not apply.
         reach_ahead: The same of later positions: 0 for a causal layer.
+        reaches_evenly: Whether every query sees ``reach_ahead`` later positions, as far as there are so many.
         remarks: What stood out at attach: heads whose queries or keys are zero, constant or equal to another's, whether
             they depend on position, dropout in evaluation mode.
     """
@@ -104,6 +105,7 @@ class LayerCoverage:
     documents: int = 0
     reach_back: int | None = None
     reach_ahead: int | None = None
+    reaches_evenly: bool = False
     remarks: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:

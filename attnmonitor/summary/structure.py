@@ -29,6 +29,7 @@ COVERAGE_COLUMNS = ("layer", "heads (query/KV)", "head size", "scale", "sees", "
 _LEAST_MASS = 1e-6  # what half precision leaves of a hidden key
 _MIN_PEERS = 2
 _MOST_ODD = 1 / 3
+_MOST_OFF = 1 / 4  # of the positions: what reaches further is hardly a mask that is off
 
 
 def coverage_row(layer: LayerCoverage) -> tuple[str, ...]:
@@ -125,9 +126,12 @@ def likely_mistakes(coverage: Mapping[str, LayerCoverage]) -> dict[str, list[str
     for layer, note in itertools.chain.from_iterable(map(_odd_notes, kinds.values())):
         found.setdefault(layer.layer, []).append(note)
     for layer in _examined(coverage):
-        if layer.layer not in found and layer.reach_ahead and layer.reach_back is None and looks_ahead(layer):
-            later = "1 later position" if layer.reach_ahead == 1 else f"{layer.reach_ahead} later positions"
-            found[layer.layer] = [f"sees {later} and all earlier ones: is a causal mask off by {layer.reach_ahead}?"]
+        ahead = layer.reach_ahead or 0
+        # A prefix that sees itself, or blocks that do, reach as far in some rows only.
+        is_off = layer.reaches_evenly and layer.reach_back is None and 0 < ahead <= _MOST_OFF * layer.num_keys
+        if layer.layer not in found and is_off and looks_ahead(layer):
+            later = "1 later position" if ahead == 1 else f"{ahead} later positions"
+            found[layer.layer] = [f"sees {later} and all earlier ones: is a causal mask off by {ahead}?"]
     return found
 
 
@@ -156,8 +160,8 @@ def _examined(coverage: Mapping[str, LayerCoverage]) -> list[LayerCoverage]:
 
 def _odd_notes(peers: Sequence[LayerCoverage]) -> Iterator[tuple[LayerCoverage, str]]:
     """Yield each layer that is odd among its peers, and how."""
-    causal = [None if math.isnan(layer.future_mass) else not looks_ahead(layer) for layer in peers]
-    for layer, others in _odd(peers, causal):
+    directed = [layer for layer in peers if not math.isnan(layer.future_mass)]
+    for layer, others in _odd(directed, [looks_ahead(layer) for layer in directed]):
         does = "attends" if looks_ahead(layer) else "does not attend"
         mass = f" (mass {layer.future_mass:.2g})" if looks_ahead(layer) else ""
         yield layer, f"odd: it {does} to later positions{mass}, unlike the other {_others(others)}"
@@ -174,7 +178,7 @@ def _odd(
     layers: Sequence[LayerCoverage], values: Sequence[Hashable]
 ) -> list[tuple[LayerCoverage, list[LayerCoverage]]]:
     """Return the few layers whose value is not that of all others, each with those others."""
-    usual, count = Counter(values).most_common(1)[0]
+    usual, count = next(iter(Counter(values).most_common(1)), (None, 0))
     odd = [layer for layer, value in zip(layers, values, strict=True) if value != usual]
     if count < _MIN_PEERS or len(odd) > _MOST_ODD * len(layers):
         return []

@@ -25,6 +25,7 @@ from attnmonitor import AttentionMonitor, LayerCoverage, Sample
 from attnmonitor.capture import AttentionCall, capture_attention
 from attnmonitor.functional.summaries import FROM_ATTENTION
 from attnmonitor.metrics.catalog import METRICS
+from attnmonitor.summary.structure import grouped_lines, likely_mistakes
 from benchmarks.pages.architectures import float64_statistics
 from benchmarks.pages.observed_fields import Fields, Match
 from benchmarks.pages.observer import observing
@@ -52,7 +53,7 @@ class Agreement:
         named: Why layers have no numbers, by name.
         silent: Modules in which an attention ran that no layer measures and no reason names.
         false_names: Names without an attention that ran in them.
-        wrong: What differs from the observer, in words.
+        wrong: What differs from the observer, and what is called a mistake in a library's model, in words.
         heads_checked: Layers whose module says how many heads it has, and has as many.
         scales: Layers whose scale was compared with the softmax's result; of the others only the output is rebuilt.
         deviation: Largest relative deviation of a number.
@@ -111,6 +112,7 @@ def compared(
         result.silent = [each.module for each in left if not _is_named(each.module, missed)]
         return result
     coverage = sample.coverage
+    result.wrong += [f"called a mistake: {line}" for line in grouped_lines(likely_mistakes(coverage))]
     result.named = {name: each.reason for name, each in coverage.items() if not each.measured}
     result.silent = [each.module for each in left if not _is_named(each.module, {**missed, **result.named})]
     result.false_names = [

@@ -166,7 +166,7 @@ VIT_PYTORCH: list[tuple[str, str, dict[str, Any], Callable[[], Any]]] = [
     ("ats_vit", "ViT", {**PLAIN, "max_tokens_per_depth": (8, 4)}, PICTURE),
     ("simple_vit_1d", "SimpleViT", {"seq_len": 32, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 48}, lambda: noise(2, 3, 32)),
     ("simple_vit_3d", "SimpleViT", {**PLAIN, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, VIDEO),
-    ("vivit", "ViT", {"image_size": 32, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "num_classes": 5, "dim": 32, "spatial_depth": 1, "temporal_depth": 1, "heads": 4, "mlp_dim": 48}, VIDEO),
+    ("vivit", "ViViT", {"image_size": 32, "frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "num_classes": 5, "dim": 32, "spatial_depth": 1, "temporal_depth": 1, "heads": 4, "mlp_dim": 48}, VIDEO),
     ("vit_3d", "ViT", {**PLAIN, "image_patch_size": 8, "frames": 4, "frame_patch_size": 2, "patch_size": ...}, VIDEO),
 ]  # fmt: skip
 

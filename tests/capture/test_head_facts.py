@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from attnmonitor import AttentionMonitor
 from attnmonitor.messages import AttentionMonitorWarning
+from attnmonitor.sample import LayerCoverage
+from attnmonitor.summary.structure import likely_mistakes
 from attnmonitor.summary.verdict import closing_lines
 
 WIDTH, HEADS, LENGTH, LAYERS = 32, 4, 16, 4
@@ -142,6 +145,33 @@ def test_likely_mistakes_are_warned_of_and_said_at_the_end(mistake: str, wrong: 
     assert re.search(f"seen at attach: {pattern}", " ".join(ending.split())), ending
 
 
+def test_prefix_that_sees_itself_is_no_mask_that_is_off() -> None:
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    masks = {"prefix": causal.clone(), "pairs": causal.clone()}
+    masks["prefix"][:4, :4] = True
+    masks["pairs"] |= torch.block_diag(*[torch.ones(2, 2)] * (LENGTH // 2)).bool()
+    masks["off by two"] = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(2)
+    warned = {}
+    for name, mask in masks.items():
+        model = Masked(mask)
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            AttentionMonitor(model, torch.randn(2, LENGTH, WIDTH), record=None, alerts=False).close()
+        warned[name] = [str(each.message) for each in raised if "is a causal mask off" in str(each.message)]
+    assert not warned["prefix"]
+    assert not warned["pairs"]
+    assert "off by 2" in warned["off by two"][0]
+
+
+def test_layers_that_need_not_be_causal_are_not_compared() -> None:
+    """Queries of fewer positions than keys look neither back nor ahead: a layer beside them is not odd."""
+    seen = {"future_mass": 0.4, "sees": "both", "head_dim": 4, "scale": 0.5}
+    layers = [
+        LayerCoverage(f"h.{i}", "sdpa", **(seen if i == 3 else {**seen, "future_mass": math.nan})) for i in range(4)
+    ]
+    assert not likely_mistakes({layer.layer: layer for layer in layers})
+
+
 def test_right_model_warns_of_nothing() -> None:
     with warnings.catch_warnings(record=True) as raised, watched("", IN_ALL) as monitor:
         assert "seen at attach" not in closing_lines(monitor.summary, "attnmonitor: ")
@@ -153,6 +183,19 @@ def test_docs_list_what_stays_unseen(mistake: str) -> None:
     assert printed(mistake, IN_ALL).replace(mistake, "") == printed("", IN_ALL)
     section = DOCS.read_text(encoding="utf-8").partition("## What a layer does")[2].partition("\n## ")[0]
     assert mistake in section.partition("Not visible")[2]
+
+
+class Masked(nn.Module):
+    """Self-attention under a given mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+        self.projection = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in self.projection(x).chunk(3, -1))
+        return scaled_dot_product_attention(*heads, attn_mask=self.mask).transpose(1, 2).flatten(2)
 
 
 class Local(nn.Module):
