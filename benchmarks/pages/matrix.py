@@ -37,7 +37,7 @@ weights. It runs in float64 under an observer at ATen level that knows neither n
 (`benchmarks/pages/observer.py`): products of activations whose numbers go through a softmax and then weight another
 activation. Compared are
 
-* **layers**: every such attention must be measured or named, and nothing else may be named, nor called a likely mistake;
+* **layers**: every such attention must be measured or named; nothing else may be named, and nothing called a mistake;
 * **heads**: with the number that the layer's own module or configuration states;
 * **scale**: with the factor that gives the softmax's result, where the logits hold nothing else; elsewhere the layer's
   rebuilt output is the only check;
