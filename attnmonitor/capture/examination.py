@@ -134,7 +134,7 @@ def _with_masses(
         padding_mass=padding_mass,
         reach_back=back,
         reach_ahead=ahead,
-        reaches_evenly=bool(ahead) and bool((by_row[0, :, 2] == by_row[0, :, 3].clamp_max(ahead or 0)).all()),
+        reaches_evenly=ahead not in (None, 0) and torch.equal(by_row[0, :, 2], by_row[0, :, 3].clamp_max(ahead)),
     )
 
 

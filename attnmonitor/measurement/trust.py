@@ -95,12 +95,13 @@ def _table(
     metrics: Sequence[str],
 ) -> LayerValues:
     """Return the numbers by metric and layer; NaN for layers that may not be shown."""
+    counts = head_counts(expected)
     return {
         metric: {
             name: on_host[which, metric, name]
             if name in shown
             else torch.full((heads[METRICS[metric].scope],), torch.nan)
-            for name, heads in head_counts(expected).items()
+            for name, heads in counts.items()
         }
         for metric in metrics
     }

@@ -180,12 +180,15 @@ class AttentionMonitor(MonitorSampling):
         if self.probe.batch is not None:
             self._delivery.connect_loggers(self.history, self.describe())
 
-    def _has_probe(self) -> bool:
-        """Return whether the probe has a batch; attach once it has."""
-        if self.probe.batch is None and self.probe.take_passing_batch(self.model):
-            self._attach()
-            if self._state is not None:
-                self.load_state_dict({**self._state, "global_step": self.global_step})
+    def _has_probe(self, *, is_needed: bool) -> bool:
+        """Return whether the probe has a batch; attach once it has, count a failure where it is needed and missing."""
+        with self._failures.contained("attach"):
+            if self.probe.batch is None and self.probe.take_passing_batch(self.model):
+                self._attach()
+                if self._state is not None:
+                    self.load_state_dict({**self._state, "global_step": self.global_step})
+            if is_needed and self.probe.batch is None:
+                raise RuntimeError(self.probe.missing)
         return self.probe.batch is not None
 
     @not_compiled
@@ -217,10 +220,8 @@ class AttentionMonitor(MonitorSampling):
         delivered = self._deliver_late(step, due=due)
         if not due:
             return delivered
-        with self._failures.contained("attach"):
-            if not self._has_probe() and step > 0:
-                raise RuntimeError(self.probe.missing)
-        if self.paused or self.probe.batch is None:
+        has_probe = self._has_probe(is_needed=step > 0)
+        if self.paused or not has_probe:
             # Adapters broadcast a sample's requests to all processes, so each process needs a sample.
             return self._no_sample(step) if distributed.is_initialized() else delivered
         return with_requests_of(delivered, self._sample(step, may_be_late=True))
@@ -252,10 +253,7 @@ class AttentionMonitor(MonitorSampling):
         Only the first of the processes that share the model writes and logs; on others the sample has no values.
         """
         self._deliver_late()
-        with self._failures.contained("attach"):
-            if not self._has_probe():
-                raise RuntimeError(self.probe.missing)
-        if self.probe.batch is None:
+        if not self._has_probe(is_needed=True):
             return self._no_sample(global_step, self.probe.missing)
         sample = self._sample(global_step, may_be_late=False)
         assert sample is not None

@@ -178,7 +178,9 @@ def _odd(
     layers: Sequence[LayerCoverage], values: Sequence[Hashable]
 ) -> list[tuple[LayerCoverage, list[LayerCoverage]]]:
     """Return the few layers whose value is not that of all others, each with those others."""
-    usual, count = next(iter(Counter(values).most_common(1)), (None, 0))
+    if len(layers) <= _MIN_PEERS:
+        return []
+    usual, count = Counter(values).most_common(1)[0]
     odd = [layer for layer, value in zip(layers, values, strict=True) if value != usual]
     if count < _MIN_PEERS or len(odd) > _MOST_ODD * len(layers):
         return []

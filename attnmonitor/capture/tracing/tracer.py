@@ -324,12 +324,9 @@ class Tracer:
         values = product.right if before is None else before.source
         query, key = product.left_axes[trace.query_axis], product.left_axes[trace.key_axis]
         batch = [axis for axis in product.left_axes if axis not in (query, key)]
-        trace, merged, out_axes = (
-            trace.then(call.replay(trace.query_axis, product.left)),
-            trace.merged,
-            product.out_axes,
-        )
+        out_axes, merged = product.out_axes, trace.merged
         row_axis = out_axes.index(query)
+        trace = trace.then(call.replay(trace.query_axis, product.left))
         if merged is not None:
             if self._ancestries is not None and trace.origin.made_of is not None:
                 self._ancestries.attend(output, trace.origin.made_of.query)
